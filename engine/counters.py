@@ -1,0 +1,210 @@
+"""Counters: how a receiver knows that a handoff is complete, whatever order its bytes came in.
+
+A counter holds the bytes and writes that have arrived under one imm. Counting bytes, not messages,
+makes completion independent of order, of the number of rails, of chunking and of which path was
+taken (after the immediate counter of TransferEngine, Perplexity 2025).
+
+An arrival may come before its `expect`: it is kept, up to a bound. An arrival for a retired imm is
+a late write of an attempt that was given up: it is noted and can complete nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from .errors import EngineError, ImmInUse, UnknownImmOverflow
+from .tickets import Ticket
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+IMM_BITS = 32
+MAX_UNKNOWN_IMMS = 65_536  # arrivals kept for imms that nobody expects yet; a counter is ~200 bytes
+RETIRED_REMEMBERED = 65_536  # imms of which a late arrival is recognised
+
+
+class _Counter:
+    __slots__ = (
+        "arrived_nbytes",
+        "arrived_writes",
+        "lost",
+        "nbytes",
+        "sources",
+        "ticket",
+        "writes",
+    )
+
+    def __init__(self) -> None:
+        self.arrived_nbytes = 0
+        self.arrived_writes = 0
+        self.nbytes: int | None = None
+        self.writes: int | None = None
+        self.ticket: Ticket | None = None
+        self.sources: set[object] = set()  # links that write to it: their loss fails it
+        self.lost: EngineError | None = None  # a source ended before anybody expected this imm
+
+    def reached(self) -> bool:
+        return (self.nbytes is None or self.arrived_nbytes >= self.nbytes) and (
+            self.writes is None or self.arrived_writes >= self.writes
+        )
+
+
+class CounterTable:
+    """All counters of one engine. Safe to use from any thread."""
+
+    def __init__(self, max_unknown: int = MAX_UNKNOWN_IMMS) -> None:
+        self._lock = threading.Lock()
+        self._live: dict[int, _Counter] = {}
+        self._unknown: dict[int, _Counter] = {}
+        self._aborted: OrderedDict[int, EngineError] = OrderedDict()
+        self._retired: OrderedDict[int, None] = OrderedDict()
+        self._next_imm = itertools.count(1)
+        self._max_unknown = max_unknown
+        self.late_writes = 0
+        self.late_nbytes = 0
+
+    def new_imm(self) -> int:
+        """An imm that no live, waiting or recently retired counter has."""
+        with self._lock:
+            while True:
+                imm = next(self._next_imm) % 2**IMM_BITS
+                if imm and not (imm in self._live or imm in self._unknown or imm in self._retired):
+                    return imm
+
+    @property
+    def pending(self) -> int:
+        """Counters that somebody waits for."""
+        return len(self._live)
+
+    def expect(
+        self,
+        imm: int,
+        *,
+        nbytes: int | None,
+        writes: int | None,
+        sources: Iterable[object],
+        timeout_s: float,
+        peer: str = "",
+        on_cancel: Callable[[Ticket], None] | None = None,
+    ) -> Ticket:
+        """A ticket that ends when `nbytes` bytes and `writes` writes have arrived under `imm`.
+
+        Raises:
+            ImmInUse: somebody already waits on this imm.
+        """
+
+        def retire(ticket: Ticket) -> None:
+            with self._lock:
+                counter = self._live.get(imm)
+                if counter is not None and counter.ticket is ticket:
+                    self._retire(imm)
+            if on_cancel is not None and ticket.exception() is not None:
+                on_cancel(ticket)
+
+        ticket = Ticket("expect", peer=peer, imm=imm, timeout_s=timeout_s)
+        ticket.add_done_callback(retire)
+        with self._lock:
+            if imm in self._live:
+                raise ImmInUse(
+                    "this imm is still live: wait for its ticket, or take another with new_imm()",
+                    operation="expect",
+                    imm=imm,
+                )
+            aborted = self._aborted.pop(imm, None)
+            counter = self._unknown.pop(imm, None) or _Counter()
+            self._retired.pop(imm, None)
+            counter.nbytes, counter.writes, counter.ticket = nbytes, writes, ticket
+            counter.sources.update(sources)
+            self._live[imm] = counter
+            reached = counter.reached()
+            total = counter.arrived_nbytes
+            error = aborted if reached else aborted or counter.lost
+        if error is not None:
+            ticket._fail(error)
+        elif reached:
+            ticket._finish(total)
+        return ticket
+
+    def arrived(self, imm: int, nbytes: int, writes: int, source: object) -> None:
+        """Counts bytes that are already visible in memory.
+
+        Raises:
+            UnknownImmOverflow: too many imms that nobody expects; the caller closes the link.
+        """
+        with self._lock:
+            counter = self._live.get(imm)
+            if counter is None:
+                if imm in self._retired:
+                    self.late_writes += writes
+                    self.late_nbytes += nbytes
+                    return
+                counter = self._unknown.get(imm)
+                if counter is None:
+                    if len(self._unknown) >= self._max_unknown:
+                        self._forget_lost()
+                    if len(self._unknown) >= self._max_unknown:
+                        raise UnknownImmOverflow(
+                            f"{self._max_unknown} imms have arrivals that nobody expects: "
+                            "call expect() for what the peer was asked to write",
+                            operation="count",
+                            imm=imm,
+                        )
+                    counter = self._unknown[imm] = _Counter()
+            counter.arrived_nbytes += nbytes
+            counter.arrived_writes += writes
+            counter.sources.add(source)
+            ticket = counter.ticket if counter.ticket is not None and counter.reached() else None
+            total = counter.arrived_nbytes
+        if ticket is not None:
+            ticket._finish(total)
+
+    def fail(self, imm: int, error: EngineError, *, remember: bool) -> None:
+        """Ends the counter with `error`; with `remember`, an `expect` still to come fails too."""
+        with self._lock:
+            counter = self._live.get(imm)
+            if counter is None:
+                self._unknown.pop(imm, None)
+                if remember and imm not in self._retired:
+                    self._aborted[imm] = error
+                    while len(self._aborted) > self._max_unknown:
+                        self._aborted.popitem(last=False)
+                return
+            ticket = counter.ticket
+        if ticket is not None:
+            ticket._fail(error)
+
+    def source_lost(self, source: object, make_error: Callable[[int], EngineError]) -> None:
+        """Ends every counter that `source` writes to.
+
+        What it wrote to imms that nobody expects yet is kept: a peer may have written everything
+        and gone home before this side asks.
+        """
+        with self._lock:
+            lost = [
+                (imm, counter.ticket)
+                for imm, counter in self._live.items()
+                if source in counter.sources and counter.ticket is not None
+            ]
+            for imm, counter in self._unknown.items():
+                if source in counter.sources:
+                    counter.lost = make_error(imm)
+        for imm, ticket in lost:
+            ticket._fail(make_error(imm))
+
+    def tickets(self) -> list[Ticket]:
+        """The pending tickets, for the deadline monitor and for close."""
+        with self._lock:
+            return [c.ticket for c in self._live.values() if c.ticket is not None]
+
+    def _forget_lost(self) -> None:
+        for imm in [imm for imm, counter in self._unknown.items() if counter.lost is not None]:
+            del self._unknown[imm]
+
+    def _retire(self, imm: int) -> None:
+        del self._live[imm]
+        self._retired[imm] = None
+        while len(self._retired) > RETIRED_REMEMBERED:
+            self._retired.popitem(last=False)

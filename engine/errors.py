@@ -1,0 +1,163 @@
+"""Every error of the engine wing.
+
+    EngineError
+    ├── LayoutError            a layout contradicts itself, its tensors, or the peer's layout
+    ├── PlanError              block ids that no plan can move
+    │   ├── BlockOutOfRange
+    │   └── OverlappingBlocks
+    ├── RegionError            memory that may not be touched
+    │   ├── NotRegistered      the tensor, or the peer's region, was never registered
+    │   ├── OutOfRange         a range leaves its region
+    │   ├── RegionGone         the memory was freed or resized while registered
+    │   └── RegionRefused      the peer did not accept a range or a key of ours
+    ├── ImmInUse               an imm whose counter is still live was used again
+    ├── UnknownImmOverflow     a peer keeps writing to imms that nobody expects
+    ├── TransportUnavailable   no transport that both ends have works here, and why
+    ├── DeadlineExceeded       (also a TimeoutError) a wait ended without its event
+    ├── Cancelled              this side cancelled
+    └── LinkError              a link ended or lied
+        ├── LinkClosed         this side closed it
+        ├── PeerLost           the peer's process died, froze or became unreachable
+        ├── PeerAborted        the peer gave up on an imm and said so
+        ├── ChecksumMismatch   bytes that arrived are not the bytes that were sent
+        └── ProtocolError      bytes that are not kvferry's protocol
+
+`retryable` says whether the same handoff, with a new imm, may succeed.
+"""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """An engine operation failed.
+
+    Attributes:
+        operation: what was being done (`write`, `expect`, `connect`, …).
+        peer: the remote engine's name, or "" where no peer is concerned.
+        imm: the imm concerned, if any.
+        retryable: whether a retry (with a new imm) can help.
+    """
+
+    retryable = False
+
+    def __init__(
+        self, message: str, *, operation: str = "", peer: str = "", imm: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.operation = operation
+        self.peer = peer
+        self.imm = imm
+
+    def __str__(self) -> str:
+        where = [
+            f"{name}={value}"
+            for name, value in (("operation", self.operation), ("peer", self.peer))
+            if value
+        ]
+        if self.imm is not None:
+            where.append(f"imm={self.imm}")
+        return f"{self.message} [{', '.join(where)}]" if where else self.message
+
+
+class LayoutError(EngineError, ValueError):
+    """A layout contradicts itself, its tensors, or the peer's layout; names the axis."""
+
+
+class PlanError(EngineError, ValueError):
+    """Block ids that no plan can move."""
+
+
+class BlockOutOfRange(PlanError):
+    """A block id is not a slot of the cache."""
+
+
+class OverlappingBlocks(PlanError):
+    """A destination block id occurs twice, so two sources would write the same bytes."""
+
+
+class RegionError(EngineError):
+    """Memory that may not be touched."""
+
+
+class NotRegistered(RegionError):
+    """The tensor, or the peer's region, is not registered."""
+
+
+class OutOfRange(RegionError, ValueError):
+    """A range leaves its region."""
+
+
+class RegionGone(RegionError):
+    """The memory was freed, resized or deregistered while in use."""
+
+
+class RegionRefused(RegionError):
+    """The peer did not accept a range or a key: nothing was written there."""
+
+
+class ImmInUse(EngineError):
+    """An imm whose counter is still live was expected again."""
+
+
+class UnknownImmOverflow(EngineError):
+    """A peer wrote to more unexpected imms than are kept."""
+
+
+class TransportUnavailable(EngineError):
+    """No transport that both ends have works between them."""
+
+
+class DeadlineExceeded(EngineError, TimeoutError):
+    """A wait ended without its event."""
+
+    retryable = True
+
+
+class Cancelled(EngineError):
+    """This side cancelled the operation."""
+
+
+class LinkError(EngineError, ConnectionError):
+    """A link ended or cannot be trusted any more."""
+
+    retryable = True
+
+
+class LinkClosed(LinkError):
+    """This side closed the link."""
+
+
+class PeerLost(LinkError):
+    """The peer's process died, froze or became unreachable.
+
+    Attributes:
+        process_gone: whether the operating system confirmed that the process has ended. A
+            frozen process may still wake up and write through a `cma` mapping.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        operation: str = "",
+        peer: str = "",
+        imm: int | None = None,
+        process_gone: bool = False,
+    ) -> None:
+        super().__init__(message, operation=operation, peer=peer, imm=imm)
+        self.process_gone = process_gone
+
+
+class PeerAborted(LinkError):
+    """The peer gave up on this imm: its counter will never reach the total."""
+
+
+class ChecksumMismatch(LinkError):
+    """Bytes that arrived are not the bytes that were sent; they were not counted."""
+
+
+class ProtocolError(LinkError):
+    """The peer sent bytes that are not kvferry's protocol; the link is closed."""
+
+    retryable = False

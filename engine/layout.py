@@ -1,0 +1,365 @@
+"""The layout of a whole paged cache: where in registered memory each block's bytes lie.
+
+A layout is described in bytes, as regions with strides and named axes, so that NHD, HND, stacked
+or split K and V, blocks-first, layers-first and separate allocations a layer are all the same kind
+of thing. The byte at (layer, plane, slot, axis indices…) of a region lies at
+
+    base_offset + i_layer * layer_stride + i_plane * plane_stride + slot * slot_stride
+                + sum(index * axis.stride_bytes)
+
+where `i_layer` and `i_plane` are positions in the region's own `layers` and `planes`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from .errors import LayoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+LAYOUT_VERSION = 1
+PLAIN_CODEC = "plain"
+_OUTER = ("layer", "plane", "block")
+_INNER = ("token", "head", "dim")
+
+
+class Axis(msgspec.Struct, frozen=True, array_like=True):
+    """One named axis inside a slot: `size` steps of `stride_bytes` bytes."""
+
+    name: str
+    size: int
+    stride_bytes: int
+
+
+class RegionLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one region (one stretch of registered memory) holds.
+
+    Attributes:
+        layers: global indices of the layers it holds, in order of address.
+        planes: names of the planes it holds (`k`, `v`; `latent` for MLA; `state`).
+        layer_stride, plane_stride, slot_stride: bytes between neighbours; 0 where there is one.
+        num_slots: how many block ids it has.
+        tokens_per_slot: token slots of a block; 0 for state that has no tokens.
+        elem_bytes: bytes of one element of the innermost axis.
+        axes: the axes inside a slot, outermost first.
+        base_offset: bytes from the region's start to its first slot.
+        nbytes: size of the region.
+    """
+
+    layers: tuple[int, ...]
+    planes: tuple[str, ...]
+    layer_stride: int
+    plane_stride: int
+    slot_stride: int
+    num_slots: int
+    tokens_per_slot: int
+    elem_bytes: int
+    axes: tuple[Axis, ...]
+    base_offset: int
+    nbytes: int
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Payload bytes of one slot of one layer and one plane."""
+        return math.prod(axis.size for axis in self.axes) * self.elem_bytes
+
+
+class GroupLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Layers that share one block table.
+
+    Attributes:
+        kind: `full`, `swa` (sliding window), `mla`, `ssm` (state space) or `ring`.
+        regions: positions in `KVLayout.regions`.
+        window: tokens of a sliding window; 0 without one.
+        null_slot: the block id that stands for "no block"; None without one.
+    """
+
+    kind: str
+    regions: tuple[int, ...]
+    window: int = 0
+    null_slot: int | None = None
+
+
+class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One engine's (or one rank's) whole paged cache, in bytes.
+
+    Attributes:
+        regions: the stretches of memory that hold it.
+        groups: which regions share a block table.
+        dtype: element type, as torch names it without its prefix (`bfloat16`).
+        head_start, head_stop: the model's KV heads that this rank holds.
+        tp_mode: `split` or `replicate`: whether ranks hold different heads or the same ones.
+        codec: how bytes inside a slot are encoded; `plain` is an array of `dtype`.
+        opaque: axes that may be neither sliced nor reordered, because the codec hides them.
+    """
+
+    regions: tuple[RegionLayout, ...]
+    groups: tuple[GroupLayout, ...]
+    dtype: str
+    head_start: int
+    head_stop: int
+    tp_mode: str = "split"
+    codec: str = PLAIN_CODEC
+    opaque: tuple[str, ...] = ()
+    version: int = LAYOUT_VERSION
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: Any,
+        dims: str,
+        *,
+        layers: Sequence[int] | None = None,
+        planes: Sequence[str] | None = None,
+        head_start: int = 0,
+        kind: str = "full",
+        window: int = 0,
+        null_slot: int | None = None,
+        codec: str = PLAIN_CODEC,
+        opaque: Sequence[str] = (),
+    ) -> KVLayout:
+        """Describes torch tensors (or NumPy arrays) that are a paged cache.
+
+        Args:
+            tensors: one tensor for each layer, or a single one that holds all layers and then
+                has a `layer` dimension. Any strides; each tensor becomes one region that starts
+                at its first element.
+            dims: the dimensions' names in order, out of `layer plane block token head dim`, for
+                example `"plane block token head dim"` (NHD) or `"block plane head token dim"`.
+                `plane`, `head` and `token` may be absent (MLA has one plane and no heads).
+            layers: global layer indices; 0, 1, 2, … if not given.
+            planes: names of the planes; `k v` for two, `latent` for one.
+            head_start: global index of the first KV head held here.
+            kind, window, null_slot: see `GroupLayout`.
+            codec, opaque: see `KVLayout`.
+
+        Raises:
+            LayoutError: a dimension is missing, doubled or contradicts another tensor's.
+        """
+        names = dims.split()
+        for name in names:
+            if name not in _OUTER + _INNER:
+                raise LayoutError(
+                    f"axis {name!r} is unknown: use {' '.join(_OUTER + _INNER)}", operation="layout"
+                )
+            if names.count(name) > 1:
+                raise LayoutError(f"axis {name!r} is named twice in {dims!r}", operation="layout")
+        for name in ("block", "dim"):
+            if name not in names:
+                raise LayoutError(f"axis {name!r} is missing from {dims!r}", operation="layout")
+        stacked = "layer" in names
+        parts = [tensors] if hasattr(tensors, "shape") else list(tensors)
+        if not parts:
+            raise LayoutError("no tensors were given: a cache has at least one", operation="layout")
+        if stacked and len(parts) > 1:
+            raise LayoutError(
+                f"axis 'layer' is in {dims!r}, so one tensor is expected, not {len(parts)}",
+                operation="layout",
+            )
+        sizes, strides, elem_bytes, dtype = _describe(parts[0], names)
+        for position, part in enumerate(parts[1:], 1):
+            other_sizes, _, _, other_dtype = _describe(part, names)
+            for name in names:
+                if other_sizes[name] != sizes[name]:
+                    raise LayoutError(
+                        f"axis {name!r} has size {sizes[name]} in tensor 0 "
+                        f"but {other_sizes[name]} in tensor {position}",
+                        operation="layout",
+                    )
+            if other_dtype != dtype:
+                raise LayoutError(
+                    f"dtype is {dtype} in tensor 0 but {other_dtype} in tensor {position}",
+                    operation="layout",
+                )
+        num_layers = sizes["layer"] if stacked else len(parts)
+        layer_ids = tuple(range(num_layers)) if layers is None else tuple(int(i) for i in layers)
+        if len(layer_ids) != num_layers or len(set(layer_ids)) != num_layers:
+            raise LayoutError(
+                f"axis 'layer' has {num_layers} entries but layers={list(layer_ids)}",
+                operation="layout",
+            )
+        num_planes = sizes.get("plane", 1)
+        default = ("k", "v") if num_planes == 2 else ("latent",) if num_planes == 1 else ()
+        plane_names = tuple(planes) if planes is not None else default
+        if len(plane_names) != num_planes:
+            raise LayoutError(
+                f"axis 'plane' has {num_planes} entries but planes={list(plane_names)}",
+                operation="layout",
+            )
+        regions = []
+        for position, part in enumerate(parts):
+            _, strides, _, _ = _describe(part, names)
+            inner = [name for name in names if name in _INNER]
+            axes = tuple(Axis(name, sizes[name], strides[name]) for name in inner)
+            if axes[-1].name != "dim" or axes[-1].stride_bytes != elem_bytes:
+                last = next(axis for axis in axes if axis.name == "dim")
+                raise LayoutError(
+                    f"axis 'dim' must be innermost and dense: its stride is {last.stride_bytes} "
+                    f"bytes, one element is {elem_bytes}",
+                    operation="layout",
+                )
+            span = sum((sizes[n] - 1) * strides[n] for n in names) + elem_bytes
+            regions.append(
+                RegionLayout(
+                    layers=layer_ids if stacked else (layer_ids[position],),
+                    planes=plane_names,
+                    layer_stride=strides["layer"] if stacked else 0,
+                    plane_stride=strides.get("plane", 0),
+                    slot_stride=strides["block"],
+                    num_slots=sizes["block"],
+                    tokens_per_slot=sizes.get("token", 1),
+                    elem_bytes=elem_bytes,
+                    axes=axes,
+                    base_offset=0,
+                    nbytes=span,
+                )
+            )
+        layout = cls(
+            regions=tuple(regions),
+            groups=(GroupLayout(kind, tuple(range(len(regions))), window, null_slot),),
+            dtype=dtype,
+            head_start=head_start,
+            head_stop=head_start + sizes.get("head", 1),
+            codec=codec,
+            opaque=tuple(opaque),
+        )
+        layout.check()
+        return layout
+
+    def check(self) -> None:
+        """Checks that the layout does not contradict itself; also for one that a peer sent.
+
+        Raises:
+            LayoutError: naming the axis and the values.
+        """
+        if self.version != LAYOUT_VERSION:
+            raise LayoutError(
+                f"layout version {self.version} is not {LAYOUT_VERSION}: "
+                "run the same kvferry version on both ends",
+                operation="layout",
+            )
+        if not self.regions:
+            raise LayoutError("a layout needs at least one region", operation="layout")
+        for number, region in enumerate(self.regions):
+            _check_region(number, region)
+        seen: set[int] = set()
+        for group in self.groups:
+            slots = set()
+            for index in group.regions:
+                if not 0 <= index < len(self.regions) or index in seen:
+                    raise LayoutError(
+                        f"region {index} is in no group or in two", operation="layout"
+                    )
+                seen.add(index)
+                slots.add(self.regions[index].num_slots)
+            if len(slots) > 1:
+                raise LayoutError(
+                    f"axis 'block' differs within a {group.kind} group: {sorted(slots)} slots",
+                    operation="layout",
+                )
+        if len(seen) != len(self.regions):
+            raise LayoutError("every region must be in one group", operation="layout")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Global indices of all layers held, ascending."""
+        return tuple(sorted({layer for region in self.regions for layer in region.layers}))
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers are held."""
+        return len(self.layers)
+
+    @property
+    def num_blocks(self) -> int:
+        """How many block ids the cache has."""
+        return min(region.num_slots for region in self.regions)
+
+    @property
+    def block_nbytes(self) -> int:
+        """Payload bytes of one block over all layers and planes."""
+        return sum(r.slot_nbytes * len(r.layers) * len(r.planes) for r in self.regions)
+
+    def digest(self) -> str:
+        """A short name of this exact layout; equal layouts have equal digests."""
+        return hashlib.blake2b(msgspec.msgpack.encode(self), digest_size=16).hexdigest()
+
+
+def _describe(tensor: Any, names: list[str]) -> tuple[dict[str, int], dict[str, int], int, str]:
+    """Sizes, strides in bytes, element bytes and dtype name of a torch tensor or NumPy array."""
+    if len(tensor.shape) != len(names):
+        raise LayoutError(
+            f"a tensor of shape {tuple(tensor.shape)} does not have the {len(names)} axes "
+            f"{' '.join(names)}",
+            operation="layout",
+        )
+    if hasattr(tensor, "element_size"):
+        elem = int(tensor.element_size())
+        strides = [int(s) * elem for s in tensor.stride()]
+        dtype = str(tensor.dtype).removeprefix("torch.")
+    else:
+        elem = int(tensor.dtype.itemsize)
+        strides = [int(s) for s in tensor.strides]
+        dtype = str(tensor.dtype)
+    sizes = {name: int(size) for name, size in zip(names, tensor.shape, strict=True)}
+    by_name = dict(zip(names, strides, strict=True))
+    for name, size in sizes.items():
+        if size < 1:
+            raise LayoutError(f"axis {name!r} is empty", operation="layout")
+        if by_name[name] < 0 or (size > 1 and by_name[name] == 0):
+            raise LayoutError(
+                f"axis {name!r} has stride {by_name[name]} bytes: expanded and flipped tensors "
+                "are no caches",
+                operation="layout",
+            )
+    return sizes, by_name, elem, dtype
+
+
+def _check_region(number: int, region: RegionLayout) -> None:
+    """One region's strides must place every byte inside it, once."""
+    outer = [
+        ("layer", len(region.layers), region.layer_stride),
+        ("plane", len(region.planes), region.plane_stride),
+        ("block", region.num_slots, region.slot_stride),
+    ]
+    steps = outer + [(axis.name, axis.size, axis.stride_bytes) for axis in region.axes]
+    where = f"region {number}"
+    if region.elem_bytes < 1 or region.base_offset < 0 or region.tokens_per_slot < 0:
+        raise LayoutError(
+            f"{where}: elem_bytes {region.elem_bytes}, base_offset {region.base_offset} and "
+            f"tokens_per_slot {region.tokens_per_slot} must not be negative",
+            operation="layout",
+        )
+    for name, size, stride in steps:
+        if size < 1 or stride < 0:
+            raise LayoutError(
+                f"{where}: axis {name!r} has size {size} and stride {stride}", operation="layout"
+            )
+    # Sorted by stride, each axis must step over everything that the smaller ones cover.
+    covered = region.elem_bytes
+    for name, size, stride in sorted((s for s in steps if s[1] > 1), key=lambda s: s[2]):
+        if stride < covered:
+            raise LayoutError(
+                f"{where}: axis {name!r} steps {stride} bytes but what lies inside it takes "
+                f"{covered}: slots would overlap",
+                operation="layout",
+            )
+        covered = stride * (size - 1) + covered
+    if region.base_offset + covered > region.nbytes:
+        raise LayoutError(
+            f"{where}: needs {region.base_offset + covered} bytes but has {region.nbytes}",
+            operation="layout",
+        )
+    token = [axis.size for axis in region.axes if axis.name == "token"]
+    if token and token[0] != region.tokens_per_slot:
+        raise LayoutError(
+            f"{where}: axis 'token' has size {token[0]} but tokens_per_slot is "
+            f"{region.tokens_per_slot}",
+            operation="layout",
+        )

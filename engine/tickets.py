@@ -1,0 +1,168 @@
+"""A ticket: one operation in flight, that a thread can wait for and a coroutine can await."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from .errors import Cancelled, DeadlineExceeded, EngineError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+
+class Ticket:
+    """One operation in flight.
+
+    Ends exactly once: with a byte count, or with an `EngineError`. Safe to use from any thread.
+    Its deadline is kept by the engine's monitor, so it ends even when nobody waits on it.
+    """
+
+    __slots__ = (
+        "_callbacks",
+        "_cancel_hook",
+        "_done",
+        "_error",
+        "_lock",
+        "_nbytes",
+        "_waiter",
+        "deadline_s",
+        "imm",
+        "operation",
+        "peer",
+    )
+
+    def __init__(
+        self,
+        operation: str,
+        *,
+        peer: str = "",
+        imm: int | None = None,
+        timeout_s: float | None = None,
+        cancel_hook: Callable[[Ticket], None] | None = None,
+    ) -> None:
+        self.operation = operation
+        self.peer = peer
+        self.imm = imm
+        self.deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        self._lock = threading.Lock()
+        self._done = False
+        self._nbytes = 0
+        self._error: EngineError | None = None
+        self._waiter: threading.Event | None = None
+        self._callbacks: list[Callable[[Ticket], None]] = []
+        self._cancel_hook = cancel_hook
+
+    def __repr__(self) -> str:
+        state = "pending" if not self._done else repr(self._error) if self._error else "done"
+        return f"<Ticket {self.operation} peer={self.peer!r} imm={self.imm} {state}>"
+
+    def done(self) -> bool:
+        """Whether the operation ended, well or badly."""
+        return self._done
+
+    def exception(self) -> EngineError | None:
+        """The error it ended with, or None while pending or after success."""
+        return self._error
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes moved; 0 until it ends well."""
+        return self._nbytes
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Blocks until the operation ends and returns its byte count.
+
+        `timeout_s` bounds this wait alone: when it passes, the operation goes on. Without it the
+        ticket's own deadline is the bound.
+
+        Raises:
+            DeadlineExceeded: `timeout_s` passed, or the operation's own deadline did.
+            EngineError: what the operation ended with.
+        """
+        if not self._done:
+            with self._lock:
+                if not self._done and self._waiter is None:
+                    self._waiter = threading.Event()
+                waiter = self._waiter
+            if not self._done and waiter is not None and not waiter.wait(timeout_s):
+                raise DeadlineExceeded(
+                    f"still pending after waiting {timeout_s} s",
+                    operation=self.operation,
+                    peer=self.peer,
+                    imm=self.imm,
+                )
+        if self._error is not None:
+            raise self._error
+        return self._nbytes
+
+    def __await__(self) -> Generator[object, None, int]:
+        if not self._done:
+            loop = asyncio.get_running_loop()
+            future: asyncio.Future[None] = loop.create_future()
+
+            def wake(_: Ticket) -> None:
+                # The loop may be closed by the time a late operation ends: nobody awaits it then.
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(_resolve, future)
+
+            self.add_done_callback(wake)
+            yield from future
+        if self._error is not None:
+            raise self._error
+        return self._nbytes
+
+    def add_done_callback(self, callback: Callable[[Ticket], None]) -> None:
+        """Calls `callback(ticket)` once it ended: at once if it has, else on the ending thread.
+
+        The callback must be short and must not block: it may run on a transport's thread.
+        """
+        with self._lock:
+            if not self._done:
+                self._callbacks.append(callback)
+                return
+        callback(self)
+
+    def cancel(self) -> bool:
+        """Ends a pending ticket with `Cancelled`; False when it had already ended.
+
+        Cancelling an `expect` does not stop a writer: the blocks stay in danger until the peer has
+        confirmed, or the link is down (`Link.quiesced`).
+        """
+        hook = self._cancel_hook
+        ended = self._fail(
+            Cancelled(
+                "cancelled by this side", operation=self.operation, peer=self.peer, imm=self.imm
+            )
+        )
+        if ended and hook is not None:
+            hook(self)
+        return ended
+
+    def _finish(self, nbytes: int) -> bool:
+        return self._end(nbytes, None)
+
+    def _fail(self, error: EngineError) -> bool:
+        return self._end(0, error)
+
+    def _end(self, nbytes: int, error: EngineError | None) -> bool:
+        with self._lock:
+            if self._done:
+                return False
+            self._nbytes, self._error = nbytes, error
+            self._done = True
+            callbacks, self._callbacks = self._callbacks, []
+            waiter = self._waiter
+        self._cancel_hook = None
+        if waiter is not None:
+            waiter.set()
+        for callback in callbacks:
+            callback(self)
+        return True
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

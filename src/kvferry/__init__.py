@@ -1,0 +1,1 @@
+"""kvferry moves paged KV cache between inference engines. See `docs/structure.md`."""
