@@ -1,0 +1,37 @@
+# Every target makes .venv first if it is missing. PYTHON picks the interpreter, ARGS go to the command.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check bench test-gpu soak clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: ## .venv with kvferry and its tools
+	@command -v $(PYTHON) >/dev/null || { echo "kvferry set-up: no $(PYTHON) on PATH; install Python 3.10 or newer, or set PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) tools/bootstrap.py
+
+demo: venv ## two processes, a real model's KV cache between them, the tokens compared
+	@$(BIN)/kvferry demo $(ARGS)
+
+test: venv ## the whole test suite
+	@$(BIN)/pytest -m "not soak" $(ARGS)
+
+check: venv ## format, lint, types, and the fast tests
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/pytest -q -m "not slow and not soak"
+
+bench: venv ## the transfer benchmark beside its baselines
+	@$(BIN)/kvferry bench transfer $(ARGS)
+
+test-gpu: venv ## the tests that need CUDA devices; each skip says why
+	@$(BIN)/pytest -m gpu -rs $(ARGS)
+
+soak: venv ## the tests that take minutes
+	@$(BIN)/pytest -m soak $(ARGS)
+
+clean: ## removes .venv and everything generated
+	rm -rf .venv build dist artifacts .pytest_cache .mypy_cache .ruff_cache .hypothesis
