@@ -125,17 +125,16 @@ def explain(log: str) -> str:
     if "No space left on device" in log:
         return f"the disk of {VENV} is full"
     missing = re.findall(r"No matching distribution found for (\S+)", log)
-    unreachable = re.search(r"NewConnectionError|NameResolutionError|Network is unreachable", log)
-    unreachable = unreachable or re.search(r"ProxyError|SSLError|ConnectTimeout|timed out", log)
-    if unreachable:
-        what = missing[-1] if missing else "the package index"
-        return (
-            f"cannot download {what}: no connection to the package index; "
-            "connect, or set PIP_INDEX_URL or PIP_FIND_LINKS"
-        )
-    if missing:
+    broken = "connection broken by" in log
+    if missing or broken:
+        what = missing[-1] if missing else "what it needs"
         version = ".".join(str(part) for part in sys.version_info[:2])
-        return f"the package index has no {missing[-1]} for Python {version} on this machine"
+        if broken or "(from versions: none)" in log:
+            return (
+                f"cannot download {what}: no package index that can be reached has it for "
+                f"Python {version}; go on line, or set PIP_INDEX_URL or PIP_FIND_LINKS"
+            )
+        return f"the package index has no {what} for Python {version} on this machine"
     errors = [line for line in log.splitlines() if line.startswith("ERROR:")]
     return errors[-1][len("ERROR: ") :] if errors else "pip failed"
 
@@ -144,22 +143,17 @@ def pip_install(*args: str) -> None:
     """Runs `pip install`, shows what it fetches a line each, keeps the rest in the log."""
     command = [VENV_PYTHON, "-m", "pip", "install", "--progress-bar=off", "--no-input", *args]
     seen = []
-    with (
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        ) as process,
-        open(LOG, "a", encoding="utf-8") as log,
-    ):
+    with open(LOG, "a", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         assert process.stdout is not None
         for line in process.stdout:
             log.write(line)
             seen.append(line)
-            if re.match(r"\s*(Downloading \S+ \(|Installing collected|Building editable)", line):
+            if re.match(r"\s*(Downloading \S+ \([\d.]+ [MG]B|Installing collected)", line):
                 print("  " + line.strip()[:96], flush=True)
+        process.wait()
     if process.returncode != 0:
         fail(f"{explain(''.join(seen))} (all of pip's output: {LOG})")
 
