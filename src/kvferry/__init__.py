@@ -1,1 +1,72 @@
-"""kvferry moves paged KV cache between inference engines. See `docs/structure.md`."""
+"""kvferry moves paged KV cache between inference engines, at the speed of the wire.
+
+This is the whole public API. Every name is imported when it is first used: `import kvferry` loads
+neither torch nor NumPy nor ZeroMQ. `docs/structure.md` walks one handoff through the files.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapters.agent import Agent, Handoff, SendHandoff
+    from .engine.errors import EngineError
+    from .engine.layout import Axis, GroupLayout, KVLayout, RegionLayout
+    from .engine.memory import CacheDescriptor, MemoryRegion, RegionDescriptor, RegisteredCache
+    from .engine.plan import Plan
+    from .engine.tickets import Ticket
+    from .engine.transfer import EngineAddress, Link, TransferEngine
+
+_HOMES = {
+    "Agent": "adapters.agent",
+    "Axis": "engine.layout",
+    "CacheDescriptor": "engine.memory",
+    "EngineAddress": "engine.transfer",
+    "EngineError": "engine.errors",
+    "GroupLayout": "engine.layout",
+    "Handoff": "adapters.agent",
+    "KVLayout": "engine.layout",
+    "Link": "engine.transfer",
+    "MemoryRegion": "engine.memory",
+    "Plan": "engine.plan",
+    "RegionDescriptor": "engine.memory",
+    "RegionLayout": "engine.layout",
+    "RegisteredCache": "engine.memory",
+    "SendHandoff": "adapters.agent",
+    "Ticket": "engine.tickets",
+    "TransferEngine": "engine.transfer",
+}
+
+__all__ = [
+    "Agent",
+    "Axis",
+    "CacheDescriptor",
+    "EngineAddress",
+    "EngineError",
+    "GroupLayout",
+    "Handoff",
+    "KVLayout",
+    "Link",
+    "MemoryRegion",
+    "Plan",
+    "RegionDescriptor",
+    "RegionLayout",
+    "RegisteredCache",
+    "SendHandoff",
+    "Ticket",
+    "TransferEngine",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'kvferry' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"kvferry.{home}"), name)
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

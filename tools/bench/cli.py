@@ -1,0 +1,22 @@
+"""`kvferry bench …`: one file a benchmark, imported when it is used."""
+
+from __future__ import annotations
+
+from kvferry.tools import lazy
+
+app = lazy.new_app(
+    "Benchmarks. Each checks its results and prints its baselines from the same run."
+)
+
+lazy.add(
+    app,
+    "transfer",
+    "kvferry.tools.bench.transfer",
+    "Move a request's blocks between two processes over every transport, beside the baselines.",
+)
+lazy.add(
+    app,
+    "kernels",
+    "kvferry.tools.bench.kernels",
+    "Gather and scatter blocks on one GPU, beside a device-to-device copy of the same bytes.",
+)

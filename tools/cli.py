@@ -1,0 +1,45 @@
+"""The `kvferry` command: each sub-command lives in a file of its own, imported when it is used."""
+
+from __future__ import annotations
+
+import typer
+
+from kvferry.tools import lazy
+
+app = lazy.new_app("Moves paged KV cache between inference engines, and proves it on this machine.")
+
+lazy.add(
+    app,
+    "demo",
+    "kvferry.tools.demo",
+    "Hand a real model's KV cache from one process to another and compare the tokens.",
+)
+lazy.add(
+    app,
+    "doctor",
+    "kvferry.tools.doctor",
+    "Say which transports work on this machine, and why the others do not.",
+)
+lazy.add(
+    app,
+    "bench",
+    "kvferry.tools.bench.cli",
+    "Measure transfers or kernels beside their baselines.",
+)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from importlib.metadata import version as version_of
+
+    typer.echo(version_of("kvferry"))
+
+
+def main() -> None:
+    """Entry point of the `kvferry` console command."""
+    app(prog_name="kvferry")
+
+
+if __name__ == "__main__":
+    main()

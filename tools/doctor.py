@@ -1,0 +1,168 @@
+"""`kvferry doctor`: which transports work on this machine, and why the others do not."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import resource
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import typer
+
+# Each is a module of `kvferry.engine.transports` with a `probe()`.
+TRANSPORTS = ("cma", "tcp")
+
+INFINIBAND = Path("/sys/class/infiniband")
+PTRACE_SCOPE = Path("/proc/sys/kernel/yama/ptrace_scope")
+PTRACE_SCOPES = {
+    "0": "0: processes of one user may reach each other",
+    "1": "1: only a parent, or a process that was allowed by name, may reach another",
+    "2": "2: only with CAP_SYS_PTRACE",
+    "3": "3: nobody may reach another process",
+}
+
+
+class Check(NamedTuple):
+    """One line of the report: `ok` is None for plain information."""
+
+    name: str
+    ok: bool | None
+    detail: str
+
+
+def check_transport(name: str) -> Check:
+    """Asks a transport itself. Never raises: a transport that cannot be imported is a finding."""
+    try:
+        transport = importlib.import_module(f"kvferry.engine.transports.{name}")
+        available = transport.probe()
+    except (ImportError, OSError) as error:
+        return Check(name, ok=False, detail=f"cannot be loaded: {error}")
+    return Check(name, ok=bool(available.ok), detail=str(available.reason))
+
+
+def check_package(name: str, fix: str) -> Check:
+    """Whether a distribution is installed, by its metadata: nothing is imported."""
+    try:
+        return Check(name, ok=True, detail=importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Check(name, ok=False, detail=f"not installed; {fix}")
+
+
+def check_cuda_devices() -> Check:
+    """The CUDA devices that torch sees."""
+    name = "CUDA devices"
+    try:
+        import torch
+    except ImportError as error:
+        return Check(name, ok=False, detail=f"torch cannot be imported: {error}")
+    if torch.version.cuda is None:
+        return Check(name, ok=False, detail=f"torch {torch.__version__} is built without CUDA")
+    if not torch.cuda.is_available():
+        return Check(name, ok=False, detail="none, or the driver does not answer; try nvidia-smi")
+    count = torch.cuda.device_count()
+    names = sorted({torch.cuda.get_device_name(index) for index in range(count)})
+    reach = sum(
+        torch.cuda.can_device_access_peer(a, b)
+        for a in range(count)
+        for b in range(count)
+        if a != b
+    )
+    peers = f", {reach} of {count * (count - 1)} pairs with peer access" if count > 1 else ""
+    return Check(name, ok=True, detail=f"{count} x {', '.join(names)}{peers}")
+
+
+def check_rdma_devices(root: Path = INFINIBAND) -> Check:
+    """RDMA devices and the state of their ports, from sysfs."""
+    name = "RDMA devices"
+    found = []
+    for device in sorted(root.iterdir()) if root.is_dir() else []:
+        ports = []
+        for port in sorted((device / "ports").iterdir()):
+            state = (port / "state").read_text(encoding="ascii").split(":")[-1].strip()
+            link = (port / "link_layer").read_text(encoding="ascii").strip()
+            ports.append(f"port {port.name} {state} {link}")
+        found.append(f"{device.name} ({', '.join(ports)})")
+    if not found:
+        return Check(name, ok=False, detail=f"none in {root}")
+    return Check(name, ok=True, detail="; ".join(found))
+
+
+def check_ptrace_scope(path: Path = PTRACE_SCOPE) -> Check:
+    """Yama's setting, which rules whether `cma` may reach a sibling process."""
+    name = "Yama ptrace_scope"
+    try:
+        scope = path.read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        return Check(name, ok=None, detail="no Yama in this kernel: ordinary ptrace rules")
+    return Check(name, ok=scope in "01", detail=PTRACE_SCOPES.get(scope, scope))
+
+
+def check_memlock() -> Check:
+    """How much memory may be pinned, which RDMA registration needs."""
+    limit_nbytes, _hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if limit_nbytes == resource.RLIM_INFINITY:
+        return Check("memlock limit", ok=None, detail="unlimited")
+    return Check(
+        "memlock limit",
+        ok=None,
+        detail=f"{limit_nbytes >> 10} KiB; RDMA registers no more than that (ulimit -l)",
+    )
+
+
+def examine() -> tuple[list[Check], list[Check]]:
+    """Returns the transports' checks and the machine's."""
+    transports = [check_transport(name) for name in TRANSPORTS]
+    machine = [
+        Check("Python", ok=None, detail=f"{platform.python_version()} on {platform.platform()}"),
+        check_package("torch", "pip install torch"),
+        check_package("triton", "pip install triton (Linux only)"),
+        check_package("cuda-bindings", "pip install kvferry[cuda]"),
+        check_cuda_devices(),
+        check_package("pyverbs", "pip install kvferry[rdma], or apt install python3-pyverbs"),
+        check_rdma_devices(),
+        check_ptrace_scope(),
+        check_memlock(),
+    ]
+    return transports, machine
+
+
+def show(transports: list[Check], machine: list[Check]) -> None:
+    """Prints both lists as tables."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    marks = {True: "[green]yes[/green]", False: "[red]no[/red]", None: ""}
+    console = Console()
+    for title, yes, checks in (
+        ("Transports", "available", transports),
+        ("This machine", "there", machine),
+    ):
+        table = Table("name", yes, "detail", title=title, title_justify="left")
+        for check in checks:
+            table.add_row(check.name, marks[check.ok], escape(check.detail))
+        console.print(table)
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say which transports work on this machine, and why the others do not.
+
+    Exits 1 if no transport works.
+    """
+    transports, machine = examine()
+    if as_json:
+        report = {
+            "transports": [check._asdict() for check in transports],
+            "machine": [check._asdict() for check in machine],
+        }
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        show(transports, machine)
+    if not any(check.ok for check in transports):
+        raise typer.Exit(1)
