@@ -1,0 +1,215 @@
+"""What a state machine is told (events) and what it asks for (actions).
+
+A machine does no I/O and has no clock: whoever owns it (a desk in a test, an agent in a process)
+tells it what happened and carries out, in order, what it asks for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, Union
+
+import msgspec
+
+if TYPE_CHECKING:
+    from .messages import HandoffMessage, Message, Ready, Request
+
+TimerKind = Literal["retry", "deadline", "source", "settle", "drain", "recall", "teardown"]
+Layers = tuple[int, int]  # first, and one past the last
+
+
+# Events ------------------------------------------------------------------------------------------
+
+
+class Received(msgspec.Struct, frozen=True):
+    """A message of the peer about this handoff arrived."""
+
+    message: HandoffMessage
+
+
+class OperationEnded(msgspec.Struct, frozen=True):
+    """A write or a read *is over and drained*: it touches neither side's memory any more."""
+
+    op: int
+    nbytes: int = 0
+    error: Exception | None = None
+
+
+class CounterEnded(msgspec.Struct, frozen=True):
+    """The counter of this handoff's imm reached its total; or, with an error, never will."""
+
+    nbytes: int = 0
+    error: Exception | None = None
+
+
+class TimerFired(msgspec.Struct, frozen=True):
+    """A timer that the machine set ran out."""
+
+    kind: TimerKind
+
+
+class LinkDown(msgspec.Struct, frozen=True):
+    """The link to the peer is down.
+
+    `quiesced` says that the peer can reach no memory of this process any more: its sockets are
+    down, it took its leave, or its process is gone.
+    """
+
+    reason: str
+    quiesced: bool
+
+
+class Quiesced(msgspec.Struct, frozen=True):
+    """The peer of a link that is down can reach no memory of this process any more."""
+
+
+class SendRefused(msgspec.Struct, frozen=True):
+    """A message could not be queued for the peer."""
+
+    reason: str
+
+
+class UserCancelled(msgspec.Struct, frozen=True):
+    """The owner of this side's handoff wants no more of it."""
+
+    reason: str = "cancelled"
+
+
+class SourceOffered(msgspec.Struct, frozen=True):
+    """Prefill has, or is computing, the source blocks of a request: a table for each group."""
+
+    tables: tuple[bytes, ...]
+    num_layers: int
+    timeout_s: float
+
+
+class SourceReady(msgspec.Struct, frozen=True):
+    """These layers of the source blocks are computed."""
+
+    layers: Layers
+
+
+class SourceFinished(msgspec.Struct, frozen=True):
+    """All layers are computed."""
+
+
+Event = Union[  # noqa: UP007 - a type alias that every Python can evaluate
+    Received,
+    OperationEnded,
+    CounterEnded,
+    TimerFired,
+    LinkDown,
+    Quiesced,
+    SendRefused,
+    UserCancelled,
+    SourceOffered,
+    SourceReady,
+    SourceFinished,
+]
+
+
+# Actions -----------------------------------------------------------------------------------------
+
+
+class Send(msgspec.Struct, frozen=True):
+    """Send this message, now."""
+
+    message: Message
+
+
+class Settle(msgspec.Struct, frozen=True):
+    """Send this final answer, and give it again whenever the peer asks about its serial."""
+
+    message: HandoffMessage
+
+
+class Expect(msgspec.Struct, frozen=True):
+    """Start a counter for `imm`: it ends when `nbytes` bytes have arrived."""
+
+    imm: int
+    nbytes: int
+
+
+class RetireCounter(msgspec.Struct, frozen=True):
+    """Stop counting for `imm`: whatever still arrives completes nothing."""
+
+    imm: int
+
+
+class StartWrite(msgspec.Struct, frozen=True):
+    """Write these layers of the source blocks, `tables`, into the request's."""
+
+    op: int
+    request: Request
+    tables: tuple[bytes, ...]
+    layers: Layers
+
+
+class StartRead(msgspec.Struct, frozen=True):
+    """Read the source blocks that `ready` names into the destination blocks."""
+
+    op: int
+    ready: Ready
+
+
+class CancelOperations(msgspec.Struct, frozen=True):
+    """Stop this handoff's writes or reads soon; each still ends with `OperationEnded`."""
+
+
+class ReleaseBlocks(msgspec.Struct, frozen=True):
+    """This side's blocks may be given back: nobody reads or writes them for this handoff."""
+
+
+class Quarantine(msgspec.Struct, frozen=True):
+    """The link is down and yet the peer may still touch the blocks: keep them."""
+
+    reason: str
+
+
+class TearDownLink(msgspec.Struct, frozen=True):
+    """Take the link of this session down: the peer does not answer."""
+
+    session: int
+    reason: str
+
+
+class SetTimer(msgspec.Struct, frozen=True):
+    """Start, or start again, the timer of this kind."""
+
+    kind: TimerKind
+    seconds: float
+
+
+class ClearTimer(msgspec.Struct, frozen=True):
+    """Stop the timer of this kind."""
+
+    kind: TimerKind
+
+
+class Succeed(msgspec.Struct, frozen=True):
+    """The handoff is complete on this side."""
+
+    nbytes: int
+
+
+class Fail(msgspec.Struct, frozen=True):
+    """The handoff failed on this side. Its blocks come back with `ReleaseBlocks`, now or later."""
+
+    error: Exception
+
+
+Action = Union[  # noqa: UP007 - a type alias that every Python can evaluate
+    Send,
+    Settle,
+    Expect,
+    RetireCounter,
+    StartWrite,
+    StartRead,
+    CancelOperations,
+    ReleaseBlocks,
+    Quarantine,
+    TearDownLink,
+    SetTimer,
+    ClearTimer,
+    Succeed,
+    Fail,
+]
