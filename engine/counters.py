@@ -21,7 +21,7 @@ from .tickets import Ticket
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-IMM_BITS = 32
+IMM_LIMIT = 1 << 32
 MAX_UNKNOWN_IMMS = 65_536  # arrivals kept for imms that nobody expects yet; a counter is ~200 bytes
 RETIRED_REMEMBERED = 65_536  # imms of which a late arrival is recognised
 
@@ -70,7 +70,7 @@ class CounterTable:
         """An imm that no live, waiting or recently retired counter has."""
         with self._lock:
             while True:
-                imm = next(self._next_imm) % 2**IMM_BITS
+                imm = next(self._next_imm) % IMM_LIMIT
                 if imm and not (imm in self._live or imm in self._unknown or imm in self._retired):
                     return imm
 
@@ -88,7 +88,6 @@ class CounterTable:
         sources: Iterable[object],
         timeout_s: float,
         peer: str = "",
-        on_cancel: Callable[[Ticket], None] | None = None,
     ) -> Ticket:
         """A ticket that ends when `nbytes` bytes and `writes` writes have arrived under `imm`.
 
@@ -101,8 +100,6 @@ class CounterTable:
                 counter = self._live.get(imm)
                 if counter is not None and counter.ticket is ticket:
                     self._retire(imm)
-            if on_cancel is not None and ticket.exception() is not None:
-                on_cancel(ticket)
 
         ticket = Ticket("expect", peer=peer, imm=imm, timeout_s=timeout_s)
         ticket.add_done_callback(retire)

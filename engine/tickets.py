@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .errors import Cancelled, DeadlineExceeded, EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Sequence
 
 
 class Ticket:
@@ -22,11 +22,11 @@ class Ticket:
 
     __slots__ = (
         "_callbacks",
-        "_cancel_hook",
         "_done",
         "_error",
         "_lock",
         "_nbytes",
+        "_stop_hook",
         "_waiter",
         "deadline_s",
         "imm",
@@ -41,7 +41,7 @@ class Ticket:
         peer: str = "",
         imm: int | None = None,
         timeout_s: float | None = None,
-        cancel_hook: Callable[[Ticket], None] | None = None,
+        stop_hook: Callable[[EngineError], None] | None = None,
     ) -> None:
         self.operation = operation
         self.peer = peer
@@ -53,7 +53,7 @@ class Ticket:
         self._error: EngineError | None = None
         self._waiter: threading.Event | None = None
         self._callbacks: list[Callable[[Ticket], None]] = []
-        self._cancel_hook = cancel_hook
+        self._stop_hook = stop_hook
 
     def __repr__(self) -> str:
         state = "pending" if not self._done else repr(self._error) if self._error else "done"
@@ -128,18 +128,32 @@ class Ticket:
     def cancel(self) -> bool:
         """Ends a pending ticket with `Cancelled`; False when it had already ended.
 
+        A write or read ends once nothing touches its memory any more, so perhaps a moment later.
         Cancelling an `expect` does not stop a writer: the blocks stay in danger until the peer has
         confirmed, or the link is down (`Link.quiesced`).
         """
-        hook = self._cancel_hook
-        ended = self._fail(
+        return self._stop(
             Cancelled(
                 "cancelled by this side", operation=self.operation, peer=self.peer, imm=self.imm
             )
         )
-        if ended and hook is not None:
-            hook(self)
-        return ended
+
+    def _expire(self) -> bool:
+        """Ends a pending ticket because its deadline has passed."""
+        return self._stop(
+            DeadlineExceeded(
+                "the deadline passed", operation=self.operation, peer=self.peer, imm=self.imm
+            )
+        )
+
+    def _stop(self, error: EngineError) -> bool:
+        hook = self._stop_hook
+        if hook is None:
+            return self._fail(error)
+        if self._done:
+            return False
+        hook(error)
+        return True
 
     def _finish(self, nbytes: int) -> bool:
         return self._end(nbytes, None)
@@ -155,12 +169,41 @@ class Ticket:
             self._done = True
             callbacks, self._callbacks = self._callbacks, []
             waiter = self._waiter
-        self._cancel_hook = None
+        self._stop_hook = None
         if waiter is not None:
             waiter.set()
         for callback in callbacks:
             callback(self)
         return True
+
+
+def all_of(tickets: Sequence[Ticket]) -> Ticket:
+    """One ticket for several: ends when the last one ends, with their bytes or the first error."""
+    whole = Ticket(tickets[0].operation if tickets else "nothing")
+    left = len(tickets)
+    lock = threading.Lock()
+
+    def one_ended(_: Ticket) -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+            if left:
+                return
+        _finish_all(whole, tickets)
+
+    if not tickets:
+        whole._finish(0)
+    for ticket in tickets:
+        ticket.add_done_callback(one_ended)
+    return whole
+
+
+def _finish_all(whole: Ticket, tickets: Sequence[Ticket]) -> None:
+    error = next((t.exception() for t in tickets if t.exception() is not None), None)
+    if error is not None:
+        whole._fail(error)
+    else:
+        whole._finish(sum(ticket.nbytes for ticket in tickets))
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

@@ -1,0 +1,67 @@
+"""Threads that copy between processes: system calls that run without the interpreter lock."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# One thread of a 2.5 GHz Xeon copies 3.7 GB/s with process_vm_writev, two 5.6: memory is the limit
+# from there on.
+MAX_COPIERS = 2
+
+log = logging.getLogger(__name__)
+
+
+class Copiers:
+    """A few threads, started with the first task, asleep while there is none."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def run(self, task: Callable[[], None]) -> None:
+        """Runs `task` on one of the threads. A task must not raise."""
+        if not self._threads:
+            self._start()
+        self._tasks.put(task)
+
+    def stop(self) -> None:
+        """Finishes the tasks that were given and ends the threads."""
+        with self._lock:
+            self._stopped = True
+            threads, self._threads = self._threads, []
+        for _ in threads:
+            self._tasks.put(None)
+        for thread in threads:
+            thread.join()
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._threads or self._stopped:
+                return
+            count = min(MAX_COPIERS, len(os.sched_getaffinity(0)))
+            self._threads = [
+                threading.Thread(target=self._work, name=f"{self._name}-copy{i}", daemon=True)
+                for i in range(count)
+            ]
+            for thread in self._threads:
+                thread.start()
+
+    def _work(self) -> None:
+        while True:
+            task = self._tasks.get()
+            if task is None:
+                return
+            try:
+                task()
+            except Exception:
+                log.exception("kvferry: a copy task failed; please report this")

@@ -1,0 +1,36 @@
+"""What all links of one engine share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .copiers import Copiers
+    from .counters import CounterTable
+    from .handshake import Identity
+    from .link import Link
+    from .memory import RegionTable
+    from .progress import Progress
+
+
+@dataclass(frozen=True)
+class EngineCore:
+    """The shared parts of one `TransferEngine`.
+
+    Attributes:
+        verify: whether every chunk's checksum is compared before it is counted.
+        peer_timeout_s: silence after which a peer is lost.
+        forget: called when a link has quiesced.
+    """
+
+    identity: Identity
+    regions: RegionTable
+    counters: CounterTable
+    progress: Progress
+    copiers: Copiers
+    verify: bool
+    peer_timeout_s: float
+    forget: Callable[[Link], None]

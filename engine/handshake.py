@@ -1,0 +1,271 @@
+"""How two engines meet on a fresh stream socket: who are you, prove it, what can we do together.
+
+    client                                   server
+    Hello(nonce, what for)      ──────▶
+                                ◀──────      Challenge(nonce, proof over both)
+    Proof(proof over both)      ──────▶
+                                ◀──────      Welcome (or a refusal in words)
+
+Both prove that they know the server's secret, which travels in its `EngineAddress` over the control
+plane and never over this socket. For `cma` each end also reads a random word from the other's
+memory: permission is tried, not guessed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+import socket
+import struct
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+
+from .errors import LinkError, PeerLost, ProtocolError, TransportUnavailable
+from .wire import LINK_VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MAX_HELLO_NBYTES = 16_384
+NONCE_NBYTES = 32
+
+_T = TypeVar("_T")
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """Who an engine is.
+
+    Attributes:
+        engine_id: random for each `TransferEngine`, so a restarted engine is another one.
+        host_id: equal for processes that share a kernel and a process namespace.
+    """
+
+    engine_id: str
+    name: str
+    host_id: str
+    pid: int
+
+
+class EngineAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where and how an engine can be reached. Whoever holds it may connect: treat it as a secret."""
+
+    identity: Identity
+    secret: bytes
+    tcp_host: str
+    tcp_port: int
+    unix_name: str
+
+    @property
+    def engine_id(self) -> str:
+        """The engine's id, which is also its generation."""
+        return self.identity.engine_id
+
+    def encode(self) -> bytes:
+        """MessagePack bytes, for the control plane."""
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def decode(cls, data: bytes) -> EngineAddress:
+        """Reads what `encode` wrote.
+
+        Raises:
+            ProtocolError: it is not an engine address.
+        """
+        try:
+            return msgspec.msgpack.decode(data, type=cls)
+        except msgspec.MsgspecError as error:
+            raise ProtocolError(f"not an engine address: {error}", operation="connect") from error
+
+
+class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a connection is for: a link's control channel (`rail` -1) or one of its rails."""
+
+    version: int
+    identity: Identity
+    server_engine_id: str
+    transport: str
+    link_id: str
+    rail: int
+    num_rails: int
+    nonce: bytes
+    probe: int = 0
+    probe_word: bytes = b""
+
+
+class Challenge(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The server's answer; `refused` in words if there is nothing to talk about."""
+
+    refused: str
+    identity: Identity
+    nonce: bytes
+    proof: bytes
+    probe: int = 0
+    probe_word: bytes = b""
+
+
+class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The client's proof; `refused` in words if the client gives up."""
+
+    refused: str
+    proof: bytes
+
+
+class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The server's last word."""
+
+    refused: str
+
+
+def host_id() -> str:
+    """Names this kernel and process namespace: where it is equal, process ids mean the same."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        boot = file.read().strip()
+    return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+
+
+def connect(
+    sock: socket.socket,
+    address: EngineAddress,
+    hello: Callable[[bytes], Hello],
+    check: Callable[[Challenge], str],
+) -> Challenge:
+    """The client's half, on a blocking socket with a timeout.
+
+    Args:
+        hello: makes the hello around a nonce.
+        check: a reason to give up after the server has proven itself, or "".
+
+    Raises:
+        TransportUnavailable: either end refused, in words.
+        ProtocolError, PeerLost: the other end is no kvferry engine, or went away.
+    """
+    nonce = secrets.token_bytes(NONCE_NBYTES)
+    peer = address.identity.name
+    _send(sock, hello(nonce))
+    challenge = _receive(sock, Challenge, peer)
+    if challenge.refused:
+        raise TransportUnavailable(challenge.refused, operation="connect", peer=peer)
+    if not hmac.compare_digest(
+        challenge.proof, _proof(address.secret, b"server", nonce, challenge.nonce)
+    ):
+        raise ProtocolError(
+            "the engine at this address does not know its own secret: another process listens "
+            "there now",
+            operation="connect",
+            peer=peer,
+        )
+    refused = check(challenge)
+    _send(sock, Proof(refused, _proof(address.secret, b"client", nonce, challenge.nonce)))
+    if refused:
+        raise TransportUnavailable(refused, operation="connect", peer=peer)
+    welcome = _receive(sock, Welcome, peer)
+    if welcome.refused:
+        raise TransportUnavailable(welcome.refused, operation="connect", peer=peer)
+    return challenge
+
+
+def accept(
+    sock: socket.socket,
+    me: Identity,
+    secret: bytes,
+    probe: tuple[int, bytes],
+    check: Callable[[Hello], str],
+) -> Hello:
+    """The server's half, on a blocking socket with a timeout.
+
+    Args:
+        probe: address and content of a word of this process that a `cma` client tries to read.
+        check: a reason to refuse a client that has proven itself, or "".
+
+    Raises:
+        TransportUnavailable: refused by either end. ProtocolError, PeerLost: as for `connect`.
+    """
+    hello = _receive(sock, Hello, "")
+    peer = hello.identity.name
+    refused = ""
+    if hello.version != LINK_VERSION:
+        refused = f"link protocol {hello.version} is not {LINK_VERSION}: install equal versions"
+    elif hello.server_engine_id != me.engine_id:
+        refused = "this engine was restarted since its address was published: fetch the new one"
+    nonce = secrets.token_bytes(NONCE_NBYTES)
+    _send(
+        sock,
+        Challenge(refused, me, nonce, _proof(secret, b"server", hello.nonce, nonce), *probe),
+    )
+    if refused:
+        raise TransportUnavailable(refused, operation="accept", peer=peer)
+    proof = _receive(sock, Proof, peer)
+    if not hmac.compare_digest(proof.proof, _proof(secret, b"client", hello.nonce, nonce)):
+        _send(
+            sock, Welcome("the proof is wrong: the address and its secret do not belong together")
+        )
+        raise ProtocolError("a client failed its proof", operation="accept", peer=peer)
+    refused = proof.refused or check(hello)
+    _send(sock, Welcome(refused))
+    if refused:
+        raise TransportUnavailable(refused, operation="accept", peer=peer)
+    return hello
+
+
+def peer_pid(sock: socket.socket) -> int:
+    """The process at the other end of a Unix socket, as this process's namespace numbers it."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return int(struct.unpack("3i", credentials)[0])
+
+
+def _proof(secret: bytes, role: bytes, client_nonce: bytes, server_nonce: bytes) -> bytes:
+    return hmac.new(secret, role + client_nonce + server_nonce, hashlib.sha256).digest()
+
+
+def _send(sock: socket.socket, message: msgspec.Struct) -> None:
+    body = msgspec.msgpack.encode(message)
+    try:
+        sock.sendall(len(body).to_bytes(4, "little") + body)
+    except OSError as error:
+        raise _lost(error, "") from error
+
+
+def _receive(sock: socket.socket, kind: type[_T], peer: str) -> _T:
+    try:
+        size = int.from_bytes(_exactly(sock, 4), "little")
+        if not 0 < size <= MAX_HELLO_NBYTES:
+            raise ProtocolError(
+                f"a {kind.__name__} of {size} bytes is not between 1 and {MAX_HELLO_NBYTES}",
+                operation="handshake",
+                peer=peer,
+            )
+        body = _exactly(sock, size)
+    except EOFError as error:
+        raise PeerLost(
+            f"the peer closed the connection instead of sending {kind.__name__}",
+            operation="handshake",
+            peer=peer,
+        ) from error
+    except OSError as error:
+        if isinstance(error, LinkError):
+            raise
+        raise _lost(error, peer) from error
+    try:
+        return msgspec.msgpack.decode(body, type=kind)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(
+            f"a {kind.__name__} does not decode: {error}", operation="handshake", peer=peer
+        ) from error
+
+
+def _lost(error: OSError, peer: str) -> PeerLost:
+    what = "did not answer in time" if isinstance(error, TimeoutError) else f"is gone: {error}"
+    return PeerLost(f"the peer {what}", operation="handshake", peer=peer)
+
+
+def _exactly(sock: socket.socket, nbytes: int) -> bytes:
+    parts = bytearray()
+    while len(parts) < nbytes:
+        part = sock.recv(nbytes - len(parts))
+        if not part:
+            raise EOFError
+        parts += part
+    return bytes(parts)

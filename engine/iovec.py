@@ -1,0 +1,169 @@
+"""Scatter-gather lists as NumPy arrays, and the system calls that walk them.
+
+An iovec array is `uint64[n, 2]`: address and nbytes, which is exactly C's `struct iovec[n]`. Python
+does O(1) work a system call, whatever the number of pieces; ctypes releases the interpreter lock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import socket
+import zlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy.typing as npt
+
+    Iovec = npt.NDArray[np.uint64]
+
+IOV_MAX = 1024
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _MsgHeader(ctypes.Structure):
+    _fields_ = (
+        ("name", ctypes.c_void_p),
+        ("name_len", ctypes.c_uint32),
+        ("iov", ctypes.c_void_p),
+        ("iov_len", ctypes.c_size_t),
+        ("control", ctypes.c_void_p),
+        ("control_len", ctypes.c_size_t),
+        ("flags", ctypes.c_int),
+    )
+
+
+def _function(name: str, *arguments: type) -> ctypes._NamedFuncPointer:
+    function = getattr(_libc, name)
+    function.restype = ctypes.c_ssize_t
+    function.argtypes = arguments
+    return function  # type: ignore[no-any-return]
+
+
+_VM_ARGUMENTS = (
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_ulong,
+    ctypes.c_void_p,
+    ctypes.c_ulong,
+    ctypes.c_ulong,
+)
+_process_vm_readv = _function("process_vm_readv", *_VM_ARGUMENTS)
+_process_vm_writev = _function("process_vm_writev", *_VM_ARGUMENTS)
+_sendmsg = _function("sendmsg", ctypes.c_int, ctypes.POINTER(_MsgHeader), ctypes.c_int)
+_recvmsg = _function("recvmsg", ctypes.c_int, ctypes.POINTER(_MsgHeader), ctypes.c_int)
+
+
+def make(addresses: npt.NDArray[np.integer], nbytes: npt.NDArray[np.integer]) -> Iovec:
+    """An iovec array of these addresses and lengths."""
+    iov = np.empty((len(addresses), 2), np.uint64)
+    iov[:, 0] = addresses
+    iov[:, 1] = nbytes
+    return iov
+
+
+def chunks(nbytes: npt.NDArray[np.int64], limit_nbytes: int, limit: int) -> Iterator[slice]:
+    """Cuts a list of pieces into consecutive parts of at most `limit` pieces and, but for the
+    last piece of each, `limit_nbytes` bytes. O(parts) Python steps."""
+    ends = np.cumsum(nbytes)
+    start, done = 0, 0
+    while start < len(ends):
+        stop = int(np.searchsorted(ends, done + limit_nbytes, side="left")) + 1
+        stop = min(stop, start + limit, len(ends))
+        yield slice(start, stop)
+        start, done = stop, int(ends[stop - 1])
+
+
+def process_vm(pid: int, local: Iovec, remote: Iovec, *, write: bool) -> None:
+    """Copies between this process's `local` and process `pid`'s `remote`, equally many bytes.
+
+    Both arrays are consumed: a partial copy advances them in place.
+
+    Raises:
+        OSError: ESRCH (no such process), EPERM (not allowed), EFAULT (memory not mapped).
+    """
+    call = _process_vm_writev if write else _process_vm_readv
+    here = there = 0
+    while here < len(local):
+        count, remote_count = min(IOV_MAX, len(local) - here), min(IOV_MAX, len(remote) - there)
+        done = call(
+            pid,
+            local.ctypes.data + 16 * here,
+            count,
+            remote.ctypes.data + 16 * there,
+            remote_count,
+            0,
+        )
+        if done < 0:
+            code = ctypes.get_errno()
+            if code == errno.EINTR:
+                continue
+            raise OSError(code, os.strerror(code))
+        if done == 0:
+            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+        here = _advance(local, here, count, done)
+        there = _advance(remote, there, remote_count, done)
+
+
+def send(fd: int, iov: Iovec) -> None:
+    """Sends all of `iov` over a blocking stream socket. `iov` is consumed.
+
+    Raises:
+        OSError: the connection ended.
+    """
+    _stream(_sendmsg, fd, iov, socket.MSG_NOSIGNAL)
+
+
+def receive(fd: int, iov: Iovec) -> None:
+    """Fills all of `iov` from a blocking stream socket. `iov` is consumed.
+
+    Raises:
+        EOFError: the peer closed before `iov` was full.
+        OSError: the connection ended.
+    """
+    _stream(_recvmsg, fd, iov, socket.MSG_WAITALL)
+
+
+def checksum(iov: Iovec) -> int:
+    """CRC-32 over the pieces in order. Walks them one by one: for verification only."""
+    crc = 0
+    for address, nbytes in iov.tolist():
+        crc = zlib.crc32((ctypes.c_char * nbytes).from_address(address), crc)
+    return crc
+
+
+def _stream(call: ctypes._NamedFuncPointer, fd: int, iov: Iovec, flags: int) -> None:
+    header = _MsgHeader()
+    start = 0
+    while start < len(iov):
+        count = min(IOV_MAX, len(iov) - start)
+        header.iov = iov.ctypes.data + 16 * start
+        header.iov_len = count
+        done = call(fd, ctypes.byref(header), flags)
+        if done < 0:
+            code = ctypes.get_errno()
+            if code == errno.EINTR:
+                continue
+            raise OSError(code, os.strerror(code))
+        if done == 0 and call is _recvmsg and bool(iov[start : start + count, 1].any()):
+            raise EOFError
+        start = _advance(iov, start, count, done)
+
+
+def _advance(iov: Iovec, start: int, count: int, done: int) -> int:
+    """Index of the first piece that is not finished after `done` bytes; trims that piece."""
+    ends = np.cumsum(iov[start : start + count, 1].astype(np.int64))
+    if done >= ends[-1]:
+        return start + count
+    finished = int(np.searchsorted(ends, done, side="right"))
+    rest = done - (int(ends[finished - 1]) if finished else 0)
+    first = start + finished
+    iov[first, 0] += np.uint64(rest)
+    iov[first, 1] -= np.uint64(rest)
+    return first

@@ -1,0 +1,772 @@
+"""A link: a live connection to one peer over one transport.
+
+The front checks every range and key, and turns calls into `Transfer`s; the transport's `DataPath`
+moves them; the control channel carries counts, acknowledgements, heartbeats and goodbyes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import select
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import errors, iovec, wire
+from .errors import (
+    EngineError,
+    LinkClosed,
+    LinkError,
+    NotRegistered,
+    PeerAborted,
+    PeerLost,
+    PlanError,
+    RegionGone,
+    RegionRefused,
+)
+from .memory import check_ranges
+from .tickets import Ticket
+from .transports.base import DataPath, Transfer
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Sequence
+
+    import numpy.typing as npt
+
+    from .core import EngineCore
+    from .handshake import Identity
+    from .memory import MemoryRegion, RegionDescriptor
+    from .plan import BlockIds
+    from .transfer_plan import TransferPlan
+    from .wire import LinkMessage
+
+    Offsets = int | Sequence[int] | npt.NDArray[np.integer]
+
+MAX_PIECE_NBYTES = 4 << 20  # longer pieces are cut, so that rails and copiers can share them
+HEARTBEAT_S = 0.25
+SUSPICION_S = 0.08  # a closed socket without goodbye: how long the cause is looked for
+BUSY_PEER_S = 10.0  # how long a live process on this host may be too busy to answer
+MAX_UNSENT_NBYTES = 16 << 20
+DEFAULT_TIMEOUT_S = 30.0
+
+
+class Link:
+    """A live connection to one peer. Made by `TransferEngine.connect` and `accept_link`.
+
+    Symmetric: both ends write, read and count. Safe to use from any thread. Every pending ticket
+    ends when the link does.
+
+    Attributes:
+        peer: who is at the other end.
+        transport: `cma` or `tcp`.
+        quiesced: a ticket that ends well once the peer can no longer reach this process's memory
+            over this link: it said goodbye, its sockets are down, or its process is gone.
+    """
+
+    def __init__(
+        self,
+        core: EngineCore,
+        sock: socket.socket,
+        peer: Identity,
+        transport: str,
+        make_path: Callable[[Link], DataPath],
+    ) -> None:
+        self.core = core
+        self.peer = peer
+        self.transport = transport
+        self.quiesced = Ticket("quiesce", peer=peer.name)
+        self._sock = sock
+        self._same_host = peer.host_id == core.identity.host_id
+        self._pidfd = _open_pidfd(peer.pid) if self._same_host else -1
+        self._lock = threading.Lock()
+        self._send_lock = threading.Lock()
+        self._unsent = bytearray()
+        self._received = bytearray()
+        self._transfers: dict[int, Transfer] = {}
+        self._numbers = itertools.count(1)
+        self._error: EngineError | None = None
+        self._halted = False
+        self._peer_stopped = False
+        self._socket_closed = False
+        self._closing_deadline_s = 0.0
+        self._suspected_s = 0.0
+        self._heard_s = time.monotonic()
+        self._beat_s = 0.0
+        self._revoked_here: set[int] = set()
+        self._revocations: dict[int, threading.Event] = {}
+        self._path = make_path(self)
+
+    def __repr__(self) -> str:
+        state = "up" if self._error is None else f"down: {self._error}"
+        return f"<Link {self.transport} to {self.peer.name} {state}>"
+
+    # What users call.
+
+    @property
+    def error(self) -> EngineError | None:
+        """Why the link is down; None while it is up."""
+        return self._error
+
+    @property
+    def closed(self) -> bool:
+        """Whether the link is down."""
+        return self._error is not None
+
+    def write(
+        self,
+        src: MemoryRegion,
+        src_offsets: Offsets,
+        dst: RegionDescriptor,
+        dst_offsets: Offsets,
+        nbytes: Offsets,
+        *,
+        imm: int | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Ticket:
+        """Writes pieces of a region into a peer's region.
+
+        Args:
+            src: a region of this engine.
+            src_offsets, dst_offsets: bytes from each region's start; an int or an array.
+            dst: the descriptor that the peer sent.
+            nbytes: bytes of each piece, or one int for all.
+            imm: what the peer counts the bytes under, once they are visible; not counted if None.
+            timeout_s: deadline; the write is stopped then, and the peer told so.
+
+        Returns:
+            A ticket that ends when all bytes are placed and the source may be reused.
+
+        Raises:
+            OutOfRange, NotRegistered, RegionGone, LinkError: before any byte moves.
+        """
+        local, remote = _pieces(src_offsets, dst_offsets, nbytes)
+        return self._simple("write", src, local, dst, remote, imm, timeout_s)
+
+    def read(
+        self,
+        dst: MemoryRegion,
+        dst_offsets: Offsets,
+        src: RegionDescriptor,
+        src_offsets: Offsets,
+        nbytes: Offsets,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Ticket:
+        """Reads pieces of a peer's region into a region of this engine.
+
+        Arguments, result and errors are those of `write`, with the roles exchanged.
+        """
+        local, remote = _pieces(dst_offsets, src_offsets, nbytes)
+        return self._simple("read", dst, local, src, remote, None, timeout_s)
+
+    def signal(self, imm: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Ticket:
+        """Counts one write of zero bytes under `imm` at the peer."""
+        empty = np.zeros(0, np.int64)
+        return self._submit(
+            "write", (), np.zeros((0, 2), np.uint64), (), empty, empty, imm, timeout_s
+        )
+
+    def write_blocks(
+        self,
+        plan: TransferPlan,
+        src_block_ids: BlockIds,
+        dst_block_ids: BlockIds,
+        *,
+        imm: int | None = None,
+        layers: Sequence[int] | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Ticket:
+        """Writes blocks of this engine's cache into blocks of the peer's.
+
+        Args:
+            plan: from `TransferEngine.plan(mine, theirs)`.
+            src_block_ids, dst_block_ids: equally many; see `Plan.pieces`.
+            layers: global layer indices; all if None.
+            imm, timeout_s: as for `write`.
+
+        Raises:
+            BlockOutOfRange, OverlappingBlocks, PlanError: the ids; and as for `write`.
+        """
+        return self._blocks("write", plan, src_block_ids, dst_block_ids, imm, layers, timeout_s)
+
+    def read_blocks(
+        self,
+        plan: TransferPlan,
+        src_block_ids: BlockIds,
+        dst_block_ids: BlockIds,
+        *,
+        layers: Sequence[int] | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Ticket:
+        """Reads blocks of the peer's cache into blocks of this engine's.
+
+        As `write_blocks`, with a plan from `TransferEngine.plan(theirs, mine)`.
+        """
+        return self._blocks("read", plan, src_block_ids, dst_block_ids, None, layers, timeout_s)
+
+    def abort(self, imm: int, reason: str) -> None:
+        """Tells the peer that this imm's counter will never reach its total."""
+        self.send(wire.Abort(imm, reason[:1000]))
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Ends the link: pending tickets end with `LinkClosed`, the peer is told.
+
+        Returns when no thread of this process touches memory over it any more and the peer has
+        confirmed, or after `timeout_s`; `quiesced` says which. Safe to call again.
+        """
+        self._go_down(
+            LinkClosed("this side closed the link", operation="close", peer=self.peer.name)
+        )
+        if not self.core.progress.on_thread:
+            with contextlib.suppress(EngineError):
+                self.quiesced.wait(timeout_s)
+
+    # What data paths call.
+
+    def transfer(self, number: int) -> Transfer | None:
+        """The transfer of this number, if it has not ended."""
+        return self._transfers.get(number)
+
+    def heard(self) -> None:
+        """The peer gave a sign of life."""
+        self._heard_s = time.monotonic()
+
+    def count(self, imm: int, nbytes: int, writes: int) -> None:
+        """Counts bytes of the peer's that are visible here."""
+        try:
+            self.core.counters.arrived(imm, nbytes, writes, self)
+        except EngineError as error:
+            error.peer = self.peer.name
+            self.fail(error)
+
+    def reject(self, transfer: int, imm: int | None, error: EngineError) -> None:
+        """Refuses part of a peer's write: both ends' tickets end."""
+        if imm is not None:
+            error.imm = imm
+            self.core.counters.fail(imm, error, remember=True)
+        self.send(wire.Refuse(transfer, type(error).__name__, error.message))
+
+    def fail(self, error: EngineError) -> None:
+        """Takes the link down because of `error`."""
+        error.peer = error.peer or self.peer.name
+        self._go_down(error)
+
+    def suspect(self) -> None:
+        """A socket ended without goodbye: the progress thread finds out why, then fails."""
+        with self._lock:
+            if self._error is not None or self._suspected_s:
+                return
+            self._suspected_s = time.monotonic()
+        self.core.progress.call_soon(lambda: self.tick(time.monotonic()))
+
+    def send(self, message: LinkMessage) -> None:
+        """Sends a control message; never blocks. On a link that is down it does nothing."""
+        data = wire.encode(message)
+        with self._send_lock:
+            if self._socket_closed:
+                return
+            if not self._unsent:
+                try:
+                    done = self._sock.send(data)
+                except BlockingIOError:
+                    done = 0
+                except OSError:
+                    done = len(data)
+                    self._broken()
+                data = data[done:]
+            if data:
+                if not self._unsent:
+                    self.core.progress.change(self._sock.fileno(), select.EPOLLIN | select.EPOLLOUT)
+                self._unsent += data
+            overflow = len(self._unsent) > MAX_UNSENT_NBYTES
+        if overflow:
+            self.fail(
+                PeerLost(
+                    f"the peer has not taken {MAX_UNSENT_NBYTES} bytes of control messages",
+                    operation="send",
+                    peer=self.peer.name,
+                )
+            )
+
+    # What the engine calls.
+
+    def start(self) -> None:
+        """Begins to serve the control channel."""
+        self._sock.setblocking(False)
+        self.core.progress.watch(self._sock.fileno(), select.EPOLLIN, self._ready)
+        self._path.start()
+        if self._pidfd >= 0:
+            self.core.progress.watch(self._pidfd, select.EPOLLIN, lambda _: self._process_ended())
+
+    def tick(self, now: float) -> None:
+        """Heartbeats, deadlines and loose ends; on the progress thread."""
+        if self._error is not None:
+            if self._closing_deadline_s and now > self._closing_deadline_s:
+                self._close_socket()
+            return
+        for transfer in list(self._transfers.values()):
+            deadline_s = transfer.ticket.deadline_s
+            if deadline_s is not None and now > deadline_s:
+                self._expire(transfer, now - deadline_s)
+        if self._suspected_s and now - self._suspected_s > SUSPICION_S:
+            self.fail(
+                PeerLost(
+                    "the peer closed its connection without a goodbye",
+                    operation="link",
+                    peer=self.peer.name,
+                )
+            )
+            return
+        if now - self._beat_s >= HEARTBEAT_S:
+            self._beat_s = now
+            self.send(wire.Heartbeat())
+        silent_s = now - self._heard_s
+        if silent_s > self.core.peer_timeout_s and not self._merely_busy(silent_s):
+            self.fail(
+                PeerLost(
+                    f"the peer has been silent for {silent_s:.1f} s: it is frozen or unreachable",
+                    operation="heartbeat",
+                    peer=self.peer.name,
+                )
+            )
+
+    def forgive(self, seconds: float) -> None:
+        """This process itself was asleep: the peer's silence does not count."""
+        self._heard_s += seconds
+
+    def revoke(self, region_id: int, deadline_s: float) -> None:
+        """Returns once the peer has stopped using a region of this engine.
+
+        Raises:
+            DeadlineExceeded: it did not answer, and its process lives.
+        """
+        if not self._path.peer_reaches_memory or self.quiesced.done():
+            return
+        answered = self._revocations.setdefault(region_id, threading.Event())
+        self.quiesced.add_done_callback(lambda _: answered.set())
+        self.send(wire.Revoke(region_id))
+        if not answered.wait(max(0.0, deadline_s - time.monotonic())):
+            raise errors.DeadlineExceeded(
+                f"the peer may still write into region {region_id}: its memory is kept until the "
+                "peer's process ends",
+                operation="deregister",
+                peer=self.peer.name,
+            )
+
+    # Submitting.
+
+    def _simple(
+        self,
+        operation: str,
+        mine: MemoryRegion,
+        local: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]],
+        theirs: RegionDescriptor,
+        remote: npt.NDArray[np.int64],
+        imm: int | None,
+        timeout_s: float,
+    ) -> Ticket:
+        offsets, sizes = local
+        check_ranges(offsets, sizes, mine.nbytes, "local")
+        addresses = offsets.astype(np.uint64) + np.uint64(mine.address)
+        return self._submit(
+            operation,
+            (mine,),
+            iovec.make(addresses, sizes),
+            (theirs,),
+            np.zeros(len(sizes), np.int64),
+            remote,
+            imm,
+            timeout_s,
+        )
+
+    def _blocks(
+        self,
+        operation: str,
+        plan: TransferPlan,
+        src_block_ids: BlockIds,
+        dst_block_ids: BlockIds,
+        imm: int | None,
+        layers: Sequence[int] | None,
+        timeout_s: float,
+    ) -> Ticket:
+        if plan.writes != (operation == "write"):
+            raise PlanError(
+                f"this plan is for {'writing' if plan.writes else 'reading'}: make another with "
+                "the two caches exchanged",
+                operation=operation,
+                peer=self.peer.name,
+            )
+        local, index, offsets = plan.pieces(src_block_ids, dst_block_ids, layers)
+        return self._submit(
+            operation,
+            plan.local.regions,
+            local,
+            plan.remote.regions,
+            index,
+            offsets,
+            imm,
+            timeout_s,
+        )
+
+    def _submit(
+        self,
+        operation: str,
+        local_regions: tuple[MemoryRegion, ...],
+        local: iovec.Iovec,
+        remote_regions: tuple[RegionDescriptor, ...],
+        remote_index: npt.NDArray[np.int64],
+        remote_offset: npt.NDArray[np.int64],
+        imm: int | None,
+        timeout_s: float,
+    ) -> Ticket:
+        name = self.peer.name
+        if imm is not None and not 0 <= imm < 1 << 32:
+            raise errors.OutOfRange(
+                f"imm {imm} is not a 32-bit number", operation=operation, peer=name
+            )
+        for region in remote_regions:
+            if region.engine_id != self.peer.engine_id:
+                raise NotRegistered(
+                    f"region {region.region_id} belongs to another engine than this link's peer, "
+                    "or to one that has restarted: fetch its descriptor again",
+                    operation=operation,
+                    peer=name,
+                )
+            if region.region_id in self._revoked_here:
+                raise RegionGone(
+                    f"the peer has deregistered region {region.region_id}",
+                    operation=operation,
+                    peer=name,
+                )
+        sizes = local[:, 1].astype(np.int64)
+        if len(sizes):
+            limits = np.array([region.nbytes for region in remote_regions], np.int64)
+            check_ranges(remote_offset, sizes, limits[remote_index], "remote")
+            if int(sizes.max()) > MAX_PIECE_NBYTES or not bool(sizes.all()):
+                local, remote_index, remote_offset = _cut(local, remote_index, remote_offset)
+        ticket = Ticket(operation, peer=name, imm=imm, timeout_s=timeout_s)
+        transfer = Transfer(
+            next(self._numbers),
+            write=operation == "write",
+            local=local,
+            local_regions=local_regions,
+            remote_regions=remote_regions,
+            remote_index=remote_index,
+            remote_offset=remote_offset,
+            imm=imm,
+            ticket=ticket,
+            on_end=self._ended,
+        )
+        ticket._stop_hook = transfer.stop
+        acquired = 0
+        try:
+            for mine in local_regions:
+                mine.acquire()
+                acquired += 1
+            with self._lock:
+                if self._error is not None:
+                    raise self._down_error(operation)
+                self._transfers[transfer.id] = transfer
+        except EngineError:
+            for mine in local_regions[:acquired]:
+                mine.release()
+            raise
+        self._path.submit(transfer)
+        return ticket
+
+    def _down_error(self, operation: str) -> EngineError:
+        """The link's error again, for an operation that came after it."""
+        error = self._error
+        if isinstance(error, PeerLost):
+            return PeerLost(
+                error.message,
+                operation=operation,
+                peer=self.peer.name,
+                process_gone=error.process_gone,
+            )
+        kind = type(error) if isinstance(error, LinkError) else LinkClosed
+        message = error.message if error is not None else "the link is down"
+        return kind(message, operation=operation, peer=self.peer.name)
+
+    def _ended(self, transfer: Transfer) -> None:
+        """A transfer has ended: its memory is free, and a peer that counts on it is told."""
+        with self._lock:
+            if self._transfers.pop(transfer.id, None) is None:
+                return
+        for region in transfer.local_regions:
+            region.release()
+        error = transfer.stopped
+        if error is not None and transfer.write and transfer.imm is not None:
+            self.abort(transfer.imm, error.message)
+        for region_id in self._revoked_here & {r.region_id for r in transfer.remote_regions}:
+            self._confirm_revoked(region_id)
+
+    def _expire(self, transfer: Transfer, late_s: float) -> None:
+        transfer.ticket._expire()
+        if late_s > self.core.peer_timeout_s and transfer.id in self._transfers:
+            # A thread is stuck in it, or the peer never acknowledged: only taking the link down
+            # makes its memory safe.
+            self.fail(
+                PeerLost(
+                    "the peer did not take a transfer within its deadline",
+                    operation=transfer.ticket.operation,
+                    peer=self.peer.name,
+                    imm=transfer.imm,
+                )
+            )
+
+    # The control channel; on the progress thread.
+
+    def _ready(self, events: int) -> None:
+        if events & select.EPOLLOUT:
+            self._flush()
+        if not events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
+            return
+        try:
+            data = self._sock.recv(1 << 18)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._broken()
+            return
+        self.heard()
+        self._received += data
+        try:
+            for message in wire.decode_all(self._received):
+                self._handle(message)
+        except EngineError as error:
+            self.fail(error)
+
+    def _flush(self) -> None:
+        with self._send_lock:
+            if self._socket_closed:
+                return
+            try:
+                done = self._sock.send(self._unsent)
+            except BlockingIOError:
+                return
+            except OSError:
+                self._broken()
+                return
+            del self._unsent[:done]
+            if not self._unsent:
+                self.core.progress.change(self._sock.fileno(), select.EPOLLIN)
+
+    def _broken(self) -> None:
+        """The control socket has ended."""
+        self.core.progress.unwatch(self._sock.fileno())
+        if self._error is None:
+            self.suspect()
+        else:
+            self.core.progress.call_soon(self._close_socket)
+
+    def _handle(self, message: LinkMessage) -> None:
+        if isinstance(message, wire.Heartbeat) or self._path.handle(message):
+            return
+        if isinstance(message, wire.Arrived):
+            self.count(message.imm, message.nbytes, message.writes)
+        elif isinstance(message, wire.Refuse):
+            self._refused(message)
+        elif isinstance(message, wire.Abort):
+            self.core.counters.fail(
+                message.imm,
+                PeerAborted(
+                    f"the peer gave up: {message.reason}",
+                    operation="expect",
+                    peer=self.peer.name,
+                    imm=message.imm,
+                ),
+                remember=True,
+            )
+        elif isinstance(message, wire.Revoke):
+            self._revoked(message.region)
+        elif isinstance(message, wire.Revoked):
+            event = self._revocations.get(message.region)
+            if event is not None:
+                event.set()
+        elif isinstance(message, wire.Bye):
+            self._peer_stopped = True
+            why = f": {message.reason}" if message.reason else ""
+            self.fail(PeerLost(f"the peer closed the link{why}", operation="link"))
+        elif isinstance(message, wire.ByeToo):
+            self._peer_stopped = True
+            self._close_socket()
+        else:
+            self.fail(
+                errors.ProtocolError(
+                    f"{type(message).__name__} is no message of transport {self.transport}",
+                    operation="receive",
+                )
+            )
+
+    def _refused(self, message: wire.Refuse) -> None:
+        transfer = self._transfers.get(message.transfer)
+        if transfer is None:
+            return
+        kind = {
+            "ChecksumMismatch": errors.ChecksumMismatch,
+            "RegionGone": RegionGone,
+            "OutOfRange": errors.OutOfRange,
+        }.get(message.error, RegionRefused)
+        transfer.stop(
+            kind(
+                f"the peer refused: {message.reason}",
+                operation=transfer.ticket.operation,
+                peer=self.peer.name,
+                imm=transfer.imm,
+            )
+        )
+        transfer.end(0)
+
+    def _revoked(self, region_id: int) -> None:
+        """The peer takes a region back: running transfers to it stop, no new one begins."""
+        self._revoked_here.add(region_id)
+        using = [
+            transfer
+            for transfer in list(self._transfers.values())
+            if any(region.region_id == region_id for region in transfer.remote_regions)
+        ]
+        for transfer in using:
+            transfer.stop(
+                RegionGone(
+                    f"the peer has deregistered region {region_id}",
+                    operation=transfer.ticket.operation,
+                    peer=self.peer.name,
+                    imm=transfer.imm,
+                )
+            )
+        self._confirm_revoked(region_id)
+
+    def _confirm_revoked(self, region_id: int) -> None:
+        for transfer in list(self._transfers.values()):
+            if any(region.region_id == region_id for region in transfer.remote_regions):
+                return
+        self.send(wire.Revoked(region_id))
+
+    # Going down.
+
+    def _merely_busy(self, silent_s: float) -> bool:
+        """Whether a peer on this host runs, but has not had the time (or the interpreter lock)."""
+        if not self._same_host or silent_s > BUSY_PEER_S:
+            return False
+        try:
+            with open(f"/proc/{self.peer.pid}/stat") as file:
+                state = file.read().rpartition(")")[2].split()[0]
+        except OSError:
+            return False
+        return state in "RSD"
+
+    def _process_ended(self) -> None:
+        self.core.progress.unwatch(self._pidfd)
+        self._peer_stopped = True
+        self.fail(
+            PeerLost(
+                "the peer's process has ended",
+                operation="link",
+                peer=self.peer.name,
+                process_gone=True,
+            )
+        )
+        self._close_socket()
+
+    def _go_down(self, error: EngineError) -> None:
+        with self._lock:
+            if self._error is not None:
+                return
+            self._error = error
+        self._closing_deadline_s = time.monotonic() + self.core.peer_timeout_s
+        for transfer in list(self._transfers.values()):
+            transfer.stop(self._down_error(transfer.ticket.operation))
+        self.core.counters.source_lost(self, self._counter_error)
+        self._path.halt(self._path_halted)
+
+    def _counter_error(self, imm: int) -> EngineError:
+        error = self._down_error("expect")
+        error.imm = imm
+        return error
+
+    def _path_halted(self) -> None:
+        """No thread of this process touches memory over this link any more."""
+        for transfer in list(self._transfers.values()):
+            transfer.abandon(self._down_error(transfer.ticket.operation))
+        self._halted = True
+        if self._peer_stopped:
+            self.send(wire.ByeToo())
+            self._close_socket()
+        else:
+            reason = "" if isinstance(self._error, LinkClosed) else str(self._error)
+            self.send(wire.Bye(reason[:1000]))
+            if isinstance(self._error, PeerLost):
+                self._close_socket()
+        self._settle()
+
+    def _close_socket(self) -> None:
+        with self._send_lock:
+            if self._socket_closed:
+                return
+            self._socket_closed = True
+            self.core.progress.unwatch(self._sock.fileno())
+            self._sock.close()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Ends `quiesced` once nothing on either side can touch memory over this link."""
+        if not (self._halted and self._socket_closed):
+            return
+        if self._path.peer_reaches_memory and not self._peer_stopped:
+            return  # its process lives and may still copy: wait for the process descriptor
+        if self._pidfd >= 0:
+            self.core.progress.unwatch(self._pidfd)
+        with self._lock:
+            pidfd, self._pidfd = self._pidfd, -1
+        if pidfd >= 0:
+            os.close(pidfd)
+        if self.quiesced._finish(0):
+            self.core.forget(self)
+
+
+def _open_pidfd(pid: int) -> int:
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return -1  # too old a kernel, or another namespace: sockets and heartbeats remain
+
+
+def _pieces(
+    local: Offsets, remote: Offsets, nbytes: Offsets
+) -> tuple[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]], npt.NDArray[np.int64]]:
+    """Equally long int64 columns out of ints and arrays."""
+    columns = [np.atleast_1d(np.asarray(column)) for column in (local, remote, nbytes)]
+    for name, column in zip(("local offsets", "remote offsets", "nbytes"), columns, strict=True):
+        if column.ndim != 1 or column.dtype.kind not in "iu":
+            raise PlanError(f"{name} must be an int or a row of ints", operation="transfer")
+    try:
+        here, there, sizes = np.broadcast_arrays(*columns)
+    except ValueError as error:
+        raise PlanError(
+            f"{len(columns[0])} local offsets, {len(columns[1])} remote offsets and "
+            f"{len(columns[2])} lengths do not go together",
+            operation="transfer",
+        ) from error
+    return (here.astype(np.int64), sizes.astype(np.int64)), there.astype(np.int64)
+
+
+def _cut(
+    local: iovec.Iovec, index: npt.NDArray[np.int64], offset: npt.NDArray[np.int64]
+) -> tuple[iovec.Iovec, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Cuts long pieces into equal ones of at most `MAX_PIECE_NBYTES`, and drops empty ones."""
+    sizes = local[:, 1].astype(np.int64)
+    parts = -(-sizes // MAX_PIECE_NBYTES)
+    row = np.repeat(np.arange(len(sizes)), parts)
+    first = np.cumsum(parts) - parts
+    begin = (np.arange(len(row)) - first[row]) * MAX_PIECE_NBYTES
+    cut = np.minimum(sizes[row] - begin, MAX_PIECE_NBYTES)
+    addresses = local[:, 0].astype(np.int64)[row] + begin
+    return iovec.make(addresses, cut), index[row], offset[row] + begin

@@ -1,0 +1,614 @@
+"""The transfer engine: registers memory, meets peers, counts what they write.
+
+One engine a process is the normal case. It owns a progress thread, up to two copier threads, two
+threads for each rail of each tcp link, and two listening sockets.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import threading
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from . import handshake
+from .copiers import Copiers
+from .core import EngineCore
+from .counters import CounterTable
+from .errors import (
+    DeadlineExceeded,
+    EngineError,
+    LinkClosed,
+    NotRegistered,
+    TransportUnavailable,
+)
+from .handshake import EngineAddress, Hello, Identity
+from .link import DEFAULT_TIMEOUT_S, Link
+from .memory import CacheDescriptor, MemoryRegion, RegionTable, RegisteredCache, quarantine
+from .progress import TICK_S, Progress
+from .tickets import Ticket, all_of
+from .transfer_plan import TransferPlan
+from .transports import cma, tcp
+from .wire import LINK_VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from .layout import KVLayout
+    from .memory import RegionDescriptor
+    from .transports.base import Availability
+
+TRANSPORTS = ("cma", "tcp")  # in order of preference
+HANDSHAKE_TIMEOUT_S = 5.0
+MAX_HANDSHAKES = 256  # connections that have not proven themselves yet
+
+
+class _Pending(NamedTuple):
+    """A tcp link whose rails are still arriving."""
+
+    control: socket.socket
+    hello: Hello
+    rails: dict[int, socket.socket]
+    deadline_s: float
+
+
+class TransferEngine:
+    """Moves pieces between its registered memory and its peers'.
+
+    Args:
+        transports: which to offer, out of `cma` and `tcp`; those that do not work here are left
+            out, and `unavailable` says why.
+        host: address to listen on, and to publish unless `advertise_host` is given.
+        advertise_host: address that peers should use instead of `host`.
+        rails: sockets of a tcp link that this engine opens.
+        verify: compare a checksum of every chunk before it is counted. Set it on both ends; costs
+            a pass over the bytes at each end.
+        peer_timeout_s: silence after which a peer counts as frozen or unreachable.
+        name: shown in errors and metrics.
+
+    Raises:
+        TransportUnavailable: none of the transports works here.
+
+    Thread-safe. Close it, or use it as a context manager. Not usable in a forked child.
+    """
+
+    def __init__(
+        self,
+        *,
+        transports: Sequence[str] = TRANSPORTS,
+        host: str = "127.0.0.1",
+        advertise_host: str = "",
+        rails: int = tcp.DEFAULT_RAILS,
+        verify: bool = False,
+        peer_timeout_s: float = 1.5,
+        name: str = "",
+    ) -> None:
+        unknown = set(transports) - set(TRANSPORTS)
+        if unknown:
+            raise TransportUnavailable(
+                f"transport {min(unknown)!r} is unknown: use {' or '.join(TRANSPORTS)}",
+                operation="start",
+            )
+        if not 1 <= rails <= 64:
+            raise TransportUnavailable(
+                f"rails is {rails}: a tcp link has 1 to 64", operation="start"
+            )
+        self.unavailable: dict[str, str] = {}
+        self._transports = [t for t in TRANSPORTS if t in transports and self._works(t)]
+        if not self._transports:
+            raise TransportUnavailable(
+                "; ".join(f"{t}: {why}" for t, why in self.unavailable.items()), operation="start"
+            )
+        engine_id = secrets.token_hex(16)
+        identity = Identity(
+            engine_id=engine_id,
+            name=name or f"engine-{os.getpid()}-{engine_id[:4]}",
+            host_id=handshake.host_id(),
+            pid=os.getpid(),
+        )
+        self._secret = secrets.token_bytes(32)
+        self._lock = threading.Condition()
+        self._links: list[Link] = []
+        self._pending: dict[str, _Pending] = {}
+        self._closed = False
+        self._rails = rails
+        self._handshakes = threading.BoundedSemaphore(MAX_HANDSHAKES)
+        self._ticked_s = time.monotonic()
+        self._plans: dict[tuple[object, ...], TransferPlan] = {}
+        self._probe_word = np.frombuffer(bytearray(secrets.token_bytes(16)), np.uint64)
+        progress = Progress(identity.name, self._tick)
+        self._core = EngineCore(
+            identity=identity,
+            regions=RegionTable(engine_id),
+            counters=CounterTable(),
+            progress=progress,
+            copiers=Copiers(identity.name),
+            verify=verify,
+            peer_timeout_s=peer_timeout_s,
+            forget=self._forget,
+        )
+        self._core.regions.on_revoke(self._revoke)
+        self._listeners: list[socket.socket] = []
+        unix_name, tcp_port = "", 0
+        if "cma" in self._transports:
+            cma.permit_peers()
+            unix_name = f"kvferry-{engine_id}"
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            listener.bind(f"\0{unix_name}")
+            listener.listen(128)
+            self._listeners.append(listener)
+        if "tcp" in self._transports:
+            listener = socket.create_server((host, 0), backlog=128)
+            tcp_port = listener.getsockname()[1]
+            self._listeners.append(listener)
+        self._address = EngineAddress(
+            identity=identity,
+            secret=self._secret,
+            tcp_host=advertise_host or host,
+            tcp_port=tcp_port,
+            unix_name=unix_name,
+        )
+        for listener in self._listeners:
+            listener.setblocking(False)
+            progress.watch(listener.fileno(), 1, partial(self._accept, listener))
+        progress.start()
+
+    def __enter__(self) -> TransferEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def address(self) -> EngineAddress:
+        """What a peer needs to connect. It holds a secret: send it over a trusted channel only."""
+        return self._address
+
+    @property
+    def engine_id(self) -> str:
+        """This engine's id; a restarted process has another."""
+        return self._core.identity.engine_id
+
+    @property
+    def name(self) -> str:
+        """This engine's name."""
+        return self._core.identity.name
+
+    @property
+    def transports(self) -> tuple[str, ...]:
+        """The transports that this engine offers, best first."""
+        return tuple(self._transports)
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """Links that are up, or that a peer may still reach this process through."""
+        with self._lock:
+            return tuple(self._links)
+
+    @property
+    def late_writes(self) -> int:
+        """Writes that arrived for an imm that had been given up; they completed nothing."""
+        return self._core.counters.late_writes
+
+    def register(self, memory: Any) -> MemoryRegion:
+        """Registers a CPU tensor, NumPy array or writable buffer. The region keeps it alive.
+
+        Raises:
+            NotRegistered: it cannot be registered; says why.
+        """
+        self._check_open("register")
+        return self._core.regions.register(memory)
+
+    def register_cache(self, layout: KVLayout, tensors: Any) -> RegisteredCache:
+        """Registers the tensors of a whole cache: one for each region of `layout`, in order.
+
+        Raises:
+            LayoutError: they do not fit the layout. NotRegistered: as for `register`.
+        """
+        self._check_open("register")
+        return self._core.regions.register_cache(layout, tensors)
+
+    def plan(
+        self, src: RegisteredCache | CacheDescriptor, dst: RegisteredCache | CacheDescriptor
+    ) -> TransferPlan:
+        """How blocks of `src` become blocks of `dst`; cached for the pair.
+
+        One of them is this engine's `RegisteredCache`, the other the peer's `CacheDescriptor`.
+        With the own one as source the plan is for `write_blocks`, else for `read_blocks`.
+
+        Raises:
+            LayoutError: the layouts cannot be reconciled; names the axis and both values.
+        """
+        if isinstance(src, RegisteredCache) and isinstance(dst, CacheDescriptor):
+            local, remote, writes = src, dst, True
+        elif isinstance(src, CacheDescriptor) and isinstance(dst, RegisteredCache):
+            local, remote, writes = dst, src, False
+        else:
+            raise NotRegistered(
+                "a plan needs one cache of this engine (register_cache) and one descriptor of a "
+                "peer's",
+                operation="plan",
+            )
+        remote.layout.check()
+        key = (local.descriptor, remote, writes)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = TransferPlan(local, remote, writes=writes)
+        return plan
+
+    def new_imm(self) -> int:
+        """A 32-bit imm that no counter of this engine has had lately."""
+        return self._core.counters.new_imm()
+
+    def expect(
+        self,
+        imm: int,
+        *,
+        nbytes: int | None = None,
+        writes: int | None = None,
+        links: Iterable[Link] = (),
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Ticket:
+        """A ticket that ends when so many bytes, or writes, have arrived under `imm`.
+
+        May come before or after the bytes. The counter is retired when the ticket ends.
+
+        Args:
+            links: who will write. If one of them ends, so does the ticket; so does it for any
+                link that has already written to this imm.
+            timeout_s: deadline.
+
+        Raises:
+            ImmInUse: somebody waits on this imm already.
+        """
+        self._check_open("expect")
+        if nbytes is None and writes is None:
+            raise ValueError("expect() needs nbytes, writes or both: zero of both is not a wait")
+        sources = tuple(links)
+        ticket = self._core.counters.expect(
+            imm,
+            nbytes=nbytes,
+            writes=writes,
+            sources=sources,
+            timeout_s=timeout_s,
+            peer=",".join(link.peer.name for link in sources),
+        )
+        for link in sources:
+            if link.error is not None and not ticket.done():
+                ticket._fail(link._counter_error(imm))
+        return ticket
+
+    def connect(
+        self,
+        address: EngineAddress | bytes,
+        *,
+        transport: str | None = None,
+        timeout_s: float = HANDSHAKE_TIMEOUT_S,
+    ) -> Link:
+        """Opens a link over the best transport that both ends have.
+
+        Args:
+            address: the peer's `address`, or its encoded bytes.
+            transport: take this one and no other.
+
+        Raises:
+            TransportUnavailable: none works; says why for each.
+            PeerLost, ProtocolError: the peer is gone, or is something else now.
+        """
+        self._check_open("connect")
+        if not isinstance(address, EngineAddress):
+            address = EngineAddress.decode(address)
+        reasons: list[str] = []
+        last: EngineError | None = None
+        for name in TRANSPORTS if transport is None else (transport,):
+            reason = self._mismatch(name, address)
+            if reason:
+                reasons.append(f"{name}: {reason}")
+                continue
+            try:
+                return self._connect(name, address, timeout_s)
+            except EngineError as error:
+                last = error
+                reasons.append(f"{name}: {error.message}")
+            except OSError as error:
+                reasons.append(f"{name}: {error.strerror or error}")
+        if last is not None and len(reasons) == 1:
+            raise last
+        raise TransportUnavailable(
+            "; ".join(reasons), operation="connect", peer=address.identity.name
+        ) from last
+
+    def accept_link(self, engine_id: str, timeout_s: float = HANDSHAKE_TIMEOUT_S) -> Link:
+        """The link to a peer that connects to this engine; waits until it is there.
+
+        Raises:
+            DeadlineExceeded: it did not connect.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        with self._lock:
+            while True:
+                for link in self._links:
+                    if link.peer.engine_id == engine_id and not link.closed:
+                        return link
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0 or not self._lock.wait(left_s):
+                    raise DeadlineExceeded(
+                        f"no link from engine {engine_id[:8]} came in {timeout_s} s",
+                        operation="accept",
+                    )
+
+    def scatter(
+        self,
+        links: Sequence[Link],
+        src: MemoryRegion,
+        src_offsets: Sequence[Any],
+        dsts: Sequence[RegionDescriptor],
+        dst_offsets: Sequence[Any],
+        nbytes: Sequence[Any],
+        *,
+        imm: int | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Ticket:
+        """Writes other pieces of one region to each peer; entry i of each argument goes to link i.
+
+        Returns:
+            One ticket for all of them: it ends when the last one ends, with the first error.
+        """
+        rows = zip(links, src_offsets, dsts, dst_offsets, nbytes, strict=True)
+        return all_of(
+            [
+                link.write(src, here, dst, there, size, imm=imm, timeout_s=timeout_s)
+                for link, here, dst, there, size in rows
+            ]
+        )
+
+    def barrier(
+        self, links: Sequence[Link], imm: int, *, timeout_s: float = DEFAULT_TIMEOUT_S
+    ) -> Ticket:
+        """Signals `imm` to every peer; each peer expects as many writes as it has partners."""
+        return all_of([link.signal(imm, timeout_s=timeout_s) for link in links])
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Closes every link, ends every ticket and stops the threads. Safe to call again.
+
+        Memory that a frozen peer could still write into is kept until this process ends.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            links = list(self._links)
+            pending, self._pending = self._pending, {}
+        for listener in self._listeners:
+            self._core.progress.unwatch(listener.fileno())
+            listener.close()
+        for entry in pending.values():
+            _close_all([entry.control, *entry.rails.values()])
+        error = LinkClosed("the engine was closed", operation="close")
+        deadline_s = time.monotonic() + timeout_s
+        for link in links:
+            link.fail(error)
+        for ticket in self._core.counters.tickets():
+            ticket._fail(error)
+        reachable = False
+        for link in links:
+            try:
+                link.quiesced.wait(max(0.0, deadline_s - time.monotonic()))
+            except DeadlineExceeded:
+                reachable = True
+        if reachable:
+            quarantine(self._core.regions.all())
+        self._core.copiers.stop()
+        self._core.progress.stop()
+
+    # Meeting peers.
+
+    def _works(self, name: str) -> bool:
+        probe: Callable[[], Availability] = {"cma": cma.probe, "tcp": tcp.probe}[name]
+        ok, reason = probe()
+        if not ok:
+            self.unavailable[name] = reason
+        return ok
+
+    def _mismatch(self, name: str, address: EngineAddress) -> str:
+        """Why a transport cannot serve this pair, or ""."""
+        if name not in TRANSPORTS:
+            return f"unknown: use {' or '.join(TRANSPORTS)}"
+        if name not in self._transports:
+            return self.unavailable.get(name, "not enabled in this engine")
+        if name == "cma":
+            if not address.unix_name:
+                return "not enabled in the peer"
+            if address.identity.host_id != self._core.identity.host_id:
+                return "the peer runs on another host, or in another process namespace"
+        elif not address.tcp_port:
+            return "not enabled in the peer"
+        return ""
+
+    def _connect(self, name: str, address: EngineAddress, timeout_s: float) -> Link:
+        link_id = secrets.token_hex(16)
+        num_rails = self._rails if name == "tcp" else 0
+        socks: list[socket.socket] = []
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            for rail in range(-1, num_rails):
+                left_s = max(0.01, deadline_s - time.monotonic())
+                sock = _dial(name, address, left_s)
+                socks.append(sock)
+                sock.settimeout(left_s)
+                challenge = handshake.connect(
+                    sock,
+                    address,
+                    lambda nonce, rail=rail: Hello(  # type: ignore[misc]
+                        version=LINK_VERSION,
+                        identity=self._core.identity,
+                        server_engine_id=address.engine_id,
+                        transport=name,
+                        link_id=link_id,
+                        rail=rail,
+                        num_rails=num_rails,
+                        nonce=nonce,
+                        probe=self._probe_word.ctypes.data,
+                        probe_word=self._probe_word.tobytes(),
+                    ),
+                    partial(self._reachable, sock, name),
+                )
+        except BaseException:
+            _close_all(socks)
+            raise
+        return self._open(socks[0], challenge.identity, name, socks[1:])
+
+    def _reachable(self, sock: socket.socket, name: str, peer: Any) -> str:
+        """Tries to read the peer's word; a reason to refuse, or ""."""
+        if name != "cma":
+            return ""
+        pid = handshake.peer_pid(sock)
+        try:
+            if cma.read_word(pid, peer.probe) == peer.probe_word:
+                return ""
+        except OSError as error:
+            return cma.refusal(error)
+        return "the engine at the other end of the socket is not the process that it seems to be"
+
+    def _open(
+        self, control: socket.socket, peer: Identity, name: str, rails: list[socket.socket]
+    ) -> Link:
+        if name == "cma":
+            pid = handshake.peer_pid(control)
+            link = Link(self._core, control, peer, name, lambda link: cma.CmaPath(link, pid))
+        else:
+            link = Link(self._core, control, peer, name, lambda link: tcp.TcpPath(link, rails))
+        with self._lock:
+            closed = self._closed
+            if not closed:
+                self._links.append(link)
+                self._lock.notify_all()
+        link.start()
+        if closed:
+            link.fail(LinkClosed("the engine was closed", operation="connect"))
+        return link
+
+    def _accept(self, listener: socket.socket, _: int) -> None:
+        try:
+            sock, _address = listener.accept()
+        except OSError:
+            return  # it went away before we looked, or there are no descriptors left
+        if not self._handshakes.acquire(blocking=False):
+            sock.close()
+            return
+        threading.Thread(
+            target=self._welcome, args=(sock, listener.family == socket.AF_UNIX), daemon=True
+        ).start()
+
+    def _welcome(self, sock: socket.socket, unix: bool) -> None:
+        """Serves one handshake, on a thread of its own: a slow client holds up nobody."""
+        try:
+            sock.settimeout(HANDSHAKE_TIMEOUT_S)
+            hello = handshake.accept(
+                sock,
+                self._core.identity,
+                self._secret,
+                (self._probe_word.ctypes.data, self._probe_word.tobytes()),
+                lambda hello: self._admit(sock, unix, hello),
+            )
+            if hello.transport == "cma":
+                self._open(sock, hello.identity, "cma", [])
+            else:
+                self._assemble(hello.link_id)
+        except EngineError:
+            sock.close()  # the client was told why, if it speaks our language at all
+        finally:
+            self._handshakes.release()
+
+    def _admit(self, sock: socket.socket, unix: bool, hello: Hello) -> str:
+        """A reason to refuse a client that has proven itself, or "". Files tcp connections."""
+        if hello.transport not in self._transports or unix != (hello.transport == "cma"):
+            return f"transport {hello.transport!r} is not offered here"
+        if hello.transport == "cma":
+            return self._reachable(sock, "cma", hello)
+        with self._lock:
+            if self._closed:
+                return "the engine is closing"
+            if hello.rail < 0:
+                if hello.link_id in self._pending or not 1 <= hello.num_rails <= 64:
+                    return f"a link of {hello.num_rails} rails, or one that exists already"
+                deadline_s = time.monotonic() + HANDSHAKE_TIMEOUT_S
+                self._pending[hello.link_id] = _Pending(sock, hello, {}, deadline_s)
+                return ""
+            pending = self._pending.get(hello.link_id)
+            if (
+                pending is None
+                or pending.hello.identity != hello.identity
+                or not 0 <= hello.rail < pending.hello.num_rails
+                or hello.rail in pending.rails
+            ):
+                return f"rail {hello.rail} belongs to no link that is being opened"
+            pending.rails[hello.rail] = sock
+        return ""
+
+    def _assemble(self, link_id: str) -> None:
+        """Opens a tcp link once its last rail is there."""
+        with self._lock:
+            pending = self._pending.get(link_id)
+            if pending is None or len(pending.rails) < pending.hello.num_rails:
+                return
+            del self._pending[link_id]
+        rails = [sock for _, sock in sorted(pending.rails.items())]
+        self._open(pending.control, pending.hello.identity, "tcp", rails)
+
+    # Housekeeping.
+
+    def _check_open(self, operation: str) -> None:
+        if self._closed:
+            raise LinkClosed("the engine is closed: make another", operation=operation)
+
+    def _tick(self, now: float) -> None:
+        asleep_s = now - self._ticked_s - TICK_S
+        self._ticked_s = now
+        with self._lock:
+            links = list(self._links)
+            late = [i for i, p in self._pending.items() if now > p.deadline_s]
+            stale = [self._pending.pop(link_id) for link_id in late]
+        for entry in stale:
+            _close_all([entry.control, *entry.rails.values()])
+        for ticket in self._core.counters.tickets():
+            if ticket.deadline_s is not None and now > ticket.deadline_s:
+                ticket._expire()
+        for link in links:
+            if asleep_s > 0.5:
+                link.forgive(asleep_s)
+            link.tick(now)
+
+    def _forget(self, link: Link) -> None:
+        with self._lock:
+            if link in self._links:
+                self._links.remove(link)
+
+    def _revoke(self, region_id: int, deadline_s: float) -> None:
+        for link in self.links:
+            link.revoke(region_id, deadline_s)
+
+
+def _dial(name: str, address: EngineAddress, timeout_s: float) -> socket.socket:
+    if name == "cma":
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(timeout_s)
+            sock.connect(f"\0{address.unix_name}")
+        except OSError:
+            sock.close()
+            raise
+        return sock
+    sock = socket.create_connection((address.tcp_host, address.tcp_port), timeout_s)
+    tcp.tune(sock)
+    return sock
+
+
+def _close_all(socks: Iterable[socket.socket]) -> None:
+    for sock in socks:
+        sock.close()

@@ -1,0 +1,51 @@
+"""A plan bound to memory: this engine's registered cache at one end, a peer's at the other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import iovec
+from .plan import Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+    from .memory import CacheDescriptor, RegisteredCache
+    from .plan import BlockIds
+
+
+class TransferPlan:
+    """How blocks move between a registered cache and a peer's. Make it once, use it for ever.
+
+    Attributes:
+        local, remote: the two caches.
+        writes: True if the local one is the source.
+        plan: the pure plan between the two layouts.
+    """
+
+    def __init__(self, local: RegisteredCache, remote: CacheDescriptor, *, writes: bool) -> None:
+        self.local = local
+        self.remote = remote
+        self.writes = writes
+        pair = (local.layout, remote.layout)
+        self.plan = Plan(*pair) if writes else Plan(*reversed(pair))
+        self._addresses = np.array([region.address for region in local.regions], np.int64)
+
+    def nbytes(self, num_blocks: int, *, layers: Sequence[int] | None = None) -> int:
+        """Bytes that `num_blocks` blocks take: what the receiver must expect."""
+        return self.plan.nbytes(num_blocks, layers=layers)
+
+    def pieces(
+        self, src_block_ids: BlockIds, dst_block_ids: BlockIds, layers: Sequence[int] | None
+    ) -> tuple[iovec.Iovec, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Local iovec, remote region positions and remote offsets of every piece."""
+        pieces = self.plan.pieces(src_block_ids, dst_block_ids, layers=layers)
+        here, here_offset = pieces.src_region, pieces.src_offset
+        there, there_offset = pieces.dst_region, pieces.dst_offset
+        if not self.writes:
+            here, here_offset, there, there_offset = there, there_offset, here, here_offset
+        return iovec.make(self._addresses[here] + here_offset, pieces.nbytes), there, there_offset

@@ -1,0 +1,179 @@
+"""The contract of a transport: it moves pieces between regions and never knows what a KV cache is.
+
+A transport gives each link a `DataPath`. The link checks ranges and keys, makes a `Transfer` and
+hands it to the path; the path moves bytes, begins and ends work on the transfer as it goes, and
+counts arrivals. What every path must keep:
+
+1. `submit` never blocks the caller.
+2. Bytes are visible at the peer before they are counted there.
+3. `Transfer.end` is called for a part only when the source may be reused and the bytes are placed.
+4. After `halt` has called back, no thread of this process touches any memory through the path.
+5. Nothing is written outside a registered region.
+"""
+
+from __future__ import annotations
+
+import abc
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy.typing as npt
+
+    from ..errors import EngineError
+    from ..iovec import Iovec
+    from ..memory import MemoryRegion, RegionDescriptor
+    from ..tickets import Ticket
+    from ..wire import LinkMessage
+
+
+class Availability(NamedTuple):
+    """Whether a transport works on this machine, and why not."""
+
+    ok: bool
+    reason: str
+
+
+class Transfer:
+    """One write or read on its way, and who still touches its memory.
+
+    Its ticket ends when no thread works on it any more: well when all bytes are placed, or with the
+    first error. A stopped transfer begins no further work (invariant 2: a source block is not
+    reused before every read from it has completed).
+    """
+
+    __slots__ = (
+        "_active",
+        "_error",
+        "_lock",
+        "_on_end",
+        "_placed_nbytes",
+        "id",
+        "imm",
+        "local",
+        "local_regions",
+        "nbytes",
+        "on_placed",
+        "remote_index",
+        "remote_offset",
+        "remote_regions",
+        "ticket",
+        "total_nbytes",
+        "write",
+    )
+
+    def __init__(
+        self,
+        number: int,
+        *,
+        write: bool,
+        local: Iovec,
+        local_regions: tuple[MemoryRegion, ...],
+        remote_regions: tuple[RegionDescriptor, ...],
+        remote_index: npt.NDArray[np.int64],
+        remote_offset: npt.NDArray[np.int64],
+        imm: int | None,
+        ticket: Ticket,
+        on_end: Callable[[Transfer], None],
+    ) -> None:
+        self.id = number
+        self.write = write
+        self.local = local
+        self.nbytes = local[:, 1].astype(np.int64)
+        self.local_regions = local_regions
+        self.remote_regions = remote_regions
+        self.remote_index = remote_index
+        self.remote_offset = remote_offset
+        self.total_nbytes = int(self.nbytes.sum())
+        self.imm = imm
+        self.ticket = ticket
+        self.on_placed: Callable[[], None] | None = None  # once, before the ticket ends well
+        self._on_end = on_end
+        self._lock = threading.Lock()
+        self._active = 0
+        self._placed_nbytes = 0
+        self._error: EngineError | None = None
+
+    @property
+    def stopped(self) -> EngineError | None:
+        """The error it will end with, if it was stopped."""
+        return self._error
+
+    def remote_iovec(self) -> Iovec:
+        """The pieces' virtual addresses in the peer's process."""
+        bases = np.array([region.address for region in self.remote_regions], np.uint64)
+        iov = np.empty((len(self.nbytes), 2), np.uint64)
+        iov[:, 0] = bases[self.remote_index] + self.remote_offset.astype(np.uint64)
+        iov[:, 1] = self.nbytes
+        return iov
+
+    def begin(self) -> bool:
+        """Begins work on some of its memory; False if it was stopped and nothing may begin."""
+        with self._lock:
+            if self._error is not None:
+                return False
+            self._active += 1
+            return True
+
+    def end(self, nbytes: int) -> None:
+        """Ends work that was begun; `nbytes` bytes are placed."""
+        with self._lock:
+            self._active -= 1
+            self._placed_nbytes += nbytes
+            error = self._error
+            if error is None and self._placed_nbytes < self.total_nbytes:
+                return
+            if self._active:
+                return
+        if error is None and self.on_placed is not None:
+            self.on_placed()
+        self._conclude(error)
+
+    def stop(self, error: EngineError) -> None:
+        """Begins nothing more; ends with `error` once nobody works on it."""
+        with self._lock:
+            if self._error is None:
+                self._error = error
+            if self._active:
+                return
+        self._conclude(self._error)
+
+    def abandon(self, error: EngineError) -> None:
+        """Ends now: the caller knows that every thread of the path has left."""
+        with self._lock:
+            self._error = self._error or error
+            self._active = 0
+        self._conclude(self._error)
+
+    def _conclude(self, error: EngineError | None) -> None:
+        self._on_end(self)
+        if error is None:
+            self.ticket._finish(self.total_nbytes)
+        else:
+            self.ticket._fail(error)
+
+
+class DataPath(abc.ABC):
+    """One link's bulk data, over one transport."""
+
+    peer_reaches_memory = False
+    """Whether the peer can touch this process's memory without this process's help."""
+
+    def start(self) -> None:  # noqa: B027 - most paths have no threads of their own
+        """Starts what the path needs; called once, when the link is known to the engine."""
+
+    @abc.abstractmethod
+    def submit(self, transfer: Transfer) -> None:
+        """Starts a transfer. Never blocks; errors end the transfer."""
+
+    @abc.abstractmethod
+    def handle(self, message: LinkMessage) -> bool:
+        """Handles a control message on the progress thread; False if it is not this path's."""
+
+    @abc.abstractmethod
+    def halt(self, halted: Callable[[], None]) -> None:
+        """Stops all work, then calls `halted` once, from any thread. Never blocks."""

@@ -1,0 +1,165 @@
+"""Messages on a link's control channel: small, typed, length-prefixed MessagePack.
+
+Bulk data never passes here. One message a transfer, not one a block.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from .errors import ProtocolError
+
+LINK_VERSION = 1
+LENGTH_NBYTES = 4
+MAX_MESSAGE_NBYTES = 1 << 20
+
+
+class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="t"):
+    pass
+
+
+class Heartbeat(_Message, frozen=True, tag="hb"):
+    """I am alive."""
+
+
+class Arrived(_Message, frozen=True, tag="arrived"):
+    """Bytes that I wrote into your memory are visible there: count them under `imm`."""
+
+    imm: int
+    nbytes: int
+    writes: int
+
+
+class Acknowledge(_Message, frozen=True, tag="ack"):
+    """These bytes of your transfer are placed and counted."""
+
+    transfer: int
+    nbytes: int
+
+
+class Refuse(_Message, frozen=True, tag="refuse"):
+    """A part of your transfer is refused or failed here.
+
+    `error` names the class of `engine.errors`; `first` is the refused `ReadRequest`'s.
+    """
+
+    transfer: int
+    error: str
+    reason: str
+    first: int = 0
+
+
+class ReadRequest(_Message, frozen=True, tag="read"):
+    """Send me these pieces of your memory, as the pieces from `first` on of my transfer."""
+
+    transfer: int
+    first: int
+    regions: bytes
+    pieces: bytes
+
+
+class Check(_Message, frozen=True, tag="check"):
+    """Compute the checksum of these pieces of your memory.
+
+    With `count`, compare it with `crc` and count `nbytes` under `imm` if they agree.
+    """
+
+    transfer: int
+    chunk: int
+    regions: bytes
+    pieces: bytes
+    count: bool
+    crc: int
+    imm: int | None
+    nbytes: int
+
+
+class Checked(_Message, frozen=True, tag="checked"):
+    """The checksum that was asked for."""
+
+    transfer: int
+    chunk: int
+    crc: int
+
+
+class Abort(_Message, frozen=True, tag="abort"):
+    """I gave up on this imm: its counter will never reach the total."""
+
+    imm: int
+    reason: str
+
+
+class Revoke(_Message, frozen=True, tag="revoke"):
+    """Stop using this region of mine."""
+
+    region: int
+
+
+class Revoked(_Message, frozen=True, tag="revoked"):
+    """I have stopped using that region of yours."""
+
+    region: int
+
+
+class Bye(_Message, frozen=True, tag="bye"):
+    """I am closing this link; an error's text if something went wrong."""
+
+    reason: str
+
+
+class ByeToo(_Message, frozen=True, tag="byetoo"):
+    """I have stopped all access to your memory over this link."""
+
+
+LinkMessage = (
+    Heartbeat
+    | Arrived
+    | Acknowledge
+    | Refuse
+    | ReadRequest
+    | Check
+    | Checked
+    | Abort
+    | Revoke
+    | Revoked
+    | Bye
+    | ByeToo
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[LinkMessage] = msgspec.msgpack.Decoder(LinkMessage)
+
+
+def encode(message: LinkMessage) -> bytes:
+    """One message with its length in front."""
+    body = _encoder.encode(message)
+    return len(body).to_bytes(LENGTH_NBYTES, "little") + body
+
+
+def decode_all(buffer: bytearray) -> list[LinkMessage]:
+    """Takes every complete message out of `buffer`.
+
+    Raises:
+        ProtocolError: a length or a message is not of this protocol.
+    """
+    messages: list[LinkMessage] = []
+    start = 0
+    while len(buffer) - start >= LENGTH_NBYTES:
+        size = int.from_bytes(buffer[start : start + LENGTH_NBYTES], "little")
+        if not 0 < size <= MAX_MESSAGE_NBYTES:
+            raise ProtocolError(
+                f"a control message of {size} bytes is not between 1 and {MAX_MESSAGE_NBYTES}",
+                operation="receive",
+            )
+        if len(buffer) - start - LENGTH_NBYTES < size:
+            break
+        body = bytes(buffer[start + LENGTH_NBYTES : start + LENGTH_NBYTES + size])
+        try:
+            messages.append(_decoder.decode(body))
+        except msgspec.MsgspecError as error:
+            raise ProtocolError(
+                f"a control message does not decode: {error}", operation="receive"
+            ) from error
+        start += LENGTH_NBYTES + size
+    del buffer[:start]
+    return messages
