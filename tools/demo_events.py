@@ -111,9 +111,10 @@ Event = Started | Ready | Skipped | Prefilled | Received | Step | Generated | Fi
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where the prefill process's agents are, by transport."""
+    """Where the prefill process's agents are, by transport, and why some are missing."""
 
     agents: dict[str, str]
+    unavailable: dict[str, str]
 
 
 @dataclass(frozen=True)

@@ -135,16 +135,20 @@ class Collector:
 
     def table(self) -> Table:
         """A row a transport, for people."""
-        table = Table(title="KV cache handed from process to process", box=SIMPLE_HEAD)
-        table.add_column("transport")
+        table = Table(
+            title="KV cache handed from process to process; p50 and p99 of one handoff",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
+        table.add_column("transport", no_wrap=True)
         for heading in (
             "requests",
             "tokens\ncompared",
             "mis-\nmatches",
             "MB",
             "GB/s",
-            "handoff\np50 ms",
-            "handoff\np99 ms",
+            "p50\nms",
+            "p99\nms",
             "share of\nprefill",
         ):
             table.add_column(heading, justify="right", no_wrap=True)
@@ -154,7 +158,7 @@ class Collector:
                 str(result.requests),
                 f"{result.tokens_compared:,}",
                 f"[bold red]{result.mismatches:,}[/]" if result.mismatches else "[green]0[/]",
-                f"{result.nbytes / 1e6:.1f}",
+                f"{result.nbytes / 1e6:,.1f}",
                 f"{result.gb_per_s:.2f}",
                 f"{result.p50_ms:.2f}",
                 f"{result.p99_ms:.2f}",

@@ -17,7 +17,7 @@ import os
 import signal
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kvferry.tools.demo_events import (
     Addresses,
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from kvferry.tools.demo_events import Options
     from kvferry.tools.demo_pool import FragmentedPool
 
+    Role = Literal["prefill", "decode"]
+
 
 class PeerGone(RuntimeError):
     """The other worker closed its pipe or stayed silent."""
@@ -59,7 +61,7 @@ def run_decode(options: Options, parent: Connection, peer: Connection) -> None:
 
 
 def _run(
-    role: str,
+    role: Role,
     body: Callable[[Options, Connection, Connection], None],
     options: Options,
     parent: Connection,
@@ -98,9 +100,9 @@ def _prefill(options: Options, parent: Connection, peer: Connection) -> None:
     prompts = demo_model.make_prompts(options.num_prompts)
     batches = demo_model.batches(options.num_prompts)
     pool = _make_pool(model, max(_num_blocks(prompts, batch) for batch in batches), seed=1)
-    agents = _make_agents("prefill", options, pool)
+    agents, unavailable = _make_agents("prefill", options, pool)
     parent.send(Ready("prefill"))
-    peer.send(Addresses({name: agent.address for name, agent in agents.items()}))
+    peer.send(Addresses({name: agent.address for name, agent in agents.items()}, unavailable))
     transports = _receive(peer, Connected, options).transports
 
     for batch in batches:
@@ -139,9 +141,13 @@ def _decode(options: Options, parent: Connection, peer: Connection) -> None:
     model = demo_model.make_model()
     prompts = demo_model.make_prompts(options.num_prompts)
     pool = _make_pool(model, _num_blocks(prompts, range(len(prompts) - 1, len(prompts))), seed=2)
-    agents = _make_agents("decode", options, pool)
+    agents, unavailable = _make_agents("decode", options, pool)
     parent.send(Ready("decode"))
-    peers = _connect(agents, _receive(peer, Addresses, options), options, parent)
+    addresses: Addresses = _receive(peer, Addresses, options)
+    peers = _connect(agents, addresses, unavailable, options)
+    unavailable.update(addresses.unavailable)
+    for name, reason in unavailable.items():
+        parent.send(Skipped(name, reason))
     peer.send(Connected(tuple(peers)))
     layer = model.config.num_hidden_layers // 2
 
@@ -194,39 +200,61 @@ def _generate(
     parent.send(Generated(path, dict(zip(batch, tokens, strict=True))))
 
 
+def _make_agents(
+    role: Role, options: Options, pool: FragmentedPool
+) -> tuple[dict[str, Agent], dict[str, str]]:
+    """An agent for each transport, all of them on the one pool; and why some have none."""
+    from kvferry.adapters.agent import Agent
+
+    from kvferry.engine.errors import TransportUnavailable
+
+    agents, unavailable = {}, {}
+    for name in options.transports:
+        try:
+            agents[name] = Agent(
+                name=f"{role}-{name}",
+                role=role,
+                layout=pool.layout,
+                tensors=pool.tensors,
+                transports=(name,),
+            )
+        except TransportUnavailable as error:
+            if not options.skip_unavailable:
+                raise
+            unavailable[name] = error.message
+    return agents, unavailable
+
+
 def _connect(
-    agents: dict[str, Agent], addresses: Addresses, options: Options, parent: Connection
+    agents: dict[str, Agent],
+    addresses: Addresses,
+    unavailable: dict[str, str],
+    options: Options,
 ) -> dict[str, str]:
-    """Connects each agent to its peer: the peer's name by transport, of those that work."""
+    """Connects agents to their peers: the peer's name by transport, of those that work.
+
+    Adds to `unavailable` those that do not.
+
+    Raises:
+        TransportUnavailable: a transport that was asked for, or every one, does not work.
+    """
     from kvferry.engine.errors import TransportUnavailable
 
     peers = {}
     for name, agent in agents.items():
+        if name not in addresses.agents:
+            continue
         try:
             peers[name] = agent.connect(addresses.agents[name])
         except TransportUnavailable as error:
             if not options.skip_unavailable:
                 raise
-            parent.send(Skipped(name, error.message))
+            unavailable[name] = error.message
     if not peers:
-        raise TransportUnavailable(f"none of {', '.join(agents)} works on this machine")
-    return peers
-
-
-def _make_agents(role: Any, options: Options, pool: FragmentedPool) -> dict[str, Agent]:
-    """An agent for each transport, all of them on the one pool."""
-    from kvferry.adapters.agent import Agent
-
-    return {
-        name: Agent(
-            name=f"{role}-{name}",
-            role=role,
-            layout=pool.layout,
-            tensors=pool.tensors,
-            transports=(name,),
+        raise TransportUnavailable(
+            "; ".join(f"{name}: {why}" for name, why in unavailable.items()), operation="connect"
         )
-        for name in options.transports
-    }
+    return peers
 
 
 def _make_pool(model: Any, blocks_in_use: int, *, seed: int) -> FragmentedPool:
@@ -262,7 +290,7 @@ def _receive(peer: Connection, kind: Any, options: Options) -> Any:
 
 
 def _finish(
-    role: str, agents: dict[str, Agent], pool: FragmentedPool, parent: Connection
+    role: Role, agents: dict[str, Agent], pool: FragmentedPool, parent: Connection
 ) -> Finished:
     """Closes the agents, looks the pool over, and tells the parent."""
     for agent in agents.values():
