@@ -93,12 +93,13 @@ class Collector:
     def problems(self) -> list[str]:
         """Why the demo has to fail; empty when all is well."""
         found = []
+        note = " (a block was damaged on purpose)" if self.options.corrupt else ""
         results = self.results()
         for result in results:
             if result.mismatches:
                 found.append(
                     f"{result.mismatches} of {result.tokens_compared} tokens over "
-                    f"{result.transport} differ from the reference"
+                    f"{result.transport} differ from the reference{note}"
                 )
             if result.requests != self.options.num_prompts:
                 found.append(
