@@ -251,6 +251,20 @@ class Link:
             self.core.counters.fail(imm, error, remember=True)
         self.send(wire.Refuse(transfer, type(error).__name__, error.message))
 
+    def refusal(self, transfer: Transfer, error: str, reason: str) -> EngineError:
+        """The error for a transfer that the peer refused with an error of this class name."""
+        kind = {
+            "ChecksumMismatch": errors.ChecksumMismatch,
+            "RegionGone": RegionGone,
+            "OutOfRange": errors.OutOfRange,
+        }.get(error, RegionRefused)
+        return kind(
+            f"the peer refused: {reason}",
+            operation=transfer.ticket.operation,
+            peer=self.peer.name,
+            imm=transfer.imm,
+        )
+
     def fail(self, error: EngineError) -> None:
         """Takes the link down because of `error`."""
         error.peer = error.peer or self.peer.name
@@ -608,22 +622,9 @@ class Link:
 
     def _refused(self, message: wire.Refuse) -> None:
         transfer = self._transfers.get(message.transfer)
-        if transfer is None:
-            return
-        kind = {
-            "ChecksumMismatch": errors.ChecksumMismatch,
-            "RegionGone": RegionGone,
-            "OutOfRange": errors.OutOfRange,
-        }.get(message.error, RegionRefused)
-        transfer.stop(
-            kind(
-                f"the peer refused: {message.reason}",
-                operation=transfer.ticket.operation,
-                peer=self.peer.name,
-                imm=transfer.imm,
-            )
-        )
-        transfer.end(0)
+        if transfer is not None:
+            transfer.stop(self.refusal(transfer, message.error, message.reason))
+            transfer.end(0)
 
     def _revoked(self, region_id: int) -> None:
         """The peer takes a region back: running transfers to it stop, no new one begins."""

@@ -135,12 +135,11 @@ class CmaPath(DataPath):
         for number, part in enumerate(
             iovec.chunks(transfer.nbytes, CHUNK_NBYTES, tables.MAX_PIECES)
         ):
-            task = functools.partial(self._copy, transfer, number, part, remote[part])
-            self._link.core.copiers.run(task)
+            self._run(functools.partial(self._copy, transfer, number, part, remote[part]))
 
     def handle(self, message: LinkMessage) -> bool:
         if isinstance(message, Check):
-            self._link.core.copiers.run(functools.partial(self._check, message))
+            self._run(functools.partial(self._check, message))
         elif isinstance(message, Checked):
             self._checked(message)
         elif isinstance(message, Acknowledge):
@@ -151,6 +150,10 @@ class CmaPath(DataPath):
             return False
         return True
 
+    def _run(self, task: Callable[[], None]) -> None:
+        """Runs `task` on a copier, unless the path has been halted by then."""
+        self._link.core.copiers.run(functools.partial(self._guarded, task))
+
     def halt(self, halted: Callable[[], None]) -> None:
         with self._lock:
             self._halted = halted
@@ -158,46 +161,38 @@ class CmaPath(DataPath):
                 return
         halted()
 
-    def _enter(self) -> bool:
+    def _guarded(self, task: Callable[[], None]) -> None:
         with self._lock:
             if self._halted is not None:
-                return False
+                return
             self._running += 1
-            return True
-
-    def _leave(self) -> None:
-        with self._lock:
-            self._running -= 1
-            halted = self._halted if not self._running else None
-        if halted is not None:
-            halted()
+        try:
+            task()
+        finally:
+            with self._lock:
+                self._running -= 1
+                halted = self._halted if not self._running else None
+            if halted is not None:
+                halted()
 
     def _copy(self, transfer: Transfer, number: int, part: slice, remote: iovec.Iovec) -> None:
-        if not self._enter():
+        if not transfer.begin():
             return
+        nbytes = int(transfer.nbytes[part].sum())
         try:
-            if not transfer.begin():
-                return
-            nbytes = int(transfer.nbytes[part].sum())
-            try:
-                iovec.process_vm(
-                    self._pid, transfer.local[part].copy(), remote, write=transfer.write
-                )
-            except OSError as error:
-                transfer.stop(self._error(error, transfer))
-                transfer.end(0)
-                return
-            if self._link.core.verify:
-                self._ask_check(transfer, number, part, nbytes)
-            else:
-                transfer.end(nbytes)
-        finally:
-            self._leave()
+            iovec.process_vm(self._pid, transfer.local[part].copy(), remote, write=transfer.write)
+        except OSError as error:
+            transfer.stop(self._error(error, transfer))
+            transfer.end(0)
+            return
+        if self._link.core.verify:
+            self._ask_check(transfer, number, part, nbytes)
+        else:
+            transfer.end(nbytes)
 
     def _count(self, imm: int, transfer: Transfer) -> None:
-        """Counts a write that is placed; its bytes were counted before if they were verified."""
-        nbytes = 0 if self._link.core.verify else transfer.total_nbytes
-        self._link.send(Arrived(imm, nbytes, 1))
+        """Counts a write that is placed; the peer has counted the bytes that it verified."""
+        self._link.send(Arrived(imm, 0 if self._link.core.verify else transfer.total_nbytes, 1))
 
     def _error(self, error: OSError, transfer: Transfer) -> EngineError:
         peer, operation = self._link.peer.name, transfer.ticket.operation
@@ -240,12 +235,15 @@ class CmaPath(DataPath):
     def _check(self, ask: Check) -> None:
         """The peer's side: computes a checksum over this process's memory."""
         link = self._link
-        if not self._enter():
-            return
         try:
             admitted = tables.admit(link.core.regions, ask.regions, ask.pieces)
             crc = iovec.checksum(admitted.iov)
             admitted.release()
+        except LinkError as error:
+            link.fail(error)
+        except EngineError as error:
+            link.send(Refuse(ask.transfer, type(error).__name__, error.message))
+        else:
             if not ask.count:
                 link.send(Checked(ask.transfer, ask.chunk, crc))
             elif crc == ask.crc:
@@ -254,12 +252,6 @@ class CmaPath(DataPath):
                 link.send(Acknowledge(ask.transfer, ask.nbytes))
             else:
                 link.reject(ask.transfer, ask.imm, checksum_mismatch(link.peer.name, ask.imm))
-        except LinkError as error:
-            link.fail(error)
-        except EngineError as error:
-            link.send(Refuse(ask.transfer, type(error).__name__, error.message))
-        finally:
-            self._leave()
 
     def _checked(self, answer: Checked) -> None:
         with self._lock:
