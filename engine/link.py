@@ -12,7 +12,7 @@ import os
 import select
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,8 +28,9 @@ from .errors import (
     RegionGone,
     RegionRefused,
 )
-from .memory import check_ranges
+from .memory import RegionDescriptor, check_ranges
 from .tickets import Ticket
+from .transfer_plan import check_block_ids
 from .transports.base import DataPath, Transfer
 
 if TYPE_CHECKING:
@@ -37,10 +38,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
+    import torch
 
     from .core import EngineCore
     from .handshake import Identity
-    from .memory import MemoryRegion, RegionDescriptor
+    from .memory import MemoryRegion
     from .plan import BlockIds
     from .transfer_plan import TransferPlan
     from .wire import LinkMessage
@@ -53,6 +55,7 @@ SUSPICION_S = 0.08  # a closed socket without goodbye: how long the cause is loo
 BUSY_PEER_S = 10.0  # how long a live process on this host may be too busy to answer
 MAX_UNSENT_NBYTES = 16 << 20
 DEFAULT_TIMEOUT_S = 30.0
+_NO_PIECES = np.zeros(0, np.int64)
 
 
 class Link:
@@ -63,7 +66,7 @@ class Link:
 
     Attributes:
         peer: who is at the other end.
-        transport: `cma` or `tcp`.
+        transport: `cuda_ipc`, `cma` or `tcp`.
         quiesced: a ticket that ends well once the peer can no longer reach this process's memory
             over this link: it said goodbye, its sockets are down, or its process is gone.
     """
@@ -179,20 +182,25 @@ class Link:
         *,
         imm: int | None = None,
         layers: Sequence[int] | None = None,
+        stream: torch.cuda.Stream | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Ticket:
         """Writes blocks of this engine's cache into blocks of the peer's.
 
         Args:
             plan: from `TransferEngine.plan(mine, theirs)`.
-            src_block_ids, dst_block_ids: equally many; see `Plan.pieces`.
+            src_block_ids, dst_block_ids: equally many; see `Plan.pieces`. Over `cuda_ipc` also
+                int32 or int64 tensors on the GPU, which the kernel checks instead.
             layers: global layer indices; all if None.
+            stream: for GPU memory, the stream whose work so far comes first (the compute that made
+                the blocks); the device's current one if None. The host waits for nothing.
             imm, timeout_s: as for `write`.
 
         Raises:
             BlockOutOfRange, OverlappingBlocks, PlanError: the ids; and as for `write`.
         """
-        return self._blocks("write", plan, src_block_ids, dst_block_ids, imm, layers, timeout_s)
+        ids = (src_block_ids, dst_block_ids)
+        return self._blocks("write", plan, ids, imm, layers, stream, timeout_s)
 
     def read_blocks(
         self,
@@ -201,13 +209,15 @@ class Link:
         dst_block_ids: BlockIds,
         *,
         layers: Sequence[int] | None = None,
+        stream: torch.cuda.Stream | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Ticket:
         """Reads blocks of the peer's cache into blocks of this engine's.
 
         As `write_blocks`, with a plan from `TransferEngine.plan(theirs, mine)`.
         """
-        return self._blocks("read", plan, src_block_ids, dst_block_ids, None, layers, timeout_s)
+        ids = (src_block_ids, dst_block_ids)
+        return self._blocks("read", plan, ids, None, layers, stream, timeout_s)
 
     def abort(self, imm: int, reason: str) -> None:
         """Tells the peer that this imm's counter will never reach its total."""
@@ -402,10 +412,10 @@ class Link:
         self,
         operation: str,
         plan: TransferPlan,
-        src_block_ids: BlockIds,
-        dst_block_ids: BlockIds,
+        ids: tuple[Any, Any],
         imm: int | None,
         layers: Sequence[int] | None,
+        stream: torch.cuda.Stream | None,
         timeout_s: float,
     ) -> Ticket:
         if plan.writes != (operation == "write"):
@@ -415,7 +425,28 @@ class Link:
                 operation=operation,
                 peer=self.peer.name,
             )
-        local, index, offsets = plan.pieces(src_block_ids, dst_block_ids, layers)
+        if self._path.takes_blocks(plan):
+            ids = check_block_ids(plan, *ids)
+            nbytes = plan.nbytes(len(ids[1]), layers=layers)
+            return self._submit(
+                operation,
+                plan.local.regions,
+                np.zeros((0, 2), np.uint64),
+                plan.remote.regions,
+                _NO_PIECES,
+                _NO_PIECES,
+                imm,
+                timeout_s,
+                lambda transfer: self._path.submit_blocks(transfer, plan, *ids, layers, stream),
+                nbytes,
+            )
+        if stream is not None:
+            raise PlanError(
+                "stream= orders GPU memory, but this plan's cache is host memory",
+                operation=operation,
+                peer=self.peer.name,
+            )
+        local, index, offsets = plan.pieces(*ids, layers)
         return self._submit(
             operation,
             plan.local.regions,
@@ -437,12 +468,24 @@ class Link:
         remote_offset: npt.NDArray[np.int64],
         imm: int | None,
         timeout_s: float,
+        start: Callable[[Transfer], None] | None = None,
+        nbytes: int | None = None,
     ) -> Ticket:
+        """Checks and begins a transfer of pieces, or of `nbytes` bytes that `start` begins."""
         name = self.peer.name
         if imm is not None and not 0 <= imm < 1 << 32:
             raise errors.OutOfRange(
                 f"imm {imm} is not a 32-bit number", operation=operation, peer=name
             )
+        for one in (*local_regions, *remote_regions):
+            kind = one.kind if isinstance(one, RegionDescriptor) else one.descriptor.kind
+            if kind not in self._path.kinds:
+                raise NotRegistered(
+                    f"region {one.region_id} is {kind} memory, which a {self.transport} link does "
+                    "not move: register GPU memory before connect(), or name the transport",
+                    operation=operation,
+                    peer=name,
+                )
         for region in remote_regions:
             if region.engine_id != self.peer.engine_id:
                 raise NotRegistered(
@@ -477,6 +520,8 @@ class Link:
             on_end=self._ended,
         )
         ticket._stop_hook = transfer.stop
+        if nbytes is not None:
+            transfer.total_nbytes = nbytes
         acquired = 0
         try:
             for mine in local_regions:
@@ -490,7 +535,15 @@ class Link:
             for mine in local_regions[:acquired]:
                 mine.release()
             raise
-        self._path.submit(transfer)
+        gone = self._revoked_here & {region.region_id for region in remote_regions}
+        if gone:  # since the check above: the peer is told that we stopped once this has ended
+            transfer.stop(
+                RegionGone(
+                    f"the peer has deregistered region {min(gone)}", operation=operation, peer=name
+                )
+            )
+        else:
+            (start or self._path.submit)(transfer)
         return ticket
 
     def _down_error(self, operation: str) -> EngineError:
@@ -649,6 +702,7 @@ class Link:
         for transfer in list(self._transfers.values()):
             if any(region.region_id == region_id for region in transfer.remote_regions):
                 return
+        self._path.forget(region_id)
         self.send(wire.Revoked(region_id))
 
     # Going down.

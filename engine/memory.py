@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from .cuda_memory import CudaMemory, export_tensor
 from .errors import DeadlineExceeded, LayoutError, NotRegistered, OutOfRange, RegionGone
 from .layout import KVLayout  # noqa: TC001 - msgspec reads it at run time
 
@@ -39,7 +40,8 @@ class RegionDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         key: 128 random bits; without them every access is refused.
         address: virtual address in the owning process.
         nbytes: size.
-        kind: `host` for memory of the process.
+        kind: `host` for memory of the process, `cuda` for memory of a GPU.
+        cuda: for GPU memory, what a peer needs to map it.
     """
 
     engine_id: str
@@ -48,6 +50,7 @@ class RegionDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     address: int
     nbytes: int
     kind: str = "host"
+    cuda: CudaMemory | None = None
 
 
 class CacheDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -92,6 +95,10 @@ class MemoryRegion:
     """One stretch of this process's memory that transfers may touch.
 
     Holds its memory until `deregister()`. Usable as a context manager. Thread-safe.
+
+    Attributes:
+        address, nbytes: where it is and how large.
+        device: index of its GPU in this process; -1 for host memory.
     """
 
     def __init__(self, table: RegionTable, region_id: int, memory: _Memory) -> None:
@@ -105,7 +112,10 @@ class MemoryRegion:
             key=secrets.token_bytes(KEY_NBYTES),
             address=memory.address,
             nbytes=memory.nbytes,
+            kind="host" if memory.device < 0 else "cuda",
+            cuda=memory.cuda,
         )
+        self.device = memory.device
         self._uses = 0
         self._closing = False
         self._idle = threading.Condition()
@@ -204,14 +214,19 @@ class RegionTable:
         self._regions: dict[int, MemoryRegion] = {}
         self._ids = itertools.count(1)
         self._revokers: list[Callable[[int, float], None]] = []
+        # Handle and address of the engine's counters on a GPU.
+        self.counters_on: Callable[[int], tuple[bytes, int]] = lambda _: (b"", 0)
 
     def register(self, memory: Any) -> MemoryRegion:
-        """Registers a CPU tensor, a NumPy array or a writable buffer.
+        """Registers a CPU or CUDA tensor, a NumPy array or a writable buffer.
 
         Raises:
             NotRegistered: it is not memory that this engine can register; says why.
         """
         described = _Memory(memory)
+        if described.device >= 0:
+            counters = self.counters_on(described.device)
+            described.cuda = export_tensor(described.device, described.address, *counters)
         with self._lock:
             region = MemoryRegion(self, next(self._ids), described)
             self._regions[region.region_id] = region
@@ -312,6 +327,8 @@ class _Memory:
 
     def __init__(self, memory: Any) -> None:
         torch = sys.modules.get("torch")
+        self.device = -1
+        self.cuda: CudaMemory | None = None
         self._storage: Any = None
         if torch is not None and isinstance(memory, torch.Tensor):
             self._from_tensor(memory)
@@ -321,12 +338,14 @@ class _Memory:
             raise NotRegistered("an empty tensor cannot be registered", operation="register")
 
     def _from_tensor(self, tensor: Any) -> None:
-        if tensor.device.type != "cpu":
+        if tensor.device.type not in ("cpu", "cuda"):
             raise NotRegistered(
                 f"a tensor on {tensor.device} cannot be registered: the transports of this engine "
-                "move host memory",
+                "move host memory and CUDA memory",
                 operation="register",
             )
+        if tensor.device.type == "cuda":
+            self.device = int(tensor.device.index)
         if tensor.layout is not sys.modules["torch"].strided:
             raise NotRegistered(
                 f"a {tensor.layout} tensor cannot be registered: make it dense",
@@ -344,7 +363,7 @@ class _Memory:
             array = memory if isinstance(memory, np.ndarray) else np.frombuffer(memory, np.uint8)
         except (TypeError, ValueError, BufferError) as error:
             raise NotRegistered(
-                f"a {type(memory).__name__} cannot be registered: give a CPU tensor, a NumPy array "
+                f"a {type(memory).__name__} cannot be registered: give a tensor, a NumPy array "
                 "or a writable buffer",
                 operation="register",
             ) from error

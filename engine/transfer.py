@@ -20,6 +20,7 @@ from . import handshake
 from .copiers import Copiers
 from .core import EngineCore
 from .counters import CounterTable
+from .device_counters import DeviceCounters
 from .errors import (
     DeadlineExceeded,
     EngineError,
@@ -33,7 +34,7 @@ from .memory import CacheDescriptor, MemoryRegion, RegionTable, RegisteredCache,
 from .progress import TICK_S, Progress
 from .tickets import Ticket, all_of
 from .transfer_plan import TransferPlan
-from .transports import cma, tcp
+from .transports import cma, cuda_ipc, tcp
 from .wire import LINK_VERSION
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ if TYPE_CHECKING:
     from .memory import RegionDescriptor
     from .transports.base import Availability
 
-TRANSPORTS = ("cma", "tcp")  # in order of preference
+TRANSPORTS = ("cuda_ipc", "cma", "tcp")  # in order of preference
+LOCAL = ("cuda_ipc", "cma")  # between processes of one host, over a Unix socket
 HANDSHAKE_TIMEOUT_S = 5.0
 MAX_HANDSHAKES = 256  # connections that have not proven themselves yet
 
@@ -61,14 +63,16 @@ class TransferEngine:
     """Moves pieces between its registered memory and its peers'.
 
     Args:
-        transports: which to offer, out of `cma` and `tcp`; those that do not work here are left
-            out, and `unavailable` says why.
+        transports: which to offer, out of `cuda_ipc`, `cma` and `tcp`; those that do not work here
+            are left out, and `unavailable` says why.
         host: address to listen on, and to publish unless `advertise_host` is given.
         advertise_host: address that peers should use instead of `host`.
         rails: sockets of a tcp link that this engine opens.
         verify: compare a checksum of every chunk before it is counted. Set it on both ends; costs
             a pass over the bytes at each end.
         peer_timeout_s: silence after which a peer counts as frozen or unreachable.
+        max_programs: programs that a kernel of a transfer between GPUs may use at a time, to leave
+            multiprocessors to a model; no limit if None.
         name: shown in errors and metrics.
 
     Raises:
@@ -86,6 +90,7 @@ class TransferEngine:
         rails: int = tcp.DEFAULT_RAILS,
         verify: bool = False,
         peer_timeout_s: float = 1.5,
+        max_programs: int | None = None,
         name: str = "",
     ) -> None:
         unknown = set(transports) - set(TRANSPORTS)
@@ -131,12 +136,16 @@ class TransferEngine:
             verify=verify,
             peer_timeout_s=peer_timeout_s,
             forget=self._forget,
+            device_counters=DeviceCounters(),
+            max_programs=max_programs,
         )
+        self._core.regions.counters_on = self._core.device_counters.array
         self._core.regions.on_revoke(self._revoke)
         self._listeners: list[socket.socket] = []
         unix_name, tcp_port = "", 0
         if "cma" in self._transports:
             cma.permit_peers()
+        if set(LOCAL) & set(self._transports):
             unix_name = f"kvferry-{engine_id}"
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             listener.bind(f"\0{unix_name}")
@@ -243,7 +252,7 @@ class TransferEngine:
 
     def new_imm(self) -> int:
         """A 32-bit imm that no counter of this engine has had lately."""
-        return self._core.counters.new_imm()
+        return self._core.counters.new_imm(self._core.device_counters.busy)
 
     def expect(
         self,
@@ -278,6 +287,9 @@ class TransferEngine:
             timeout_s=timeout_s,
             peer=",".join(link.peer.name for link in sources),
         )
+        if nbytes:
+            self._core.device_counters.claim(ticket, nbytes)
+        ticket._stream_wait = self._core.device_counters.wait
         for link in sources:
             if link.error is not None and not ticket.done():
                 ticket._fail(link._counter_error(imm))
@@ -307,6 +319,8 @@ class TransferEngine:
         last: EngineError | None = None
         for name in TRANSPORTS if transport is None else (transport,):
             reason = self._mismatch(name, address)
+            if name == "cuda_ipc" and transport is None and not reason:
+                reason = self._no_gpu_memory()
             if reason:
                 reasons.append(f"{name}: {reason}")
                 continue
@@ -403,14 +417,19 @@ class TransferEngine:
                 reachable = True
         if reachable:
             quarantine(self._core.regions.all())
+        self._core.device_counters.close(free=not reachable)
         self._core.copiers.stop()
         self._core.progress.stop()
 
     # Meeting peers.
 
     def _works(self, name: str) -> bool:
-        probe: Callable[[], Availability] = {"cma": cma.probe, "tcp": tcp.probe}[name]
-        ok, reason = probe()
+        probes: dict[str, Callable[[], Availability]] = {
+            "cuda_ipc": cuda_ipc.available,
+            "cma": cma.probe,
+            "tcp": tcp.probe,
+        }
+        ok, reason = probes[name]()
         if not ok:
             self.unavailable[name] = reason
         return ok
@@ -421,7 +440,7 @@ class TransferEngine:
             return f"unknown: use {' or '.join(TRANSPORTS)}"
         if name not in self._transports:
             return self.unavailable.get(name, "not enabled in this engine")
-        if name == "cma":
+        if name in LOCAL:
             if not address.unix_name:
                 return "not enabled in the peer"
             if address.identity.host_id != self._core.identity.host_id:
@@ -429,6 +448,12 @@ class TransferEngine:
         elif not address.tcp_port:
             return "not enabled in the peer"
         return ""
+
+    def _no_gpu_memory(self) -> str:
+        """Why `cuda_ipc` need not be tried, or ""."""
+        if any(region.device >= 0 for region in self._core.regions.all()):
+            return ""
+        return "no GPU memory is registered in this engine yet"
 
     def _connect(self, name: str, address: EngineAddress, timeout_s: float) -> Link:
         link_id = secrets.token_hex(16)
@@ -478,9 +503,10 @@ class TransferEngine:
     def _open(
         self, control: socket.socket, peer: Identity, name: str, rails: list[socket.socket]
     ) -> Link:
-        if name == "cma":
+        if name in LOCAL:
             pid = handshake.peer_pid(control)
-            link = Link(self._core, control, peer, name, lambda link: cma.CmaPath(link, pid))
+            make = cma.CmaPath if name == "cma" else cuda_ipc.CudaIpcPath
+            link = Link(self._core, control, peer, name, lambda link: make(link, pid))
         else:
             link = Link(self._core, control, peer, name, lambda link: tcp.TcpPath(link, rails))
         with self._lock:
@@ -516,8 +542,8 @@ class TransferEngine:
                 (self._probe_word.ctypes.data, self._probe_word.tobytes()),
                 lambda hello: self._admit(sock, unix, hello),
             )
-            if hello.transport == "cma":
-                self._open(sock, hello.identity, "cma", [])
+            if hello.transport in LOCAL:
+                self._open(sock, hello.identity, hello.transport, [])
             else:
                 self._assemble(hello.link_id)
         except EngineError:
@@ -527,10 +553,10 @@ class TransferEngine:
 
     def _admit(self, sock: socket.socket, unix: bool, hello: Hello) -> str:
         """A reason to refuse a client that has proven itself, or "". Files tcp connections."""
-        if hello.transport not in self._transports or unix != (hello.transport == "cma"):
+        if hello.transport not in self._transports or unix != (hello.transport in LOCAL):
             return f"transport {hello.transport!r} is not offered here"
-        if hello.transport == "cma":
-            return self._reachable(sock, "cma", hello)
+        if hello.transport in LOCAL:
+            return self._reachable(sock, hello.transport, hello)
         with self._lock:
             if self._closed:
                 return "the engine is closing"
@@ -588,6 +614,9 @@ class TransferEngine:
         with self._lock:
             if link in self._links:
                 self._links.remove(link)
+            counters = self._core.device_counters
+            if counters.dirty and not self._links and not self._closed:
+                self._core.copiers.run(counters.cleanse)
 
     def _revoke(self, region_id: int, deadline_s: float) -> None:
         for link in self.links:
@@ -595,7 +624,7 @@ class TransferEngine:
 
 
 def _dial(name: str, address: EngineAddress, timeout_s: float) -> socket.socket:
-    if name == "cma":
+    if name in LOCAL:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.settimeout(timeout_s)

@@ -23,11 +23,15 @@ class Heartbeat(_Message, frozen=True, tag="hb"):
 
 
 class Arrived(_Message, frozen=True, tag="arrived"):
-    """Bytes that I wrote into your memory are visible there: count them under `imm`."""
+    """Bytes that I wrote into your memory are visible there: count them under `imm`.
+
+    `device_nbytes` of them have been added to your device counter of that imm already.
+    """
 
     imm: int
     nbytes: int
     writes: int
+    device_nbytes: int = 0
 
 
 class Acknowledge(_Message, frozen=True, tag="ack"):

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import abc
 import threading
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ..iovec import Iovec
     from ..memory import MemoryRegion, RegionDescriptor
     from ..tickets import Ticket
+    from ..transfer_plan import TransferPlan
     from ..wire import LinkMessage
 
 
@@ -163,12 +164,34 @@ class DataPath(abc.ABC):
     peer_reaches_memory = False
     """Whether the peer can touch this process's memory without this process's help."""
 
+    kinds = frozenset({"host"})
+    """The kinds of memory that it moves."""
+
     def start(self) -> None:  # noqa: B027 - most paths have no threads of their own
         """Starts what the path needs; called once, when the link is known to the engine."""
 
     @abc.abstractmethod
     def submit(self, transfer: Transfer) -> None:
         """Starts a transfer. Never blocks; errors end the transfer."""
+
+    def takes_blocks(self, plan: TransferPlan) -> bool:
+        """Whether it moves this plan's blocks by `submit_blocks`, without a list of pieces."""
+        return False
+
+    def submit_blocks(
+        self,
+        transfer: Transfer,
+        plan: TransferPlan,
+        src_block_ids: Any,
+        dst_block_ids: Any,
+        layers: Sequence[int] | None,
+        stream: Any,
+    ) -> None:
+        """Starts a transfer of blocks; the transfer has no pieces. As `submit` otherwise."""
+        raise NotImplementedError
+
+    def forget(self, region_id: int) -> None:  # noqa: B027 - most paths keep nothing of a region
+        """The peer takes a region back and no transfer uses it. Never blocks."""
 
     @abc.abstractmethod
     def handle(self, message: LinkMessage) -> bool:

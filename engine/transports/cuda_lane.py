@@ -1,0 +1,197 @@
+"""A lane: the stream on which one link's transfers of one GPU run, and who waits for it.
+
+Waking a sleeping thread when a GPU gets somewhere costs hundreds of microseconds on some machines,
+a spinning synchronize about five. So the lane's thread sleeps while nothing is in flight, and spins
+in native code, without the interpreter lock, while something is.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..cuda import driver
+from ..errors import BlockOutOfRange, DeviceError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy.typing as npt
+
+    from .base import Transfer
+
+log = logging.getLogger(__name__)
+
+_FEWEST_WORDS = 1 << 10
+
+
+class Scratch:
+    """Pinned words here and as many on the GPU: how ids and tables get there without a wait.
+
+    The host half belongs to its user until the transfer that took it has ended.
+    """
+
+    def __init__(self, device: int, num_words: int) -> None:
+        self.num_words = num_words
+        self._pinned = torch.empty(num_words, dtype=torch.int64, pin_memory=True)
+        self._words: npt.NDArray[np.int64] = self._pinned.numpy()
+        self._device = torch.empty(num_words, dtype=torch.int64, device=device)
+
+    def upload(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        """The rows `[n, m]` on the GPU, on the current stream."""
+        size = rows.size
+        self._words[:size].reshape(rows.shape)[...] = rows
+        there = self._device[:size]
+        there.copy_(self._pinned[:size], non_blocking=True)
+        return there.view(rows.shape)
+
+
+class Launched(NamedTuple):
+    """What must live until the kernels end, and the word in which they flag a bad block id."""
+
+    keep: tuple[Any, ...]
+    bad_ids: torch.Tensor | None = None
+
+
+class _Flight(NamedTuple):
+    event: torch.cuda.Event
+    transfer: Transfer
+    nbytes: int
+    scratch: Scratch | None
+    launched: Launched
+
+
+class Lane:
+    """One stream with a thread that ends transfers. Thread-safe.
+
+    Attributes:
+        device: index of the GPU that runs the kernels.
+        stream: a stream of its own: nobody else's work delays it.
+        state: the launch state of `kernels.signal`, one for the stream.
+    """
+
+    def __init__(self, device: int, name: str) -> None:
+        self.device = device
+        self._raw_stream = driver().new_stream(device)
+        self.stream = torch.cuda.ExternalStream(self._raw_stream, device=device)
+        with torch.cuda.stream(self.stream):
+            self.state = torch.zeros(2, dtype=torch.int32, device=device)
+        self._lock = threading.Lock()
+        self._flights: queue.SimpleQueue[_Flight | None] = queue.SimpleQueue()
+        self._free: dict[int, list[Scratch]] = {}
+        self._events: list[torch.cuda.Event] = []
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name=f"{name}-gpu{device}", daemon=True)
+        self._thread.start()
+
+    def launch(
+        self,
+        transfer: Transfer,
+        nbytes: int,
+        after: torch.cuda.Stream | None,
+        num_words: int,
+        kernels: Callable[[Scratch | None], Launched],
+    ) -> None:
+        """Enqueues a transfer's kernels; the lane's thread ends the transfer once they are done.
+
+        Args:
+            nbytes: that the kernels move.
+            after: a stream whose present work must be done before the kernels read or write.
+            num_words: scratch that they need.
+            kernels: launches them on the current stream.
+        """
+        with self._lock:
+            if self._closed or not transfer.begin():
+                return
+            scratch = None
+            try:
+                if num_words:
+                    scratch = self._take(num_words)
+                if after is not None:
+                    ready = self._event()
+                    ready.record(after)
+                    self.stream.wait_event(ready)
+                    self._events.append(ready)
+                done = self._event()
+                with torch.cuda.stream(self.stream):
+                    launched = kernels(scratch)
+                done.record(self.stream)
+            except Exception as error:  # Triton and torch raise many kinds
+                transfer.stop(
+                    DeviceError(
+                        f"launching on GPU {self.device} failed: {error}",
+                        operation=transfer.ticket.operation,
+                        peer=transfer.ticket.peer,
+                        imm=transfer.imm,
+                    )
+                )
+                transfer.end(0)
+                return
+            self._flights.put(_Flight(done, transfer, nbytes, scratch, launched))
+
+    def close(self) -> None:
+        """Waits until nothing is in flight and ends the thread. Not on the lane's own thread."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._flights.put(None)
+        self._thread.join()
+        driver().destroy_stream(self.device, self._raw_stream)
+
+    def _take(self, num_words: int) -> Scratch:
+        size = max(_FEWEST_WORDS, 1 << (num_words - 1).bit_length())
+        free = self._free.setdefault(size, [])
+        return free.pop() if free else Scratch(self.device, size)
+
+    def _event(self) -> torch.cuda.Event:
+        return self._events.pop() if self._events else torch.cuda.Event()
+
+    def _work(self) -> None:
+        torch.cuda.set_device(self.device)
+        while True:
+            flight = self._flights.get()
+            if flight is None:
+                return
+            try:
+                self._land(flight)
+            except Exception:
+                log.exception("kvferry: ending a GPU transfer failed; please report this")
+
+    def _land(self, flight: _Flight) -> None:
+        transfer, moved = flight.transfer, flight.nbytes
+        ticket = transfer.ticket
+        try:
+            flight.event.synchronize()
+            bad_ids = flight.launched.bad_ids
+            if bad_ids is not None and int(bad_ids):
+                moved = 0
+                transfer.stop(
+                    BlockOutOfRange(
+                        "a block id on the GPU is outside the cache: its block was not moved, and "
+                        "nothing was counted",
+                        operation=ticket.operation,
+                        peer=ticket.peer,
+                        imm=transfer.imm,
+                    )
+                )
+        except RuntimeError as error:
+            moved = 0
+            transfer.stop(
+                DeviceError(
+                    f"GPU {self.device} failed: {error}",
+                    operation=ticket.operation,
+                    peer=ticket.peer,
+                    imm=transfer.imm,
+                )
+            )
+        transfer.end(moved)
+        with self._lock:
+            self._events.append(flight.event)
+            if flight.scratch is not None:
+                self._free[flight.scratch.num_words].append(flight.scratch)
