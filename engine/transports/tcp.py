@@ -2,7 +2,7 @@
 
 A link is one control connection and several rails. Each rail is a blocking socket with a thread
 that sends and a thread that receives: `recvmsg` with MSG_WAITALL fills up to 1,024 pieces in one
-system call, where an epoll loop wakes for every few hundred KiB (decision 0003 has the figures).
+system call, where an epoll loop wakes for every few hundred KiB (decision 0002 has the figures).
 Rails take frames from one queue, so a slow one carries less.
 
 Pieces go to the kernel as an iovec. Only tiny ones pass through `staging.py` first.
