@@ -7,6 +7,7 @@ operation does not use. Offsets are int64 throughout.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,13 +15,14 @@ import torch
 
 from .paged import WIDEST_NBYTES, PagedCache
 from .runtime import jit
-from .tiles import Tuning, default_tuning, plan_tiles
+from .tiles import default_tuning, plan_tiles
 
 if TYPE_CHECKING:
     import triton.language as tl
 
+    from .paged import Geometry
     from .signal import Signal
-    from .tiles import TilePlan
+    from .tiles import Tuning
 else:
     from .runtime import tl
 
@@ -261,9 +263,10 @@ def launch_copy(
     src_geometry, src_bases, src_blocks, src_alignment = _arguments(src)
     dst_geometry, dst_bases, dst_blocks, dst_alignment = _arguments(dst)
     tuning = tuning or default_tuning(nbytes)
-    plan = plan_tiles(src_geometry, dst_geometry, min(src_alignment, dst_alignment), tuning)
-    num_entries = cache.bases.numel()
-    plane_tiles = plan.tiles_per_plane(num_ids)
+    alignment = min(src_alignment, dst_alignment)
+    constants = kernel_constants(src_geometry, dst_geometry, alignment, tuning)
+    num_entries = cache.num_entries
+    plane_tiles = -(-num_ids * constants.block_chunks // constants.chunks)
     if num_entries > _MOST_GRID_Y and max_programs is None:
         max_programs = _MOST_PROGRAMS
     loop = max_programs is not None and max_programs < plane_tiles * num_entries
@@ -282,9 +285,7 @@ def launch_copy(
         num_ids,
         src_blocks,
         dst_blocks,
-        *plan.src,
-        *plan.dst,
-        *constants(plan),
+        *constants.arguments,
         loop,
     )
     device = cache.device
@@ -295,10 +296,23 @@ def launch_copy(
         copy_kernel[grid](*arguments, num_warps=tuning.num_warps)
 
 
-def constants(plan: TilePlan) -> tuple[object, ...]:
-    """The kernel's constants from OUTER to WORD."""
-    word = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}[plan.word_nbytes]
-    return (
+class KernelConstants(NamedTuple):
+    """Chunks of a block of one layer and plane, chunks of a tile, and SRC_BLOCK to WORD."""
+
+    block_chunks: int
+    chunks: int
+    arguments: tuple[object, ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def kernel_constants(
+    src: Geometry | None, dst: Geometry | None, alignment_nbytes: int, tuning: Tuning
+) -> KernelConstants:
+    """The kernel's constants for a pair of sides; None is dense staging."""
+    plan = plan_tiles(src, dst, alignment_nbytes, tuning)
+    arguments = (
+        *plan.src,
+        *plan.dst,
         plan.outer,
         plan.inner,
         plan.piece_words,
@@ -306,11 +320,12 @@ def constants(plan: TilePlan) -> tuple[object, ...]:
         plan.words,
         plan.chunks,
         plan.unit_nbytes,
-        word,
+        {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}[plan.word_nbytes],
     )
+    return KernelConstants(plan.block_chunks, plan.chunks, arguments)
 
 
-def _arguments(side: Side) -> tuple[Any, Any, int, int]:
+def _arguments(side: Side) -> tuple[Geometry | None, torch.Tensor | int, int, int]:
     """Geometry (None if dense), bases, number of blocks, alignment of the dense address."""
     memory = side.memory
     if isinstance(memory, PagedCache):

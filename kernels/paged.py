@@ -88,6 +88,10 @@ class PagedCache:
         self.names = names
         self.views = views
         self.device = bases.device
+        # What every launch asks for, worked out once: a launch takes the host some 10 us.
+        self.num_entries = num_layers * num_planes
+        self._id_nbytes = self.num_entries * geometry.block_plane_nbytes
+        self._elements = geometry.dim_nbytes // dtype.itemsize
 
     @classmethod
     def from_tensors(
@@ -197,13 +201,13 @@ class PagedCache:
 
     def nbytes(self, num_ids: int) -> int:
         """Bytes of `num_ids` blocks of all layers and planes."""
-        return num_ids * self.bases.numel() * self.geometry.block_plane_nbytes
+        return num_ids * self._id_nbytes
 
     def staging_shape(self, num_ids: int) -> tuple[int, int, int, int, int, int]:
         """`[layer, plane, block, outer, inner, dim]`: what staging for `num_ids` blocks holds."""
         shape = self.geometry
-        dim = shape.dim_nbytes // self.dtype.itemsize
-        return (self.num_layers, self.num_planes, num_ids, shape.outer, shape.inner, dim)
+        layers, planes, dim = self.num_layers, self.num_planes, self._elements
+        return (layers, planes, num_ids, shape.outer, shape.inner, dim)
 
     def check_ids(self, ids: torch.Tensor, name: str = "ids") -> torch.Tensor:
         """Returns the ids on the device of this cache.
@@ -243,13 +247,14 @@ class PagedCache:
 
         Staging lies on the device of the cache, or in pinned host memory for a cache on a GPU.
         """
-        names = ("layer", "plane", "block", *self.names, "dim")
         wanted = self.staging_shape(num_ids)
-        if staging.dim() != len(wanted):
-            raise ShapeError(f"staging must have dims {names}, not {staging.dim()} dims")
-        for name, want, have in zip(names, wanted, staging.shape, strict=True):
-            if want != have:
-                raise ShapeError(f"staging dim '{name}' is {have}, the cache needs {want}")
+        if staging.shape != wanted:
+            names = ("layer", "plane", "block", *self.names, "dim")
+            if staging.dim() != len(wanted):
+                raise ShapeError(f"staging must have dims {names}, not {staging.dim()} dims")
+            for name, want, have in zip(names, wanted, staging.shape, strict=True):
+                if want != have:
+                    raise ShapeError(f"staging dim '{name}' is {have}, the cache needs {want}")
         if staging.dtype != self.dtype:
             raise ShapeError(f"staging is {staging.dtype}, the cache {self.dtype}")
         if not staging.is_contiguous():

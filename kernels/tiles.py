@@ -8,7 +8,6 @@ program always has the same number of accesses in flight.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -62,12 +61,12 @@ class TilePlan(NamedTuple):
     src: Strides
     dst: Strides
 
-    def tiles_per_plane(self, num_ids: int) -> int:
-        """Tiles that `num_ids` blocks of one layer and plane take."""
-        return -(-num_ids * self.outer * self.inner * self.piece_chunks // self.chunks)
+    @property
+    def block_chunks(self) -> int:
+        """Chunks of one block of one layer and plane."""
+        return self.outer * self.inner * self.piece_chunks
 
 
-@functools.lru_cache(maxsize=1024)
 def plan_tiles(
     src: Geometry | None, dst: Geometry | None, alignment_nbytes: int, tuning: Tuning
 ) -> TilePlan:

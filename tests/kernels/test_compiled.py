@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from kvferry.kernels.copy import constants, copy_kernel
+from kvferry.kernels.copy import copy_kernel, kernel_constants
 from kvferry.kernels.paged import PagedCache
-from kvferry.kernels.tiles import LARGE, SMALL, Tuning, plan_tiles
+from kvferry.kernels.tiles import LARGE, SMALL, Tuning
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +28,7 @@ OPERATIONS = {
 def compile_to_ptx(operation: str, cache: PagedCache, tuning: Tuning, *, loop: bool) -> str:
     """Runs the whole compiler for an H200; its assembler checks the result."""
     geometry = cache.geometry
-    plan = plan_tiles(
+    constants = kernel_constants(
         None if operation == "scatter" else geometry,
         None if operation == "gather" else geometry,
         16,
@@ -37,7 +37,7 @@ def compile_to_ptx(operation: str, cache: PagedCache, tuning: Tuning, *, loop: b
     values = dict(
         zip(
             [param.name for param in copy_kernel.params if param.is_constexpr],
-            [*plan.src, *plan.dst, *constants(plan), loop],
+            [*constants.arguments, loop],
             strict=True,
         )
     )

@@ -1,4 +1,4 @@
-"""How a launch is cut up: what merges, how wide the accesses are, and that tiles cover everything."""
+"""How a launch is cut up: what merges, how wide the accesses are, and that blocks are covered."""
 
 from __future__ import annotations
 
@@ -76,21 +76,18 @@ def test_short_pieces_share_a_tile_and_long_ones_spread() -> None:
     tokens=st.integers(1, 64),
     heads=st.integers(1, 16),
     dim_nbytes=st.integers(1, 600),
-    num_ids=st.integers(1, 5000),
     alignment_nbytes=st.sampled_from([1, 2, 4, 8, 16]),
     tuning=st.sampled_from([SMALL, LARGE, Tuning(512, 1)]),
 )
-def test_tiles_cover_every_byte_once(
-    tokens: int, heads: int, dim_nbytes: int, num_ids: int, alignment_nbytes: int, tuning: Tuning
+def test_pieces_and_chunks_cover_a_block(
+    tokens: int, heads: int, dim_nbytes: int, alignment_nbytes: int, tuning: Tuning
 ) -> None:
     src = nhd(tokens, heads, dim_nbytes)
     plan = plan_tiles(src, hnd(tokens, heads, dim_nbytes), alignment_nbytes, tuning)
     piece_nbytes = plan.piece_words * plan.word_nbytes
     assert plan.outer * plan.inner * piece_nbytes == src.block_plane_nbytes
     assert (plan.piece_chunks - 1) * plan.words < plan.piece_words <= plan.piece_chunks * plan.words
-    chunks = num_ids * plan.outer * plan.inner * plan.piece_chunks
-    tiles = plan.tiles_per_plane(num_ids)
-    assert (tiles - 1) * plan.chunks < chunks <= tiles * plan.chunks
+    assert plan.block_chunks == plan.outer * plan.inner * plan.piece_chunks
     for power in (plan.words, plan.chunks):
         assert power & (power - 1) == 0
     assert plan.words * plan.chunks >= tuning.num_warps * 32
