@@ -799,6 +799,8 @@ def _pieces(
 ) -> tuple[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]], npt.NDArray[np.int64]]:
     """Equally long int64 columns out of ints and arrays."""
     columns = [np.atleast_1d(np.asarray(column)) for column in (local, remote, nbytes)]
+    # NumPy takes an empty list for floats.
+    columns = [column if column.size else column.astype(np.int64) for column in columns]
     for name, column in zip(("local offsets", "remote offsets", "nbytes"), columns, strict=True):
         if column.ndim != 1 or column.dtype.kind not in "iu":
             raise PlanError(f"{name} must be an int or a row of ints", operation="transfer")

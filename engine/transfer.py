@@ -68,8 +68,8 @@ class TransferEngine:
         host: address to listen on, and to publish unless `advertise_host` is given.
         advertise_host: address that peers should use instead of `host`.
         rails: sockets of a tcp link that this engine opens.
-        verify: compare a checksum of every chunk before it is counted. Set it on both ends; costs
-            a pass over the bytes at each end.
+        verify: compare a checksum of every chunk that this engine writes or reads, before it is
+            counted. Costs a pass over the bytes at each end.
         peer_timeout_s: silence after which a peer counts as frozen or unreachable.
         max_programs: programs that a kernel of a transfer between GPUs may use at a time, to leave
             multiprocessors to a model; no limit if None.

@@ -60,6 +60,7 @@ class ReadRequest(_Message, frozen=True, tag="read"):
     first: int
     regions: bytes
     pieces: bytes
+    verify: bool = False
 
 
 class Check(_Message, frozen=True, tag="check"):

@@ -2,7 +2,7 @@
 
 A link is one control connection and several rails. Each rail is a blocking socket with a thread
 that sends and a thread that receives: `recvmsg` with MSG_WAITALL fills up to 1,024 pieces in one
-system call, where an epoll loop wakes for every few hundred KiB (decision 0003 has the figures).
+system call, where an epoll loop wakes for every few hundred KiB (decision 0002 has the figures).
 Rails take frames from one queue, so a slow one carries less.
 
 Pieces go to the kernel as an iovec. Only tiny ones pass through `staging.py` first.
@@ -60,6 +60,7 @@ class _Reply(NamedTuple):
     transfer: int
     first: int
     admitted: tables.Admitted
+    verify: bool
 
 
 class TcpPath(DataPath):
@@ -111,6 +112,7 @@ class TcpPath(DataPath):
                         first=part.start,
                         regions=tables.region_rows(transfer.remote_regions).tobytes(),
                         pieces=tables.piece_rows(transfer, part).tobytes(),
+                        verify=self._link.core.verify,
                     )
                 )
 
@@ -150,7 +152,7 @@ class TcpPath(DataPath):
         except EngineError as error:
             self._link.send(Refuse(ask.transfer, type(error).__name__, error.message, ask.first))
         else:
-            self._queue.put(_Reply(ask.transfer, ask.first, admitted))
+            self._queue.put(_Reply(ask.transfer, ask.first, admitted, ask.verify))
 
     def _run(self, work: Callable[[socket.socket], None], rail: socket.socket) -> None:
         try:
@@ -212,6 +214,7 @@ class TcpPath(DataPath):
             ),
             regions.tobytes() + tables.piece_rows(transfer, part).tobytes(),
             local,
+            self._link.core.verify,
         )
 
     def _send_reply(self, rail: socket.socket, staging: Staging, reply: _Reply) -> None:
@@ -231,6 +234,7 @@ class TcpPath(DataPath):
                 ),
                 b"",
                 reply.admitted.iov,
+                reply.verify,
             )
         finally:
             reply.admitted.release()
@@ -242,8 +246,9 @@ class TcpPath(DataPath):
         header: frames.Header,
         body: bytes,
         pieces: iovec.Iovec,
+        verify: bool,
     ) -> None:
-        if self._link.core.verify:
+        if verify:
             crc = iovec.checksum(pieces)
             header = header._replace(flags=header.flags | frames.HAS_CRC, crc=crc)
         if staging.suits(pieces):

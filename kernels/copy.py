@@ -1,0 +1,334 @@
+"""The kernel under gather, scatter, push and pull: blocks from one side to the other, one launch.
+
+A side is *paged* (a table of base addresses and block ids) or *dense* (staging, one block after the
+other, layer and plane outermost). The grid walks layer, plane, block and chunk; Triton drops what an
+operation does not use. Offsets are int64 throughout.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from .paged import WIDEST_NBYTES, PagedCache
+from .runtime import jit
+from .tiles import default_tuning, plan_tiles
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+    from .paged import Geometry
+    from .signal import Signal
+    from .tiles import Tuning
+else:
+    from .runtime import tl
+
+_MOST_GRID_Y = 65535
+_MOST_PROGRAMS = (1 << 31) - 1
+
+
+@jit()
+def _block_of(
+    ids: tl.tensor, place: tl.tensor, exists: tl.tensor, num_blocks: tl.tensor, bad_ids: tl.tensor
+) -> Any:
+    """The blocks at `place` in the ids, and which may be touched; flags an id out of range.
+
+    Ids on the device are never read by the host, so this is where they are checked: such a block is
+    neither read nor written.
+    """
+    block = place
+    good = exists
+    if ids is not None:
+        block = tl.load(ids + place, mask=exists, other=0).to(tl.int64)
+        good = exists & (block >= 0) & (block < num_blocks)
+        if bad_ids is not None:
+            tl.store(bad_ids + place * 0, 1, mask=exists & (good == 0))
+    return block, good
+
+
+@jit()
+def _base_of(bases: tl.tensor, ids: tl.tensor, entry: tl.tensor, dense_nbytes: tl.tensor) -> Any:
+    """The address of block 0 of a layer and plane."""
+    return bases + entry * dense_nbytes if ids is None else tl.load(bases + entry)
+
+
+@jit()
+def _copy_tile(
+    entry: tl.tensor,
+    tile: tl.tensor,
+    src_bases: tl.tensor,
+    src_ids: tl.tensor,
+    dst_bases: tl.tensor,
+    dst_ids: tl.tensor,
+    bad_ids: tl.tensor,
+    num_ids: tl.tensor,
+    src_blocks: tl.tensor,
+    dst_blocks: tl.tensor,
+    SRC_BLOCK: tl.constexpr,
+    SRC_OUTER: tl.constexpr,
+    SRC_INNER: tl.constexpr,
+    DST_BLOCK: tl.constexpr,
+    DST_OUTER: tl.constexpr,
+    DST_INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    INNER: tl.constexpr,
+    PIECE_WORDS: tl.constexpr,
+    PIECE_CHUNKS: tl.constexpr,
+    WORDS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    UNIT: tl.constexpr,
+    WORD: tl.constexpr,
+) -> None:
+    """Moves one tile of one layer and plane."""
+    UNIT_WORDS: tl.constexpr = UNIT * 8 // WORD.primitive_bitwidth
+    # Which block, outer, inner and part of a piece each chunk is. Shapes: [CHUNKS].
+    chunk = tile * CHUNKS + tl.arange(0, CHUNKS).to(tl.int64)
+    piece = chunk // PIECE_CHUNKS
+    first_word = chunk % PIECE_CHUNKS * WORDS
+    inner = piece % INNER
+    outer = piece // INNER % OUTER
+    place = piece // (INNER * OUTER)
+    exists = place < num_ids
+    src_block, src_good = _block_of(src_ids, place, exists, src_blocks, bad_ids)
+    dst_block, dst_good = _block_of(dst_ids, place, exists, dst_blocks, bad_ids)
+    src_units = src_block * SRC_BLOCK + outer * SRC_OUTER + inner * SRC_INNER
+    dst_units = dst_block * DST_BLOCK + outer * DST_OUTER + inner * DST_INNER
+    # An address out of a table says nothing of its alignment: the hint makes 16-byte accesses of it.
+    plane_nbytes = num_ids * (OUTER * INNER * PIECE_WORDS * (WORD.primitive_bitwidth // 8))
+    src_base = _base_of(src_bases, src_ids, entry, plane_nbytes)
+    dst_base = _base_of(dst_bases, dst_ids, entry, plane_nbytes)
+    src_start = tl.multiple_of(src_base.to(tl.pointer_type(WORD)), UNIT)
+    dst_start = tl.multiple_of(dst_base.to(tl.pointer_type(WORD)), UNIT)
+    # Shapes: [CHUNKS, WORDS].
+    word = tl.arange(0, WORDS)[None, :]
+    src = src_start + (src_units * UNIT_WORDS + first_word)[:, None] + word
+    dst = dst_start + (dst_units * UNIT_WORDS + first_word)[:, None] + word
+    src_mask = src_good[:, None]
+    # A bad id in the source leaves zeros in staging, which is ours, and nothing in a cache.
+    dst_mask = dst_good[:, None]
+    if dst_ids is not None:
+        dst_mask = dst_mask & src_mask
+    if PIECE_WORDS % WORDS != 0:
+        inside = first_word[:, None] + word < PIECE_WORDS
+        src_mask = src_mask & inside
+        dst_mask = dst_mask & inside
+    tl.store(dst, tl.load(src, mask=src_mask, other=0), mask=dst_mask)
+
+
+@jit()
+def _signal(finished: tl.tensor, bad_ids: tl.tensor, counter: tl.tensor, nbytes: tl.tensor) -> None:
+    """The last program to finish adds `nbytes` to the counter; one remote atomic a launch.
+
+    The barrier puts this program's stores before its increment, the increments are acquire and
+    release, so the last program's release covers the stores of all (bytes are visible before they
+    are counted). With a bad id anywhere the counter stays: what was named was not all moved.
+    """
+    tl.debug_barrier()
+    before = tl.atomic_add(finished, 1, sem="acq_rel", scope="sys")
+    if before == tl.num_programs(0) * tl.num_programs(1) - 1:
+        tl.store(finished, 0)  # for the next launch
+        if tl.load(bad_ids, volatile=True) == 0:
+            tl.atomic_add(counter.to(tl.pointer_type(tl.int64)), nbytes, sem="release", scope="sys")
+
+
+@jit(
+    fixed=("num_entries", "num_ids", "src_blocks", "dst_blocks", "counter", "nbytes"),
+    unaligned=("src_ids", "dst_ids", "bad_ids", "finished"),
+)
+def copy_kernel(
+    src_bases: tl.tensor,
+    src_ids: tl.tensor,
+    dst_bases: tl.tensor,
+    dst_ids: tl.tensor,
+    bad_ids: tl.tensor,
+    finished: tl.tensor,
+    counter: tl.int64,
+    nbytes: tl.int64,
+    num_entries: tl.int64,
+    num_ids: tl.int64,
+    src_blocks: tl.int64,
+    dst_blocks: tl.int64,
+    SRC_BLOCK: tl.constexpr,
+    SRC_OUTER: tl.constexpr,
+    SRC_INNER: tl.constexpr,
+    DST_BLOCK: tl.constexpr,
+    DST_OUTER: tl.constexpr,
+    DST_INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    INNER: tl.constexpr,
+    PIECE_WORDS: tl.constexpr,
+    PIECE_CHUNKS: tl.constexpr,
+    WORDS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    UNIT: tl.constexpr,
+    WORD: tl.constexpr,
+    LOOP: tl.constexpr,
+) -> None:
+    """Grid: `(tiles a plane, layers * planes)`, or with LOOP any number of programs.
+
+    A paged side has a table as `bases` and ids; a dense side has its address and None.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    if LOOP:
+        plane_tiles = (num_ids * (OUTER * INNER * PIECE_CHUNKS) + CHUNKS - 1) // CHUNKS
+        tile = program
+        while tile < plane_tiles * num_entries:
+            _copy_tile(
+                tile // plane_tiles,
+                tile % plane_tiles,
+                src_bases,
+                src_ids,
+                dst_bases,
+                dst_ids,
+                bad_ids,
+                num_ids,
+                src_blocks,
+                dst_blocks,
+                SRC_BLOCK,
+                SRC_OUTER,
+                SRC_INNER,
+                DST_BLOCK,
+                DST_OUTER,
+                DST_INNER,
+                OUTER,
+                INNER,
+                PIECE_WORDS,
+                PIECE_CHUNKS,
+                WORDS,
+                CHUNKS,
+                UNIT,
+                WORD,
+            )
+            tile += tl.num_programs(0)
+    else:
+        _copy_tile(
+            tl.program_id(1).to(tl.int64),
+            program,
+            src_bases,
+            src_ids,
+            dst_bases,
+            dst_ids,
+            bad_ids,
+            num_ids,
+            src_blocks,
+            dst_blocks,
+            SRC_BLOCK,
+            SRC_OUTER,
+            SRC_INNER,
+            DST_BLOCK,
+            DST_OUTER,
+            DST_INNER,
+            OUTER,
+            INNER,
+            PIECE_WORDS,
+            PIECE_CHUNKS,
+            WORDS,
+            CHUNKS,
+            UNIT,
+            WORD,
+        )
+    if finished is not None:
+        _signal(finished, bad_ids, counter, nbytes)
+
+
+class Side(NamedTuple):
+    """One end of a copy: a paged cache with checked ids on its device, or dense staging with None."""
+
+    memory: PagedCache | torch.Tensor
+    ids: torch.Tensor | None
+
+
+def launch_copy(
+    src: Side,
+    dst: Side,
+    num_ids: int,
+    *,
+    bad_ids: torch.Tensor | None = None,
+    signal: Signal | None = None,
+    max_programs: int | None = None,
+    tuning: Tuning | None = None,
+) -> None:
+    """Launches the kernel on the current stream. Trusts its arguments: the operations check them.
+
+    Reads nothing of the device and allocates nothing, so that a CUDA graph can hold it.
+    """
+    cache = src.memory if isinstance(src.memory, PagedCache) else dst.memory
+    assert isinstance(cache, PagedCache)
+    nbytes = cache.nbytes(num_ids)
+    if nbytes == 0:
+        return
+    src_geometry, src_bases, src_blocks, src_alignment = _arguments(src)
+    dst_geometry, dst_bases, dst_blocks, dst_alignment = _arguments(dst)
+    tuning = tuning or default_tuning(nbytes)
+    alignment = min(src_alignment, dst_alignment)
+    constants = kernel_constants(src_geometry, dst_geometry, alignment, tuning)
+    num_entries = cache.num_entries
+    plane_tiles = -(-num_ids * constants.block_chunks // constants.chunks)
+    if num_entries > _MOST_GRID_Y and max_programs is None:
+        max_programs = _MOST_PROGRAMS
+    loop = max_programs is not None and max_programs < plane_tiles * num_entries
+    grid = (max_programs,) if loop else (plane_tiles, num_entries)
+    state = None if signal is None else signal.state
+    arguments = (
+        src_bases,
+        src.ids,
+        dst_bases,
+        dst.ids,
+        bad_ids if state is None else state[1:],
+        state,
+        0 if signal is None else signal.counter_address,
+        nbytes,
+        num_entries,
+        num_ids,
+        src_blocks,
+        dst_blocks,
+        *constants.arguments,
+        loop,
+    )
+    device = cache.device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            copy_kernel[grid](*arguments, num_warps=tuning.num_warps)
+    else:
+        copy_kernel[grid](*arguments, num_warps=tuning.num_warps)
+
+
+class KernelConstants(NamedTuple):
+    """Chunks of a block of one layer and plane, chunks of a tile, and SRC_BLOCK to WORD."""
+
+    block_chunks: int
+    chunks: int
+    arguments: tuple[object, ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def kernel_constants(
+    src: Geometry | None, dst: Geometry | None, alignment_nbytes: int, tuning: Tuning
+) -> KernelConstants:
+    """The kernel's constants for a pair of sides; None is dense staging."""
+    plan = plan_tiles(src, dst, alignment_nbytes, tuning)
+    arguments = (
+        *plan.src,
+        *plan.dst,
+        plan.outer,
+        plan.inner,
+        plan.piece_words,
+        plan.piece_chunks,
+        plan.words,
+        plan.chunks,
+        plan.unit_nbytes,
+        {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}[plan.word_nbytes],
+    )
+    return KernelConstants(plan.block_chunks, plan.chunks, arguments)
+
+
+def _arguments(side: Side) -> tuple[Geometry | None, torch.Tensor | int, int, int]:
+    """Geometry (None if dense), bases, number of blocks, alignment of the dense address."""
+    memory = side.memory
+    if isinstance(memory, PagedCache):
+        return memory.geometry, memory.bases, memory.geometry.num_blocks, WIDEST_NBYTES
+    address = memory.data_ptr()
+    return None, address, 0, math.gcd(WIDEST_NBYTES, address)

@@ -1,0 +1,222 @@
+"""What the engine's tests share: transports, a peer in a process of its own, sentinels and gates.
+
+A new transport joins every conformance test by one line in `TRANSPORTS`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from kvferry.engine import iovec
+from kvferry.engine.handshake import EngineAddress
+from kvferry.engine.transfer import TransferEngine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import numpy.typing as npt
+
+    from kvferry.engine.link import Link
+    from kvferry.engine.memory import MemoryRegion, RegionDescriptor
+
+# Each transport, and the functions of `engine.iovec` that move its writes' and its reads' bytes in
+# the process that asked for them: `Gate` holds transfers in flight there.
+TRANSPORTS = {
+    "cma": ("process_vm", "process_vm"),
+    "tcp": ("send", "receive"),
+}
+
+SENTINEL = 0xA5
+ANSWER_S = 30.0  # how long a peer may take for a command: reached only when something hangs
+ROOT = Path(__file__).parent.parent
+
+
+class Peer:
+    """A transfer engine in another process, and that process's fate."""
+
+    def __init__(self, **options: Any) -> None:
+        ours, theirs = Pipe()
+        with theirs:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable,
+                    str(ROOT / "tests" / "peer_process.py"),
+                    str(theirs.fileno()),
+                    json.dumps(options),
+                ],
+                pass_fds=(theirs.fileno(),),
+                env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+            )
+        self._pipe = ours
+        self.address = EngineAddress.decode(self.call("address"))
+
+    @property
+    def engine_id(self) -> str:
+        return self.address.engine_id
+
+    def call(self, command: str, *arguments: Any, **options: Any) -> Any:
+        """Runs a command of `tests/peer_process.py` there; raises what it raised."""
+        self._pipe.send((command, arguments, options))
+        assert self._pipe.poll(ANSWER_S), f"the peer does not answer {command}"
+        ok, value = self._pipe.recv()
+        if not ok:
+            raise value
+        return value
+
+    def freeze(self) -> None:
+        """SIGSTOP, and until the kernel says that it has stopped."""
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """SIGKILL; also ends a frozen process."""
+        self.process.kill()
+        self.process.wait()
+
+    def end(self) -> None:
+        """Closes its engine and ends the process."""
+        with contextlib.suppress(OSError, EOFError):
+            if self.process.poll() is None:
+                self.call("close")
+        self.kill()
+        self._pipe.close()
+
+    def contents(self, region: RegionDescriptor) -> npt.NDArray[np.uint8]:
+        return np.frombuffer(self.call("peek", region.region_id), np.uint8)
+
+
+class Gate:
+    """Holds bytes back just before they move, so that a transfer stays in flight as long as needed.
+
+    `reached` is set once a thread waits at the gate.
+    """
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self._open = threading.Event()
+
+    def open(self) -> None:
+        self._open.set()
+
+    def guard(self, function: Callable[..., None]) -> Callable[..., None]:
+        def guarded(*arguments: Any, **options: Any) -> None:
+            self.reached.set()
+            assert self._open.wait(ANSWER_S), "nobody opened the gate"
+            function(*arguments, **options)
+
+        return guarded
+
+
+@pytest.fixture(params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> str:
+    """Every transport in turn."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="session")
+def peer() -> Iterator[Peer]:
+    """One peer for all tests that leave it alive."""
+    process = Peer(name="peer")
+    yield process
+    process.end()
+
+
+@pytest.fixture
+def start_peer() -> Iterator[Callable[..., Peer]]:
+    """Starts peers that a test may kill."""
+    started: list[Peer] = []
+
+    def start(**options: Any) -> Peer:
+        started.append(Peer(**options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.thaw()
+        process.end()
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[TransferEngine]:
+    """This process's engine, for all tests that do not close it."""
+    with TransferEngine(name="here") as shared:
+        yield shared
+
+
+@pytest.fixture
+def link(engine: TransferEngine, peer: Peer, transport: str) -> Iterator[Link]:
+    """A fresh link to the peer over the transport under test."""
+    fresh = engine.connect(peer.address, transport=transport)
+    assert peer.call("accept", engine.engine_id) == transport
+    yield fresh
+    fresh.close()
+
+
+@pytest.fixture
+def new_pool(engine: TransferEngine) -> Iterator[Callable[..., Pool]]:
+    """Makes pools of this process's engine: random bytes, or a sentinel throughout."""
+    pools: list[Pool] = []
+
+    def make(nbytes: int, *, fill: int | None = None) -> Pool:
+        pools.append(Pool(engine, nbytes, fill))
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        pool.region.deregister()
+
+
+class Pool:
+    """Registered memory of this process."""
+
+    def __init__(self, engine: TransferEngine, nbytes: int, fill: int | None) -> None:
+        random = np.random.default_rng(nbytes)
+        self.bytes: npt.NDArray[np.uint8] = (
+            random.integers(0, 256, nbytes, np.uint8)
+            if fill is None
+            else np.full(nbytes, fill, np.uint8)
+        )
+        self.region: MemoryRegion = engine.register(self.bytes)
+        self.descriptor = self.region.descriptor
+
+
+@pytest.fixture
+def hold(monkeypatch: pytest.MonkeyPatch, transport: str) -> Iterator[Callable[[str], Gate]]:
+    """`hold("write")` or `hold("read")` closes a gate before this process's bytes."""
+    gates: list[Gate] = []
+
+    def close(operation: str) -> Gate:
+        name = TRANSPORTS[transport][operation == "read"]
+        gate = Gate()
+        gates.append(gate)
+        monkeypatch.setattr(iovec, name, gate.guard(getattr(iovec, name)))
+        return gate
+
+    yield close
+    for gate in gates:
+        gate.open()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Soak tests run only when they are asked for."""
+    if "soak" in (config.getoption("-m") or ""):
+        return
+    for item in items:
+        if item.get_closest_marker("soak"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: run with -m soak"))
