@@ -178,9 +178,7 @@ class Driver:
         """Base and size of the allocation that holds an address."""
         base, nbytes = _u64(), ctypes.c_size_t()
         with self.current(device):
-            self.call(
-                "cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(nbytes), address
-            )
+            self.call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(nbytes), address)
         return base.value, nbytes.value
 
     def export(self, device: int, base: int) -> bytes:

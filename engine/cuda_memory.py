@@ -136,8 +136,12 @@ class PeerMappings:
                     base = cuda.open(device, handle)
                 except DeviceError as error:
                     visible = cuda.find_device(memory.device_uuid) >= 0
-                    unseen = "" if visible else (
-                        "; its GPU is not visible in this process: add it to CUDA_VISIBLE_DEVICES"
+                    unseen = (
+                        ""
+                        if visible
+                        else (
+                            "; its GPU is not visible in this process: add it to CUDA_VISIBLE_DEVICES"
+                        )
                     )
                     raise self._unreachable(error.message + unseen) from error
                 mapping = self._mappings[key] = _Mapping(device, base)

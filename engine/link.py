@@ -28,7 +28,7 @@ from .errors import (
     RegionGone,
     RegionRefused,
 )
-from .memory import RegionDescriptor, check_ranges
+from .memory import check_ranges
 from .tickets import Ticket
 from .transfer_plan import check_block_ids
 from .transports.base import DataPath, Transfer
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from .core import EngineCore
     from .handshake import Identity
-    from .memory import MemoryRegion
+    from .memory import MemoryRegion, RegionDescriptor
     from .plan import BlockIds
     from .transfer_plan import TransferPlan
     from .wire import LinkMessage
@@ -477,15 +477,15 @@ class Link:
             raise errors.OutOfRange(
                 f"imm {imm} is not a 32-bit number", operation=operation, peer=name
             )
-        for one in (*local_regions, *remote_regions):
-            kind = one.kind if isinstance(one, RegionDescriptor) else one.descriptor.kind
-            if kind not in self._path.kinds:
-                raise NotRegistered(
-                    f"region {one.region_id} is {kind} memory, which a {self.transport} link does "
-                    "not move: register GPU memory before connect(), or name the transport",
-                    operation=operation,
-                    peer=name,
-                )
+        kinds = {region.kind for region in local_regions}
+        kinds |= {region.kind for region in remote_regions}
+        for kind in kinds - self._path.kinds:
+            raise NotRegistered(
+                f"a {self.transport} link does not move {kind} memory: register GPU memory before "
+                "connect(), or name the transport there",
+                operation=operation,
+                peer=name,
+            )
         for region in remote_regions:
             if region.engine_id != self.peer.engine_id:
                 raise NotRegistered(

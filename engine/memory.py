@@ -139,6 +139,11 @@ class MemoryRegion:
         """Its number in this engine."""
         return self.descriptor.region_id
 
+    @property
+    def kind(self) -> str:
+        """`host` or `cuda`."""
+        return self.descriptor.kind
+
     def acquire(self) -> None:
         """Begins one use of the memory; `release` ends it.
 

@@ -115,9 +115,7 @@ class CudaIpcPath(DataPath):
 
             assert scratch is not None
             columns = scratch.upload(table.columns)
-            copy_pieces(
-                table, columns, signal=signal, max_programs=self._link.core.max_programs
-            )
+            copy_pieces(table, columns, signal=signal, max_programs=self._link.core.max_programs)
             return Launched((columns,))
 
         lane.launch(
@@ -193,9 +191,7 @@ class CudaIpcPath(DataPath):
                     bad_ids=bad_ids,
                     max_programs=max_programs,
                 )
-            return Launched(
-                (src_ids, dst_ids, compiled), None if scratch is not None else state[1]
-            )
+            return Launched((src_ids, dst_ids, compiled), None if scratch is not None else state[1])
 
         lane.launch(
             transfer,

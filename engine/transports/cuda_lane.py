@@ -12,7 +12,6 @@ import queue
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 
 from ..cuda import driver
@@ -21,6 +20,7 @@ from ..errors import BlockOutOfRange, DeviceError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import numpy as np
     import numpy.typing as npt
 
     from .base import Transfer
@@ -78,7 +78,9 @@ class Lane:
     def __init__(self, device: int, name: str) -> None:
         self.device = device
         self._raw_stream = driver().new_stream(device)
-        self.stream = torch.cuda.ExternalStream(self._raw_stream, device=device)
+        self.stream: torch.cuda.Stream = torch.cuda.ExternalStream(  # type: ignore[no-untyped-call]
+            self._raw_stream, device=device
+        )
         with torch.cuda.stream(self.stream):
             self.state = torch.zeros(2, dtype=torch.int32, device=device)
         self._lock = threading.Lock()
@@ -150,7 +152,9 @@ class Lane:
         return free.pop() if free else Scratch(self.device, size)
 
     def _event(self) -> torch.cuda.Event:
-        return self._events.pop() if self._events else torch.cuda.Event()
+        if self._events:
+            return self._events.pop()
+        return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def _work(self) -> None:
         torch.cuda.set_device(self.device)
