@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 
 _FEWEST_WORDS = 1 << 10
 
+# Streams are used again, never destroyed: torch's allocators remember which streams used a tensor,
+# and end the process when they ask one that is gone.
+_idle_streams: dict[int, list[int]] = {}
+
 
 class Scratch:
     """Pinned words here and as many on the GPU: how ids and tables get there without a wait.
@@ -77,7 +81,7 @@ class Lane:
 
     def __init__(self, device: int, name: str) -> None:
         self.device = device
-        self._raw_stream = driver().new_stream(device)
+        self._raw_stream = _take_stream(device)
         self.stream: torch.cuda.Stream = torch.cuda.ExternalStream(  # type: ignore[no-untyped-call]
             self._raw_stream, device=device
         )
@@ -144,7 +148,7 @@ class Lane:
             self._closed = True
             self._flights.put(None)
         self._thread.join()
-        driver().destroy_stream(self.device, self._raw_stream)
+        _idle_streams.setdefault(self.device, []).append(self._raw_stream)
 
     def _take(self, num_words: int) -> Scratch:
         size = max(_FEWEST_WORDS, 1 << (num_words - 1).bit_length())
@@ -199,3 +203,8 @@ class Lane:
             self._events.append(flight.event)
             if flight.scratch is not None:
                 self._free[flight.scratch.num_words].append(flight.scratch)
+
+
+def _take_stream(device: int) -> int:
+    idle = _idle_streams.get(device)
+    return idle.pop() if idle else driver().new_stream(device)

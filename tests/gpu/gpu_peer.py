@@ -64,17 +64,17 @@ class Commands:
     def deregister(self, region_id: int) -> None:
         self._regions[region_id].deregister()
 
-    def cache(self, tensors: list[torch.Tensor], dims: str) -> CacheDescriptor:
+    def cache(self, arrays: list[np.ndarray[Any, Any]], dims: str) -> CacheDescriptor:
         """Registers a cache on this peer's device with this content."""
-        own = [tensor.to(self._device) for tensor in tensors]
+        own = [torch.from_numpy(array.copy()).to(self._device) for array in arrays]
         torch.cuda.synchronize()
         layout = KVLayout.from_tensors(own[0] if "layer" in dims.split() else own, dims)
         registered = self._engine.register_cache(layout, own)
         self._caches.append((registered, own))
         return registered.descriptor
 
-    def peek_cache(self) -> list[torch.Tensor]:
-        return [tensor.cpu() for tensor in self._caches[-1][1]]
+    def peek_cache(self) -> list[np.ndarray[Any, Any]]:
+        return [tensor.cpu().numpy() for tensor in self._caches[-1][1]]
 
     def accept(self, engine_id: str) -> str:
         self._link = self._engine.accept_link(engine_id)
@@ -100,10 +100,10 @@ class Commands:
         self._copies.append((stream, copies))
         return len(self._copies) - 1
 
-    def copied(self, copy: int) -> list[torch.Tensor]:
+    def copied(self, copy: int) -> list[np.ndarray[Any, Any]]:
         stream, copies = self._copies[copy]
         stream.synchronize()
-        return [tensor.cpu() for tensor in copies]
+        return [tensor.cpu().numpy() for tensor in copies]
 
     def stream_writes(self, region_id: int, dst: RegionDescriptor, nbytes: int) -> None:
         """Writes the pool again and again, many at a time, until the link is down."""

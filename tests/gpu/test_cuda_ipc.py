@@ -53,9 +53,10 @@ def new_tensors(dims: str, *, seed: int | None, dtype: torch.dtype = torch.int16
     return [torch.randint(-9999, 9999, shape, generator=random).to(dtype) for _ in range(count)]
 
 
-def canonical(tensors: list[torch.Tensor], dims: str) -> torch.Tensor:
+def canonical(arrays: Any, dims: str) -> torch.Tensor:
     """The same cache as `[layer, plane, block, token, head, dim]`."""
     names = dims.split()
+    tensors = [torch.as_tensor(array) for array in arrays]
     whole = tensors[0] if "layer" in names else torch.stack(tensors)
     names = names if "layer" in names else ["layer", *names]
     return whole.permute([names.index(name) for name in STACKED.split()])
@@ -71,7 +72,8 @@ def two_caches(
 ) -> tuple[list[torch.Tensor], RegisteredCache, CacheDescriptor]:
     fill_there = None if fill_here is not None else 2
     tensors = [tensor.cuda() for tensor in new_tensors(here, seed=fill_here)]
-    remote = peer.call("cache", new_tensors(there, seed=fill_there), there)
+    arrays = [tensor.numpy() for tensor in new_tensors(there, seed=fill_there)]
+    remote = peer.call("cache", arrays, there)
     return tensors, register(engine, tensors, here), remote
 
 
