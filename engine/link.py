@@ -64,6 +64,7 @@ class Link:
     Attributes:
         peer: who is at the other end.
         transport: `cma` or `tcp`.
+        down: a ticket that ends, with the error, when the link goes down.
         quiesced: a ticket that ends well once the peer can no longer reach this process's memory
             over this link: it said goodbye, its sockets are down, or its process is gone.
     """
@@ -80,6 +81,7 @@ class Link:
         self.peer = peer
         self.transport = transport
         self.quiesced = Ticket("quiesce", peer=peer.name)
+        self.down = Ticket("link", peer=peer.name)
         self._sock = sock
         self._same_host = peer.host_id == core.identity.host_id
         self._pidfd = _open_pidfd(peer.pid) if self._same_host else -1
@@ -91,6 +93,7 @@ class Link:
         self._numbers = itertools.count(1)
         self._error: EngineError | None = None
         self._halted = False
+        self._peer_silent = False
         self._peer_stopped = False
         self._socket_closed = False
         self._closing_deadline_s = 0.0
@@ -290,8 +293,7 @@ class Link:
                 except BlockingIOError:
                     done = 0
                 except OSError:
-                    done = len(data)
-                    self._broken()
+                    return  # the reading side finds out why, after what the peer still said
                 data = data[done:]
             if data:
                 if not self._unsent:
@@ -320,9 +322,10 @@ class Link:
     def tick(self, now: float) -> None:
         """Heartbeats, deadlines and loose ends; on the progress thread."""
         if self._error is not None:
-            if self._closing_deadline_s and now > self._closing_deadline_s:
+            late = self._closing_deadline_s and now > self._closing_deadline_s
+            if late and not self._path.peer_reaches_memory:
                 self._close_socket()
-            return
+            return  # a frozen peer that reaches memory may yet wake and say goodbye
         for transfer in list(self._transfers.values()):
             deadline_s = transfer.ticket.deadline_s
             if deadline_s is not None and now > deadline_s:
@@ -451,12 +454,6 @@ class Link:
                     operation=operation,
                     peer=name,
                 )
-            if region.region_id in self._revoked_here:
-                raise RegionGone(
-                    f"the peer has deregistered region {region.region_id}",
-                    operation=operation,
-                    peer=name,
-                )
         sizes = local[:, 1].astype(np.int64)
         if len(sizes):
             limits = np.array([region.nbytes for region in remote_regions], np.int64)
@@ -485,6 +482,9 @@ class Link:
             with self._lock:
                 if self._error is not None:
                     raise self._down_error(operation)
+                for region in remote_regions:
+                    if region.region_id in self._revoked_here:
+                        raise self._revoked_error(operation, region.region_id, imm)
                 self._transfers[transfer.id] = transfer
         except EngineError:
             for mine in local_regions[:acquired]:
@@ -541,22 +541,30 @@ class Link:
             self._flush()
         if not events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
             return
+        self._take()
+
+    def _take(self) -> bool:
+        """Handles what has come, up to a limit; False if there was nothing."""
         try:
             data = self._sock.recv(1 << 18)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             data = b""
         if not data:
             self._broken()
-            return
+            return False
         self.heard()
         self._received += data
         try:
-            for message in wire.decode_all(self._received):
-                self._handle(message)
+            messages = wire.decode_all(self._received)
         except EngineError as error:
             self.fail(error)
+            self._broken()  # nothing that comes after this can be understood
+            return False
+        for message in messages:
+            self._handle(message)
+        return True
 
     def _flush(self) -> None:
         with self._send_lock:
@@ -567,19 +575,19 @@ class Link:
             except BlockingIOError:
                 return
             except OSError:
-                self._broken()
-                return
+                done = len(self._unsent)  # as in `send`
             del self._unsent[:done]
             if not self._unsent:
                 self.core.progress.change(self._sock.fileno(), select.EPOLLIN)
 
     def _broken(self) -> None:
-        """The control socket has ended."""
+        """The control socket has ended: everything that the peer said is read."""
+        self._peer_silent = True
         self.core.progress.unwatch(self._sock.fileno())
         if self._error is None:
             self.suspect()
-        else:
-            self.core.progress.call_soon(self._close_socket)
+        elif self._halted:
+            self._close_socket()
 
     def _handle(self, message: LinkMessage) -> None:
         if isinstance(message, wire.Heartbeat) or self._path.handle(message):
@@ -609,7 +617,9 @@ class Link:
             self._peer_stopped = True
             why = f": {message.reason}" if message.reason else ""
             self.fail(PeerLost(f"the peer closed the link{why}", operation="link"))
-        elif isinstance(message, wire.ByeToo):
+            if self._halted:
+                self._close_socket()  # two goodbyes crossed: neither is answered
+        elif isinstance(message, wire.ByeToo) and self._error is not None:
             self._peer_stopped = True
             self._close_socket()
         else:
@@ -628,22 +638,24 @@ class Link:
 
     def _revoked(self, region_id: int) -> None:
         """The peer takes a region back: running transfers to it stop, no new one begins."""
-        self._revoked_here.add(region_id)
+        with self._lock:  # with `_submit`: a transfer is either seen here or refused there
+            self._revoked_here.add(region_id)
         using = [
             transfer
             for transfer in list(self._transfers.values())
             if any(region.region_id == region_id for region in transfer.remote_regions)
         ]
         for transfer in using:
-            transfer.stop(
-                RegionGone(
-                    f"the peer has deregistered region {region_id}",
-                    operation=transfer.ticket.operation,
-                    peer=self.peer.name,
-                    imm=transfer.imm,
-                )
-            )
+            transfer.stop(self._revoked_error(transfer.ticket.operation, region_id, transfer.imm))
         self._confirm_revoked(region_id)
+
+    def _revoked_error(self, operation: str, region_id: int, imm: int | None) -> RegionGone:
+        return RegionGone(
+            f"the peer has deregistered region {region_id}",
+            operation=operation,
+            peer=self.peer.name,
+            imm=imm,
+        )
 
     def _confirm_revoked(self, region_id: int) -> None:
         for transfer in list(self._transfers.values()):
@@ -666,6 +678,8 @@ class Link:
 
     def _process_ended(self) -> None:
         self.core.progress.unwatch(self._pidfd)
+        while not self._socket_closed and self._take():
+            pass  # it may have finished its work, and said so, just before
         self._peer_stopped = True
         self.fail(
             PeerLost(
@@ -676,6 +690,7 @@ class Link:
             )
         )
         self._close_socket()
+        self._settle()
 
     def _go_down(self, error: EngineError) -> None:
         with self._lock:
@@ -687,6 +702,7 @@ class Link:
             transfer.stop(self._down_error(transfer.ticket.operation))
         self.core.counters.source_lost(self, self._counter_error)
         self._path.halt(self._path_halted)
+        self.down._fail(error)
 
     def _counter_error(self, imm: int) -> EngineError:
         error = self._down_error("expect")
@@ -704,7 +720,8 @@ class Link:
         else:
             reason = "" if isinstance(self._error, LinkClosed) else str(self._error)
             self.send(wire.Bye(reason[:1000]))
-            if isinstance(self._error, PeerLost):
+            lost = isinstance(self._error, PeerLost) and not self._path.peer_reaches_memory
+            if lost or self._peer_silent:
                 self._close_socket()
         self._settle()
 
