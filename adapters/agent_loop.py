@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..control.desk import Desk, Steps
+    from ..control.events import TimerKind
     from ..control.handoff import Timing
     from ..control.messages import Message
     from ..engine.link import Link
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
     from ..engine.transfer import TransferEngine
     from ..engine.transfer_plan import TransferPlan
     from .handoffs import Handoff
+
+    TimerName = tuple[Desk | None, int, TimerKind]  # no desk: a session's
 
 HIGH_WATER_MARK = 10_000  # messages queued for one peer; more is an error, never a silent drop
 HELLO_TIMEOUT_S = 5.0
@@ -68,7 +71,7 @@ log = logging.getLogger(__name__)
 class Acquaintance:
     """One session with one peer agent, and the link that belongs to it."""
 
-    def __init__(self, machine: Session, send: Callable[[bytes], None], source: bytes) -> None:
+    def __init__(self, machine: Session, send: Callable[[bytes], object], source: bytes) -> None:
         self.machine = machine
         self.send = send
         self.source = source  # the ROUTER's name for the peer, or our DEALER's endpoint
@@ -101,7 +104,6 @@ class AgentLoop:
         self._describe = partial(
             Describe,
             layout_digest=cache.layout.digest(),
-            layout=b"",
             cache=cache.descriptor.encode(),
             engine=engine.address.encode(),
         )
@@ -113,8 +115,8 @@ class AgentLoop:
         self._block_ids: dict[Handoff, np.ndarray[Any, Any]] = {}
         self._tickets: dict[Handoff, list[Ticket]] = {}
         self._counters: dict[int, Ticket] = {}
-        self._timers: list[tuple[float, int, tuple[object, ...]]] = []
-        self._timer_numbers: dict[tuple[object, ...], int] = {}
+        self._timers: list[tuple[float, int, TimerName]] = []
+        self._timer_numbers: dict[TimerName, int] = {}
         self._numbers = itertools.count()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -131,7 +133,7 @@ class AgentLoop:
             raise ControlError(
                 f"cannot bind {bind}: {error}; give another `bind`", operation="start"
             ) from error
-        self.address = self._router.getsockopt(zmq.LAST_ENDPOINT).decode().rstrip("\0")
+        self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         self._dealers: dict[zmq.Socket[bytes], int] = {}
         self._poller.register(self._wake_read, zmq.POLLIN)
         self._thread = threading.Thread(target=self._run, name=f"{name}-agent", daemon=True)
@@ -216,12 +218,12 @@ class AgentLoop:
                 continue  # set again, or cleared
             del self._timer_numbers[name]
             owner, key, kind = name
-            if owner is self._sessions:
+            if owner is None:
                 self._guarded(partial(self._tell_session, key, events.TimerFired(kind)))
             else:
                 self._guarded(partial(self._tell, owner, key, events.TimerFired(kind)))
 
-    def _set_timer(self, name: tuple[object, ...], seconds: float) -> None:
+    def _set_timer(self, name: TimerName, seconds: float) -> None:
         number = self._timer_numbers[name] = next(self._numbers)
         heapq.heappush(self._timers, (time.monotonic() + seconds, number, name))
 
@@ -358,9 +360,9 @@ class AgentLoop:
                 case events.Send(message=message):
                     self._send(known, message)
                 case events.SetTimer(kind=kind, seconds=seconds):
-                    self._set_timer((self._sessions, number, kind), seconds)
+                    self._set_timer((None, number, kind), seconds)
                 case events.ClearTimer(kind=kind):
-                    self._timer_numbers.pop((self._sessions, number, kind), None)
+                    self._timer_numbers.pop((None, number, kind), None)
                 case session.Reconcile(describe=describe):
                     error = self._reconcile(known, describe)
                     self.post(partial(self._tell_session, number, session.Reconciled(error)))
