@@ -10,7 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapters.agent import Agent, Handoff, SendHandoff
+    from .adapters.agent import Agent
+    from .adapters.handoffs import Handoff, SendHandoff
     from .engine.errors import EngineError
     from .engine.handshake import EngineAddress
     from .engine.layout import Axis, GroupLayout, KVLayout, RegionLayout
@@ -27,14 +28,14 @@ _HOMES = {
     "EngineAddress": "engine.handshake",
     "EngineError": "engine.errors",
     "GroupLayout": "engine.layout",
-    "Handoff": "adapters.agent",
+    "Handoff": "adapters.handoffs",
     "KVLayout": "engine.layout",
     "Link": "engine.link",
     "MemoryRegion": "engine.memory",
     "RegionDescriptor": "engine.memory",
     "RegionLayout": "engine.layout",
     "RegisteredCache": "engine.memory",
-    "SendHandoff": "adapters.agent",
+    "SendHandoff": "adapters.handoffs",
     "Ticket": "engine.tickets",
     "TransferEngine": "engine.transfer",
     "TransferPlan": "engine.transfer_plan",
