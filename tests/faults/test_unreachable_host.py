@@ -48,6 +48,7 @@ def host() -> Iterator[tuple[list[str], Callable[[str], None]]]:
         launcher = ["ip", "netns", "exec", name, "unshare", "--pid", "--fork", "--kill-child"]
         yield launcher, lambda state: _ip("link", "set", near, state)
     finally:
+        subprocess.run(["ip", "link", "del", near], check=False, capture_output=True)
         _ip("netns", "del", name)
 
 
