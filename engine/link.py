@@ -28,6 +28,7 @@ from .errors import (
     RegionGone,
     RegionRefused,
 )
+from .grants import Grants
 from .memory import check_ranges
 from .tickets import Ticket
 from .transports.base import DataPath, Transfer
@@ -102,6 +103,7 @@ class Link:
         self._beat_s = 0.0
         self._revoked_here: set[int] = set()
         self._revocations: dict[int, threading.Event] = {}
+        self._grants = Grants(self)
         self._path = make_path(self)
 
     def __repr__(self) -> str:
@@ -362,12 +364,14 @@ class Link:
         Raises:
             DeadlineExceeded: it did not answer, and its process lives.
         """
-        if not self._path.peer_reaches_memory or self.quiesced.done():
+        if not self._grants.lent(region_id) or self.quiesced.done():
             return
         answered = self._revocations.setdefault(region_id, threading.Event())
         self.quiesced.add_done_callback(lambda _: answered.set())
         self.send(wire.Revoke(region_id))
-        if not answered.wait(max(0.0, deadline_s - time.monotonic())):
+        if answered.wait(max(0.0, deadline_s - time.monotonic())):
+            self._revocations.pop(region_id, None)
+        else:
             raise errors.DeadlineExceeded(
                 f"the peer may still write into region {region_id}: its memory is kept until the "
                 "peer's process ends",
@@ -490,7 +494,8 @@ class Link:
             for mine in local_regions[:acquired]:
                 mine.release()
             raise
-        self._path.submit(transfer)
+        if not self._path.peer_reaches_memory or self._grants.admit(transfer):
+            self._path.submit(transfer)
         return ticket
 
     def _down_error(self, operation: str) -> EngineError:
@@ -607,11 +612,17 @@ class Link:
                 ),
                 remember=True,
             )
+        elif isinstance(message, wire.Claim) and self._path.peer_reaches_memory:
+            self._grants.answer(message)
+        elif isinstance(message, wire.Granted):
+            for transfer in self._grants.answered(message, self._revoked_here):
+                self._path.submit(transfer)
         elif isinstance(message, wire.Revoke):
             self._revoked(message.region)
         elif isinstance(message, wire.Revoked):
             event = self._revocations.get(message.region)
             if event is not None:
+                self._grants.returned(message.region)
                 event.set()
         elif isinstance(message, wire.Bye):
             self._peer_stopped = True
@@ -640,6 +651,7 @@ class Link:
         """The peer takes a region back: running transfers to it stop, no new one begins."""
         with self._lock:  # with `_submit`: a transfer is either seen here or refused there
             self._revoked_here.add(region_id)
+        self._grants.drop(region_id)
         using = [
             transfer
             for transfer in list(self._transfers.values())
@@ -701,6 +713,7 @@ class Link:
         for transfer in list(self._transfers.values()):
             transfer.stop(self._down_error(transfer.ticket.operation))
         self.core.counters.source_lost(self, self._counter_error)
+        self._grants.clear()
         self._path.halt(self._path_halted)
         self.down._fail(error)
 
