@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import errors, iovec, wire
+from .counters import check_imm
 from .errors import (
     EngineError,
     LinkClosed,
@@ -29,7 +30,7 @@ from .errors import (
     RegionRefused,
 )
 from .grants import Grants
-from .memory import check_ranges
+from .memory import MemoryRegion, RegionDescriptor, check_ranges
 from .tickets import Ticket
 from .transports.base import DataPath, Transfer
 
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
     from .core import EngineCore
     from .handshake import Identity
-    from .memory import MemoryRegion, RegionDescriptor
     from .plan import BlockIds
     from .transfer_plan import TransferPlan
     from .wire import LinkMessage
@@ -216,6 +216,7 @@ class Link:
 
     def abort(self, imm: int, reason: str) -> None:
         """Tells the peer that this imm's counter will never reach its total."""
+        imm = check_imm(imm, "abort")
         self.send(wire.Abort(imm, reason[:1000]))
 
     def close(self, timeout_s: float = 2.0) -> None:
@@ -391,6 +392,7 @@ class Link:
         imm: int | None,
         timeout_s: float,
     ) -> Ticket:
+        self._check_registered(operation, mine, theirs)
         offsets, sizes = local
         check_ranges(offsets, sizes, mine.nbytes, "local")
         addresses = offsets.astype(np.uint64) + np.uint64(mine.address)
@@ -404,6 +406,19 @@ class Link:
             imm,
             timeout_s,
         )
+
+    def _check_registered(self, operation: str, mine: object, theirs: object) -> None:
+        if not isinstance(mine, MemoryRegion):
+            problem = f"a {type(mine).__name__} is no region: register() it first"
+        elif mine.descriptor.engine_id != self.core.identity.engine_id:
+            problem = f"region {mine.region_id} is registered with another engine of this process"
+        elif not isinstance(theirs, RegionDescriptor):
+            problem = (
+                f"a {type(theirs).__name__} is no descriptor: give the peer's region.descriptor"
+            )
+        else:
+            return
+        raise NotRegistered(problem, operation=operation, peer=self.peer.name)
 
     def _blocks(
         self,
@@ -446,10 +461,8 @@ class Link:
         timeout_s: float,
     ) -> Ticket:
         name = self.peer.name
-        if imm is not None and not 0 <= imm < 1 << 32:
-            raise errors.OutOfRange(
-                f"imm {imm} is not a 32-bit number", operation=operation, peer=name
-            )
+        if imm is not None:
+            imm = check_imm(imm, operation)
         for region in remote_regions:
             if region.engine_id != self.peer.engine_id:
                 raise NotRegistered(
