@@ -97,10 +97,13 @@ class Hello(Message, frozen=True, tag_field="type", tag=str.lower):
 
 
 class Describe(Message, frozen=True, tag_field="type", tag=str.lower):
-    """What the sender's cache looks like and how its engine is reached; and the answer to it."""
+    """The sender's cache and how its engine is reached; and the answer to it.
+
+    `cache` is its layout with the descriptors of its regions, `engine` the engine's address: both
+    hold keys, so this message goes over a trusted network only.
+    """
 
     layout_digest: Name
-    layout: Opaque
     cache: Opaque
     engine: Opaque
 

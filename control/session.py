@@ -207,10 +207,10 @@ class Session:
             self._do(Reconcile(describe))
         elif self.dials:
             return
-        elif self.state == LINKING:
+        elif self.state in (LINKING, UP):  # an answer was lost
             self._do(Send(self._describe))
-        elif self.state == UP:
-            self._do(Send(Welcome(self.number)))
+            if self.state == UP:
+                self._do(Send(Welcome(self.number)))
 
     def _reconciled(self, error: str) -> None:
         if self.state != RECONCILING or self._peer_describe is None:

@@ -128,7 +128,7 @@ def check_frame(frame: bytes | memoryview) -> None:
             else:
                 at += length + extra
         if entries:
-            if len(open_items) >= MAX_DEPTH:
+            if len(open_items) > MAX_DEPTH:
                 raise ProtocolError(f"nested more than {MAX_DEPTH} deep", fault="deep")
             open_items.append(entries)
         if at > end:

@@ -11,11 +11,12 @@ a late write of an attempt that was given up: it is noted and can complete nothi
 from __future__ import annotations
 
 import itertools
+import operator
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
-from .errors import EngineError, ImmInUse, UnknownImmOverflow
+from .errors import EngineError, ImmInUse, OutOfRange, UnknownImmOverflow
 from .tickets import Ticket
 
 if TYPE_CHECKING:
@@ -24,6 +25,18 @@ if TYPE_CHECKING:
 IMM_LIMIT = 1 << 32
 MAX_UNKNOWN_IMMS = 65_536  # arrivals kept for imms that nobody expects yet; a counter is ~200 bytes
 RETIRED_REMEMBERED = 65_536  # imms of which a late arrival is recognised
+
+
+def check_imm(imm: SupportsIndex, operation: str) -> int:
+    """An imm, NumPy's too, as the int that goes over the wire.
+
+    Raises:
+        OutOfRange: it is not a 32-bit number.
+    """
+    imm = operator.index(imm)
+    if 0 <= imm < IMM_LIMIT:
+        return imm
+    raise OutOfRange(f"imm {imm} is not a 32-bit number", operation=operation, imm=imm)
 
 
 class _Counter:
@@ -93,8 +106,9 @@ class CounterTable:
         """A ticket that ends when `nbytes` bytes and `writes` writes have arrived under `imm`.
 
         Raises:
-            ImmInUse: somebody already waits on this imm.
+            ImmInUse: somebody already waits on this imm. OutOfRange: it has more than 32 bits.
         """
+        imm = check_imm(imm, "expect")
 
         def retire(ticket: Ticket) -> None:
             with self._lock:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import errors, iovec, wire
+from .counters import check_imm
 from .errors import (
     EngineError,
     LinkClosed,
@@ -28,7 +29,8 @@ from .errors import (
     RegionGone,
     RegionRefused,
 )
-from .memory import check_ranges
+from .grants import Grants
+from .memory import MemoryRegion, RegionDescriptor, check_ranges
 from .tickets import Ticket
 from .transfer_plan import check_block_ids
 from .transports.base import DataPath, Transfer
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
 
     from .core import EngineCore
     from .handshake import Identity
-    from .memory import MemoryRegion, RegionDescriptor
     from .plan import BlockIds
     from .transfer_plan import TransferPlan
     from .wire import LinkMessage
@@ -67,6 +68,7 @@ class Link:
     Attributes:
         peer: who is at the other end.
         transport: `cuda_ipc`, `cma` or `tcp`.
+        down: a ticket that ends, with the error, when the link goes down.
         quiesced: a ticket that ends well once the peer can no longer reach this process's memory
             over this link: it said goodbye, its sockets are down, or its process is gone.
     """
@@ -83,6 +85,7 @@ class Link:
         self.peer = peer
         self.transport = transport
         self.quiesced = Ticket("quiesce", peer=peer.name)
+        self.down = Ticket("link", peer=peer.name)
         self._sock = sock
         self._same_host = peer.host_id == core.identity.host_id
         self._pidfd = _open_pidfd(peer.pid) if self._same_host else -1
@@ -94,6 +97,7 @@ class Link:
         self._numbers = itertools.count(1)
         self._error: EngineError | None = None
         self._halted = False
+        self._peer_silent = False
         self._peer_stopped = False
         self._socket_closed = False
         self._closing_deadline_s = 0.0
@@ -102,6 +106,7 @@ class Link:
         self._beat_s = 0.0
         self._revoked_here: set[int] = set()
         self._revocations: dict[int, threading.Event] = {}
+        self._grants = Grants(self)
         self._path = make_path(self)
 
     def __repr__(self) -> str:
@@ -221,6 +226,7 @@ class Link:
 
     def abort(self, imm: int, reason: str) -> None:
         """Tells the peer that this imm's counter will never reach its total."""
+        imm = check_imm(imm, "abort")
         self.send(wire.Abort(imm, reason[:1000]))
 
     def close(self, timeout_s: float = 2.0) -> None:
@@ -300,8 +306,7 @@ class Link:
                 except BlockingIOError:
                     done = 0
                 except OSError:
-                    done = len(data)
-                    self._broken()
+                    return  # the reading side finds out why, after what the peer still said
                 data = data[done:]
             if data:
                 if not self._unsent:
@@ -330,9 +335,10 @@ class Link:
     def tick(self, now: float) -> None:
         """Heartbeats, deadlines and loose ends; on the progress thread."""
         if self._error is not None:
-            if self._closing_deadline_s and now > self._closing_deadline_s:
+            late = self._closing_deadline_s and now > self._closing_deadline_s
+            if late and not self._path.peer_reaches_memory:
                 self._close_socket()
-            return
+            return  # a frozen peer that reaches memory may yet wake and say goodbye
         for transfer in list(self._transfers.values()):
             deadline_s = transfer.ticket.deadline_s
             if deadline_s is not None and now > deadline_s:
@@ -369,12 +375,14 @@ class Link:
         Raises:
             DeadlineExceeded: it did not answer, and its process lives.
         """
-        if not self._path.peer_reaches_memory or self.quiesced.done():
+        if not self._grants.lent(region_id) or self.quiesced.done():
             return
         answered = self._revocations.setdefault(region_id, threading.Event())
         self.quiesced.add_done_callback(lambda _: answered.set())
         self.send(wire.Revoke(region_id))
-        if not answered.wait(max(0.0, deadline_s - time.monotonic())):
+        if answered.wait(max(0.0, deadline_s - time.monotonic())):
+            self._revocations.pop(region_id, None)
+        else:
             raise errors.DeadlineExceeded(
                 f"the peer may still write into region {region_id}: its memory is kept until the "
                 "peer's process ends",
@@ -394,6 +402,7 @@ class Link:
         imm: int | None,
         timeout_s: float,
     ) -> Ticket:
+        self._check_registered(operation, mine, theirs)
         offsets, sizes = local
         check_ranges(offsets, sizes, mine.nbytes, "local")
         addresses = offsets.astype(np.uint64) + np.uint64(mine.address)
@@ -407,6 +416,19 @@ class Link:
             imm,
             timeout_s,
         )
+
+    def _check_registered(self, operation: str, mine: object, theirs: object) -> None:
+        if not isinstance(mine, MemoryRegion):
+            problem = f"a {type(mine).__name__} is no region: register() it first"
+        elif mine.descriptor.engine_id != self.core.identity.engine_id:
+            problem = f"region {mine.region_id} is registered with another engine of this process"
+        elif not isinstance(theirs, RegionDescriptor):
+            problem = (
+                f"a {type(theirs).__name__} is no descriptor: give the peer's region.descriptor"
+            )
+        else:
+            return
+        raise NotRegistered(problem, operation=operation, peer=self.peer.name)
 
     def _blocks(
         self,
@@ -437,8 +459,9 @@ class Link:
                 _NO_PIECES,
                 imm,
                 timeout_s,
-                lambda transfer: self._path.submit_blocks(transfer, plan, *ids, layers, stream),
+                lambda transfer: self._path.submit_blocks(transfer, plan, *ids, layers),
                 nbytes,
+                stream,
             )
         if stream is not None:
             raise PlanError(
@@ -470,13 +493,12 @@ class Link:
         timeout_s: float,
         start: Callable[[Transfer], None] | None = None,
         nbytes: int | None = None,
+        stream: torch.cuda.Stream | None = None,
     ) -> Ticket:
         """Checks and begins a transfer of pieces, or of `nbytes` bytes that `start` begins."""
         name = self.peer.name
-        if imm is not None and not 0 <= imm < 1 << 32:
-            raise errors.OutOfRange(
-                f"imm {imm} is not a 32-bit number", operation=operation, peer=name
-            )
+        if imm is not None:
+            imm = check_imm(imm, operation)
         kinds = {region.kind for region in local_regions}
         kinds |= {region.kind for region in remote_regions}
         for kind in kinds - self._path.kinds:
@@ -491,12 +513,6 @@ class Link:
                 raise NotRegistered(
                     f"region {region.region_id} belongs to another engine than this link's peer, "
                     "or to one that has restarted: fetch its descriptor again",
-                    operation=operation,
-                    peer=name,
-                )
-            if region.region_id in self._revoked_here:
-                raise RegionGone(
-                    f"the peer has deregistered region {region.region_id}",
                     operation=operation,
                     peer=name,
                 )
@@ -520,6 +536,7 @@ class Link:
             on_end=self._ended,
         )
         ticket._stop_hook = transfer.stop
+        transfer.start = start
         if nbytes is not None:
             transfer.total_nbytes = nbytes
         acquired = 0
@@ -530,21 +547,21 @@ class Link:
             with self._lock:
                 if self._error is not None:
                     raise self._down_error(operation)
+                for region in remote_regions:
+                    if region.region_id in self._revoked_here:
+                        raise self._revoked_error(operation, region.region_id, imm)
                 self._transfers[transfer.id] = transfer
         except EngineError:
             for mine in local_regions[:acquired]:
                 mine.release()
             raise
-        gone = self._revoked_here & {region.region_id for region in remote_regions}
-        if gone:  # since the check above: the peer is told that we stopped once this has ended
-            transfer.stop(
-                RegionGone(
-                    f"the peer has deregistered region {min(gone)}", operation=operation, peer=name
-                )
-            )
-        else:
-            (start or self._path.submit)(transfer)
+        self._path.before(transfer, stream)
+        if not self._path.peer_reaches_memory or self._grants.admit(transfer):
+            self._begin(transfer)
         return ticket
+
+    def _begin(self, transfer: Transfer) -> None:
+        (transfer.start or self._path.submit)(transfer)
 
     def _down_error(self, operation: str) -> EngineError:
         """The link's error again, for an operation that came after it."""
@@ -594,22 +611,30 @@ class Link:
             self._flush()
         if not events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
             return
+        self._take()
+
+    def _take(self) -> bool:
+        """Handles what has come, up to a limit; False if there was nothing."""
         try:
             data = self._sock.recv(1 << 18)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             data = b""
         if not data:
             self._broken()
-            return
+            return False
         self.heard()
         self._received += data
         try:
-            for message in wire.decode_all(self._received):
-                self._handle(message)
+            messages = wire.decode_all(self._received)
         except EngineError as error:
             self.fail(error)
+            self._broken()  # nothing that comes after this can be understood
+            return False
+        for message in messages:
+            self._handle(message)
+        return True
 
     def _flush(self) -> None:
         with self._send_lock:
@@ -620,19 +645,19 @@ class Link:
             except BlockingIOError:
                 return
             except OSError:
-                self._broken()
-                return
+                done = len(self._unsent)  # as in `send`
             del self._unsent[:done]
             if not self._unsent:
                 self.core.progress.change(self._sock.fileno(), select.EPOLLIN)
 
     def _broken(self) -> None:
-        """The control socket has ended."""
+        """The control socket has ended: everything that the peer said is read."""
+        self._peer_silent = True
         self.core.progress.unwatch(self._sock.fileno())
         if self._error is None:
             self.suspect()
-        else:
-            self.core.progress.call_soon(self._close_socket)
+        elif self._halted:
+            self._close_socket()
 
     def _handle(self, message: LinkMessage) -> None:
         if isinstance(message, wire.Heartbeat) or self._path.handle(message):
@@ -652,17 +677,25 @@ class Link:
                 ),
                 remember=True,
             )
+        elif isinstance(message, wire.Claim) and self._path.peer_reaches_memory:
+            self._grants.answer(message)
+        elif isinstance(message, wire.Granted):
+            for transfer in self._grants.answered(message, self._revoked_here):
+                self._begin(transfer)
         elif isinstance(message, wire.Revoke):
             self._revoked(message.region)
         elif isinstance(message, wire.Revoked):
             event = self._revocations.get(message.region)
             if event is not None:
+                self._grants.returned(message.region)
                 event.set()
         elif isinstance(message, wire.Bye):
             self._peer_stopped = True
             why = f": {message.reason}" if message.reason else ""
             self.fail(PeerLost(f"the peer closed the link{why}", operation="link"))
-        elif isinstance(message, wire.ByeToo):
+            if self._halted:
+                self._close_socket()  # two goodbyes crossed: neither is answered
+        elif isinstance(message, wire.ByeToo) and self._error is not None:
             self._peer_stopped = True
             self._close_socket()
         else:
@@ -681,22 +714,25 @@ class Link:
 
     def _revoked(self, region_id: int) -> None:
         """The peer takes a region back: running transfers to it stop, no new one begins."""
-        self._revoked_here.add(region_id)
+        with self._lock:  # with `_submit`: a transfer is either seen here or refused there
+            self._revoked_here.add(region_id)
+        self._grants.drop(region_id)
         using = [
             transfer
             for transfer in list(self._transfers.values())
             if any(region.region_id == region_id for region in transfer.remote_regions)
         ]
         for transfer in using:
-            transfer.stop(
-                RegionGone(
-                    f"the peer has deregistered region {region_id}",
-                    operation=transfer.ticket.operation,
-                    peer=self.peer.name,
-                    imm=transfer.imm,
-                )
-            )
+            transfer.stop(self._revoked_error(transfer.ticket.operation, region_id, transfer.imm))
         self._confirm_revoked(region_id)
+
+    def _revoked_error(self, operation: str, region_id: int, imm: int | None) -> RegionGone:
+        return RegionGone(
+            f"the peer has deregistered region {region_id}",
+            operation=operation,
+            peer=self.peer.name,
+            imm=imm,
+        )
 
     def _confirm_revoked(self, region_id: int) -> None:
         for transfer in list(self._transfers.values()):
@@ -720,6 +756,8 @@ class Link:
 
     def _process_ended(self) -> None:
         self.core.progress.unwatch(self._pidfd)
+        while not self._socket_closed and self._take():
+            pass  # it may have finished its work, and said so, just before
         self._peer_stopped = True
         self.fail(
             PeerLost(
@@ -730,6 +768,7 @@ class Link:
             )
         )
         self._close_socket()
+        self._settle()
 
     def _go_down(self, error: EngineError) -> None:
         with self._lock:
@@ -740,7 +779,9 @@ class Link:
         for transfer in list(self._transfers.values()):
             transfer.stop(self._down_error(transfer.ticket.operation))
         self.core.counters.source_lost(self, self._counter_error)
+        self._grants.clear()
         self._path.halt(self._path_halted)
+        self.down._fail(error)
 
     def _counter_error(self, imm: int) -> EngineError:
         error = self._down_error("expect")
@@ -758,7 +799,8 @@ class Link:
         else:
             reason = "" if isinstance(self._error, LinkClosed) else str(self._error)
             self.send(wire.Bye(reason[:1000]))
-            if isinstance(self._error, PeerLost):
+            lost = isinstance(self._error, PeerLost) and not self._path.peer_reaches_memory
+            if lost or self._peer_silent:
                 self._close_socket()
         self._settle()
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Ticket:
     """One operation in flight.
 
-    Ends exactly once: with a byte count, or with an `EngineError`. Safe to use from any thread.
+    Ends exactly once: with a byte count, or with an error (of the engine: an `EngineError`). Safe to use from any thread.
     Its deadline is kept by the engine's monitor, so it ends even when nobody waits on it.
     """
 
@@ -54,7 +54,7 @@ class Ticket:
         self._lock = threading.Lock()
         self._done = False
         self._nbytes = 0
-        self._error: EngineError | None = None
+        self._error: Exception | None = None
         self._waiter: threading.Event | None = None
         self._callbacks: list[Callable[[Ticket], None]] = []
         self._stop_hook = stop_hook
@@ -68,7 +68,7 @@ class Ticket:
         """Whether the operation ended, well or badly."""
         return self._done
 
-    def exception(self) -> EngineError | None:
+    def exception(self) -> Exception | None:
         """The error it ended with, or None while pending or after success."""
         return self._error
 
@@ -183,10 +183,10 @@ class Ticket:
     def _finish(self, nbytes: int) -> bool:
         return self._end(nbytes, None)
 
-    def _fail(self, error: EngineError) -> bool:
+    def _fail(self, error: Exception) -> bool:
         return self._end(0, error)
 
-    def _end(self, nbytes: int, error: EngineError | None) -> bool:
+    def _end(self, nbytes: int, error: Exception | None) -> bool:
         with self._lock:
             if self._done:
                 return False

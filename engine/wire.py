@@ -94,6 +94,24 @@ class Abort(_Message, frozen=True, tag="abort"):
     reason: str
 
 
+class Claim(_Message, frozen=True, tag="claim"):
+    """May I reach this region of yours, which I believe to be here and this large?"""
+
+    claim: int
+    region: int
+    key: bytes
+    address: int
+    nbytes: int
+
+
+class Granted(_Message, frozen=True, tag="granted"):
+    """You may; or, with the name of a class of `engine.errors`, you may not."""
+
+    claim: int
+    error: str = ""
+    reason: str = ""
+
+
 class Revoke(_Message, frozen=True, tag="revoke"):
     """Stop using this region of mine."""
 
@@ -125,6 +143,8 @@ LinkMessage = (
     | Check
     | Checked
     | Abort
+    | Claim
+    | Granted
     | Revoke
     | Revoked
     | Bye

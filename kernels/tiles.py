@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .paged import Geometry
 
 _FEWEST_WORDS = 16  # 128 bytes: one cache line
-_MOST_WORDS = 4096  # a program's words live in registers
+_MOST_WORDS = 8192  # a program's words live in registers
 
 
 class Tuning(NamedTuple):
@@ -32,11 +32,16 @@ class Tuning(NamedTuple):
 LARGE = Tuning(tile_nbytes=16 << 10, num_warps=8)
 SMALL = Tuning(tile_nbytes=4 << 10, num_warps=4)
 SMALL_BELOW_NBYTES = 4 << 20
+# A capped launch has about one program on each multiprocessor it may use, which alone has to cover
+# the time that memory takes to answer: as much in flight as a program can have.
+CAPPED = Tuning(tile_nbytes=64 << 10, num_warps=32)
 
 
-def default_tuning(nbytes: int) -> Tuning:
+def default_tuning(nbytes: int, *, capped: bool) -> Tuning:
     """The tuning for a launch that moves `nbytes`."""
-    return SMALL if nbytes < SMALL_BELOW_NBYTES else LARGE
+    if nbytes < SMALL_BELOW_NBYTES:
+        return SMALL
+    return CAPPED if capped else LARGE
 
 
 class Strides(NamedTuple):

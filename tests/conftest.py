@@ -24,7 +24,7 @@ from kvferry.engine.handshake import EngineAddress
 from kvferry.engine.transfer import TransferEngine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy.typing as npt
 
@@ -46,11 +46,13 @@ ROOT = Path(__file__).parent.parent
 class Peer:
     """A transfer engine in another process, and that process's fate."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, launcher: Sequence[str] = (), **options: Any) -> None:
+        """Starts the peer, by way of the command `launcher`, with these options of its engine."""
         ours, theirs = Pipe()
         with theirs:
             self.process = subprocess.Popen(
                 [
+                    *launcher,
                     sys.executable,
                     str(ROOT / "tests" / "peer_process.py"),
                     str(theirs.fileno()),

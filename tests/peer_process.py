@@ -145,8 +145,8 @@ class Commands:
     def abort(self, to: str, imm: int, reason: str) -> None:
         self._links[to].abort(imm, reason)
 
-    def close_link(self, to: str) -> None:
-        self._links[to].close()
+    def close_link(self, to: str, timeout_s: float = 2.0) -> None:
+        self._links[to].close(timeout_s)
 
     def link_down(self, to: str) -> EngineError | None:
         """Waits until the link to that engine has quiesced; says why it went down."""

@@ -53,6 +53,7 @@ class Transfer:
         "_lock",
         "_on_end",
         "_placed_nbytes",
+        "after",
         "id",
         "imm",
         "local",
@@ -62,6 +63,7 @@ class Transfer:
         "remote_index",
         "remote_offset",
         "remote_regions",
+        "start",
         "ticket",
         "total_nbytes",
         "write",
@@ -93,6 +95,8 @@ class Transfer:
         self.imm = imm
         self.ticket = ticket
         self.on_placed: Callable[[], None] | None = None  # once, before the ticket ends well
+        self.start: Callable[[Transfer], None] | None = None  # instead of the path's `submit`
+        self.after: Any = None  # what must be done before its memory is touched, if anything
         self._on_end = on_end
         self._lock = threading.Lock()
         self._active = 0
@@ -174,6 +178,10 @@ class DataPath(abc.ABC):
     def submit(self, transfer: Transfer) -> None:
         """Starts a transfer. Never blocks; errors end the transfer."""
 
+    def before(self, transfer: Transfer, stream: Any) -> None:  # noqa: B027 - for streams alone
+        """On the caller's thread, before the transfer starts there or elsewhere: notes what must
+        be done first. `stream` is the caller's, or None. Never blocks."""
+
     def takes_blocks(self, plan: TransferPlan) -> bool:
         """Whether it moves this plan's blocks by `submit_blocks`, without a list of pieces."""
         return False
@@ -185,7 +193,6 @@ class DataPath(abc.ABC):
         src_block_ids: Any,
         dst_block_ids: Any,
         layers: Sequence[int] | None,
-        stream: Any,
     ) -> None:
         """Starts a transfer of blocks; the transfer has no pieces. As `submit` otherwise."""
         raise NotImplementedError

@@ -2,8 +2,8 @@
 
 `process_vm_writev` and `process_vm_readv` reach any memory of a process that we may ptrace, so the
 engine's own tensors need no preparation. The link's control channel, a Unix socket, carries one
-`Arrived` a write. There is no bounds check in the kernel: the link checks every range against the
-peer's descriptor before it gets here.
+`Arrived` a write. Neither keys nor bounds are checked in the kernel: the peer grants each region
+once (`grants.py`), and the link checks every range against its descriptor before it gets here.
 """
 
 from __future__ import annotations

@@ -83,6 +83,18 @@ class CudaIpcPath(DataPath):
         self._plans: dict[tuple[int, tuple[int, ...] | None], tuple[TransferPlan, CudaPlan]] = {}
         self._halting = False
 
+    def before(self, transfer: Transfer, stream: torch.cuda.Stream | None) -> None:
+        regions = transfer.local_regions
+        if not regions or regions[0].device < 0:
+            return
+        import torch
+
+        # Without a stream: after what the caller has enqueued, as torch's own operations are.
+        device = regions[0].device
+        with self._refusing(transfer):
+            lane = self._lane(device)
+            transfer.after = lane.mark(stream or torch.cuda.current_stream(device))
+
     # Pieces.
 
     def submit(self, transfer: Transfer) -> None:
@@ -118,9 +130,7 @@ class CudaIpcPath(DataPath):
             copy_pieces(table, columns, signal=signal, max_programs=self._link.core.max_programs)
             return Launched((columns,))
 
-        lane.launch(
-            transfer, transfer.total_nbytes, _current_stream(device), table.columns.size, kernels
-        )
+        lane.launch(transfer, transfer.total_nbytes, table.columns.size, kernels)
 
     # Blocks.
 
@@ -135,7 +145,6 @@ class CudaIpcPath(DataPath):
         src_block_ids: BlockIds | torch.Tensor,
         dst_block_ids: BlockIds | torch.Tensor,
         layers: Sequence[int] | None,
-        stream: torch.cuda.Stream | None,
     ) -> None:
         """Moves blocks by one launch for each kind of piece in the plan.
 
@@ -148,7 +157,7 @@ class CudaIpcPath(DataPath):
             if not transfer.total_nbytes:
                 self._host.submit(transfer)
                 return
-            self._launch_blocks(transfer, plan, src_block_ids, dst_block_ids, layers, stream)
+            self._launch_blocks(transfer, plan, src_block_ids, dst_block_ids, layers)
 
     def _launch_blocks(
         self,
@@ -157,7 +166,6 @@ class CudaIpcPath(DataPath):
         src_block_ids: Any,
         dst_block_ids: Any,
         layers: Sequence[int] | None,
-        stream: torch.cuda.Stream | None,
     ) -> None:
         import torch
 
@@ -196,7 +204,6 @@ class CudaIpcPath(DataPath):
         lane.launch(
             transfer,
             transfer.total_nbytes,
-            _current_stream(device) if stream is None else stream,
             0 if on_device else 2 * len(src_block_ids),
             kernels,
         )
@@ -318,10 +325,3 @@ class _Refusing:
             return False
         self._transfer.stop(error)
         return True
-
-
-def _current_stream(device: int) -> torch.cuda.Stream:
-    """What the caller has enqueued so far comes first, as torch's own operations would have it."""
-    import torch
-
-    return torch.cuda.current_stream(device)

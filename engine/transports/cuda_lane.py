@@ -95,11 +95,17 @@ class Lane:
         self._thread = threading.Thread(target=self._work, name=f"{name}-gpu{device}", daemon=True)
         self._thread.start()
 
+    def mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        """What a stream has been given so far, as an event for `Transfer.after`."""
+        with self._lock:
+            event = self._event()
+        event.record(stream)
+        return event
+
     def launch(
         self,
         transfer: Transfer,
         nbytes: int,
-        after: torch.cuda.Stream | None,
         num_words: int,
         kernels: Callable[[Scratch | None], Launched],
     ) -> None:
@@ -107,7 +113,6 @@ class Lane:
 
         Args:
             nbytes: that the kernels move.
-            after: a stream whose present work must be done before the kernels read or write.
             num_words: scratch that they need.
             kernels: launches them on the current stream.
         """
@@ -118,11 +123,10 @@ class Lane:
             try:
                 if num_words:
                     scratch = self._take(num_words)
-                if after is not None:
-                    ready = self._event()
-                    ready.record(after)
-                    self.stream.wait_event(ready)
-                    self._events.append(ready)
+                if transfer.after is not None:
+                    self.stream.wait_event(transfer.after)
+                    self._events.append(transfer.after)
+                    transfer.after = None
                 done = self._event()
                 with torch.cuda.stream(self.stream):
                     launched = kernels(scratch)

@@ -10,32 +10,35 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapters.agent import Agent, Handoff, SendHandoff
+    from .adapters.agent import Agent
+    from .adapters.handoffs import Handoff, SendHandoff
     from .engine.errors import EngineError
+    from .engine.handshake import EngineAddress
     from .engine.layout import Axis, GroupLayout, KVLayout, RegionLayout
+    from .engine.link import Link
     from .engine.memory import CacheDescriptor, MemoryRegion, RegionDescriptor, RegisteredCache
-    from .engine.plan import Plan
     from .engine.tickets import Ticket
-    from .engine.transfer import EngineAddress, Link, TransferEngine
+    from .engine.transfer import TransferEngine
+    from .engine.transfer_plan import TransferPlan
 
 _HOMES = {
     "Agent": "adapters.agent",
     "Axis": "engine.layout",
     "CacheDescriptor": "engine.memory",
-    "EngineAddress": "engine.transfer",
+    "EngineAddress": "engine.handshake",
     "EngineError": "engine.errors",
     "GroupLayout": "engine.layout",
-    "Handoff": "adapters.agent",
+    "Handoff": "adapters.handoffs",
     "KVLayout": "engine.layout",
-    "Link": "engine.transfer",
+    "Link": "engine.link",
     "MemoryRegion": "engine.memory",
-    "Plan": "engine.plan",
     "RegionDescriptor": "engine.memory",
     "RegionLayout": "engine.layout",
     "RegisteredCache": "engine.memory",
-    "SendHandoff": "adapters.agent",
+    "SendHandoff": "adapters.handoffs",
     "Ticket": "engine.tickets",
     "TransferEngine": "engine.transfer",
+    "TransferPlan": "engine.transfer_plan",
 }
 
 __all__ = [
@@ -49,13 +52,13 @@ __all__ = [
     "KVLayout",
     "Link",
     "MemoryRegion",
-    "Plan",
     "RegionDescriptor",
     "RegionLayout",
     "RegisteredCache",
     "SendHandoff",
     "Ticket",
     "TransferEngine",
+    "TransferPlan",
 ]
 
 
