@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..plan import BlockIds
     from ..transfer_plan import TransferPlan
     from ..wire import LinkMessage
-    from .cuda_lane import Lane, Launched, Scratch
+    from .cuda_lane import Lane, Launched
     from .cuda_plan import CudaPlan
 
 
@@ -122,15 +122,14 @@ class CudaIpcPath(DataPath):
         table = make_table(src, dst, transfer.nbytes)
         signal = self._signal(transfer, lane)
 
-        def kernels(scratch: Scratch | None) -> Launched:
+        def kernels(columns: torch.Tensor | None) -> Launched:
             from .cuda_lane import Launched
 
-            assert scratch is not None
-            columns = scratch.upload(table.columns)
+            assert columns is not None
             copy_pieces(table, columns, signal=signal, max_programs=self._link.core.max_programs)
             return Launched((columns,))
 
-        lane.launch(transfer, transfer.total_nbytes, table.columns.size, kernels)
+        lane.launch(transfer, transfer.total_nbytes, table.columns, kernels)
 
     # Blocks.
 
@@ -180,15 +179,15 @@ class CudaIpcPath(DataPath):
         counter = self._counter(transfer, device)
         max_programs = self._link.core.max_programs
 
-        def kernels(scratch: Scratch | None) -> Launched:
-            if scratch is None:
+        def kernels(uploaded: torch.Tensor | None) -> Launched:
+            if uploaded is None:
                 src_ids, dst_ids = src_block_ids, dst_block_ids
                 state = torch.zeros(2, dtype=torch.int32, device=device)
             else:
-                src_ids, dst_ids = scratch.upload(np.stack([src_block_ids, dst_block_ids]))
+                src_ids, dst_ids = uploaded
                 state = lane.state
             signal = None if counter is None else Signal(state, counter)
-            bad_ids = state[1:] if signal is None and scratch is None else None
+            bad_ids = state[1:] if signal is None and uploaded is None else None
             for launch in compiled.launches:
                 push(
                     launch.src,
@@ -199,12 +198,14 @@ class CudaIpcPath(DataPath):
                     bad_ids=bad_ids,
                     max_programs=max_programs,
                 )
-            return Launched((src_ids, dst_ids, compiled), None if scratch is not None else state[1])
+            return Launched(
+                (src_ids, dst_ids, compiled), None if uploaded is not None else state[1]
+            )
 
         lane.launch(
             transfer,
             transfer.total_nbytes,
-            0 if on_device else 2 * len(src_block_ids),
+            None if on_device else np.stack([src_block_ids, dst_block_ids]),
             kernels,
         )
 

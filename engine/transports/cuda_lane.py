@@ -106,14 +106,14 @@ class Lane:
         self,
         transfer: Transfer,
         nbytes: int,
-        num_words: int,
-        kernels: Callable[[Scratch | None], Launched],
+        rows: npt.NDArray[np.int64] | None,
+        kernels: Callable[[torch.Tensor | None], Launched],
     ) -> None:
         """Enqueues a transfer's kernels; the lane's thread ends the transfer once they are done.
 
         Args:
             nbytes: that the kernels move.
-            num_words: scratch that they need.
+            rows: ids or a table that they need on the GPU, `[n, m]`; they get it there.
             kernels: launches them on the current stream.
         """
         with self._lock:
@@ -121,15 +121,15 @@ class Lane:
                 return
             scratch = None
             try:
-                if num_words:
-                    scratch = self._take(num_words)
-                if transfer.after is not None:
-                    self.stream.wait_event(transfer.after)
-                    self._events.append(transfer.after)
-                    transfer.after = None
-                done = self._event()
+                uploaded = None
                 with torch.cuda.stream(self.stream):
-                    launched = kernels(scratch)
+                    # The rows depend on nothing, so they go ahead of what must be waited for.
+                    if rows is not None:
+                        scratch = self._take(rows.size)
+                        uploaded = scratch.upload(rows)
+                    self._wait_for(transfer)
+                    launched = kernels(uploaded)
+                done = self._event()
                 done.record(self.stream)
             except Exception as error:  # Triton and torch raise many kinds
                 transfer.stop(
@@ -153,6 +153,12 @@ class Lane:
             self._flights.put(None)
         self._thread.join()
         _idle_streams.setdefault(self.device, []).append(self._raw_stream)
+
+    def _wait_for(self, transfer: Transfer) -> None:
+        if transfer.after is not None:
+            self.stream.wait_event(transfer.after)
+            self._events.append(transfer.after)
+            transfer.after = None
 
     def _take(self, num_words: int) -> Scratch:
         size = max(_FEWEST_WORDS, 1 << (num_words - 1).bit_length())
