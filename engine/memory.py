@@ -19,7 +19,8 @@ import msgspec
 import numpy as np
 
 from .errors import DeadlineExceeded, LayoutError, NotRegistered, OutOfRange, RegionGone
-from .layout import KVLayout  # noqa: TC001 - msgspec reads it at run time
+from .fields import Key, Uint32, Uint63  # noqa: TC001 - msgspec reads them at run time
+from .layout import KVLayout  # noqa: TC001 - likewise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,10 +44,10 @@ class RegionDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     engine_id: str
-    region_id: int
-    key: bytes
-    address: int
-    nbytes: int
+    region_id: Uint32
+    key: Key
+    address: Uint63
+    nbytes: Uint63
     kind: str = "host"
 
 
