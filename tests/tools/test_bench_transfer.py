@@ -249,15 +249,14 @@ def test_frozen_processes_go_on_after_a_thaw() -> None:
 @pytest.fixture(scope="module")
 def report() -> Report:
     """A run with tiny shapes; NIXL is asked for and not there."""
-    patch = pytest.MonkeyPatch()
-    memory = (IdleMemory("TransferEngine", 1, 2, 3), IdleMemory("Agent", 0, 0, 0, "not there"))
-    patch.setattr(idle_memory, "start", lambda: lambda: memory)
-    patch.setattr(transfer_measure, "REST_S", 0.01)
     assert "nixl" not in installed_peers(sys.executable), "this run wants it to be missing"
+    memory = (IdleMemory("TransferEngine", 1, 2, 3), IdleMemory("Agent", 0, 0, 0, "not there"))
     settings = Settings(seconds=0.2, rounds=2, rails=(1,), peers=("nixl",))
     told: list[float] = []
     options = transfer_measure.Options(settings, sys.executable, TINY)
-    with patch.context():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(idle_memory, "start", lambda: lambda: memory)
+        patch.setattr(transfer_measure, "REST_S", 0.01)
         made = transfer_measure.measure(options, lambda text, done: told.append(done))
     assert told == sorted(told)
     return made
@@ -345,9 +344,15 @@ def test_a_failure_leaves_out_one_shape_or_everything(
 
 
 def test_tables_fit_80_columns_and_show_every_row(report: Report) -> None:
+    large = [
+        msgspec.structs.replace(result, p50_ms=1234.56, p99_ms=2345.67, samples=12345)
+        for result in report.results
+    ]
     output = StringIO()
-    show(Console(file=output, width=80), report)
+    show(Console(file=output, width=80), msgspec.structs.replace(report, results=tuple(large)))
     text = output.getvalue()
+    assert "…" not in text
+    assert text.count("1234.56") == text.count("12345 ") == len(large)
     assert all(name_of(result) in text for result in report.results)
     assert all(target.name in text for target in report.targets)
     assert "left out: nixl: " in text
@@ -443,5 +448,5 @@ def test_idle_memory_is_measured_beside_torch() -> None:
     by_name = {memory.name: memory for memory in idle_memory.start()()}
     engine = by_name["TransferEngine"]
     assert engine.reason == ""
-    assert engine.torch_nbytes > engine.imports_nbytes + engine.object_nbytes
+    assert engine.torch_nbytes > engine.imports_nbytes + engine.object_nbytes >= 0
     assert set(by_name) == {"TransferEngine", "Agent"}

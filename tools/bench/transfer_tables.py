@@ -68,6 +68,8 @@ def _results(report: Report, shape: str) -> Table:
         f"{one.nbytes / MIB:g} MiB",
         title_justify="left",
         box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     table.add_column("", no_wrap=True)
     for heading in ("GB/s", "p50 ms", "p99 ms", "CPU\ns/GiB", "of\nmemcpy", "veri-\nfied", "n"):
