@@ -74,7 +74,7 @@ class ProtocolError(ControlError):
         fault: `truncated`, `oversized`, `deep`, `malformed`, `wrong type` or `unknown message`.
     """
 
-    def __init__(self, message: str, *, fault: str, peer: str = "") -> None:
+    def __init__(self, message: str, *, fault: str = "malformed", peer: str = "") -> None:
         super().__init__(message, peer=peer, operation="decode")
         self.fault = fault
 

@@ -128,6 +128,11 @@ class Session:
         self._actions: list[SessionAction] = []
 
     @property
+    def role(self) -> str:
+        """This side's role."""
+        return self._hello.role
+
+    @property
     def name(self) -> str:
         """The peer's name, or "" before its `Hello`."""
         return self.peer.name if self.peer is not None else ""

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from .cuda import driver
 
 if TYPE_CHECKING:
+    import torch
+
     from .tickets import Ticket
 
 NUM_SLOTS = 1 << 16  # 512 KiB a GPU
@@ -73,7 +75,7 @@ class DeviceCounters:
             self._owners[slot] = (imm, self._values.get(slot, 0) - early + nbytes)
         ticket.add_done_callback(self._ended)
 
-    def wait(self, ticket: Ticket, device: int, stream: int) -> bool:
+    def wait(self, ticket: Ticket, stream: torch.cuda.Stream) -> bool:
         """Lets a stream wait for the ticket's word; False if it has none."""
         imm = ticket.imm
         if imm is None:
@@ -83,9 +85,10 @@ class DeviceCounters:
             if owner is None or owner[0] != imm:
                 return False
             ((array_device, (_, address)),) = self._arrays.items()
+            device = stream.device_index
             if array_device != device:
                 driver().enable_peer_access(device, array_device)
-            driver().wait_value(device, stream, address + slot_offset(imm), owner[1])
+            driver().wait_value(device, stream.cuda_stream, address + slot_offset(imm), owner[1])
             return True
 
     def _ended(self, ticket: Ticket) -> None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from .errors import LinkError, PeerLost, ProtocolError, TransportUnavailable
+from .fields import Nonce, Pid, Port, Uint63  # noqa: TC001 - msgspec reads them at run time
 from .wire import LINK_VERSION
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Identity(msgspec.Struct, frozen=True):
     engine_id: str
     name: str
     host_id: str
-    pid: int
+    pid: Pid
 
 
 class EngineAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,7 +56,7 @@ class EngineAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     identity: Identity
     secret: bytes
     tcp_host: str
-    tcp_port: int
+    tcp_port: Port
     unix_name: str
 
     @property
@@ -90,8 +91,8 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     link_id: str
     rail: int
     num_rails: int
-    nonce: bytes
-    probe: int = 0
+    nonce: Nonce
+    probe: Uint63 = 0
     probe_word: bytes = b""
 
 
@@ -100,9 +101,9 @@ class Challenge(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     refused: str
     identity: Identity
-    nonce: bytes
+    nonce: Nonce
     proof: bytes
-    probe: int = 0
+    probe: Uint63 = 0
     probe_word: bytes = b""
 
 

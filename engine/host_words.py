@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from .cuda import driver
 
 if TYPE_CHECKING:
+    import torch
+
     from .tickets import Ticket
 
 _PAGE_WORDS = 512
@@ -19,7 +21,7 @@ _pages: list[Any] = []  # pinned tensors; never freed, since a stream may still 
 _free: list[ctypes.c_int64] = []
 
 
-def wait_for_host(ticket: Ticket, device: int, stream: int) -> None:
+def wait_for_host(ticket: Ticket, stream: torch.cuda.Stream) -> None:
     """Lets a stream wait until a ticket has ended, by a word that the ending thread writes.
 
     A word only grows, so it can serve again as soon as it is written: streams that have not
@@ -27,7 +29,7 @@ def wait_for_host(ticket: Ticket, device: int, stream: int) -> None:
     """
     word = _take()
     value = word.value + 1
-    driver().wait_value(device, stream, ctypes.addressof(word), value)
+    driver().wait_value(stream.device_index, stream.cuda_stream, ctypes.addressof(word), value)
 
     def write(_: Ticket) -> None:
         word.value = value

@@ -30,7 +30,7 @@ from .errors import (
     RegionRefused,
 )
 from .grants import Grants
-from .memory import MemoryRegion, RegionDescriptor, check_ranges
+from .memory import MemoryRegion, RegionDescriptor, RegisteredCache, check_ranges
 from .tickets import Ticket
 from .transfer_plan import check_block_ids
 from .transports.base import DataPath, Transfer
@@ -57,6 +57,7 @@ BUSY_PEER_S = 10.0  # how long a live process on this host may be too busy to an
 MAX_UNSENT_NBYTES = 16 << 20
 DEFAULT_TIMEOUT_S = 30.0
 _NO_PIECES = np.zeros(0, np.int64)
+_NO_IOVEC = np.zeros((0, 2), np.uint64)
 
 
 class Link:
@@ -107,6 +108,8 @@ class Link:
         self._revoked_here: set[int] = set()
         self._revocations: dict[int, threading.Event] = {}
         self._grants = Grants(self)
+        # The regions of plans that have been checked and granted: looked at once, not each time.
+        self._passed: dict[int, tuple[RegionDescriptor, ...]] = {}
         self._path = make_path(self)
 
     def __repr__(self) -> str:
@@ -223,6 +226,18 @@ class Link:
         """
         ids = (src_block_ids, dst_block_ids)
         return self._blocks("read", plan, ids, None, layers, stream, timeout_s)
+
+    def prepare(self, plan: TransferPlan, *, layers: Sequence[int] | None = None) -> None:
+        """Does beforehand what the first transfer of a plan would have to do; may take seconds.
+
+        Over `cuda_ipc`: compiles and loads kernels, maps the peer's memory, allocates scratch.
+        Call it before a stream of this process waits on a ticket (`Ticket.wait_on`): CUDA may do
+        these things only when no stream is waiting. Elsewhere it does nothing.
+
+        Raises:
+            TransportUnavailable: the peer's memory cannot be reached from here.
+        """
+        self._path.prepare(plan, layers)
 
     def abort(self, imm: int, reason: str) -> None:
         """Tells the peer that this imm's counter will never reach its total."""
@@ -452,8 +467,8 @@ class Link:
             nbytes = plan.nbytes(len(ids[1]), layers=layers)
             return self._submit(
                 operation,
-                plan.local.regions,
-                np.zeros((0, 2), np.uint64),
+                (plan.local,),
+                _NO_IOVEC,
                 plan.remote.regions,
                 _NO_PIECES,
                 _NO_PIECES,
@@ -484,7 +499,7 @@ class Link:
     def _submit(
         self,
         operation: str,
-        local_regions: tuple[MemoryRegion, ...],
+        local_regions: tuple[MemoryRegion | RegisteredCache, ...],
         local: iovec.Iovec,
         remote_regions: tuple[RegionDescriptor, ...],
         remote_index: npt.NDArray[np.int64],
@@ -499,23 +514,9 @@ class Link:
         name = self.peer.name
         if imm is not None:
             imm = check_imm(imm, operation)
-        kinds = {region.kind for region in local_regions}
-        kinds |= {region.kind for region in remote_regions}
-        for kind in kinds - self._path.kinds:
-            raise NotRegistered(
-                f"a {self.transport} link does not move {kind} memory: register GPU memory before "
-                "connect(), or name the transport there",
-                operation=operation,
-                peer=name,
-            )
-        for region in remote_regions:
-            if region.engine_id != self.peer.engine_id:
-                raise NotRegistered(
-                    f"region {region.region_id} belongs to another engine than this link's peer, "
-                    "or to one that has restarted: fetch its descriptor again",
-                    operation=operation,
-                    peer=name,
-                )
+        known = start is not None and self._passed.get(id(remote_regions)) is remote_regions
+        if not known:
+            self._check_regions(operation, local_regions, remote_regions)
         sizes = local[:, 1].astype(np.int64)
         if len(sizes):
             limits = np.array([region.nbytes for region in remote_regions], np.int64)
@@ -547,7 +548,7 @@ class Link:
             with self._lock:
                 if self._error is not None:
                     raise self._down_error(operation)
-                for region in remote_regions:
+                for region in () if known and not self._revoked_here else remote_regions:
                     if region.region_id in self._revoked_here:
                         raise self._revoked_error(operation, region.region_id, imm)
                 self._transfers[transfer.id] = transfer
@@ -556,9 +557,39 @@ class Link:
                 mine.release()
             raise
         self._path.before(transfer, stream)
-        if not self._path.peer_reaches_memory or self._grants.admit(transfer):
+        if (
+            (known and not self._revoked_here)
+            or not self._path.peer_reaches_memory
+            or self._grants.admit(transfer)
+        ):
+            if start is not None:
+                self._passed[id(remote_regions)] = remote_regions
             self._begin(transfer)
         return ticket
+
+    def _check_regions(
+        self,
+        operation: str,
+        local_regions: tuple[MemoryRegion | RegisteredCache, ...],
+        remote_regions: tuple[RegionDescriptor, ...],
+    ) -> None:
+        kinds = {region.kind for region in local_regions}
+        kinds |= {region.kind for region in remote_regions}
+        for kind in kinds - self._path.kinds:
+            raise NotRegistered(
+                f"a {self.transport} link does not move {kind} memory: register GPU memory before "
+                "connect(), or name the transport there",
+                operation=operation,
+                peer=self.peer.name,
+            )
+        for region in remote_regions:
+            if region.engine_id != self.peer.engine_id:
+                raise NotRegistered(
+                    f"region {region.region_id} belongs to another engine than this link's peer, "
+                    "or to one that has restarted: fetch its descriptor again",
+                    operation=operation,
+                    peer=self.peer.name,
+                )
 
     def _begin(self, transfer: Transfer) -> None:
         (transfer.start or self._path.submit)(transfer)

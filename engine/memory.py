@@ -20,7 +20,8 @@ import numpy as np
 
 from .cuda_memory import CudaMemory, export_tensor
 from .errors import DeadlineExceeded, LayoutError, NotRegistered, OutOfRange, RegionGone
-from .layout import KVLayout  # noqa: TC001 - msgspec reads it at run time
+from .fields import Key, Uint32, Uint63  # noqa: TC001 - msgspec reads them at run time
+from .layout import KVLayout  # noqa: TC001 - likewise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,10 +46,10 @@ class RegionDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     engine_id: str
-    region_id: int
-    key: bytes
-    address: int
-    nbytes: int
+    region_id: Uint32
+    key: Key
+    address: Uint63
+    nbytes: Uint63
     kind: str = "host"
     cuda: CudaMemory | None = None
 
@@ -116,6 +117,7 @@ class MemoryRegion:
             cuda=memory.cuda,
         )
         self.device = memory.device
+        self.caches: list[RegisteredCache] = []
         self._uses = 0
         self._closing = False
         self._idle = threading.Condition()
@@ -183,7 +185,15 @@ class MemoryRegion:
         """
         deadline = time.monotonic() + timeout_s
         self._closing = True
+        for cache in self.caches:
+            cache.close()
         self._table.revoke(self, deadline)
+        for cache in self.caches:
+            if not cache.drained(deadline):
+                raise DeadlineExceeded(
+                    f"the cache of region {self.region_id} is still used after {timeout_s} s",
+                    operation="deregister",
+                )
         with self._idle:
             while self._uses:
                 if not self._idle.wait(max(0.0, deadline - time.monotonic())):
@@ -197,12 +207,54 @@ class MemoryRegion:
 
 
 class RegisteredCache:
-    """A whole paged cache, registered: one region for each region of its layout."""
+    """A whole paged cache, registered: one region for each region of its layout.
+
+    A transfer of blocks uses the cache as one: what it costs does not grow with the layers.
+    """
 
     def __init__(self, layout: KVLayout, regions: tuple[MemoryRegion, ...]) -> None:
         self.layout = layout
         self.regions = regions
         self.descriptor = CacheDescriptor(layout, tuple(r.descriptor for r in regions))
+        self._idle = threading.Condition()
+        self._uses = 0
+        self._closing = False
+        self.kind = "/".join(sorted({region.kind for region in regions}))
+        self.device = regions[0].device if len({r.device for r in regions}) == 1 else -1
+        for region in regions:
+            region.caches.append(self)
+
+    def acquire(self) -> None:
+        """Begins one use of all regions; `release` ends it.
+
+        Raises:
+            RegionGone: one of them was deregistered.
+        """
+        with self._idle:
+            if self._closing:
+                raise RegionGone(
+                    "a region of this cache is deregistered: register the cache again",
+                    operation="access",
+                )
+            self._uses += 1
+
+    def release(self) -> None:
+        """Ends one use."""
+        with self._idle:
+            self._uses -= 1
+            if not self._uses:
+                self._idle.notify_all()
+
+    def close(self) -> None:
+        """Begins no further use: a region is being deregistered."""
+        self._closing = True
+
+    def drained(self, deadline: float) -> bool:
+        """Waits until there is no use; False if the deadline came first."""
+        with self._idle:
+            return self._idle.wait_for(
+                lambda: not self._uses, max(0.0, deadline - time.monotonic())
+            )
 
     def deregister(self, timeout_s: float = 10.0) -> None:
         """Deregisters every region."""

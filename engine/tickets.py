@@ -29,6 +29,7 @@ class Ticket:
         "_error",
         "_lock",
         "_nbytes",
+        "_spin",
         "_stop_hook",
         "_stream_wait",
         "_waiter",
@@ -58,7 +59,8 @@ class Ticket:
         self._waiter: threading.Event | None = None
         self._callbacks: list[Callable[[Ticket], None]] = []
         self._stop_hook = stop_hook
-        self._stream_wait: Callable[[Ticket, int, int], bool] | None = None
+        self._stream_wait: Callable[[Ticket, torch.cuda.Stream], bool] | None = None
+        self._spin: Callable[[], None] | None = None  # waits in native code, awake
 
     def __repr__(self) -> str:
         state = "pending" if not self._done else repr(self._error) if self._error else "done"
@@ -87,6 +89,9 @@ class Ticket:
             DeadlineExceeded: `timeout_s` passed, or the operation's own deadline did.
             EngineError: what the operation ended with.
         """
+        spin = self._spin
+        if not self._done and spin is not None and timeout_s is None:
+            spin()
         if not self._done:
             with self._lock:
                 if not self._done and self._waiter is None:
@@ -123,8 +128,12 @@ class Ticket:
         """Lets a CUDA stream wait until the operation ends; the host goes on at once.
 
         For an `expect` whose bytes come over `cuda_ipc` no host is in the loop: the stream waits
-        for a word of GPU memory that the writer's kernel adds to. Otherwise it waits for a word
-        that the ending thread writes.
+        for a word of GPU memory that the writer's kernel adds to; for a write or read over
+        `cuda_ipc` it waits for the kernel. Otherwise it waits for a word that the ending thread
+        writes.
+
+        What this process launches behind the wait must have run before (`Link.prepare`): CUDA may
+        load a kernel, or allocate memory, only when no stream is waiting.
 
         The stream goes on however the operation ends: look at `exception()` before you believe
         what it computed.
@@ -133,9 +142,8 @@ class Ticket:
             EngineError: what the operation has ended with already.
         """
         if not self._done:
-            device, raw = stream.device_index, stream.cuda_stream
-            if self._stream_wait is None or not self._stream_wait(self, device, raw):
-                wait_for_host(self, device, raw)
+            if self._stream_wait is None or not self._stream_wait(self, stream):
+                wait_for_host(self, stream)
         if self._error is not None:
             raise self._error
 
@@ -194,7 +202,7 @@ class Ticket:
             self._done = True
             callbacks, self._callbacks = self._callbacks, []
             waiter = self._waiter
-        self._stop_hook = None
+        self._stop_hook = self._stream_wait = self._spin = None
         if waiter is not None:
             waiter.set()
         for callback in callbacks:

@@ -32,6 +32,7 @@ class TransferPlan:
         self.local = local
         self.remote = remote
         self.writes = writes
+        self.remote_kind = "/".join(sorted({region.kind for region in remote.regions}))
         pair = (local.layout, remote.layout)
         self.plan = Plan(*pair) if writes else Plan(*reversed(pair))
         self._addresses = np.array([region.address for region in local.regions], np.int64)

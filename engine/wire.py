@@ -8,6 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from .errors import ProtocolError
+from .fields import Key, Uint32, Uint63  # noqa: TC001 - msgspec reads them at run time
 
 LINK_VERSION = 1
 LENGTH_NBYTES = 4
@@ -28,17 +29,17 @@ class Arrived(_Message, frozen=True, tag="arrived"):
     `device_nbytes` of them have been added to your device counter of that imm already.
     """
 
-    imm: int
-    nbytes: int
-    writes: int
-    device_nbytes: int = 0
+    imm: Uint32
+    nbytes: Uint63
+    writes: Uint32
+    device_nbytes: Uint63 = 0
 
 
 class Acknowledge(_Message, frozen=True, tag="ack"):
     """These bytes of your transfer are placed and counted."""
 
-    transfer: int
-    nbytes: int
+    transfer: Uint63
+    nbytes: Uint63
 
 
 class Refuse(_Message, frozen=True, tag="refuse"):
@@ -47,17 +48,17 @@ class Refuse(_Message, frozen=True, tag="refuse"):
     `error` names the class of `engine.errors`; `first` is the refused `ReadRequest`'s.
     """
 
-    transfer: int
+    transfer: Uint63
     error: str
     reason: str
-    first: int = 0
+    first: Uint32 = 0
 
 
 class ReadRequest(_Message, frozen=True, tag="read"):
     """Send me these pieces of your memory, as the pieces from `first` on of my transfer."""
 
-    transfer: int
-    first: int
+    transfer: Uint63
+    first: Uint32
     regions: bytes
     pieces: bytes
     verify: bool = False
@@ -69,45 +70,45 @@ class Check(_Message, frozen=True, tag="check"):
     With `count`, compare it with `crc` and count `nbytes` under `imm` if they agree.
     """
 
-    transfer: int
-    chunk: int
+    transfer: Uint63
+    chunk: Uint32
     regions: bytes
     pieces: bytes
     count: bool
-    crc: int
-    imm: int | None
-    nbytes: int
+    crc: Uint32
+    imm: Uint32 | None
+    nbytes: Uint63
 
 
 class Checked(_Message, frozen=True, tag="checked"):
     """The checksum that was asked for."""
 
-    transfer: int
-    chunk: int
-    crc: int
+    transfer: Uint63
+    chunk: Uint32
+    crc: Uint32
 
 
 class Abort(_Message, frozen=True, tag="abort"):
     """I gave up on this imm: its counter will never reach the total."""
 
-    imm: int
+    imm: Uint32
     reason: str
 
 
 class Claim(_Message, frozen=True, tag="claim"):
     """May I reach this region of yours, which I believe to be here and this large?"""
 
-    claim: int
-    region: int
-    key: bytes
-    address: int
-    nbytes: int
+    claim: Uint63
+    region: Uint32
+    key: Key
+    address: Uint63
+    nbytes: Uint63
 
 
 class Granted(_Message, frozen=True, tag="granted"):
     """You may; or, with the name of a class of `engine.errors`, you may not."""
 
-    claim: int
+    claim: Uint63
     error: str = ""
     reason: str = ""
 
@@ -115,13 +116,13 @@ class Granted(_Message, frozen=True, tag="granted"):
 class Revoke(_Message, frozen=True, tag="revoke"):
     """Stop using this region of mine."""
 
-    region: int
+    region: Uint32
 
 
 class Revoked(_Message, frozen=True, tag="revoked"):
     """I have stopped using that region of yours."""
 
-    region: int
+    region: Uint32
 
 
 class Bye(_Message, frozen=True, tag="bye"):

@@ -262,7 +262,8 @@ def launch_copy(
         return
     src_geometry, src_bases, src_blocks, src_alignment = _arguments(src)
     dst_geometry, dst_bases, dst_blocks, dst_alignment = _arguments(dst)
-    tuning = tuning or default_tuning(nbytes, capped=max_programs is not None)
+    staged = src.ids is None or dst.ids is None
+    tuning = tuning or default_tuning(nbytes, staged=staged, capped=max_programs is not None)
     alignment = min(src_alignment, dst_alignment)
     constants = kernel_constants(src_geometry, dst_geometry, alignment, tuning)
     num_entries = cache.num_entries

@@ -39,11 +39,14 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
     from kvferry.adapters.agent import Agent
-
     from kvferry.tools.demo_events import Options
     from kvferry.tools.demo_pool import FragmentedPool
 
     Role = Literal["prefill", "decode"]
+
+
+CONNECT_TIMEOUT_S = 20.0
+"""Both processes may share one core, with a model's start-up still on it."""
 
 
 class PeerGone(RuntimeError):
@@ -127,6 +130,7 @@ def _prefill(options: Options, parent: Connection, peer: Connection) -> None:
         for ids, of_prompt in zip(block_ids, handoffs, strict=True):
             for handoff in of_prompt:
                 handoff.wait(options.deadline_s)
+                handoff.blocks_free.wait(options.deadline_s)
             pool.free(ids)
         _generate(model, prompts, batch, caches, "reference", options, parent)
 
@@ -145,7 +149,6 @@ def _decode(options: Options, parent: Connection, peer: Connection) -> None:
     parent.send(Ready("decode"))
     addresses: Addresses = _receive(peer, Addresses, options)
     peers = _connect(agents, addresses, unavailable, options)
-    unavailable.update(addresses.unavailable)
     for name, reason in unavailable.items():
         parent.send(Skipped(name, reason))
     peer.send(Connected(tuple(peers)))
@@ -205,7 +208,6 @@ def _make_agents(
 ) -> tuple[dict[str, Agent], dict[str, str]]:
     """An agent for each transport, all of them on the one pool; and why some have none."""
     from kvferry.adapters.agent import Agent
-
     from kvferry.engine.errors import TransportUnavailable
 
     agents, unavailable = {}, {}
@@ -238,6 +240,7 @@ def _connect(
     Raises:
         TransportUnavailable: a transport that was asked for, or every one, does not work.
     """
+    from kvferry.control.errors import HelloRefused
     from kvferry.engine.errors import TransportUnavailable
 
     peers = {}
@@ -245,11 +248,12 @@ def _connect(
         if name not in addresses.agents:
             continue
         try:
-            peers[name] = agent.connect(addresses.agents[name])
-        except TransportUnavailable as error:
+            peers[name] = agent.connect(addresses.agents[name], CONNECT_TIMEOUT_S)
+        except (TransportUnavailable, HelloRefused) as error:  # refused: there can be no link
             if not options.skip_unavailable:
                 raise
             unavailable[name] = error.message
+    unavailable.update(addresses.unavailable)
     if not peers:
         raise TransportUnavailable(
             "; ".join(f"{name}: {why}" for name, why in unavailable.items()), operation="connect"

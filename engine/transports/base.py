@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ..errors import EngineError
     from ..iovec import Iovec
-    from ..memory import MemoryRegion, RegionDescriptor
+    from ..memory import MemoryRegion, RegionDescriptor, RegisteredCache
     from ..tickets import Ticket
     from ..transfer_plan import TransferPlan
     from ..wire import LinkMessage
@@ -75,7 +75,7 @@ class Transfer:
         *,
         write: bool,
         local: Iovec,
-        local_regions: tuple[MemoryRegion, ...],
+        local_regions: tuple[MemoryRegion | RegisteredCache, ...],
         remote_regions: tuple[RegionDescriptor, ...],
         remote_index: npt.NDArray[np.int64],
         remote_offset: npt.NDArray[np.int64],
@@ -185,6 +185,9 @@ class DataPath(abc.ABC):
     def takes_blocks(self, plan: TransferPlan) -> bool:
         """Whether it moves this plan's blocks by `submit_blocks`, without a list of pieces."""
         return False
+
+    def prepare(self, plan: TransferPlan, layers: Sequence[int] | None) -> None:  # noqa: B027
+        """Does beforehand what the first transfer of a plan would have to do. May block."""
 
     def submit_blocks(
         self,

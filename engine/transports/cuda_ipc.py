@@ -115,7 +115,7 @@ class CudaIpcPath(DataPath):
 
         device = transfer.local_regions[0].device
         lane = self._lane(device)
-        bases = self._remote_addresses(transfer, device)
+        bases = self._remote_addresses(transfer.remote_regions, device)
         local = transfer.local[:, 0].astype(np.int64)
         remote = bases[transfer.remote_index] + transfer.remote_offset
         src, dst = (local, remote) if transfer.write else (remote, local)
@@ -135,7 +135,7 @@ class CudaIpcPath(DataPath):
 
     def takes_blocks(self, plan: TransferPlan) -> bool:
         """Whether `submit_blocks` is the way for this plan."""
-        return any(region.device >= 0 for region in plan.local.regions)
+        return plan.local.kind != "host"
 
     def submit_blocks(
         self,
@@ -150,13 +150,46 @@ class CudaIpcPath(DataPath):
         Ids in host memory are checked already; those on the GPU are checked by the kernel.
         """
         with self._refusing(transfer):
-            kinds = {region.kind for region in transfer.local_regions}
-            kinds |= {region.kind for region in transfer.remote_regions}
-            self._prepare(transfer, kinds)
+            self._prepare(transfer, {plan.local.kind, plan.remote_kind})
             if not transfer.total_nbytes:
                 self._host.submit(transfer)
                 return
             self._launch_blocks(transfer, plan, src_block_ids, dst_block_ids, layers)
+
+    def prepare(self, plan: TransferPlan, layers: Sequence[int] | None) -> None:
+        if not self.takes_blocks(plan):
+            return
+        import torch
+
+        from ...kernels.push import push
+        from ...kernels.signal import Signal
+        from ...kernels.tiles import LARGE, SMALL
+
+        device = plan.local.device
+        lane = self._lane(device)
+        compiled = self._compiled(plan, layers, device)
+        if plan.remote.regions:
+            self._mappings.counters(device, plan.remote.regions[0])
+        with torch.cuda.device(device):
+            # A block that does not exist: the kernels are loaded and run, and touch nothing.
+            nowhere = torch.full((1,), -1, dtype=torch.int64, device=device)
+            state = torch.zeros(2, dtype=torch.int32, device=device)
+            counter = torch.zeros(1, dtype=torch.int64, device=device)
+            signal = Signal(state, counter.data_ptr())
+            for launch in compiled.launches:
+                for tuning in (SMALL, LARGE):
+                    for told in (signal, None):
+                        push(
+                            launch.src,
+                            nowhere,
+                            launch.dst,
+                            nowhere,
+                            signal=told,
+                            max_programs=self._link.core.max_programs,
+                            tuning=tuning,
+                        )
+            torch.cuda.current_stream(device).synchronize()
+        lane.warm()
 
     def _launch_blocks(
         self,
@@ -174,7 +207,7 @@ class CudaIpcPath(DataPath):
 
         device = transfer.local_regions[0].device
         lane = self._lane(device)
-        compiled = self._compiled(transfer, plan, layers, device)
+        compiled = self._compiled(plan, layers, device)
         on_device = isinstance(src_block_ids, torch.Tensor)
         counter = self._counter(transfer, device)
         max_programs = self._link.core.max_programs
@@ -209,16 +242,14 @@ class CudaIpcPath(DataPath):
             kernels,
         )
 
-    def _compiled(
-        self, transfer: Transfer, plan: TransferPlan, layers: Sequence[int] | None, device: int
-    ) -> CudaPlan:
+    def _compiled(self, plan: TransferPlan, layers: Sequence[int] | None, device: int) -> CudaPlan:
         from .cuda_plan import compile_plan
 
         key = (id(plan), None if layers is None else tuple(layers))
         with self._lock:
             entry = self._plans.get(key)
             if entry is None:
-                addresses = self._remote_addresses(transfer, device)
+                addresses = self._remote_addresses(plan.remote.regions, device)
                 # The plan is kept beside its tables, so that its id stays its own.
                 entry = (plan, compile_plan(plan, layers, addresses, device))
                 self._plans[key] = entry
@@ -229,13 +260,14 @@ class CudaIpcPath(DataPath):
     def _prepare(self, transfer: Transfer, kinds: set[str]) -> None:
         """Refuses what this path cannot move; arranges the count of what it can."""
         peer, operation = self._link.peer.name, transfer.ticket.operation
-        if len(kinds) > 1:
+        if len(kinds) > 1 or kinds - {"cuda"}:
             raise NotRegistered(
                 "one end is host memory and the other GPU memory: stage it on one side first",
                 operation=operation,
                 peer=peer,
             )
-        if len({region.device for region in transfer.local_regions}) > 1:
+        devices = {region.device for region in transfer.local_regions}
+        if len(devices) > 1 or -1 in devices:
             raise NotRegistered(
                 "the local regions are on several GPUs: make one transfer for each",
                 operation=operation,
@@ -252,11 +284,9 @@ class CudaIpcPath(DataPath):
             arrived = Arrived(transfer.imm, nbytes, 1, device_nbytes=nbytes)
             transfer.on_placed = functools.partial(self._link.send, arrived)
 
-    def _remote_addresses(self, transfer: Transfer, device: int) -> Any:
-        return np.array(
-            [self._mappings.address(device, region) for region in transfer.remote_regions],
-            np.int64,
-        )
+    def _remote_addresses(self, regions: tuple[RegionDescriptor, ...], device: int) -> Any:
+        addresses = [self._mappings.address(device, region) for region in regions]
+        return np.array(addresses, np.int64)
 
     def _counter(self, transfer: Transfer, device: int) -> int | None:
         """Address of the peer's device counter for a write's imm."""

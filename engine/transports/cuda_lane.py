@@ -7,11 +7,13 @@ in native code, without the interpreter lock, while something is.
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ..cuda import driver
@@ -20,14 +22,15 @@ from ..errors import BlockOutOfRange, DeviceError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import numpy as np
     import numpy.typing as npt
 
+    from ..tickets import Ticket
     from .base import Transfer
 
 log = logging.getLogger(__name__)
 
 _FEWEST_WORDS = 1 << 10
+_AHEAD = 64  # scratches made at once: allocating waits for the GPU, which may be waiting for us
 
 # Streams are used again, never destroyed: torch's allocators remember which streams used a tensor,
 # and end the process when they ask one that is gone.
@@ -40,11 +43,18 @@ class Scratch:
     The host half belongs to its user until the transfer that took it has ended.
     """
 
-    def __init__(self, device: int, num_words: int) -> None:
-        self.num_words = num_words
-        self._pinned = torch.empty(num_words, dtype=torch.int64, pin_memory=True)
-        self._words: npt.NDArray[np.int64] = self._pinned.numpy()
-        self._device = torch.empty(num_words, dtype=torch.int64, device=device)
+    def __init__(self, pinned: torch.Tensor, device: torch.Tensor) -> None:
+        self.num_words = pinned.numel()
+        self._pinned = pinned
+        self._words: npt.NDArray[np.int64] = pinned.numpy()
+        self._device = device
+
+    @classmethod
+    def several(cls, device: int, count: int, num_words: int) -> list[Scratch]:
+        """Several of one size, out of one allocation on each side."""
+        pinned = torch.empty((count, num_words), dtype=torch.int64, pin_memory=True)
+        there = torch.empty((count, num_words), dtype=torch.int64, device=device)
+        return [cls(*halves) for halves in zip(pinned, there, strict=True)]
 
     def upload(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
         """The rows `[n, m]` on the GPU, on the current stream."""
@@ -89,7 +99,7 @@ class Lane:
             self.state = torch.zeros(2, dtype=torch.int32, device=device)
         self._lock = threading.Lock()
         self._flights: queue.SimpleQueue[_Flight | None] = queue.SimpleQueue()
-        self._free: dict[int, list[Scratch]] = {}
+        self._free = {_FEWEST_WORDS: Scratch.several(device, _AHEAD, _FEWEST_WORDS)}
         self._events: list[torch.cuda.Event] = []
         self._closed = False
         self._thread = threading.Thread(target=self._work, name=f"{name}-gpu{device}", daemon=True)
@@ -101,6 +111,14 @@ class Lane:
             event = self._event()
         event.record(stream)
         return event
+
+    def warm(self) -> None:
+        """Copies once to and fro, so that what the driver loads for that is there."""
+        with self._lock, torch.cuda.stream(self.stream):
+            scratch = self._take(_FEWEST_WORDS)
+            scratch.upload(np.zeros((2, 8), np.int64))
+            self.stream.synchronize()
+            self._free[scratch.num_words].append(scratch)
 
     def launch(
         self,
@@ -119,9 +137,10 @@ class Lane:
         with self._lock:
             if self._closed or not transfer.begin():
                 return
-            scratch = None
+            scratch = uploaded = None
+            launched = Launched(())
+            done = self._event()
             try:
-                uploaded = None
                 with torch.cuda.stream(self.stream):
                     # The rows depend on nothing, so they go ahead of what must be waited for.
                     if rows is not None:
@@ -129,8 +148,6 @@ class Lane:
                         uploaded = scratch.upload(rows)
                     self._wait_for(transfer)
                     launched = kernels(uploaded)
-                done = self._event()
-                done.record(self.stream)
             except Exception as error:  # Triton and torch raise many kinds
                 transfer.stop(
                     DeviceError(
@@ -140,8 +157,11 @@ class Lane:
                         imm=transfer.imm,
                     )
                 )
-                transfer.end(0)
-                return
+                nbytes = 0  # what was launched before the failure is waited for all the same
+            done.record(self.stream)
+            ticket = transfer.ticket
+            ticket._spin = done.synchronize
+            ticket._stream_wait = functools.partial(_wait_for_event, done)
             self._flights.put(_Flight(done, transfer, nbytes, scratch, launched))
 
     def close(self) -> None:
@@ -163,7 +183,9 @@ class Lane:
     def _take(self, num_words: int) -> Scratch:
         size = max(_FEWEST_WORDS, 1 << (num_words - 1).bit_length())
         free = self._free.setdefault(size, [])
-        return free.pop() if free else Scratch(self.device, size)
+        if not free:
+            free += Scratch.several(self.device, max(1, _AHEAD * _FEWEST_WORDS // size), size)
+        return free.pop()
 
     def _event(self) -> torch.cuda.Event:
         if self._events:
@@ -210,9 +232,13 @@ class Lane:
             )
         transfer.end(moved)
         with self._lock:
-            self._events.append(flight.event)
             if flight.scratch is not None:
                 self._free[flight.scratch.num_words].append(flight.scratch)
+
+
+def _wait_for_event(event: torch.cuda.Event, _ticket: Ticket, stream: torch.cuda.Stream) -> bool:
+    stream.wait_event(event)
+    return True
 
 
 def _take_stream(device: int) -> int:

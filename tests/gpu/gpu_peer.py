@@ -93,7 +93,7 @@ class Commands:
 
     def copy_when_arrived(self, ticket: int) -> int:
         """Enqueues a copy of the cache behind the ticket, on a stream; the host goes on."""
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
             self._tickets[ticket].wait_on(stream)
             copies = [tensor.clone() for tensor in self._caches[-1][1]]

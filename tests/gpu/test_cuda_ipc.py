@@ -180,11 +180,13 @@ def test_a_layer_is_read_only_after_it_was_computed(
     imm = peer.call("new_imm")
     ticket = peer.call("expect", imm, nbytes=plan.nbytes(NUM_BLOCKS))
     link.write_blocks(plan, src_ids, dst_ids, layers=[0]).wait(60)  # compiled from here on
-    compute = torch.cuda.Stream()
+    link.prepare(plan, layers=[1])
+    link.prepare(plan, layers=[2])
+    compute = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     writes = []
     with torch.cuda.stream(compute):
         for layer, tensor in enumerate(tensors):
-            torch.cuda._sleep(50_000_000)
+            torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call]
             tensor.copy_(wanted[layer])
             writes.append(
                 link.write_blocks(plan, src_ids, dst_ids, imm=imm, layers=[layer], stream=compute)
@@ -206,11 +208,11 @@ def test_a_stream_of_the_peer_waits_for_the_bytes(
     for _ in range(3):
         imm = peer.call("new_imm")
         copy = peer.call("copy_when_arrived", peer.call("expect", imm, nbytes=plan.nbytes(12)))
-        torch.cuda._sleep(20_000_000)
+        torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]
         for tensor in tensors:
             tensor += 1
         link.write_blocks(plan, src_ids[:5], dst_ids[:5], imm=imm)
-        torch.cuda._sleep(20_000_000)
+        torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]
         link.write_blocks(plan, src_ids[5:], dst_ids[5:], imm=imm).wait(60)
         got = canonical(peer.call("copied", copy), HND)
         src = canonical([tensor.cpu() for tensor in tensors], NHD)
@@ -234,7 +236,7 @@ def test_ids_may_lie_on_the_gpu(engine: TransferEngine, link: Link, peer: GpuPee
     plan = engine.plan(local, remote)
     src_ids, dst_ids = some_ids(6)
     imm = peer.call("new_imm")
-    ids = [torch.tensor(ids, device="cuda", dtype=torch.int32) for ids in (src_ids, dst_ids)]
+    ids: Any = [torch.tensor(ids, device="cuda", dtype=torch.int32) for ids in (src_ids, dst_ids)]
     link.write_blocks(plan, *ids, imm=imm).wait(60)
     assert peer.call("wait", peer.call("expect", imm, nbytes=plan.nbytes(6))) == plan.nbytes(6)
     src = canonical([tensor.cpu() for tensor in tensors], NHD)

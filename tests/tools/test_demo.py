@@ -10,15 +10,18 @@ import select
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
-from kvferry.tools import demo_report, demo_run
+from kvferry.control.errors import HelloRefused, LayoutMismatch
+from kvferry.engine.errors import TransportUnavailable
+from kvferry.tools import demo_report, demo_run, demo_workers
 from kvferry.tools.demo_events import (
+    Addresses,
     Finished,
     Generated,
     Options,
@@ -256,6 +259,57 @@ def test_an_old_or_missing_transformers_is_one_sentence(monkeypatch: pytest.Monk
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(demo_run.DemoError, match=r"needs transformers 4\.57 or newer; install"):
         demo_run.run(Options(transports=TRANSPORTS), lambda event: None)
+
+
+class FakeAgent:
+    """Refuses to connect for one reason, or connects."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    def connect(self, address: str, timeout_s: float) -> str:
+        if self.error is not None:
+            raise self.error
+        return f"peer at {address}"
+
+
+class TestLeavingATransportOut:
+    def connect(
+        self, agents: dict[str, Any], *, skip: bool = True, **missing: str
+    ) -> tuple[dict[str, str], dict[str, str]]:
+        unavailable: dict[str, str] = {}
+        there = {name: name for name in TRANSPORTS if name not in missing}
+        options = Options(transports=TRANSPORTS, skip_unavailable=skip)
+        peers = demo_workers._connect(agents, Addresses(there, missing), unavailable, options)
+        return peers, unavailable
+
+    def test_both_work(self) -> None:
+        peers, unavailable = self.connect({"cma": FakeAgent(), "tcp": FakeAgent()})
+        assert peers == {"cma": "peer at cma", "tcp": "peer at tcp"}
+        assert unavailable == {}
+
+    @pytest.mark.parametrize("kind", [TransportUnavailable, HelloRefused])
+    def test_a_link_is_refused(self, kind: type[Exception]) -> None:
+        agents = {"cma": FakeAgent(kind("ptrace is refused")), "tcp": FakeAgent()}
+        peers, unavailable = self.connect(agents)
+        assert peers == {"tcp": "peer at tcp"}
+        assert unavailable == {"cma": "ptrace is refused"}
+        with pytest.raises(kind, match="ptrace is refused"):
+            self.connect(agents, skip=False)
+
+    def test_the_other_side_has_none(self) -> None:
+        agents = {"cma": FakeAgent(), "tcp": FakeAgent()}
+        peers, unavailable = self.connect(agents, cma="not on this kernel")
+        assert peers == {"tcp": "peer at tcp"}
+        assert unavailable == {"cma": "not on this kernel"}
+
+    def test_other_failures_are_not_hidden(self) -> None:
+        with pytest.raises(LayoutMismatch):
+            self.connect({"tcp": FakeAgent(LayoutMismatch("axis 'head'"))})
+
+    def test_nothing_works(self) -> None:
+        with pytest.raises(TransportUnavailable, match="cma: no; tcp: neither"):
+            self.connect({}, cma="no", tcp="neither")
 
 
 def assert_gone(pids: list[int], timeout_s: float = 20.0) -> None:

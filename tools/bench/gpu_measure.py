@@ -47,12 +47,17 @@ PING_PONGS = 60
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One shape: medians. `streamed` is several writes in flight, `alone` one, host to host."""
+    """One shape: medians.
+
+    On the GPU, by events: one write, and one of several in flight. By the host's clock: one write
+    until its ticket ends, until the peer's host has counted it and answered, and its call alone.
+    """
 
     total_nbytes: int
     piece_nbytes: int
-    streamed_gb_per_s: float
+    gb_per_s: float
     of_ceiling: float
+    streamed_gb_per_s: float
     alone_us: float
     arrived_us: float
     enqueue_us: float
@@ -124,10 +129,12 @@ def peer_main(pipe: Connection[Any, Any], device: int) -> None:
             ids = torch.from_numpy(arguments[0]).to(device)
             pipe.send([(tensor[:, ids].cpu().numpy()) for tensor in tensors])
         elif command == "ping-pong":
-            assert link is not None and cache is not None
+            assert link is not None
+            assert cache is not None
             remote, src_ids, dst_ids, imms, count = arguments
             mine = [engine.new_imm() for _ in range(count)]
             plan = engine.plan(cache, remote)
+            link.prepare(plan)
             tickets = [engine.expect(imm, nbytes=plan.nbytes(len(src_ids))) for imm in mine]
             pipe.send(mine)
             _ping_pong(link, plan, (src_ids, dst_ids), imms, tickets, first=False)
@@ -156,6 +163,22 @@ def _ping_pong(
     if last is not None:
         last.wait(30)
     return begin.elapsed_time(end) * 1e3 / len(imms) / 2 if first else 0.0
+
+
+def _enqueued(link: Link, plan: TransferPlan, ids: Any, count: int) -> float:
+    """Seconds that transfers take on the GPU, all enqueued while it sleeps, by CUDA events."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(4_000_000 + 1_000_000 * count)  # type: ignore[no-untyped-call]
+        begin.record()
+        tickets = [link.write_blocks(plan, *ids, stream=stream) for _ in range(count)]
+        tickets[-1].wait_on(stream)
+        end.record()
+    for ticket in tickets:
+        ticket.wait()
+    stream.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def ceiling(total_nbytes: int) -> float:
@@ -223,22 +246,21 @@ class Bench:
     def row(self, engine: TransferEngine, link: Link, total: int, piece: int, top: float) -> Row:
         tensors, local, plan, ids = self.shape(engine, total, piece)
         nbytes = plan.nbytes(len(ids[0]))
-        link.write_blocks(plan, *ids).wait(60)
+        link.prepare(plan)
+        link.write_blocks(plan, *ids).wait()
         self.check(tensors, ids)
         in_flight = 8 if nbytes > 1 << 24 else 50
-        streamed = []
+        on_gpu, streamed = [], []
         for _ in range(5):
-            start_s = time.perf_counter()
-            tickets = [link.write_blocks(plan, *ids) for _ in range(in_flight)]
-            for ticket in tickets:
-                ticket.wait(60)
-            streamed.append((time.perf_counter() - start_s) / in_flight)
+            streamed.append(_enqueued(link, plan, ids, in_flight) / in_flight)
+        for _ in range(REPEATS):
+            on_gpu.append(_enqueued(link, plan, ids, 1))
         alone, enqueue = [], []
         for _ in range(2 * REPEATS):
             start_s = time.perf_counter()
             ticket = link.write_blocks(plan, *ids)
             enqueue.append(time.perf_counter() - start_s)
-            ticket.wait(60)
+            ticket.wait()
             alone.append(time.perf_counter() - start_s)
         arrived = []
         self.pipe.send(("expect", nbytes, REPEATS))
@@ -249,10 +271,10 @@ class Bench:
             arrived.append(time.perf_counter() - start_s)
         if self._profile and total == 1 << 20 and piece == 32 << 10:
             self._show_profile(link, plan, ids)
-        speed = nbytes / statistics.median(streamed) / 1e9
+        alone_speed, speed = (nbytes / statistics.median(x) / 1e9 for x in (on_gpu, streamed))
         local.deregister()
         micros = [statistics.median(x) * 1e6 for x in (alone, arrived, enqueue)]
-        return Row(nbytes, piece, speed, speed / top, *micros)
+        return Row(nbytes, piece, alone_speed, alone_speed / top, speed, *micros)
 
     def _show_profile(self, link: Link, plan: TransferPlan, ids: Any) -> None:
         profile = cProfile.Profile()
@@ -266,8 +288,9 @@ class Bench:
         print(text.getvalue()[:4500])
 
     def one_way(self, engine: TransferEngine, link: Link, total: int, piece: int) -> float:
-        tensors, local, plan, ids = self.shape(engine, total, piece)
-        link.write_blocks(plan, *ids).wait(60)
+        _, local, plan, ids = self.shape(engine, total, piece)
+        link.prepare(plan)
+        link.write_blocks(plan, *ids).wait()
         nbytes = plan.nbytes(len(ids[0]))
         results = []
         for _ in range(3):  # the first compiles the peer's kernel
@@ -295,13 +318,13 @@ def measure(*, quick: bool = False, profile: bool = False) -> Report:
         for total in TOTALS_NBYTES if not quick else (1 << 20, 256 << 20):
             for piece in PIECES_NBYTES:
                 rows.append(bench.row(engine, link, total, piece, top))
-                print(rows[-1], flush=True)
+                print(total >> 20, piece >> 10, round(rows[-1].of_ceiling, 3), flush=True)
         for total, piece in LATENCIES:
             latencies.append((total, bench.one_way(engine, link, total, piece)))
             print("one way", latencies[-1], flush=True)
     for cap in CAPS if not quick else ():
         with bench.engine(cap) as (engine, link):
-            caps.append((cap, bench.row(engine, link, 256 << 20, 32 << 10, top).streamed_gb_per_s))
+            caps.append((cap, bench.row(engine, link, 256 << 20, 32 << 10, top).gb_per_s))
             print("cap", caps[-1], flush=True)
     bench.close()
     versions = {
@@ -318,12 +341,12 @@ def show(report: Report) -> None:
     print(f"{' and '.join(report.devices)}; {report.versions}")
     print(f"ceiling, contiguous copy in one process: {report.ceiling_gb_per_s:.1f} GB/s")
     print(
-        f"{'bytes':>10} {'piece':>6} {'GB/s':>7} {'of top':>6} {'alone us':>9} {'arrived us':>10} {'enqueue us':>10}"
+        f"{'bytes':>10} {'piece':>6} {'GB/s':>7} {'of top':>6} {'streamed':>8} {'alone us':>9} {'arrived us':>10} {'enqueue us':>10}"
     )
     for row in report.rows:
         print(
-            f"{row.total_nbytes >> 10:>8} K {row.piece_nbytes >> 10:>4} K {row.streamed_gb_per_s:7.1f} "
-            f"{row.of_ceiling:6.2f} {row.alone_us:9.1f} {row.arrived_us:10.1f} {row.enqueue_us:10.1f}"
+            f"{row.total_nbytes >> 10:>8} K {row.piece_nbytes >> 10:>4} K {row.gb_per_s:7.1f} "
+            f"{row.of_ceiling:6.3f} {row.streamed_gb_per_s:8.1f} {row.alone_us:9.1f} {row.arrived_us:10.1f} {row.enqueue_us:10.1f}"
         )
     for total, micros in report.one_way_us:
         print(f"stream to stream, {total >> 10} KiB: {micros:.1f} us one way")

@@ -1,0 +1,17 @@
+"""Ranges of numbers that come from a peer: msgspec checks them while it decodes.
+
+A number that decodes therefore fits the arrays, headers and system calls that it goes into.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+Uint32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+Uint63 = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Pid = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Port = Annotated[int, Meta(ge=0, le=65_535)]
+Key = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Nonce = Annotated[bytes, Meta(min_length=32, max_length=32)]

@@ -1,0 +1,55 @@
+"""The machine that a benchmark runs on, for the head of its report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+from kvferry.tools.bench.transfer_report import Machine
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def describe(versions: dict[str, str]) -> Machine:
+    """This machine; `versions` are those of libraries in other environments."""
+    own = {name: _version(name) for name in ("kvferry", "numpy", "torch")}
+    return Machine(
+        cpu=_field("/proc/cpuinfo", "model name") or platform.machine(),
+        cores=len(os.sched_getaffinity(0)),
+        memory_nbytes=memory_nbytes("MemTotal"),
+        system=f"{platform.system()} {platform.release()}",
+        huge_pages=_huge_pages(),
+        load=round(os.getloadavg()[0], 2),
+        versions={"python": platform.python_version()} | own | versions,
+    )
+
+
+def memory_nbytes(field: str) -> int:
+    """A field of /proc/meminfo in bytes; 0 if it has none."""
+    value = _field("/proc/meminfo", field)
+    return int(value.split()[0]) << 10 if value else 0
+
+
+def _field(path: str, name: str) -> str:
+    """What follows the colon of the first line that begins with `name`."""
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == name:
+            return value.strip()
+    return ""
+
+
+def _huge_pages() -> str:
+    if not HUGE_PAGES.exists():
+        return "unknown"
+    text = HUGE_PAGES.read_text(encoding="ascii")
+    return text.partition("[")[2].partition("]")[0]
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
