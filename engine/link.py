@@ -237,6 +237,7 @@ class Link:
         Raises:
             TransportUnavailable: the peer's memory cannot be reached from here.
         """
+        self._ask_leave(plan)
         self._path.prepare(plan, layers)
 
     def abort(self, imm: int, reason: str) -> None:
@@ -463,6 +464,10 @@ class Link:
                 peer=self.peer.name,
             )
         if self._path.takes_blocks(plan):
+            # Asked for once, and waited for: a transfer that came later must not overtake one that
+            # still waits for leave, since streams at both ends may depend on their order.
+            if plan.remote.regions is not self._passed.get(id(plan.remote.regions)):
+                self._ask_leave(plan)
             ids = check_block_ids(plan, *ids)
             nbytes = plan.nbytes(len(ids[1]), layers=layers)
             return self._submit(
@@ -590,6 +595,23 @@ class Link:
                     operation=operation,
                     peer=self.peer.name,
                 )
+
+    def _ask_leave(self, plan: TransferPlan) -> None:
+        """Waits until the peer has let this link reach a plan's regions, if it has to be asked."""
+        if not self._path.takes_blocks(plan) or self.core.progress.on_thread:
+            return
+        self._submit(
+            "prepare",
+            (),
+            _NO_IOVEC,
+            plan.remote.regions,
+            _NO_PIECES,
+            _NO_PIECES,
+            None,
+            DEFAULT_TIMEOUT_S,
+            _nothing,
+            0,
+        ).wait()
 
     def _begin(self, transfer: Transfer) -> None:
         (transfer.start or self._path.submit)(transfer)
@@ -858,6 +880,11 @@ class Link:
             os.close(pidfd)
         if self.quiesced._finish(0):
             self.core.forget(self)
+
+
+def _nothing(transfer: Transfer) -> None:
+    if transfer.begin():
+        transfer.end(0)
 
 
 def _open_pidfd(pid: int) -> int:

@@ -141,9 +141,9 @@ class Ticket:
         Raises:
             EngineError: what the operation has ended with already.
         """
-        if not self._done:
-            if self._stream_wait is None or not self._stream_wait(self, stream):
-                wait_for_host(self, stream)
+        wait = self._stream_wait
+        if not self._done and not (wait is not None and wait(self, stream)):
+            wait_for_host(self, stream)
         if self._error is not None:
             raise self._error
 
