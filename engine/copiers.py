@@ -42,7 +42,8 @@ class Copiers:
         for _ in threads:
             self._tasks.put(None)
         for thread in threads:
-            thread.join()
+            if thread is not threading.current_thread():  # a ticket's callback closes the engine
+                thread.join()
 
     def _start(self) -> None:
         with self._lock:

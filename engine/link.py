@@ -355,6 +355,24 @@ class Link:
                 )
             )
 
+    def discard(self) -> None:
+        """Closes what is still open: the engine's threads have stopped.
+
+        Ends `quiesced` badly where a peer's live process may still reach memory.
+        """
+        self._close_socket()
+        with self._lock:
+            pidfd, self._pidfd = self._pidfd, -1
+        if pidfd >= 0:
+            os.close(pidfd)
+        self.quiesced._fail(
+            errors.DeadlineExceeded(
+                "this engine was closed while the peer could still reach its memory",
+                operation="quiesce",
+                peer=self.peer.name,
+            )
+        )
+
     def forgive(self, seconds: float) -> None:
         """This process itself was asleep: the peer's silence does not count."""
         self._heard_s += seconds
