@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
+import subprocess
 import sys
 import textwrap
 from io import StringIO
@@ -242,6 +244,32 @@ def test_frozen_processes_go_on_after_a_thaw() -> None:
         pair.thaw()
         assert pair.burst(TINY.large_blocks, WRITE, slot_s=0.0).verified
         pair.freeze()  # and closing a frozen pair ends it
+
+
+def test_frozen_processes_end_with_a_parent_that_is_killed() -> None:
+    code = """
+        import os, signal
+        from kvferry.tools.bench.pairs import Pair
+        from kvferry.tools.bench.workload import Shape
+        pair = Pair("kvferry.tools.bench.drive_socket:SocketDriver", {})
+        pair.start_opening([Shape("tiny", 1, 1, 2, 1, 64)])
+        pair.finish_opening()
+        pair.freeze()
+        pair._folder.cleanup()
+        print(*pair.pids, flush=True)
+        signal.pause()
+        """
+    parent = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    fds = [os.pidfd_open(int(pid)) for pid in parent.stdout.readline().split()]
+    assert len(fds) == 2
+    parent.kill()
+    parent.communicate()
+    for fd in fds:
+        assert select.select([fd], [], [], 30.0)[0], "a frozen worker outlived its parent"
+        os.close(fd)
 
 
 # A whole run.
