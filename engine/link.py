@@ -250,12 +250,12 @@ class Link:
             error.peer = self.peer.name
             self.fail(error)
 
-    def reject(self, transfer: int, imm: int | None, error: EngineError) -> None:
+    def reject(self, transfer: int, imm: int | None, error: EngineError, *, first: int = 0) -> None:
         """Refuses part of a peer's write: both ends' tickets end."""
         if imm is not None:
             error.imm = imm
             self.core.counters.fail(imm, error, remember=True)
-        self.send(wire.Refuse(transfer, type(error).__name__, error.message))
+        self.send(wire.Refuse(transfer, type(error).__name__, error.message, first))
 
     def refusal(self, transfer: Transfer, error: str, reason: str) -> EngineError:
         """The error for a transfer that the peer refused with an error of this class name."""
