@@ -19,7 +19,11 @@ log = logging.getLogger(__name__)
 
 
 class Copiers:
-    """A few threads, started with the first task, asleep while there is none."""
+    """A few threads, started with the first task, asleep while there is none.
+
+    Attributes:
+        count: how many.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -27,6 +31,7 @@ class Copiers:
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._stopped = False
+        self.count = min(MAX_COPIERS, len(os.sched_getaffinity(0)))
 
     def run(self, task: Callable[[], None]) -> None:
         """Runs `task` on one of the threads. A task must not raise."""
@@ -42,16 +47,16 @@ class Copiers:
         for _ in threads:
             self._tasks.put(None)
         for thread in threads:
-            thread.join()
+            if thread is not threading.current_thread():  # a ticket's callback closes the engine
+                thread.join()
 
     def _start(self) -> None:
         with self._lock:
             if self._threads or self._stopped:
                 return
-            count = min(MAX_COPIERS, len(os.sched_getaffinity(0)))
             self._threads = [
                 threading.Thread(target=self._work, name=f"{self._name}-copy{i}", daemon=True)
-                for i in range(count)
+                for i in range(self.count)
             ]
             for thread in self._threads:
                 thread.start()

@@ -76,6 +76,7 @@ class CounterTable:
         self._retired: OrderedDict[int, None] = OrderedDict()
         self._next_imm = itertools.count(1)
         self._max_unknown = max_unknown
+        self._closed: EngineError | None = None
         self.late_writes = 0
         self.late_nbytes = 0
 
@@ -119,6 +120,8 @@ class CounterTable:
         ticket = Ticket("expect", peer=peer, imm=imm, timeout_s=timeout_s)
         ticket.add_done_callback(retire)
         with self._lock:
+            if self._closed is not None:
+                raise self._closed
             if imm in self._live:
                 raise ImmInUse(
                     "this imm is still live: wait for its ticket, or take another with new_imm()",
@@ -207,8 +210,14 @@ class CounterTable:
             ticket._fail(make_error(imm))
 
     def tickets(self) -> list[Ticket]:
-        """The pending tickets, for the deadline monitor and for close."""
+        """The pending tickets, for the deadline monitor."""
         with self._lock:
+            return [c.ticket for c in self._live.values() if c.ticket is not None]
+
+    def close(self, error: EngineError) -> list[Ticket]:
+        """The pending tickets, for the caller to end; from now on `expect` raises `error`."""
+        with self._lock:
+            self._closed = error
             return [c.ticket for c in self._live.values() if c.ticket is not None]
 
     def _forget_lost(self) -> None:

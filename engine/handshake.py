@@ -19,6 +19,7 @@ import os
 import secrets
 import socket
 import struct
+import time
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
@@ -133,7 +134,7 @@ def connect(
     hello: Callable[[bytes], Hello],
     check: Callable[[Challenge], str],
 ) -> Challenge:
-    """The client's half, on a blocking socket with a timeout.
+    """The client's half, on a blocking socket whose timeout bounds all of it.
 
     Args:
         hello: makes the hello around a nonce.
@@ -143,10 +144,11 @@ def connect(
         TransportUnavailable: either end refused, in words.
         ProtocolError, PeerLost: the other end is no kvferry engine, or went away.
     """
+    deadline_s = _deadline_s(sock)
     nonce = secrets.token_bytes(NONCE_NBYTES)
     peer = address.identity.name
     _send(sock, hello(nonce))
-    challenge = _receive(sock, Challenge, peer)
+    challenge = _receive(sock, Challenge, peer, deadline_s)
     if challenge.refused:
         raise TransportUnavailable(challenge.refused, operation="connect", peer=peer)
     if not hmac.compare_digest(
@@ -162,7 +164,7 @@ def connect(
     _send(sock, Proof(refused, _proof(address.secret, b"client", nonce, challenge.nonce)))
     if refused:
         raise TransportUnavailable(refused, operation="connect", peer=peer)
-    welcome = _receive(sock, Welcome, peer)
+    welcome = _receive(sock, Welcome, peer, deadline_s)
     if welcome.refused:
         raise TransportUnavailable(welcome.refused, operation="connect", peer=peer)
     return challenge
@@ -175,7 +177,7 @@ def accept(
     probe: tuple[int, bytes],
     check: Callable[[Hello], str],
 ) -> Hello:
-    """The server's half, on a blocking socket with a timeout.
+    """The server's half, on a blocking socket whose timeout bounds all of it.
 
     Args:
         probe: address and content of a word of this process that a `cma` client tries to read.
@@ -184,7 +186,8 @@ def accept(
     Raises:
         TransportUnavailable: refused by either end. ProtocolError, PeerLost: as for `connect`.
     """
-    hello = _receive(sock, Hello, "")
+    deadline_s = _deadline_s(sock)
+    hello = _receive(sock, Hello, "", deadline_s)
     peer = hello.identity.name
     refused = ""
     if hello.version != LINK_VERSION:
@@ -198,7 +201,7 @@ def accept(
     )
     if refused:
         raise TransportUnavailable(refused, operation="accept", peer=peer)
-    proof = _receive(sock, Proof, peer)
+    proof = _receive(sock, Proof, peer, deadline_s)
     if not hmac.compare_digest(proof.proof, _proof(secret, b"client", hello.nonce, nonce)):
         _send(
             sock, Welcome("the proof is wrong: the address and its secret do not belong together")
@@ -217,6 +220,10 @@ def peer_pid(sock: socket.socket) -> int:
     return int(struct.unpack("3i", credentials)[0])
 
 
+def _deadline_s(sock: socket.socket) -> float:
+    return time.monotonic() + (sock.gettimeout() or 0.0)
+
+
 def _proof(secret: bytes, role: bytes, client_nonce: bytes, server_nonce: bytes) -> bytes:
     return hmac.new(secret, role + client_nonce + server_nonce, hashlib.sha256).digest()
 
@@ -229,16 +236,16 @@ def _send(sock: socket.socket, message: msgspec.Struct) -> None:
         raise _lost(error, "") from error
 
 
-def _receive(sock: socket.socket, kind: type[_T], peer: str) -> _T:
+def _receive(sock: socket.socket, kind: type[_T], peer: str, deadline_s: float) -> _T:
     try:
-        size = int.from_bytes(_exactly(sock, 4), "little")
+        size = int.from_bytes(_exactly(sock, 4, deadline_s), "little")
         if not 0 < size <= MAX_HELLO_NBYTES:
             raise ProtocolError(
                 f"a {kind.__name__} of {size} bytes is not between 1 and {MAX_HELLO_NBYTES}",
                 operation="handshake",
                 peer=peer,
             )
-        body = _exactly(sock, size)
+        body = _exactly(sock, size, deadline_s)
     except EOFError as error:
         raise PeerLost(
             f"the peer closed the connection instead of sending {kind.__name__}",
@@ -262,9 +269,13 @@ def _lost(error: OSError, peer: str) -> PeerLost:
     return PeerLost(f"the peer {what}", operation="handshake", peer=peer)
 
 
-def _exactly(sock: socket.socket, nbytes: int) -> bytes:
+def _exactly(sock: socket.socket, nbytes: int, deadline_s: float) -> bytes:
     parts = bytearray()
     while len(parts) < nbytes:
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:  # a timeout a byte would let a peer take hours
+            raise TimeoutError
+        sock.settimeout(left_s)
         part = sock.recv(nbytes - len(parts))
         if not part:
             raise EOFError

@@ -312,6 +312,7 @@ def _describe(tensor: Any, names: list[str]) -> tuple[dict[str, int], dict[str, 
     for name, size in sizes.items():
         if size < 1:
             raise LayoutError(f"axis {name!r} is empty", operation="layout")
+    for name, size in sizes.items():
         if by_name[name] < 0 or (size > 1 and by_name[name] == 0):
             raise LayoutError(
                 f"axis {name!r} has stride {by_name[name]} bytes: expanded and flipped tensors "

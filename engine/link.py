@@ -276,12 +276,12 @@ class Link:
             error.peer = self.peer.name
             self.fail(error)
 
-    def reject(self, transfer: int, imm: int | None, error: EngineError) -> None:
+    def reject(self, transfer: int, imm: int | None, error: EngineError, *, first: int = 0) -> None:
         """Refuses part of a peer's write: both ends' tickets end."""
         if imm is not None:
             error.imm = imm
             self.core.counters.fail(imm, error, remember=True)
-        self.send(wire.Refuse(transfer, type(error).__name__, error.message))
+        self.send(wire.Refuse(transfer, type(error).__name__, error.message, first))
 
     def refusal(self, transfer: Transfer, error: str, reason: str) -> EngineError:
         """The error for a transfer that the peer refused with an error of this class name."""
@@ -380,6 +380,24 @@ class Link:
                     peer=self.peer.name,
                 )
             )
+
+    def discard(self) -> None:
+        """Closes what is still open: the engine's threads have stopped.
+
+        Ends `quiesced` badly where a peer's live process may still reach memory.
+        """
+        self._close_socket()
+        with self._lock:
+            pidfd, self._pidfd = self._pidfd, -1
+        if pidfd >= 0:
+            os.close(pidfd)
+        self.quiesced._fail(
+            errors.DeadlineExceeded(
+                "this engine was closed while the peer could still reach its memory",
+                operation="quiesce",
+                peer=self.peer.name,
+            )
+        )
 
     def forgive(self, seconds: float) -> None:
         """This process itself was asleep: the peer's silence does not count."""

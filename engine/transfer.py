@@ -6,6 +6,8 @@ threads for each rail of each tcp link, and two listening sockets.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import secrets
 import socket
@@ -26,6 +28,7 @@ from .errors import (
     EngineError,
     LinkClosed,
     NotRegistered,
+    ProtocolError,
     TransportUnavailable,
 )
 from .handshake import EngineAddress, Hello, Identity
@@ -49,13 +52,14 @@ LOCAL = ("cuda_ipc", "cma")  # between processes of one host, over a Unix socket
 HANDSHAKE_TIMEOUT_S = 5.0
 MAX_HANDSHAKES = 256  # connections that have not proven themselves yet
 
+log = logging.getLogger(__name__)
+
 
 class _Pending(NamedTuple):
-    """A tcp link whose rails are still arriving."""
+    """A tcp link whose sockets are still arriving; number -1 is its control channel."""
 
-    control: socket.socket
     hello: Hello
-    rails: dict[int, socket.socket]
+    socks: dict[int, socket.socket]
     deadline_s: float
 
 
@@ -107,7 +111,9 @@ class TransferEngine:
         self._transports = [t for t in TRANSPORTS if t in transports and self._works(t)]
         if not self._transports:
             raise TransportUnavailable(
-                "; ".join(f"{t}: {why}" for t, why in self.unavailable.items()), operation="start"
+                "; ".join(f"{t}: {why}" for t, why in self.unavailable.items())
+                or "no transport was asked for",
+                operation="start",
             )
         engine_id = secrets.token_hex(16)
         identity = Identity(
@@ -116,13 +122,19 @@ class TransferEngine:
             host_id=handshake.host_id(),
             pid=os.getpid(),
         )
+        local = bool(set(LOCAL) & set(self._transports))
+        unix_name = f"kvferry-{engine_id}" if local else ""
+        self._listeners = _listen(unix_name, host if "tcp" in self._transports else None)
+        tcp_port = self._listeners[-1].getsockname()[1] if "tcp" in self._transports else 0
+        if unix_name:
+            cma.permit_peers()
         self._secret = secrets.token_bytes(32)
         self._lock = threading.Condition()
         self._links: list[Link] = []
         self._pending: dict[str, _Pending] = {}
         self._closed = False
         self._rails = rails
-        self._handshakes = threading.BoundedSemaphore(MAX_HANDSHAKES)
+        self._greeting: dict[threading.Thread, socket.socket | None] = {}
         self._ticked_s = time.monotonic()
         self._plans: dict[tuple[object, ...], TransferPlan] = {}
         self._probe_word = np.frombuffer(bytearray(secrets.token_bytes(16)), np.uint64)
@@ -141,20 +153,6 @@ class TransferEngine:
         )
         self._core.regions.counters_on = self._core.device_counters.array
         self._core.regions.on_revoke(self._revoke)
-        self._listeners: list[socket.socket] = []
-        unix_name, tcp_port = "", 0
-        if "cma" in self._transports:
-            cma.permit_peers()
-        if set(LOCAL) & set(self._transports):
-            unix_name = f"kvferry-{engine_id}"
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            listener.bind(f"\0{unix_name}")
-            listener.listen(128)
-            self._listeners.append(listener)
-        if "tcp" in self._transports:
-            listener = socket.create_server((host, 0), backlog=128)
-            tcp_port = listener.getsockname()[1]
-            self._listeners.append(listener)
         self._address = EngineAddress(
             identity=identity,
             secret=self._secret,
@@ -329,8 +327,9 @@ class TransferEngine:
             except EngineError as error:
                 last = error
                 reasons.append(f"{name}: {error.message}")
-            except OSError as error:
-                reasons.append(f"{name}: {error.strerror or error}")
+            except (OSError, UnicodeError) as error:
+                why = error.strerror if isinstance(error, OSError) else None
+                reasons.append(f"{name}: {why or error}")
         if last is not None and len(reasons) == 1:
             raise last
         raise TransportUnavailable(
@@ -398,16 +397,21 @@ class TransferEngine:
             self._closed = True
             links = list(self._links)
             pending, self._pending = self._pending, {}
+            greeting = dict(self._greeting)
         for listener in self._listeners:
             self._core.progress.unwatch(listener.fileno())
             listener.close()
+        for sock in greeting.values():
+            if sock is not None:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)  # its thread wakes up and closes it
         for entry in pending.values():
-            _close_all([entry.control, *entry.rails.values()])
+            _close_all(entry.socks.values())
         error = LinkClosed("the engine was closed", operation="close")
         deadline_s = time.monotonic() + timeout_s
         for link in links:
             link.fail(error)
-        for ticket in self._core.counters.tickets():
+        for ticket in self._core.counters.close(error):
             ticket._fail(error)
         reachable = False
         for link in links:
@@ -420,6 +424,11 @@ class TransferEngine:
         self._core.device_counters.close(free=not reachable)
         self._core.copiers.stop()
         self._core.progress.stop()
+        for link in links:
+            link.discard()
+        for thread in greeting:
+            if thread is not threading.current_thread():
+                thread.join(HANDSHAKE_TIMEOUT_S)
 
     # Meeting peers.
 
@@ -490,11 +499,13 @@ class TransferEngine:
 
     def _reachable(self, sock: socket.socket, name: str, peer: Any) -> str:
         """Tries to read the peer's word; a reason to refuse, or ""."""
-        if name != "cma":
+        if name not in LOCAL:
             return ""
         pid = handshake.peer_pid(sock)
+        if name == "cuda_ipc" and peer.identity.pid == pid:
+            return ""  # no need to reach its host memory
         try:
-            if cma.read_word(pid, peer.probe) == peer.probe_word:
+            if peer.identity.pid == pid and cma.read_word(pid, peer.probe) == peer.probe_word:
                 return ""
         except OSError as error:
             return cma.refusal(error)
@@ -503,20 +514,18 @@ class TransferEngine:
     def _open(
         self, control: socket.socket, peer: Identity, name: str, rails: list[socket.socket]
     ) -> Link:
-        if name in LOCAL:
-            pid = handshake.peer_pid(control)
-            make = cma.CmaPath if name == "cma" else cuda_ipc.CudaIpcPath
-            link = Link(self._core, control, peer, name, lambda link: make(link, pid))
-        else:
-            link = Link(self._core, control, peer, name, lambda link: tcp.TcpPath(link, rails))
         with self._lock:
-            closed = self._closed
-            if not closed:
-                self._links.append(link)
-                self._lock.notify_all()
-        link.start()
-        if closed:
-            link.fail(LinkClosed("the engine was closed", operation="connect"))
+            if self._closed:
+                _close_all([control, *rails])
+                raise LinkClosed("the engine was closed", operation="connect")
+            if name in LOCAL:
+                make = cma.CmaPath if name == "cma" else cuda_ipc.CudaIpcPath
+                link = Link(self._core, control, peer, name, lambda it: make(it, peer.pid))
+            else:
+                link = Link(self._core, control, peer, name, lambda it: tcp.TcpPath(it, rails))
+            link.start()
+            self._links.append(link)
+            self._lock.notify_all()
         return link
 
     def _accept(self, listener: socket.socket, _: int) -> None:
@@ -524,17 +533,24 @@ class TransferEngine:
             sock, _address = listener.accept()
         except OSError:
             return  # it went away before we looked, or there are no descriptors left
-        if not self._handshakes.acquire(blocking=False):
-            sock.close()
-            return
-        threading.Thread(
-            target=self._welcome, args=(sock, listener.family == socket.AF_UNIX), daemon=True
-        ).start()
+        unix = listener.family == socket.AF_UNIX
+        thread = threading.Thread(
+            target=self._welcome, args=(sock, unix), name=f"{self.name}-greet", daemon=True
+        )
+        with self._lock:
+            if self._closed or len(self._greeting) >= MAX_HANDSHAKES:
+                sock.close()
+                return
+            self._greeting[thread] = sock
+        thread.start()
 
     def _welcome(self, sock: socket.socket, unix: bool) -> None:
         """Serves one handshake, on a thread of its own: a slow client holds up nobody."""
+        owned = False
         try:
             sock.settimeout(HANDSHAKE_TIMEOUT_S)
+            if not unix:
+                tcp.tune(sock)
             hello = handshake.accept(
                 sock,
                 self._core.identity,
@@ -542,17 +558,23 @@ class TransferEngine:
                 (self._probe_word.ctypes.data, self._probe_word.tobytes()),
                 lambda hello: self._admit(sock, unix, hello),
             )
+            with self._lock:
+                self._greeting[threading.current_thread()] = None  # `close` ends links otherwise
             if hello.transport in LOCAL:
                 self._open(sock, hello.identity, hello.transport, [])
             else:
-                self._assemble(hello.link_id)
-        except EngineError:
-            sock.close()  # the client was told why, if it speaks our language at all
+                self._file(sock, hello)
+            owned = True
+        except (EngineError, OSError) as error:
+            log.debug("kvferry: a handshake failed: %s", error)  # the client was told why
         finally:
-            self._handshakes.release()
+            if not owned:
+                sock.close()
+            with self._lock:
+                del self._greeting[threading.current_thread()]
 
     def _admit(self, sock: socket.socket, unix: bool, hello: Hello) -> str:
-        """A reason to refuse a client that has proven itself, or "". Files tcp connections."""
+        """A reason to refuse a client that has proven itself, or ""."""
         if hello.transport not in self._transports or unix != (hello.transport in LOCAL):
             return f"transport {hello.transport!r} is not offered here"
         if hello.transport in LOCAL:
@@ -564,28 +586,29 @@ class TransferEngine:
                 if hello.link_id in self._pending or not 1 <= hello.num_rails <= 64:
                     return f"a link of {hello.num_rails} rails, or one that exists already"
                 deadline_s = time.monotonic() + HANDSHAKE_TIMEOUT_S
-                self._pending[hello.link_id] = _Pending(sock, hello, {}, deadline_s)
+                self._pending[hello.link_id] = _Pending(hello, {}, deadline_s)
                 return ""
             pending = self._pending.get(hello.link_id)
             if (
                 pending is None
                 or pending.hello.identity != hello.identity
                 or not 0 <= hello.rail < pending.hello.num_rails
-                or hello.rail in pending.rails
             ):
                 return f"rail {hello.rail} belongs to no link that is being opened"
-            pending.rails[hello.rail] = sock
         return ""
 
-    def _assemble(self, link_id: str) -> None:
-        """Opens a tcp link once its last rail is there."""
+    def _file(self, sock: socket.socket, hello: Hello) -> None:
+        """Files one socket of a tcp link, welcomed by now, and opens the link with its last one."""
         with self._lock:
-            pending = self._pending.get(link_id)
-            if pending is None or len(pending.rails) < pending.hello.num_rails:
+            pending = self._pending.get(hello.link_id)
+            if pending is None or hello.rail in pending.socks:
+                raise ProtocolError("this link is open, or given up", operation="accept")
+            pending.socks[hello.rail] = sock
+            if len(pending.socks) <= pending.hello.num_rails:
                 return
-            del self._pending[link_id]
-        rails = [sock for _, sock in sorted(pending.rails.items())]
-        self._open(pending.control, pending.hello.identity, "tcp", rails)
+            del self._pending[hello.link_id]
+        control, *rails = (sock for _, sock in sorted(pending.socks.items()))
+        self._open(control, pending.hello.identity, "tcp", rails)
 
     # Housekeeping.
 
@@ -601,7 +624,7 @@ class TransferEngine:
             late = [i for i, p in self._pending.items() if now > p.deadline_s]
             stale = [self._pending.pop(link_id) for link_id in late]
         for entry in stale:
-            _close_all([entry.control, *entry.rails.values()])
+            _close_all(entry.socks.values())
         for ticket in self._core.counters.tickets():
             if ticket.deadline_s is not None and now > ticket.deadline_s:
                 ticket._expire()
@@ -621,6 +644,24 @@ class TransferEngine:
     def _revoke(self, region_id: int, deadline_s: float) -> None:
         for link in self.links:
             link.revoke(region_id, deadline_s)
+
+
+def _listen(unix_name: str, tcp_host: str | None) -> list[socket.socket]:
+    """The listening sockets: for processes of this host, then for `tcp`, where these are wanted."""
+    socks: list[socket.socket] = []
+    try:
+        if unix_name:
+            socks.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            socks[-1].bind(f"\0{unix_name}")
+            socks[-1].listen(128)
+        if tcp_host is not None:
+            socks.append(socket.create_server((tcp_host, 0), backlog=128))
+    except (OSError, UnicodeError) as error:
+        _close_all(socks)
+        raise TransportUnavailable(
+            f"cannot listen on {tcp_host or unix_name}: {error}", operation="start"
+        ) from error
+    return socks
 
 
 def _dial(name: str, address: EngineAddress, timeout_s: float) -> socket.socket:

@@ -45,7 +45,8 @@ class Acknowledge(_Message, frozen=True, tag="ack"):
 class Refuse(_Message, frozen=True, tag="refuse"):
     """A part of your transfer is refused or failed here.
 
-    `error` names the class of `engine.errors`; `first` is the refused `ReadRequest`'s.
+    `error` names the class of `engine.errors`; `first` is the refused `ReadRequest`'s, or the chunk
+    of the refused `Check`.
     """
 
     transfer: Uint63
@@ -67,7 +68,7 @@ class ReadRequest(_Message, frozen=True, tag="read"):
 class Check(_Message, frozen=True, tag="check"):
     """Compute the checksum of these pieces of your memory.
 
-    With `count`, compare it with `crc` and count `nbytes` under `imm` if they agree.
+    With `count`, compare it with `crc` and count the bytes under `imm` if they agree.
     """
 
     transfer: Uint63
@@ -77,7 +78,6 @@ class Check(_Message, frozen=True, tag="check"):
     count: bool
     crc: Uint32
     imm: Uint32 | None
-    nbytes: Uint63
 
 
 class Checked(_Message, frozen=True, tag="checked"):

@@ -139,9 +139,8 @@ def peer() -> Iterator[Peer]:
     process.end()
 
 
-@pytest.fixture
-def start_peer() -> Iterator[Callable[..., Peer]]:
-    """Starts peers that a test may kill."""
+@contextlib.contextmanager
+def _peers() -> Iterator[Callable[..., Peer]]:
     started: list[Peer] = []
 
     def start(**options: Any) -> Peer:
@@ -152,6 +151,20 @@ def start_peer() -> Iterator[Callable[..., Peer]]:
     for process in started:
         process.thaw()
         process.end()
+
+
+@pytest.fixture
+def start_peer() -> Iterator[Callable[..., Peer]]:
+    """Starts peers that a test may kill."""
+    with _peers() as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def start_module_peer() -> Iterator[Callable[..., Peer]]:
+    """Starts peers for all tests of a module."""
+    with _peers() as start:
+        yield start
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,10 @@ def demo(
     tokens: Annotated[int, typer.Option(min=1, max=1024, help="Greedy tokens a prompt.")] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     corrupt: Annotated[
-        bool, typer.Option(help="Damage one received block a transport: tokens must differ.")
+        bool,
+        typer.Option(
+            "--corrupt", help="Damage one received block a transport: tokens must differ."
+        ),
     ] = False,
 ) -> None:
     """Hand a real model's KV cache from one process to another and compare the tokens.

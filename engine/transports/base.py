@@ -49,6 +49,7 @@ class Transfer:
 
     __slots__ = (
         "_active",
+        "_concluded",
         "_error",
         "_lock",
         "_on_end",
@@ -102,6 +103,7 @@ class Transfer:
         self._active = 0
         self._placed_nbytes = 0
         self._error: EngineError | None = None
+        self._concluded = False
 
     @property
     def stopped(self) -> EngineError | None:
@@ -116,12 +118,16 @@ class Transfer:
         iov[:, 1] = self.nbytes
         return iov
 
-    def begin(self) -> bool:
-        """Begins work on some of its memory; False if it was stopped and nothing may begin."""
+    def begin(self, count: int = 1) -> bool:
+        """Begins `count` works on its memory; False if it has ended or must, and nothing may begin.
+
+        A thread that works on the memory and an answer that is awaited from the peer are two works:
+        a peer that answers early, or twice, must not free memory under a thread.
+        """
         with self._lock:
-            if self._error is not None:
+            if self._error is not None or self._concluded:
                 return False
-            self._active += 1
+            self._active += count
             return True
 
     def end(self, nbytes: int) -> None:
@@ -132,8 +138,9 @@ class Transfer:
             error = self._error
             if error is None and self._placed_nbytes < self.total_nbytes:
                 return
-            if self._active:
+            if self._active or self._concluded:
                 return
+            self._concluded = True
         if error is None and self.on_placed is not None:
             self.on_placed()
         self._conclude(error)
@@ -141,17 +148,22 @@ class Transfer:
     def stop(self, error: EngineError) -> None:
         """Begins nothing more; ends with `error` once nobody works on it."""
         with self._lock:
+            if self._concluded:
+                return
             if self._error is None:
                 self._error = error
             if self._active:
                 return
+            self._concluded = True
         self._conclude(self._error)
 
     def abandon(self, error: EngineError) -> None:
         """Ends now: the caller knows that every thread of the path has left."""
         with self._lock:
+            if self._concluded:
+                return
             self._error = self._error or error
-            self._active = 0
+            self._concluded = True
         self._conclude(self._error)
 
     def _conclude(self, error: EngineError | None) -> None:

@@ -23,10 +23,11 @@ from ..errors import (
     EngineError,
     LinkError,
     PeerLost,
+    ProtocolError,
     RegionGone,
     TransportUnavailable,
 )
-from ..wire import Acknowledge, Arrived, Check, Checked, LinkMessage, Refuse
+from ..wire import Arrived, Check, Checked, LinkMessage, Refuse
 from .base import Availability, DataPath, Transfer
 
 if TYPE_CHECKING:
@@ -34,9 +35,10 @@ if TYPE_CHECKING:
 
     from ..link import Link
 
-# Small enough to share a 128 MiB handoff between copiers and to stop soon, large enough that the
-# 30 microseconds of Python around a call do not show (measured from 1 to 32 MiB: flat from 2 on).
+# A transfer is cut so that every copier has a share: at most this much, so that a long one stops
+# soon (flat from 2 to 32 MiB), and at least that much, because waking a copier costs 50 microseconds.
 CHUNK_NBYTES = 4 << 20
+MIN_CHUNK_NBYTES = 256 << 10
 YAMA = "/proc/sys/kernel/yama/ptrace_scope"
 _PR_SET_PTRACER = 0x59616D61
 _PR_SET_PTRACER_ANY = ctypes.c_ulong(-1)
@@ -122,7 +124,7 @@ class CmaPath(DataPath):
         self._lock = threading.Lock()
         self._running = 0
         self._halted: Callable[[], None] | None = None
-        self._unchecked: dict[tuple[int, int], tuple[Transfer, int, int]] = {}
+        self._unchecked: dict[tuple[int, int], tuple[Transfer, int, int]] = {}  # by chunk
 
     def submit(self, transfer: Transfer) -> None:
         if transfer.write and transfer.imm is not None:
@@ -132,9 +134,12 @@ class CmaPath(DataPath):
                 transfer.end(0)
             return
         remote = transfer.remote_iovec()
-        for number, part in enumerate(
-            iovec.chunks(transfer.nbytes, CHUNK_NBYTES, tables.MAX_PIECES)
-        ):
+        share_nbytes = -(-transfer.total_nbytes // self._link.core.copiers.count)
+        limit_nbytes = min(CHUNK_NBYTES, max(MIN_CHUNK_NBYTES, share_nbytes))
+        # All parts are cut before the first one starts: a copier that has woken up would take the
+        # interpreter lock in between.
+        parts = list(iovec.chunks(transfer.nbytes, limit_nbytes, tables.MAX_PIECES))
+        for number, part in enumerate(parts):
             self._run(functools.partial(self._copy, transfer, number, part, remote[part]))
 
     def handle(self, message: LinkMessage) -> bool:
@@ -142,13 +147,20 @@ class CmaPath(DataPath):
             self._run(functools.partial(self._check, message))
         elif isinstance(message, Checked):
             self._checked(message)
-        elif isinstance(message, Acknowledge):
-            transfer = self._link.transfer(message.transfer)
-            if transfer is not None:
-                transfer.end(message.nbytes)
+        elif isinstance(message, Refuse):
+            if self._answered(message.transfer, message.first) is not None:
+                return False  # the link ends the transfer
         else:
             return False
         return True
+
+    def _answered(self, transfer: int, chunk: int) -> tuple[Transfer, int, int] | None:
+        """Takes note of an answer about a chunk: its transfer, size and checksum if it was asked."""
+        with self._lock:
+            entry = self._unchecked.pop((transfer, chunk), None)
+        if entry is None:
+            self._link.fail(answer_to_nothing())
+        return entry
 
     def _run(self, task: Callable[[], None]) -> None:
         """Runs `task` on a copier, unless the path has been halted by then."""
@@ -216,9 +228,8 @@ class CmaPath(DataPath):
 
     def _ask_check(self, transfer: Transfer, number: int, part: slice, nbytes: int) -> None:
         crc = iovec.checksum(transfer.local[part])
-        if not transfer.write:
-            with self._lock:
-                self._unchecked[transfer.id, number] = (transfer, nbytes, crc)
+        with self._lock:
+            self._unchecked[transfer.id, number] = (transfer, nbytes, crc)
         self._link.send(
             Check(
                 transfer=transfer.id,
@@ -228,7 +239,6 @@ class CmaPath(DataPath):
                 count=transfer.write,
                 crc=crc,
                 imm=transfer.imm,
-                nbytes=nbytes,
             )
         )
 
@@ -242,20 +252,18 @@ class CmaPath(DataPath):
         except LinkError as error:
             link.fail(error)
         except EngineError as error:
-            link.send(Refuse(ask.transfer, type(error).__name__, error.message))
+            link.send(Refuse(ask.transfer, type(error).__name__, error.message, ask.chunk))
         else:
-            if not ask.count:
-                link.send(Checked(ask.transfer, ask.chunk, crc))
-            elif crc == ask.crc:
-                if ask.imm is not None:
-                    link.count(ask.imm, ask.nbytes, 0)
-                link.send(Acknowledge(ask.transfer, ask.nbytes))
-            else:
-                link.reject(ask.transfer, ask.imm, checksum_mismatch(link.peer.name, ask.imm))
+            if ask.count and crc != ask.crc:
+                mismatch = checksum_mismatch(link.peer.name, ask.imm)
+                link.reject(ask.transfer, ask.imm, mismatch, first=ask.chunk)
+                return
+            if ask.count and ask.imm is not None:
+                link.count(ask.imm, admitted.nbytes, 0)
+            link.send(Checked(ask.transfer, ask.chunk, crc))
 
     def _checked(self, answer: Checked) -> None:
-        with self._lock:
-            entry = self._unchecked.pop((answer.transfer, answer.chunk), None)
+        entry = self._answered(answer.transfer, answer.chunk)
         if entry is None:
             return
         transfer, nbytes, crc = entry
@@ -264,6 +272,11 @@ class CmaPath(DataPath):
         else:
             transfer.stop(checksum_mismatch(self._link.peer.name, None))
             transfer.end(0)
+
+
+def answer_to_nothing() -> ProtocolError:
+    """The error for a peer that acknowledges, checks or refuses what it was not asked."""
+    return ProtocolError("the peer answers something that it was not asked", operation="receive")
 
 
 def checksum_mismatch(peer: str, imm: int | None) -> ChecksumMismatch:

@@ -11,6 +11,7 @@ Pieces go to the kernel as an iovec. Only tiny ones pass through `staging.py` fi
 from __future__ import annotations
 
 import functools
+import logging
 import queue
 import socket
 import threading
@@ -24,7 +25,7 @@ from ..staging import Staging
 from ..wire import Acknowledge, Arrived, LinkMessage, ReadRequest, Refuse
 from . import tcp_frames as frames
 from .base import Availability, DataPath, Transfer
-from .cma import checksum_mismatch
+from .cma import answer_to_nothing, checksum_mismatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 FRAME_NBYTES = 8 << 20  # flat from 4 to 32 MiB; smaller frames share better between rails
 DISCARD_NBYTES = 1 << 20
 DEFAULT_RAILS = 2  # 32 KiB pieces on two cores, loopback: 1 rail 2.6 GB/s, 2 rails 3.0, 4 rails 3.0
+
+
+log = logging.getLogger(__name__)
 
 
 def probe() -> Availability:
@@ -71,6 +75,7 @@ class TcpPath(DataPath):
         self._rails = rails
         self._queue: queue.SimpleQueue[tuple[Transfer, slice] | _Reply | None] = queue.SimpleQueue()
         self._reads: dict[tuple[int, int], tuple[Transfer, slice]] = {}
+        self._unanswered: dict[int, int] = {}  # frames of each write that the peer has not answered
         self._lock = threading.Lock()
         self._halted: Callable[[], None] | None = None
         self._running = 2 * len(rails)
@@ -119,17 +124,29 @@ class TcpPath(DataPath):
     def handle(self, message: LinkMessage) -> bool:
         if isinstance(message, Acknowledge):
             transfer = self._link.transfer(message.transfer)
-            if transfer is not None:
+            if not self._answered(message.transfer) or transfer is None:
+                self._link.fail(answer_to_nothing())
+            else:
                 transfer.end(message.nbytes)
         elif isinstance(message, ReadRequest):
             self._serve_read(message)
         elif isinstance(message, Refuse):
             with self._lock:
-                self._reads.pop((message.transfer, message.first), None)
-            return False  # the link ends the transfer
+                read = self._reads.pop((message.transfer, message.first), None)
+            if read is not None or self._answered(message.transfer):
+                return False  # the link ends the transfer
+            self._link.fail(answer_to_nothing())
         else:
             return False
         return True
+
+    def _answered(self, transfer: int) -> bool:
+        """Takes note of an answer to a frame; False if none was awaited."""
+        with self._lock:
+            left = self._unanswered.pop(transfer, 0) - 1
+            if left > 0:
+                self._unanswered[transfer] = left
+        return left >= 0
 
     def halt(self, halted: Callable[[], None]) -> None:
         with self._lock:
@@ -142,7 +159,14 @@ class TcpPath(DataPath):
             except OSError:
                 continue  # the peer has closed it already
         if not running:
-            halted()
+            self._leave(halted)
+
+    def _leave(self, halted: Callable[[], None]) -> None:
+        """The last thread has ended."""
+        for rail in self._rails:
+            rail.close()
+        self._drop_replies()
+        halted()
 
     def _serve_read(self, ask: ReadRequest) -> None:
         try:
@@ -153,24 +177,25 @@ class TcpPath(DataPath):
             self._link.send(Refuse(ask.transfer, type(error).__name__, error.message, ask.first))
         else:
             self._queue.put(_Reply(ask.transfer, ask.first, admitted, ask.verify))
+            if not self._running:
+                self._drop_replies()  # nobody else will
 
     def _run(self, work: Callable[[socket.socket], None], rail: socket.socket) -> None:
         try:
             work(rail)
-        except (OSError, EOFError) as error:
-            if isinstance(error, EngineError):
-                self._link.fail(error)
-            else:
-                self._link.suspect()
+        except EngineError as error:
+            self._link.fail(error)
+        except (OSError, EOFError):
+            self._link.suspect()
+        except Exception as error:
+            log.exception("kvferry: a rail failed; please report this")
+            self._link.fail(LinkError(f"a rail failed: {error!r}", operation="transfer"))
         finally:
             with self._lock:
                 self._running -= 1
                 halted = self._halted if not self._running else None
             if halted is not None:
-                for each in self._rails:
-                    each.close()
-                self._drop_replies()
-                halted()
+                self._leave(halted)
 
     def _drop_replies(self) -> None:
         """Ends the use of memory that peers wanted to read."""
@@ -190,8 +215,14 @@ class TcpPath(DataPath):
                 return
             if isinstance(item, _Reply):
                 self._send_reply(rail, staging, item)
-            elif item[0].begin():  # ended by the peer's acknowledgement
-                self._send_write(rail, staging, *item)
+            elif item[0].begin(2):  # this thread, and the peer's answer
+                transfer = item[0]
+                with self._lock:
+                    self._unanswered[transfer.id] = self._unanswered.get(transfer.id, 0) + 1
+                try:
+                    self._send_write(rail, staging, *item)
+                finally:
+                    transfer.end(0)
 
     def _send_write(
         self, rail: socket.socket, staging: Staging, transfer: Transfer, part: slice

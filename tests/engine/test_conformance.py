@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import numpy.typing as npt
-    from conftest import Gate, Peer, Pool
 
     from kvferry.engine.link import Link
+    from tests.conftest import Gate, Peer, Pool
 
     Columns = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
@@ -114,9 +114,9 @@ def test_empty_pieces_among_others_are_skipped(
     link: Link, peer: Peer, new_pool: Callable[..., Pool]
 ) -> None:
     src, dst = new_pool(64), peer.call("pool", 64, SENTINEL)
-    pieces = tuple(np.array(c, np.int64) for c in ([0, 64, 9, 3], [64, 5, 20, 0], [0, 0, 8, 0]))
-    assert link.write(src.region, *pieces[:1], dst, *pieces[1:]).wait() == 8
-    assert np.array_equal(peer.contents(dst), moved(src.bytes, 64, pieces))  # type: ignore[arg-type]
+    here, there, nbytes = np.array([[0, 64, 9, 3], [64, 5, 20, 0], [0, 0, 8, 0]], np.int64)
+    assert link.write(src.region, here, dst, there, nbytes).wait() == 8
+    assert np.array_equal(peer.contents(dst), moved(src.bytes, 64, (here, there, nbytes)))
 
 
 def test_a_signal_is_a_write_without_bytes(link: Link, peer: Peer) -> None:
@@ -204,9 +204,7 @@ def test_the_other_end_of_a_link_writes_and_reads_too(
     expected = np.full(5000, SENTINEL, np.uint8)
     expected[1500:3500] = 7
     assert np.array_equal(mine.bytes, expected)
-    got = peer.call(
-        "read", engine.engine_id, theirs.region_id, 100, mine.descriptor, 1400, 300
-    )
+    got = peer.call("read", engine.engine_id, theirs.region_id, 100, mine.descriptor, 1400, 300)
     assert peer.call("wait", got) == 300
     expected_there = np.full(5000, 7, np.uint8)
     expected_there[100:400] = mine.bytes[1400:1700]
@@ -230,9 +228,7 @@ def test_both_ends_write_much_at_once(
     assert bool((inbox.bytes == 3).all())
 
 
-def test_threads_may_share_a_link(
-    link: Link, peer: Peer, new_pool: Callable[..., Pool]
-) -> None:
+def test_threads_may_share_a_link(link: Link, peer: Peer, new_pool: Callable[..., Pool]) -> None:
     pieces, span = scattered([100 + 37 * i for i in range(200)], seed=3)
     src, dst = new_pool(span), peer.call("pool", span, SENTINEL)
     total = int(pieces[2].sum())

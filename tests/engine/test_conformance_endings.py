@@ -26,10 +26,9 @@ from kvferry.engine.transfer import TransferEngine
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from conftest import Gate, Peer, Pool
-
     from kvferry.engine.link import Link
     from kvferry.engine.memory import MemoryRegion
+    from tests.conftest import Gate, Peer, Pool
 
 SENTINEL = 0xA5
 LARGE = 40 << 20  # many frames and chunks: most have not begun when the first one is held
@@ -98,9 +97,7 @@ def test_a_cancelled_expectation_ends_at_once_and_late_writes_complete_nothing(
         ticket.wait(0)
     assert caught.value.imm == imm
     late = engine.late_writes
-    sent = peer.call(
-        "write", engine.engine_id, theirs.region_id, 0, mine.descriptor, 0, 100, imm
-    )
+    sent = peer.call("write", engine.engine_id, theirs.region_id, 0, mine.descriptor, 0, 100, imm)
     assert peer.call("wait", sent) == 100
     marker = engine.new_imm()
     assert marker != imm
@@ -346,11 +343,11 @@ def test_a_peer_that_deregisters_waits_for_my_writes_and_then_refuses_them(
     else:
         peer.call("deregister", theirs.region_id)
     gate.open()
-    with pytest.raises(EngineError, match="deregistered|not registered"):
+    with pytest.raises(EngineError, match=r"deregistered|not registered"):
         ticket.wait(15.0)
     peer.call("deregister", theirs.region_id)
     before = peer.contents(theirs)
-    with pytest.raises(EngineError, match="deregistered|not registered"):
+    with pytest.raises(EngineError, match=r"deregistered|not registered"):
         link.write(mine.region, 0, theirs, 0, LARGE).wait(15.0)
     assert np.array_equal(peer.contents(theirs), before)
     assert link.error is None

@@ -95,7 +95,7 @@ def roster(rails: tuple[int, ...], peers: tuple[str, ...], peer_python: str) -> 
         _ours(CMA_VERIFIED, "kvferry cma, verify", transport="cma", verify=True),
         _ours(
             tcp_key(VERIFIED_RAILS, verify=True),
-            f"kvferry tcp, {VERIFIED_RAILS} rails, verify",
+            "kvferry tcp, verify",
             transport="tcp",
             rails=VERIFIED_RAILS,
             verify=True,

@@ -72,7 +72,7 @@ def _results(report: Report, shape: str) -> Table:
         pad_edge=False,
     )
     table.add_column("", no_wrap=True)
-    for heading in ("GB/s", "p50 ms", "p99 ms", "CPU\ns/GiB", "of\nmemcpy", "veri-\nfied", "n"):
+    for heading in ("GB/s", "p50 ms", "p99 ms", "CPU\ns/GiB", "of\nmem-\ncpy", "veri-\nfied", "n"):
         table.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         table.add_row(

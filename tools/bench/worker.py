@@ -9,10 +9,12 @@ Needs NumPy and nothing of kvferry: other libraries run this file in environment
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.metadata
 import json
 import os
+import signal
 import socket
 import struct
 import sys
@@ -27,6 +29,7 @@ from kvferry.tools.bench.workload import Pool, Shape
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+_PR_SET_PDEATHSIG = 1
 _TALK = struct.Struct("<cQ")
 _PREPARE, _TOKEN, _ARRIVED, _END = b"p", b"t", b"a", b"e"
 
@@ -180,6 +183,8 @@ def serve_parent(parent: Connection, worker: Worker) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """`worker PARENT_FD TALK_FD`: runs until the parent closes its end; -1 for no other end."""
+    # A frozen worker would outlive a parent that is killed: the kernel ends it with its parent.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     parent_fd, talk_fd = (int(argument) for argument in arguments)
     talk = socket.socket(fileno=talk_fd) if talk_fd >= 0 else None
     serve_parent(Connection(parent_fd), Worker(talk))
