@@ -7,6 +7,7 @@ in native code, without the interpreter lock, while something is.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import queue
@@ -72,12 +73,14 @@ class Launched(NamedTuple):
     bad_ids: torch.Tensor | None = None
 
 
-class _Flight(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class _Flight:
     event: torch.cuda.Event
     transfer: Transfer
     nbytes: int
     scratch: Scratch | None
     launched: Launched
+    landed: bool = False
 
 
 class Lane:
@@ -159,10 +162,11 @@ class Lane:
                 )
                 nbytes = 0  # what was launched before the failure is waited for all the same
             done.record(self.stream)
+            flight = _Flight(done, transfer, nbytes, scratch, launched)
             ticket = transfer.ticket
-            ticket._spin = done.synchronize
+            ticket._spin = functools.partial(self._land, flight)
             ticket._stream_wait = functools.partial(_wait_for_event, done)
-            self._flights.put(_Flight(done, transfer, nbytes, scratch, launched))
+            self._flights.put(flight)
 
     def close(self) -> None:
         """Waits until nothing is in flight and ends the thread. Not on the lane's own thread."""
@@ -204,10 +208,22 @@ class Lane:
                 log.exception("kvferry: ending a GPU transfer failed; please report this")
 
     def _land(self, flight: _Flight) -> None:
+        """Waits for a transfer's kernels and ends it, on whichever thread is the first to see it:
+        a caller that waits need not be woken by the lane's thread."""
         transfer, moved = flight.transfer, flight.nbytes
         ticket = transfer.ticket
+        failure = None
         try:
             flight.event.synchronize()
+        except RuntimeError as error:
+            failure = error
+        with self._lock:
+            if flight.landed:
+                return
+            flight.landed = True
+        try:
+            if failure is not None:
+                raise failure
             bad_ids = flight.launched.bad_ids
             if bad_ids is not None and int(bad_ids):
                 moved = 0
