@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import iovec
+from .errors import LayoutError
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -33,6 +34,12 @@ class TransferPlan:
         self.writes = writes
         pair = (local.layout, remote.layout)
         self.plan = Plan(*pair) if writes else Plan(*reversed(pair))
+        if len(local.layout.groups) > 1:
+            raise LayoutError(
+                f"a cache of {len(local.layout.groups)} groups has as many block tables: register "
+                "and plan each group as a cache of its own",
+                operation="plan",
+            )
         self._addresses = np.array([region.address for region in local.regions], np.int64)
 
     def nbytes(self, num_blocks: int, *, layers: Sequence[int] | None = None) -> int:
