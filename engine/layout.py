@@ -13,6 +13,7 @@ where `i_layer` and `i_plane` are positions in the region's own `layers` and `pl
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 LAYOUT_VERSION = 1
 PLAIN_CODEC = "plain"
+MAX_NBYTES = 1 << 62  # offsets are int64, and sums of two must not overflow
+MAX_SLOTS = 1 << 31  # a plan packs two block ids into an int64
 _OUTER = ("layer", "plane", "block")
 _INNER = ("token", "head", "dim")
 
@@ -248,6 +251,19 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise LayoutError("a layout needs at least one region", operation="layout")
         for number, region in enumerate(self.regions):
             _check_region(number, region)
+        if not 0 <= self.head_start < self.head_stop:
+            raise LayoutError(
+                f"axis 'head': [{self.head_start}, {self.head_stop}) is no range of heads",
+                operation="layout",
+            )
+        for number, region in enumerate(self.regions):
+            held = [axis.size for axis in region.axes if axis.name == "head"]
+            if held and held[0] != self.head_stop - self.head_start:
+                raise LayoutError(
+                    f"region {number}: axis 'head' has size {held[0]} but heads "
+                    f"[{self.head_start}, {self.head_stop}) are held",
+                    operation="layout",
+                )
         seen: set[int] = set()
         for group in self.groups:
             slots = set()
@@ -263,6 +279,14 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     f"axis 'block' differs within a {group.kind} group: {sorted(slots)} slots",
                     operation="layout",
                 )
+            rows: set[tuple[int, str]] = set()
+            for region in (self.regions[index] for index in group.regions):
+                for row in itertools.product(region.layers, region.planes):
+                    if row in rows:
+                        raise LayoutError(
+                            f"plane {row[1]!r} of layer {row[0]} is held twice", operation="layout"
+                        )
+                    rows.add(row)
         if len(seen) != len(self.regions):
             raise LayoutError("every region must be in one group", operation="layout")
 
@@ -335,6 +359,16 @@ def _check_region(number: int, region: RegionLayout) -> None:
         raise LayoutError(
             f"{where}: elem_bytes {region.elem_bytes}, base_offset {region.base_offset} and "
             f"tokens_per_slot {region.tokens_per_slot} must not be negative",
+            operation="layout",
+        )
+    names = [name for name, _, _ in steps]
+    if len(set(names)) != len(names):
+        raise LayoutError(f"{where}: an axis is named twice in {names}", operation="layout")
+    if max(region.nbytes, region.base_offset, *(stride for _, _, stride in steps)) > MAX_NBYTES:
+        raise LayoutError(f"{where}: sizes beyond {MAX_NBYTES} bytes", operation="layout")
+    if region.num_slots > MAX_SLOTS:
+        raise LayoutError(
+            f"{where}: axis 'block' has size {region.num_slots}, the most is {MAX_SLOTS}",
             operation="layout",
         )
     for name, size, stride in steps:

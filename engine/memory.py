@@ -75,21 +75,29 @@ class CacheDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             cache = msgspec.msgpack.decode(data, type=cls)
         except msgspec.MsgspecError as error:
             raise LayoutError(f"not a cache descriptor: {error}", operation="hello") from error
-        cache.layout.check()
-        if len(cache.regions) != len(cache.layout.regions):
+        cache.check()
+        return cache
+
+    def check(self) -> None:
+        """Checks that layout and regions fit together; also for one that came another way.
+
+        Raises:
+            LayoutError: they do not, or the layout contradicts itself.
+        """
+        self.layout.check()
+        if len(self.regions) != len(self.layout.regions):
             raise LayoutError(
-                f"{len(cache.regions)} regions for a layout of {len(cache.layout.regions)}",
+                f"{len(self.regions)} regions for a layout of {len(self.layout.regions)}",
                 operation="hello",
             )
         for number, (region, shape) in enumerate(
-            zip(cache.regions, cache.layout.regions, strict=True)
+            zip(self.regions, self.layout.regions, strict=True)
         ):
             if shape.nbytes > region.nbytes or len(region.key) != KEY_NBYTES:
                 raise LayoutError(
                     f"region {number} has {region.nbytes} bytes, its layout needs {shape.nbytes}",
                     operation="hello",
                 )
-        return cache
 
 
 class MemoryRegion:

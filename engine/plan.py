@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from .layout import KVLayout, RegionLayout
+    from .layout import GroupLayout, KVLayout, RegionLayout
 
     BlockIds = Sequence[int] | npt.NDArray[np.integer]
 
@@ -182,7 +182,8 @@ class Plan:
             missing = set(layers or ()) - set(self.layers)
             if missing:
                 raise PlanError(f"layer {min(missing)} is not held by both sides", operation="plan")
-            template = _make_template(self.src, self.dst, group, layers or self.layers)
+            wanted = self.layers if layers is None else layers
+            template = _make_template(self.src, self.dst, group, wanted)
             self._templates[key] = template
         return template
 
@@ -231,30 +232,47 @@ def _spread(
     )
 
 
-def _check_pair(src: KVLayout, dst: KVLayout) -> None:
-    def differ(what: str, left: object, right: object) -> None:
-        if left != right:
+def _differ(what: str, left: object, right: object) -> None:
+    if left != right:
+        raise LayoutError(
+            f"{what} differs: source has {left}, destination has {right}", operation="plan"
+        )
+
+
+def _planes(layout: KVLayout, group: GroupLayout) -> list[str]:
+    return sorted({plane for index in group.regions for plane in layout.regions[index].planes})
+
+
+def _check_regions(src: KVLayout, dst: KVLayout, left: RegionLayout, right: RegionLayout) -> None:
+    """Every region for itself: what a peer says of its first one need not hold for the others."""
+    _differ("block size in tokens", left.tokens_per_slot, right.tokens_per_slot)
+    _differ("element size in bytes", left.elem_bytes, right.elem_bytes)
+    sizes = [
+        {a.name: a.size for a in region.axes if a.name != "head" and a.size > 1}
+        for region in (left, right)
+    ]
+    for name in sizes[0] | sizes[1]:
+        _differ(f"axis {name!r}", sizes[0].get(name, 1), sizes[1].get(name, 1))
+    for name in src.opaque:
+        axes = [[axis for axis in region.axes if axis.name == name] for region in (left, right)]
+        held = [(layout.head_start, layout.head_stop) for layout in (src, dst)]
+        if axes[0] != axes[1] or (name == "head" and held[0] != held[1]):
             raise LayoutError(
-                f"{what} differs: source has {left}, destination has {right}", operation="plan"
+                f"axis {name!r} is opaque in codec {src.codec!r}, so it cannot change "
+                f"from {axes[0]} to {axes[1]}",
+                operation="plan",
             )
 
-    differ("dtype", src.dtype, dst.dtype)
-    differ("codec", src.codec, dst.codec)
-    differ("opaque axes", sorted(src.opaque), sorted(dst.opaque))
-    differ("number of groups", len(src.groups), len(dst.groups))
+
+def _check_pair(src: KVLayout, dst: KVLayout) -> None:
+    _differ("dtype", src.dtype, dst.dtype)
+    _differ("codec", src.codec, dst.codec)
+    _differ("opaque axes", sorted(src.opaque), sorted(dst.opaque))
+    _differ("number of groups", len(src.groups), len(dst.groups))
     for one, other in zip(src.groups, dst.groups, strict=True):
-        differ("group kind", one.kind, other.kind)
-        differ("window", one.window, other.window)
-        left, right = src.regions[one.regions[0]], dst.regions[other.regions[0]]
-        differ("block size in tokens", left.tokens_per_slot, right.tokens_per_slot)
-        differ("element size in bytes", left.elem_bytes, right.elem_bytes)
-        differ("planes", sorted(left.planes), sorted(right.planes))
-        sizes = [
-            {a.name: a.size for a in region.axes if a.name != "head" and a.size > 1}
-            for region in (left, right)
-        ]
-        for name in sizes[0] | sizes[1]:
-            differ(f"axis {name!r}", sizes[0].get(name, 1), sizes[1].get(name, 1))
+        _differ("group kind", one.kind, other.kind)
+        _differ("window", one.window, other.window)
+        _differ("planes", _planes(src, one), _planes(dst, other))
     if not set(src.layers) & set(dst.layers):
         raise LayoutError(
             f"no layer is held by both: source has {src.layers}, destination has {dst.layers}",
@@ -286,11 +304,17 @@ def _make_template(src: KVLayout, dst: KVLayout, group: int, layers: tuple[int, 
     rows: list[npt.NDArray[np.int64]] = []
     inner_cache: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
     for key, (src_index, src_start) in where[0].items():
-        if key[0] not in wanted or key not in where[1]:
+        if key[0] not in wanted:
             continue
+        if key not in where[1]:
+            raise LayoutError(
+                f"plane {key[1]!r} of layer {key[0]} is not in this group at the destination",
+                operation="plan",
+            )
         dst_index, dst_start = where[1][key]
         inner = inner_cache.get((src_index, dst_index))
         if inner is None:
+            _check_regions(src, dst, src.regions[src_index], dst.regions[dst_index])
             inner = _inner_runs(src, dst, src.regions[src_index], dst.regions[dst_index])
             inner_cache[src_index, dst_index] = inner
         block = np.empty((len(inner), 5), np.int64)
@@ -302,6 +326,8 @@ def _make_template(src: KVLayout, dst: KVLayout, group: int, layers: tuple[int, 
     table = np.concatenate(rows) if rows else np.zeros((0, 5), np.int64)
     table = table[np.lexsort((table[:, 3], table[:, 1], table[:, 2], table[:, 0]))]
     table = _merge(table)
+    _check_bounds("source", src, table[:, 0], table[:, 1], table[:, 4])
+    _check_bounds("destination", dst, table[:, 2], table[:, 3], table[:, 4])
     src_stride = np.array([region.slot_stride for region in src.regions], np.int64)[table[:, 0]]
     dst_stride = np.array([region.slot_stride for region in dst.regions], np.int64)[table[:, 2]]
     return Template(
@@ -314,6 +340,25 @@ def _make_template(src: KVLayout, dst: KVLayout, group: int, layers: tuple[int, 
         nbytes=table[:, 4].copy(),
         joins=(table[:, 4] == src_stride) & (table[:, 4] == dst_stride),
     )
+
+
+def _check_bounds(
+    side: str,
+    layout: KVLayout,
+    region: npt.NDArray[np.int64],
+    offset: npt.NDArray[np.int64],
+    nbytes: npt.NDArray[np.int64],
+) -> None:
+    """Every piece of every block lies inside its region: a peer's layout must not make this
+    process touch other memory of its own."""
+    for index in np.unique(region).tolist():
+        shape, rows = layout.regions[index], region == index
+        end = int((offset + nbytes)[rows].max()) + (shape.num_slots - 1) * shape.slot_stride
+        if int(offset[rows].min()) < 0 or end > shape.nbytes:
+            raise LayoutError(
+                f"pieces of the {side}'s region {index} end at byte {end} of {shape.nbytes}",
+                operation="plan",
+            )
 
 
 def _merge(table: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -349,12 +394,6 @@ def _inner_runs(
             size = high - low
             src_start += (low - src.head_start) * axis.stride_bytes
             dst_start += (low - dst.head_start) * dst_stride
-        if axis.name in src.opaque and axis != other:
-            raise LayoutError(
-                f"axis {axis.name!r} is opaque in codec {src.codec!r}, so it cannot change "
-                f"from {axis} to {other}",
-                operation="plan",
-            )
         if size > 1:
             steps.append((size, axis.stride_bytes, dst_stride))
     run = left.elem_bytes

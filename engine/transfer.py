@@ -241,7 +241,11 @@ class TransferEngine:
                 "peer's",
                 operation="plan",
             )
-        remote.layout.check()
+        remote.check()
+        if local.regions[0].descriptor.engine_id != self.engine_id:
+            raise NotRegistered(
+                "this cache is registered with another engine of this process", operation="plan"
+            )
         key = (local.descriptor, remote, writes)
         plan = self._plans.get(key)
         if plan is None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import iovec
-from .errors import PlanError
+from .errors import LayoutError, PlanError
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -35,6 +35,12 @@ class TransferPlan:
         self.remote_kind = "/".join(sorted({region.kind for region in remote.regions}))
         pair = (local.layout, remote.layout)
         self.plan = Plan(*pair) if writes else Plan(*reversed(pair))
+        if len(local.layout.groups) > 1:
+            raise LayoutError(
+                f"a cache of {len(local.layout.groups)} groups has as many block tables: register "
+                "and plan each group as a cache of its own",
+                operation="plan",
+            )
         self._addresses = np.array([region.address for region in local.regions], np.int64)
 
     def nbytes(self, num_blocks: int, *, layers: Sequence[int] | None = None) -> int:

@@ -9,6 +9,7 @@ Host memory of the same two processes goes by `cma`.
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from ..wire import LinkMessage
     from .cuda_lane import Lane, Launched
     from .cuda_plan import CudaPlan
+
+
+_PREPARED_IDS = 1 << 16  # more work than any sensible cap, so that the capped kernel is loaded
 
 
 def available() -> Availability:
@@ -163,7 +167,7 @@ class CudaIpcPath(DataPath):
 
         from ...kernels.push import push
         from ...kernels.signal import Signal
-        from ...kernels.tiles import LARGE, SMALL
+        from ...kernels.tiles import default_tuning
 
         device = plan.local.device
         lane = self._lane(device)
@@ -172,22 +176,27 @@ class CudaIpcPath(DataPath):
             self._mappings.counters(device, plan.remote.regions[0])
         with torch.cuda.device(device):
             # A block that does not exist: the kernels are loaded and run, and touch nothing.
-            nowhere = torch.full((1,), -1, dtype=torch.int64, device=device)
+            nowhere = torch.full((_PREPARED_IDS,), -1, dtype=torch.int64, device=device)
+            cap = self._link.core.max_programs
+            tunings = [
+                default_tuning(nbytes, staged=False, capped=cap is not None)
+                for nbytes in (1, 1 << 40)
+            ]
+            counts = (1,) if cap is None else (1, _PREPARED_IDS)
             state = torch.zeros(2, dtype=torch.int32, device=device)
             counter = torch.zeros(1, dtype=torch.int64, device=device)
             signal = Signal(state, counter.data_ptr())
             for launch in compiled.launches:
-                for tuning in (SMALL, LARGE):
-                    for told in (signal, None):
-                        push(
-                            launch.src,
-                            nowhere,
-                            launch.dst,
-                            nowhere,
-                            signal=told,
-                            max_programs=self._link.core.max_programs,
-                            tuning=tuning,
-                        )
+                for tuning, told, count in itertools.product(tunings, (signal, None), counts):
+                    push(
+                        launch.src,
+                        nowhere[:count],
+                        launch.dst,
+                        nowhere[:count],
+                        signal=told,
+                        max_programs=cap,
+                        tuning=tuning,
+                    )
             torch.cuda.current_stream(device).synchronize()
         lane.warm()
 

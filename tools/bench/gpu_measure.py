@@ -41,6 +41,7 @@ TOTALS_NBYTES = (1 << 20, 64 << 20, 256 << 20, 1 << 30)
 PIECES_NBYTES = (1 << 10, 4 << 10, 16 << 10, 32 << 10, 64 << 10)
 CAPS = (8, 16, 24, 32, 48, 64, 132, 264, 528)
 LATENCIES = ((4 << 10, 4 << 10), (1 << 20, 32 << 10), (8 << 20, 32 << 10), (64 << 20, 32 << 10))
+SWEEP = ((4, 4), (8, 4), (8, 8), (16, 4), (16, 8), (16, 16), (32, 8), (32, 16), (64, 32))
 REPEATS = 20
 PING_PONGS = 60
 
@@ -336,6 +337,24 @@ def measure(*, quick: bool = False, profile: bool = False) -> Report:
     return Report(devices, versions, top, rows, caps, latencies)
 
 
+def sweep() -> None:
+    """Prints GB/s of 1 GiB and 256 MiB in 32 KiB blocks for several tunings of the kernel."""
+    from kvferry.kernels import copy
+    from kvferry.kernels.tiles import Tuning
+
+    default = copy.default_tuning
+    bench = Bench()
+    with bench.engine() as (engine, link):
+        for total in (256 << 20, 1 << 30):
+            for tile_kib, warps in SWEEP:
+                tuning = Tuning(tile_kib << 10, warps)
+                copy.default_tuning = lambda *_, _tuning=tuning, **__: _tuning
+                row = bench.row(engine, link, total, 32 << 10, 1.0)
+                print(f"{total >> 20} MiB, tile {tile_kib} KiB, {warps} warps: {row.gb_per_s:.1f}")
+    copy.default_tuning = default
+    bench.close()
+
+
 def show(report: Report) -> None:
     """Prints the report as tables."""
     print(f"{' and '.join(report.devices)}; {report.versions}")
@@ -359,9 +378,13 @@ def main() -> None:
     parser.add_argument("--json")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--sweep", action="store_true")
     options = parser.parse_args()
     if torch.cuda.device_count() < 2:
         sys.exit("two GPUs are needed")
+    if options.sweep:
+        sweep()
+        return
     report = measure(quick=options.quick, profile=options.profile)
     show(report)
     if options.json:
