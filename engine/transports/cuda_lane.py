@@ -80,6 +80,7 @@ class _Flight:
     nbytes: int
     scratch: Scratch | None
     launched: Launched
+    awaited: bool = False  # a caller waits for it, awake, and will end it
     landed: bool = False
 
 
@@ -100,7 +101,8 @@ class Lane:
         )
         with torch.cuda.stream(self.stream):
             self.state = torch.zeros(2, dtype=torch.int32, device=device)
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
+        self._in_flight = 0
         self._flights: queue.SimpleQueue[_Flight | None] = queue.SimpleQueue()
         self._free = {_FEWEST_WORDS: Scratch.several(device, _AHEAD, _FEWEST_WORDS)}
         self._events: list[torch.cuda.Event] = []
@@ -164,7 +166,8 @@ class Lane:
             done.record(self.stream)
             flight = _Flight(done, transfer, nbytes, scratch, launched)
             ticket = transfer.ticket
-            ticket._spin = functools.partial(self._land, flight)
+            ticket._spin = functools.partial(self._await, flight)
+            self._in_flight += 1
             ticket._stream_wait = functools.partial(_wait_for_event, done)
             self._flights.put(flight)
 
@@ -176,6 +179,8 @@ class Lane:
             self._closed = True
             self._flights.put(None)
         self._thread.join()
+        with self._lock:
+            self._lock.wait_for(lambda: not self._in_flight)
         _idle_streams.setdefault(self.device, []).append(self._raw_stream)
 
     def _wait_for(self, transfer: Transfer) -> None:
@@ -202,10 +207,17 @@ class Lane:
             flight = self._flights.get()
             if flight is None:
                 return
+            if flight.awaited:
+                continue  # two threads that wake at once would fight for the interpreter lock
             try:
                 self._land(flight)
             except Exception:
                 log.exception("kvferry: ending a GPU transfer failed; please report this")
+
+    def _await(self, flight: _Flight) -> None:
+        """On a caller's thread."""
+        flight.awaited = True
+        self._land(flight)
 
     def _land(self, flight: _Flight) -> None:
         """Waits for a transfer's kernels and ends it, on whichever thread is the first to see it:
@@ -246,10 +258,14 @@ class Lane:
                     imm=transfer.imm,
                 )
             )
-        transfer.end(moved)
-        with self._lock:
-            if flight.scratch is not None:
-                self._free[flight.scratch.num_words].append(flight.scratch)
+        try:
+            transfer.end(moved)
+        finally:
+            with self._lock:
+                if flight.scratch is not None:
+                    self._free[flight.scratch.num_words].append(flight.scratch)
+                self._in_flight -= 1
+                self._lock.notify_all()
 
 
 def _wait_for_event(event: torch.cuda.Event, _ticket: Ticket, stream: torch.cuda.Stream) -> bool:

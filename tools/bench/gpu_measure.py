@@ -86,12 +86,10 @@ def _tensors(total_nbytes: int, piece_nbytes: int, device: int, *, random: bool)
     layers = NUM_LAYERS if total_nbytes >= rows * piece_nbytes else 1
     shape = (NUM_PLANES if layers > 1 else 1, POOL_FACTOR * num_ids, piece_nbytes // 8)
     with torch.cuda.device(device):
-        make = (
-            (lambda: torch.randint(-(1 << 62), 1 << 62, shape, device="cuda"))
-            if random
-            else (lambda: torch.zeros(shape, dtype=torch.int64, device="cuda"))
-        )
-        return [make() for _ in range(layers)], num_ids
+        tensors = [torch.zeros(shape, dtype=torch.int64, device="cuda") for _ in range(layers)]
+        for tensor in tensors if random else ():
+            tensor.random_()
+    return tensors, num_ids
 
 
 def peer_main(pipe: Connection[Any, Any], device: int) -> None:
@@ -114,7 +112,7 @@ def peer_main(pipe: Connection[Any, Any], device: int) -> None:
             if cache is not None:
                 cache.deregister()
             cache = None
-            tensors, _ = _tensors(*arguments, device, random=False)
+            tensors, _ = _tensors(arguments[0], arguments[1], device, random=False)
             torch.cuda.synchronize()
             cache = engine.register_cache(KVLayout.from_tensors(tensors, DIMS), tensors)
             pipe.send(cache.descriptor)
@@ -151,7 +149,8 @@ def _ping_pong(
     last = None
     with torch.cuda.stream(stream):
         if first:
-            torch.cuda._sleep(2_000_000_000 // 10)  # 0.1 s: both sides enqueue meanwhile
+            # 0.1 s: both sides enqueue meanwhile.
+            torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
             begin.record()
         for imm, ticket in zip(imms, tickets, strict=True):
             if first:
@@ -163,7 +162,7 @@ def _ping_pong(
     stream.synchronize()
     if last is not None:
         last.wait(30)
-    return begin.elapsed_time(end) * 1e3 / len(imms) / 2 if first else 0.0
+    return float(begin.elapsed_time(end)) * 1e3 / len(imms) / 2 if first else 0.0
 
 
 def _enqueued(link: Link, plan: TransferPlan, ids: Any, count: int) -> float:
@@ -179,7 +178,8 @@ def _enqueued(link: Link, plan: TransferPlan, ids: Any, count: int) -> float:
     for ticket in tickets:
         ticket.wait()
     stream.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    seconds: float = begin.elapsed_time(end) / 1e3
+    return seconds
 
 
 def ceiling(total_nbytes: int) -> float:
@@ -194,7 +194,7 @@ def ceiling(total_nbytes: int) -> float:
         end.record()
         torch.cuda.synchronize()
         seconds.append(begin.elapsed_time(end) / 1e3)
-    return total_nbytes / statistics.median(seconds) / 1e9
+    return float(total_nbytes / statistics.median(seconds) / 1e9)
 
 
 class Bench:
@@ -342,16 +342,17 @@ def sweep() -> None:
     from kvferry.kernels import copy
     from kvferry.kernels.tiles import Tuning
 
-    default = copy.default_tuning
+    kernel: Any = copy
+    default = kernel.default_tuning
     bench = Bench()
     with bench.engine() as (engine, link):
         for total in (256 << 20, 1 << 30):
             for tile_kib, warps in SWEEP:
                 tuning = Tuning(tile_kib << 10, warps)
-                copy.default_tuning = lambda *_, _tuning=tuning, **__: _tuning
+                kernel.default_tuning = lambda *_, _tuning=tuning, **__: _tuning
                 row = bench.row(engine, link, total, 32 << 10, 1.0)
                 print(f"{total >> 20} MiB, tile {tile_kib} KiB, {warps} warps: {row.gb_per_s:.1f}")
-    copy.default_tuning = default
+    kernel.default_tuning = default
     bench.close()
 
 
