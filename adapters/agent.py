@@ -1,22 +1,27 @@
-"""An agent: what an inference engine embeds to hand KV over, and to be handed KV.
+"""The agent: what an inference engine embeds to hand KV cache to another, or to take it.
 
-It owns a transfer engine, ZeroMQ sockets and the handoffs' state machines, on one thread beside the
-engine's. Agents talk to each other directly.
+It joins the two wings: a transfer engine that moves bytes, and the control plane that says which.
+Prefill calls `send` (or `open_send`, layer by layer), decode calls `receive`; in between are the
+eight steps of `docs/structure.md`.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from ..control.errors import AgentClosed, HelloTimeout, NotConnected
+from ..control.events import SourceOffered
 from ..control.handoff import Timing
-from ..control.session import make_hello
-from ..engine.errors import BlockOutOfRange, DeadlineExceeded, OverlappingBlocks, PlanError
+from ..engine.errors import BlockOutOfRange, OverlappingBlocks, PlanError
 from ..engine.transfer import TRANSPORTS, TransferEngine
-from .agent_loop import HELLO_TIMEOUT_S, Acquaintance, AgentLoop
+from .agent_core import AgentCore
 from .handoffs import Handoff, SendHandoff
 
 if TYPE_CHECKING:
@@ -25,71 +30,79 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ..control.events import Event
+    from ..control.messages import Side
     from ..engine.layout import KVLayout
 
     BlockIds = Sequence[int] | npt.NDArray[np.integer]
 
+Role = Literal["prefill", "decode", "both"]
 DEFAULT_TIMEOUT_S = 30.0
+CLOSE_TIMEOUT_S = 2.0
+ATTEMPTS_REMEMBERED = 4096  # requests whose next attempt gets the next number
 
 
 class Agent:
-    """Hands KV over and takes it. Thread-safe; close it, or use it as a context manager.
+    """Hands over, and takes, the blocks of one paged cache.
 
     Args:
-        name: unique among the agents that meet; shown in errors.
-        role: `prefill`, `decode` or `both`. Two prefills, or two decodes, refuse each other.
-        layout: describes `tensors`.
-        tensors: the whole paged cache; the agent keeps it alive until it is closed.
-        engine: use this transfer engine and leave it open; makes its own if None.
-        bind: ZeroMQ endpoint to listen on; `*` as port takes a free one.
-        transports: which the own engine offers; all that work here if None.
-        verify: compare checksums of all bytes, for the own engine.
-        timing: how long the state machines wait.
+        name: how peers know it; unique among them. A restarted agent may take its name again.
+        role: what it does; two agents of one role have nothing to say to each other.
+        layout: the cache.
+        tensors: the cache's memory, a tensor (or array) for each region of the layout. Registered
+            until `close`.
+        engine: a transfer engine to use; it is not closed with the agent. One is made if None.
+        bind: ZeroMQ endpoint for messages; `*` as port takes a free one.
+        transports, verify: for an engine that is made here; see `TransferEngine`.
+        advertise_host: the host in `address`, where `bind` names none that peers can reach.
+        timing: how long the handoff machines wait.
 
     Raises:
-        ControlError: the endpoint cannot be bound. LayoutError: the tensors do not fit the layout.
-        TransportUnavailable: no transport works here.
+        TransportUnavailable, LayoutError, NotRegistered: from the engine.
+        ValueError: no peer would take this name or role.
+        zmq.ZMQError: `bind` cannot be bound.
+
+    Thread-safe. Messages and addresses carry the keys of registered memory: the network between
+    agents has to be trusted. Not usable in a forked child.
     """
 
     def __init__(
         self,
         *,
         name: str,
-        role: Literal["prefill", "decode", "both"],
+        role: Role,
         layout: KVLayout,
         tensors: Any,
         engine: TransferEngine | None = None,
         bind: str = "tcp://127.0.0.1:*",
         transports: Sequence[str] | None = None,
         verify: bool = False,
+        advertise_host: str = "",
         timing: Timing | None = None,
     ) -> None:
-        make_hello(name, role, 0, 0)  # refuses names and roles that no peer takes
         self.name = name
-        self.role = role
+        self.role: Role = role
+        self.layout = layout
+        self._advertise_host = advertise_host
         self._owns_engine = engine is None
-        self.engine = engine or TransferEngine(
-            transports=tuple(transports or TRANSPORTS), verify=verify, name=name
+        self.engine = engine or _make_engine(
+            name, bind, transports, verify=verify, advertise_host=advertise_host
         )
         self._lock = threading.Lock()
-        self._peers: dict[str, tuple[int, Acquaintance]] = {}
-        self._attempts: dict[str, int] = {}
         self._closed = False
+        self._attempts: OrderedDict[str, int] = OrderedDict()
         try:
             self._cache = self.engine.register_cache(layout, tensors)
-            self._loop = AgentLoop(
-                name=name,
-                role=role,
-                engine=self.engine,
-                cache=self._cache,
-                bind=bind,
-                timing=timing or Timing(),
-            )
+            try:
+                self._core = AgentCore(
+                    name, role, self.engine, self._cache, bind, timing or Timing()
+                )
+            except BaseException:
+                self._cache.deregister()
+                raise
         except BaseException:
             if self._owns_engine:
                 self.engine.close()
             raise
-        self._loop.start()
 
     def __enter__(self) -> Agent:
         return self
@@ -97,47 +110,45 @@ class Agent:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        return f"<Agent {self.name} {self.role} at {self.address}>"
+
     @property
     def address(self) -> str:
-        """The ZeroMQ endpoint at which other agents reach this one."""
-        return self._loop.address
+        """Where peers connect to."""
+        endpoint = self._core.mailbox.endpoint
+        if not self._advertise_host or not endpoint.startswith("tcp://"):
+            return endpoint
+        return f"tcp://{self._advertise_host}:{endpoint.rpartition(':')[2]}"
 
     @property
-    def layout(self) -> KVLayout:
-        """The layout of this agent's cache."""
-        return self._cache.layout
+    def messages_refused(self) -> int:
+        """Messages that could not be queued for their peer; their handoffs have failed."""
+        return self._core.messages_refused
 
-    def connect(self, address: str, timeout_s: float = HELLO_TIMEOUT_S) -> str:
-        """Gets acquainted with the agent at `address` and opens a link to its engine.
+    @property
+    def frames_refused(self) -> int:
+        """Frames that came and were no message, or of no session."""
+        return self._core.frames_refused
 
-        Returns:
-            The peer's name, for `receive`.
+    def connect(self, address: str, timeout_s: float = 5.0) -> str:
+        """Gets acquainted with the agent at `address` and opens a link; returns its name.
+
+        One call serves both directions; an agent that is connected already stays so.
 
         Raises:
-            HelloError: version, role, layout or link do not fit; says which.
-            HelloTimeout: nobody answered.
+            HelloError: the two do not fit together, or nobody answers; says which.
+            EngineError: no link can be opened.
         """
-        self._check_open()
-        begun = threading.Event()
-        box: list[Acquaintance] = []
-
-        def begin(known: Acquaintance) -> None:
-            box.append(known)
-            begun.set()
-
-        self._loop.post(lambda: self._loop.connect(address, timeout_s, begin))
-        if not begun.wait(timeout_s):
-            raise HelloTimeout(f"the agent's thread did not take the call in {timeout_s} s")
-        known = box[0]
+        self._check_open("connect")
+        waiter: Future[str] = Future()
+        self._soon(self._core.acquaintances.meet, address, timeout_s, waiter)
         try:
-            known.up.wait(timeout_s + 1.0)
-        except DeadlineExceeded as error:
-            raise HelloTimeout(
-                f"not acquainted after {timeout_s} s", operation="connect"
-            ) from error
-        with self._lock:
-            self._peers[known.machine.name] = (known.machine.number, known)
-        return known.machine.name
+            return waiter.result(timeout_s + 1.0)  # the session keeps the time itself
+        except FutureTimeoutError as error:
+            if waiter.done():
+                raise
+            raise HelloTimeout(f"no answer from {address} in {timeout_s} s") from error
 
     def receive(
         self,
@@ -146,113 +157,161 @@ class Agent:
         dst_block_ids: BlockIds,
         *,
         mode: Literal["push", "pull"] = "push",
+        skip_blocks: int = 0,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Handoff:
-        """Asks `peer` for a request's KV, into these blocks of this agent's cache.
+        """Takes a request's blocks from `peer`. Does not block.
+
+        The blocks belong to the handoff until `blocks_free` is done, or `wait` returns.
 
         Args:
-            request_id: the name under which the peer sends it.
-            peer: what `connect` returned.
-            dst_block_ids: as many as the peer has source blocks, in the same order. They belong
-                to the handoff until its `blocks_free` has ended.
-            mode: `push`: the peer writes as it computes; `pull`: this side reads when all is there.
-            timeout_s: deadline of the whole handoff.
+            request_id: what the prefill agent calls it, too.
+            peer: name of a connected agent.
+            dst_block_ids: where its blocks go, in order; each of them once.
+            mode: `push`: the peer writes. `pull`: this agent reads.
+            skip_blocks: blocks at the request's beginning that this side has already.
+            timeout_s: deadline, counted from here, for all of it.
 
         Raises:
-            NotConnected: no such peer. BlockOutOfRange, OverlappingBlocks: the ids.
+            NotConnected: no such peer. BlockOutOfRange, OverlappingBlocks, PlanError: the ids.
         """
-        self._check_open()
-        known = self._peers.get(peer)
-        if known is None:
+        self._check_role("receive", "decode")
+        table = self._table(dst_block_ids)
+        if len(np.unique(table)) != len(table):
+            raise OverlappingBlocks(
+                f"a destination block id of {request_id} is named twice", operation="receive"
+            )
+        known = self._core.acquaintances.by_name(peer)
+        if known is None or known.read_plan is None:
             raise NotConnected(
-                f"no peer is named {peer!r}: connect() to it first", peer=peer, operation="receive"
+                f"no prefill agent {peer!r} is connected: call connect() with its address",
+                peer=peer,
+                operation="receive",
             )
-        ids = self._check_ids(dst_block_ids, destination=True)
-        with self._lock:
-            attempt = self._attempts[request_id] = self._attempts.pop(request_id, 0) + 1
-            while len(self._attempts) > 65_536:
-                del self._attempts[next(iter(self._attempts))]
-        handoff = Handoff(request_id, peer, "receive")
-        handoff._tell = self._teller(handoff)
-        self._loop.post(
-            lambda: self._loop.receive(
-                handoff, known[0], ids, mode=mode, attempt=attempt, timeout_s=timeout_s
-            )
-        )
+        handoff = Handoff(request_id, peer, "receive", partial(self._tell, "decode"))
+        fields = {
+            "attempt": self._next_attempt(request_id),
+            "mode": mode,
+            "imm": self.engine.new_imm(),
+            "num_blocks": len(table),
+            "nbytes": known.read_plan.nbytes(len(table)),
+            "timeout_s": float(timeout_s),
+            "tables": (table.tobytes(),),
+            "skip_blocks": skip_blocks,
+        }
+        self._soon(self._core.receive, handoff, known, fields)
         return handoff
 
     def send(
         self, request_id: str, src_block_ids: BlockIds, *, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> Handoff:
-        """Offers a request's computed KV: it goes to whichever peer asks for it.
+        """Hands over a request whose blocks are computed, to the agent that asks. Does not block.
 
-        Args:
-            request_id: the name under which decode asks for it.
-            src_block_ids: blocks of this agent's cache, in the request's order. They belong to the
-                handoff until its `blocks_free` has ended.
-            timeout_s: how long the offer stands, the transfer included.
+        The blocks belong to the handoff until `blocks_free` is done, or `wait` returns.
+
+        Raises:
+            BlockOutOfRange, PlanError: the ids.
         """
-        handoff = Handoff(request_id, "", "send")
-        self._offer(handoff, src_block_ids, whole=True, timeout_s=timeout_s)
+        handoff = self.open_send(request_id, src_block_ids, timeout_s=timeout_s)
+        handoff.finish()
         return handoff
 
     def open_send(
         self, request_id: str, src_block_ids: BlockIds, *, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> SendHandoff:
-        """As `send`, for KV that is still being computed: tell it which layers are ready."""
-        handoff = SendHandoff(request_id, "", "send")
-        self._offer(handoff, src_block_ids, whole=False, timeout_s=timeout_s)
+        """Begins to hand over a request that is being computed; see `SendHandoff.write_layers`.
+
+        Arguments and errors are those of `send`.
+        """
+        self._check_role("send", "prefill")
+        tables = (self._table(src_block_ids).tobytes(),)
+        num_layers = self.layout.num_layers
+        handoff = SendHandoff(request_id, num_layers, partial(self._tell, "prefill"))
+        source = SourceOffered(tables, num_layers, float(timeout_s))
+        self._soon(self._core.offer, handoff, source)
         return handoff
 
-    def close(self) -> None:
-        """Takes leave of every peer; handoffs under way fail with `AgentClosed`."""
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Ends every handoff, says goodbye to every peer and closes every link. Safe to call again.
+
+        A handoff whose peer can still reach its blocks after `timeout_s` keeps them: its
+        `blocks_free` then ends with `AgentClosed`.
+        """
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-        self._loop.stop()
+        all_back = threading.Event()
+        self._core.mailbox.call_soon(partial(self._core.begin_close, all_back.set))
+        all_back.wait(timeout_s)
         if self._owns_engine:
             self.engine.close()
+        self._core.mailbox.call_soon(self._core.end_close)
+        self._core.mailbox.close()
+        if not self._owns_engine and all_back.is_set():
+            self._cache.deregister()
 
-    def _offer(
-        self, handoff: Handoff, src_block_ids: BlockIds, *, whole: bool, timeout_s: float
-    ) -> None:
-        self._check_open()
-        ids = self._check_ids(src_block_ids, destination=False)
-        handoff._tell = self._teller(handoff)
-        self._loop.post(lambda: self._loop.offer(handoff, ids, whole=whole, timeout_s=timeout_s))
+    # Helpers
 
-    def _teller(self, handoff: Handoff) -> Any:
-        def tell(event: Event) -> None:
-            if not self._closed:
-                self._loop.post(lambda: self._loop.tell(handoff, event))
+    def _soon(self, call: Any, *arguments: Any) -> None:
+        self._core.mailbox.call_soon(partial(call, *arguments))
 
-        return tell
+    def _tell(self, side: Side, handoff: Handoff, event: Event) -> None:
+        self._soon(self._core.tell, side, handoff, event)
 
-    def _check_ids(self, block_ids: BlockIds, *, destination: bool) -> npt.NDArray[np.int64]:
-        ids = np.asarray(block_ids)
-        side = "destination" if destination else "source"
-        if ids.size == 0:
-            return np.zeros(0, np.int64)
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise PlanError(f"{side} block ids must be one row of integers", operation="handoff")
-        ids = ids.astype(np.int64)
-        limit = self.layout.num_blocks
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= limit:
-            raise BlockOutOfRange(
-                f"{side} block id {low if low < 0 else high} is not in a cache of {limit} blocks",
-                operation="handoff",
-            )
-        if destination:
-            ordered = np.sort(ids)
-            twice = ordered[1:][ordered[1:] == ordered[:-1]]
-            if len(twice):
-                raise OverlappingBlocks(
-                    f"destination block id {int(twice[0])} is named twice", operation="handoff"
-                )
-        return ids
-
-    def _check_open(self) -> None:
+    def _check_open(self, operation: str) -> None:
         if self._closed:
-            raise AgentClosed("the agent is closed: make another")
+            raise AgentClosed("the agent was closed: make another", operation=operation)
+
+    def _check_role(self, operation: str, role: Role) -> None:
+        self._check_open(operation)
+        if self.role not in (role, "both"):
+            raise ValueError(f"{self.name} is {self.role}: only {role} agents {operation}")
+
+    def _table(self, block_ids: BlockIds) -> npt.NDArray[np.int32]:
+        """The ids, checked against the layout.
+
+        Raises:
+            BlockOutOfRange, PlanError: an id is not a block of the cache; these are no ids.
+        """
+        ids = np.asarray(block_ids)
+        if ids.size == 0:
+            return np.zeros(0, "<i4")
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise PlanError(
+                f"block ids must be one row of integers, not {ids.dtype} of shape {ids.shape}",
+                operation="plan",
+            )
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.layout.num_blocks:
+            raise BlockOutOfRange(
+                f"block id {low if low < 0 else high} is not in a cache of "
+                f"{self.layout.num_blocks} blocks",
+                operation="plan",
+            )
+        return ids.astype("<i4")
+
+    def _next_attempt(self, request_id: str) -> int:
+        with self._lock:
+            attempt = self._attempts.pop(request_id, 0) + 1
+            self._attempts[request_id] = attempt
+            while len(self._attempts) > ATTEMPTS_REMEMBERED:
+                self._attempts.popitem(last=False)
+        return attempt
+
+
+def _make_engine(
+    name: str, bind: str, transports: Sequence[str] | None, *, verify: bool, advertise_host: str
+) -> TransferEngine:
+    """An engine that listens where the agent does."""
+    host = "127.0.0.1"
+    if bind.startswith("tcp://"):
+        host = bind[len("tcp://") :].rpartition(":")[0] or host
+    host = "0.0.0.0" if host == "*" else host.strip("[]")
+    return TransferEngine(
+        name=name,
+        host=host,
+        advertise_host=advertise_host,
+        transports=tuple(transports or TRANSPORTS),
+        verify=verify,
+    )

@@ -47,6 +47,11 @@ class Desk:
         """Whether messages of this session still mean something."""
         return session in self._ledgers
 
+    def busy(self, session: int) -> bool:
+        """Whether a handoff of this session is under way."""
+        ledger = self._ledgers.get(session)
+        return ledger is not None and bool(ledger.live)
+
     def receive(self, message: HandoffMessage) -> Steps:
         """A message of a session that this desk knows, addressed to this side."""
         ledger = self._ledgers.get(message.session)

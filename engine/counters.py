@@ -122,7 +122,10 @@ class CounterTable:
         with self._lock:
             if self._closed is not None:
                 raise self._closed
-            if imm in self._live:
+            live = self._live.get(imm)
+            if live is not None and live.ticket is not None and live.ticket.done():
+                self._retire(imm)  # ended a moment ago on another thread
+            elif live is not None:
                 raise ImmInUse(
                     "this imm is still live: wait for its ticket, or take another with new_imm()",
                     operation="expect",
@@ -151,6 +154,9 @@ class CounterTable:
         """
         with self._lock:
             counter = self._live.get(imm)
+            if counter is not None and counter.ticket is not None and counter.ticket.done():
+                self._retire(imm)
+                counter = None
             if counter is None:
                 if imm in self._retired:
                     self.late_writes += writes

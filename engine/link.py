@@ -275,6 +275,9 @@ class Link:
         except EngineError as error:
             error.peer = self.peer.name
             self.fail(error)
+        if self._error is not None:
+            # It came while the link went down: whoever expects the rest must not wait for it.
+            self.core.counters.source_lost(self, self._counter_error)
 
     def reject(self, transfer: int, imm: int | None, error: EngineError, *, first: int = 0) -> None:
         """Refuses part of a peer's write: both ends' tickets end."""
@@ -354,7 +357,12 @@ class Link:
             late = self._closing_deadline_s and now > self._closing_deadline_s
             if late and not self._path.peer_reaches_memory:
                 self._close_socket()
-            return  # a frozen peer that reaches memory may yet wake and say goodbye
+            # A frozen peer that reaches memory may yet wake and say goodbye; if nothing else tells
+            # that its process is gone, its entry in /proc does.
+            if self._halted and self._socket_closed and self._pidfd < 0 and not self._peer_stopped:
+                self._peer_stopped = _process_state(self.peer.pid) in ("", "Z", "X")
+                self._settle()
+            return
         for transfer in list(self._transfers.values()):
             deadline_s = transfer.ticket.deadline_s
             if deadline_s is not None and now > deadline_s:
@@ -818,12 +826,7 @@ class Link:
         """Whether a peer on this host runs, but has not had the time (or the interpreter lock)."""
         if not self._same_host or silent_s > BUSY_PEER_S:
             return False
-        try:
-            with open(f"/proc/{self.peer.pid}/stat") as file:
-                state = file.read().rpartition(")")[2].split()[0]
-        except OSError:
-            return False
-        return state in "RSD"
+        return _process_state(self.peer.pid) in ("R", "S", "D")
 
     def _process_ended(self) -> None:
         self.core.progress.unwatch(self._pidfd)
@@ -910,6 +913,15 @@ def _open_pidfd(pid: int) -> int:
         return os.pidfd_open(pid)
     except OSError:
         return -1  # too old a kernel, or another namespace: sockets and heartbeats remain
+
+
+def _process_state(pid: int) -> str:
+    """The letter that /proc has for a process's state; "" if there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
 
 
 def _pieces(

@@ -437,6 +437,11 @@ class _Memory:
                 "read-only memory cannot be registered: peers may write to a region",
                 operation="register",
             )
+        if array.dtype.hasobject:
+            raise NotRegistered(
+                "an array of Python objects cannot be registered: its bytes are pointers",
+                operation="register",
+            )
         if any(step < 0 for step in array.strides):
             raise NotRegistered(
                 "an array with negative strides cannot be registered: pass its base",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
     import torch
+
+log = logging.getLogger(__name__)
 
 
 class Ticket:
@@ -156,7 +159,7 @@ class Ticket:
             if not self._done:
                 self._callbacks.append(callback)
                 return
-        callback(self)
+        self._call(callback)
 
     def cancel(self) -> bool:
         """Ends a pending ticket with `Cancelled`; False when it had already ended.
@@ -206,8 +209,15 @@ class Ticket:
         if waiter is not None:
             waiter.set()
         for callback in callbacks:
-            callback(self)
+            self._call(callback)
         return True
+
+    def _call(self, callback: Callable[[Ticket], None]) -> None:
+        """One failing callback must not end the transport's thread, nor keep the others waiting."""
+        try:
+            callback(self)
+        except Exception:
+            log.exception("kvferry: a callback of %r failed", self)
 
 
 def all_of(tickets: Sequence[Ticket]) -> Ticket:

@@ -376,13 +376,19 @@ class TransferEngine:
         Returns:
             One ticket for all of them: it ends when the last one ends, with the first error.
         """
-        rows = zip(links, src_offsets, dsts, dst_offsets, nbytes, strict=True)
-        return all_of(
-            [
-                link.write(src, here, dst, there, size, imm=imm, timeout_s=timeout_s)
-                for link, here, dst, there, size in rows
-            ]
-        )
+        tickets: list[Ticket] = []
+        try:
+            for link, here, dst, there, size in zip(
+                links, src_offsets, dsts, dst_offsets, nbytes, strict=True
+            ):
+                tickets.append(
+                    link.write(src, here, dst, there, size, imm=imm, timeout_s=timeout_s)
+                )
+        except (EngineError, ValueError):
+            for ticket in tickets:
+                ticket.cancel()  # nobody will hold their tickets
+            raise
+        return all_of(tickets)
 
     def barrier(
         self, links: Sequence[Link], imm: int, *, timeout_s: float = DEFAULT_TIMEOUT_S

@@ -216,6 +216,13 @@ class CmaPath(DataPath):
             return lost
         if error.errno == errno.EPERM:
             return TransportUnavailable(refusal(error), operation=operation, peer=peer)
+        if error.errno != errno.EFAULT:
+            return LinkError(
+                f"the kernel could not copy: {error.strerror}",
+                operation=operation,
+                peer=peer,
+                imm=transfer.imm,
+            )
         return RegionGone(
             f"memory of a region is not mapped any more ({error.strerror}): it was freed while "
             "registered, here or at the peer",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -10,11 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from kvferry.engine import iovec
 from kvferry.engine.errors import (
     DeadlineExceeded,
     EngineError,
+    LinkError,
     NotRegistered,
     PeerLost,
+    RegionGone,
     TransportUnavailable,
 )
 from kvferry.engine.transfer import TransferEngine
@@ -189,6 +193,58 @@ def test_a_restarted_peer_is_another_one(
     assert again.write(mine.region, 0, fresh, 0, 100).wait(PATIENCE_S) == 100
     assert np.array_equal(after.contents(fresh), mine.bytes)
     again.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (errno.ESRCH, PeerLost),
+        (errno.EPERM, TransportUnavailable),
+        (errno.EFAULT, RegionGone),
+        (errno.ENOMEM, LinkError),
+        (errno.EPIPE, LinkError),
+    ],
+)
+def test_errors_of_system_calls_become_the_engines(
+    start_peer: Callable[..., Peer],
+    transport: str,
+    code: int,
+    kind: type[EngineError],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with TransferEngine() as engine:
+        peer = start_peer()
+        link = connected(engine, peer, transport)
+        mine, theirs = engine.register(np.zeros(10, np.uint8)), peer.call("pool", 10, SENTINEL)
+
+        def fail(*_: object, **__: object) -> None:
+            raise OSError(code, os.strerror(code))
+
+        for name in ("process_vm", "send"):
+            monkeypatch.setattr(iovec, name, fail)
+        with pytest.raises(kind if transport == "cma" else PeerLost) as caught:
+            link.write(mine, 0, theirs, 0, 10).wait(PATIENCE_S)
+        assert caught.value.operation == "write"
+        monkeypatch.undo()
+        mine.deregister()
+
+
+def test_a_kernel_without_process_descriptors_still_tells_that_a_peer_is_gone(
+    start_peer: Callable[..., Peer], transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(_: int) -> int:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(os, "pidfd_open", missing)
+    with TransferEngine() as engine:
+        peer = start_peer()
+        link = connected(engine, peer, transport)
+        waiting = engine.expect(engine.new_imm(), nbytes=1, links=[link])
+        since_s = time.monotonic()
+        peer.kill()
+        (error,) = lost([waiting], since_s, f"{transport}: killed, seen by sockets alone")
+        assert "without a goodbye" in str(error)
+        assert link.quiesced.wait(PATIENCE_S) == 0
 
 
 def deaths(transport: str, start_peer: Callable[..., Peer], rounds: int, seed: int) -> None:

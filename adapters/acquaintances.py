@@ -1,0 +1,357 @@
+"""An agent's peers: how each was met, what its cache looks like, and the link to it.
+
+A session (`control/session.py`) decides; here its wishes are carried out. Plans are made and links
+are opened and closed on short-lived threads, since all of these may block.
+
+Every link of one peer's engine stands and falls together: both sides may have dialled, and neither
+knows which of two links the other writes over. So a peer can reach nothing only once all are down.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+import threading
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ..control.errors import AgentClosed, HelloRefused
+from ..control.events import ClearTimer, Send, SetTimer, TimerFired
+from ..control.messages import Bye, Describe, Hello, Refused
+from ..control.session import (
+    ENDED,
+    UP,
+    Ended,
+    Heard,
+    LinkOpened,
+    OpenLink,
+    Reconcile,
+    Reconciled,
+    Session,
+    Up,
+    make_hello,
+)
+from ..engine.errors import EngineError, LinkClosed
+from ..engine.handshake import EngineAddress
+from ..engine.memory import CacheDescriptor
+from ..engine.tickets import all_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+
+    from ..control.handoff import Timing
+    from ..control.messages import Message, Reason
+    from ..control.session import SessionAction, SessionEvent
+    from ..engine.link import Link
+    from ..engine.tickets import Ticket
+    from ..engine.transfer_plan import TransferPlan
+    from .agent_core import AgentCore
+    from .mailbox import Route, Timer
+
+MAX_STRANGERS = 256  # sessions that peers began and that are not up yet
+STRANGER_TIMEOUT_S = 10.0
+LINK_TIMEOUT_S = 5.0
+PATIENCE_S = 0.1  # for what is in flight when a peer says goodbye; it has all it waits for
+FAREWELL_S = 0.25  # for a peer to hear that this agent leaves, before its links are cut
+
+log = logging.getLogger("kvferry.agent")
+
+
+class Acquaintance:
+    """One session with one peer.
+
+    Attributes:
+        session, route: who it is, and how messages reach it.
+        endpoint: what this side dialled; "" if the peer did.
+        waiter: ends with the peer's name, or with why there is none.
+        write_plan, read_plan: from our cache to the peer's, and back, as far as roles need them.
+        link: the link, once it is there.
+        down: whether the link was there and is no more.
+        quiesced: whether the peer can reach nothing any more.
+    """
+
+    def __init__(
+        self, session: Session, route: Route, endpoint: str, waiter: Future[str] | None
+    ) -> None:
+        self.session = session
+        self.route = route
+        self.endpoint = endpoint
+        self.waiter = waiter
+        self.engine_id = ""
+        self.write_plan: TransferPlan | None = None
+        self.read_plan: TransferPlan | None = None
+        self.link: Link | None = None
+        self.down = False
+        self.quiesced = False
+        self.failure: EngineError | None = None  # why the link could not be opened
+        self.patient = False  # the peer leaves, and acknowledgements may still be on their way
+        self.parting = ""  # why the session ended, if that came before the link went down
+        self.timers: dict[str, Timer] = {}
+
+    @property
+    def up(self) -> bool:
+        """Whether handoffs may begin."""
+        return self.session.state == UP and not self.down
+
+
+class Acquaintances:
+    """All peers of one agent, met or being met. Lives on the agent's thread."""
+
+    def __init__(self, core: AgentCore, timing: Timing) -> None:
+        self._core = core
+        self._timing = timing
+        self._generation = secrets.randbits(62)
+        self._numbers = itertools.count(secrets.randbits(61) + 1)
+        self._all: dict[int, Acquaintance] = {}
+        self._by_name: dict[str, Acquaintance] = {}
+        self._digest = core.cache.layout.digest()
+        self._cache = core.cache.descriptor.encode()
+        self._hello(0)  # a name that no peer would take fails here
+
+    def get(self, number: int) -> Acquaintance | None:
+        """The acquaintance of this session number; one that is down may still be known."""
+        return self._all.get(number)
+
+    def by_name(self, name: str) -> Acquaintance | None:
+        """The latest acquaintance of that name that is up. Any thread."""
+        return self._by_name.get(name)
+
+    # Meeting
+
+    def meet(self, endpoint: str, timeout_s: float, waiter: Future[str]) -> None:
+        """Gets acquainted with the agent at `endpoint`; one that is known already stays."""
+        for known in self._all.values():
+            if known.endpoint == endpoint and known.up:
+                waiter.set_result(known.session.name)
+                return
+        try:
+            route = self._core.mailbox.dial(endpoint)
+        except Exception as error:
+            waiter.set_exception(HelloRefused(f"{endpoint!r} cannot be dialled: {error}"))
+            return
+        number = next(self._numbers)
+        self._begin(number, route, endpoint, waiter, timeout_s)
+
+    def hear(self, route: Route, message: Message) -> None:
+        """A message that gets agents acquainted, or parts them."""
+        known = self._all.get(message.session)
+        if known is None and isinstance(message, Hello) and not route.dealer:
+            known = self._stranger(message.session, route)
+        if known is not None and known.route == route:
+            known.patient = isinstance(message, Bye) and self._core.is_busy(known)
+            self._tell(known, Heard(message))
+        elif not isinstance(message, Refused | Bye):
+            self._core.refuse(route, message.session, "session", "this agent does not know you")
+
+    def _stranger(self, number: int, route: Route) -> Acquaintance | None:
+        waiting = sum(1 for known in self._all.values() if not known.endpoint and not known.link)
+        if waiting >= MAX_STRANGERS:
+            return None
+        return self._begin(number, route, "", None, STRANGER_TIMEOUT_S)
+
+    def _begin(
+        self,
+        number: int,
+        route: Route,
+        endpoint: str,
+        waiter: Future[str] | None,
+        timeout_s: float,
+    ) -> Acquaintance:
+        core = self._core
+        engine = core.engine.address.encode()
+        session = Session(
+            self._hello(number),
+            Describe(number, self._digest, self._cache, engine),
+            self._timing,
+            dials=bool(endpoint),
+            timeout_s=timeout_s,
+        )
+        known = self._all[number] = Acquaintance(session, route, endpoint, waiter)
+        self._carry_out(known, session.start())
+        return known
+
+    def _hello(self, number: int) -> Hello:
+        return make_hello(self._core.name, self._core.role, self._generation, number)
+
+    # What sessions ask for
+
+    def _tell(self, known: Acquaintance, event: SessionEvent) -> None:
+        self._carry_out(known, known.session.handle(event))
+
+    def _carry_out(self, known: Acquaintance, actions: list[SessionAction]) -> None:
+        for action in actions:
+            match action:
+                case Send(message=message):
+                    self._core.send(known.route, message)
+                case SetTimer(kind=kind, seconds=seconds):
+                    self._clear_timer(known, kind)
+                    known.timers[kind] = self._core.mailbox.call_later(
+                        seconds, partial(self._tell, known, TimerFired(kind))
+                    )
+                case ClearTimer(kind=kind):
+                    self._clear_timer(known, kind)
+                case Reconcile(describe=describe):
+                    _in_background(self._reconcile, known, describe)
+                case OpenLink(describe=describe, dial=dial):
+                    _in_background(self._open_link, known, describe, dial)
+                case Up():
+                    self._came_up(known)
+                case Ended(error=error):
+                    self._ended(known, known.failure or error)
+
+    def _clear_timer(self, known: Acquaintance, kind: str) -> None:
+        timer = known.timers.pop(kind, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _reconcile(self, known: Acquaintance, describe: Describe) -> None:
+        """Makes the plans that both roles allow. In the background."""
+        engine, cache, ours = self._core.engine, self._core.cache, known.session.role
+        theirs = known.session.peer.role if known.session.peer is not None else "both"
+        problem = ""
+        try:
+            peer_cache = CacheDescriptor.decode(describe.cache)
+            known.engine_id = EngineAddress.decode(describe.engine).engine_id
+            if ours != "decode" and theirs != "prefill":
+                known.write_plan = engine.plan(cache, peer_cache)
+            if ours != "prefill" and theirs != "decode":
+                known.read_plan = engine.plan(peer_cache, cache)
+        except EngineError as error:
+            problem = error.message
+        self._core.mailbox.call_soon(partial(self._tell, known, Reconciled(problem)))
+
+    def _open_link(self, known: Acquaintance, describe: Describe, dial: bool) -> None:
+        """Dials the peer's engine, or awaits its call. In the background."""
+        engine = self._core.engine
+        try:
+            if dial:
+                link = engine.connect(describe.engine, timeout_s=LINK_TIMEOUT_S)
+            else:
+                link = engine.accept_link(known.engine_id, timeout_s=LINK_TIMEOUT_S)
+        except EngineError as error:
+            known.failure = error
+            self._core.mailbox.call_soon(partial(self._tell, known, LinkOpened(error.message)))
+            return
+        self._core.mailbox.call_soon(partial(self._link_opened, known, link))
+
+    def _link_opened(self, known: Acquaintance, link: Link) -> None:
+        known.link = link
+        if known.session.state == ENDED:
+            self._close_links(known)  # too late: nobody waits for it any more
+            return
+        self._tell(known, LinkOpened())
+        link.down.add_done_callback(
+            lambda _: self._core.mailbox.call_soon(partial(self._link_down, known))
+        )
+
+    def _came_up(self, known: Acquaintance) -> None:
+        name, peer = known.session.name, known.session.peer
+        for other in list(self._all.values()):
+            same_name = other is not known and other.up and other.session.name == name
+            if same_name and other.session.peer.generation != peer.generation:  # type: ignore[union-attr]
+                self._part(other, "session", f"{name} was restarted")
+        self._core.came_up(known)
+        self._by_name[name] = known
+        if known.waiter is not None and not known.waiter.done():
+            known.waiter.set_result(name)
+
+    # Parting
+
+    def tear_down(self, number: int, reason: str) -> None:
+        """Takes the link of a session down, with all others to the same engine."""
+        known = self._all.get(number)
+        if known is not None:
+            self._part(known, "link", reason)
+
+    @property
+    def any_link(self) -> bool:
+        """Whether a link is up."""
+        return any(known.link is not None and not known.down for known in self._all.values())
+
+    def say_goodbye(self) -> None:
+        """Tells every peer that this agent leaves; each then closes its links, or else we do.
+
+        What was said before is heard before: a peer takes the last `Done` for an end, not a loss.
+        """
+        for known in list(self._all.values()):
+            if known.session.state != ENDED:
+                self._core.send(known.route, Bye(known.session.number, "the agent was closed"))
+                self._core.mailbox.call_later(FAREWELL_S, partial(self._close_links, known))
+            if known.waiter is not None and not known.waiter.done():
+                known.waiter.set_exception(AgentClosed("the agent was closed", operation="connect"))
+
+    def _part(self, known: Acquaintance, reason: Reason, detail: str) -> None:
+        error = HelloRefused(detail, peer=known.session.name, operation="link")
+        self._carry_out(known, known.session.refuse(reason, error))
+        self._close_links(known)
+
+    def _ended(self, known: Acquaintance, error: Exception) -> None:
+        known.parting = known.parting or str(error)
+        for kind in list(known.timers):
+            self._clear_timer(known, kind)
+        if known.waiter is not None and not known.waiter.done():
+            known.waiter.set_exception(error)
+        if known.link is None:
+            self._forget(known)
+        elif known.patient:
+            self._core.mailbox.call_later(PATIENCE_S, partial(self._close_links, known))
+        else:
+            self._close_links(known)
+
+    def _links(self, known: Acquaintance) -> list[Link]:
+        links = [x for x in self._core.engine.links if x.peer.engine_id == known.engine_id]
+        return links + ([known.link] if known.link is not None and known.link not in links else [])
+
+    def _close_links(self, known: Acquaintance) -> None:
+        for link in self._links(known) if known.link is not None else ():
+            link.fail(LinkClosed(known.parting or "the agent closed the link", operation="close"))
+
+    def _link_down(self, known: Acquaintance) -> None:
+        """The link of a session that was up, or about to be, is down."""
+        if known.down or known.link is None:
+            return
+        known.down = True
+        name, reason = known.session.name, known.parting or str(known.link.error)
+        if self._by_name.get(name) is known:
+            del self._by_name[name]
+        links = self._links(known)
+        self._close_links(known)
+        known.quiesced = all(_at_rest(link.quiesced) for link in links)
+        self._core.went_down(known, reason)
+        self._part(known, "link", reason)
+        if not known.quiesced:
+            quiesced = all_of([link.quiesced for link in links])
+            quiesced.add_done_callback(
+                lambda ticket: self._core.mailbox.call_soon(
+                    partial(self._all_quiesced, known, ticket)
+                )
+            )
+        self._forget_old()
+
+    def _all_quiesced(self, known: Acquaintance, ticket: Ticket) -> None:
+        if not _at_rest(ticket):
+            return  # the engine was closed first: nobody knows any more
+        known.quiesced = True
+        self._core.quiesced(known)
+        self._forget_old()
+
+    def _forget_old(self) -> None:
+        """Sessions that are down stay as long as a desk still answers for them."""
+        for known in list(self._all.values()):
+            if known.down and known.quiesced and not self._core.is_needed(known):
+                self._forget(known)
+
+    def _forget(self, known: Acquaintance) -> None:
+        self._all.pop(known.session.number, None)
+        self._core.mailbox.hang_up(known.route)
+
+
+def _at_rest(quiesced: Ticket) -> bool:
+    """Whether the peer of a link can reach nothing: its ticket ended, and ended well."""
+    return quiesced.done() and quiesced.exception() is None
+
+
+def _in_background(call: Callable[..., object], *arguments: object) -> None:
+    threading.Thread(target=call, args=arguments, name="kvferry-agent", daemon=True).start()

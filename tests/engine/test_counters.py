@@ -1,0 +1,145 @@
+"""Counters: bytes in any order, before or after they are expected, and late ones that count for nothing."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+from kvferry.engine.counters import CounterTable
+from kvferry.engine.errors import (
+    Cancelled,
+    EngineError,
+    ImmInUse,
+    PeerAborted,
+    PeerLost,
+    UnknownImmOverflow,
+)
+
+
+def expect(table: CounterTable, imm: int, **options: Any) -> Any:
+    defaults: dict[str, Any] = {"nbytes": None, "writes": None, "sources": (), "timeout_s": 60.0}
+    return table.expect(imm, **(defaults | options))
+
+
+@pytest.mark.parametrize("early", range(4))
+def test_it_does_not_matter_when_it_is_expected(early: int) -> None:
+    table = CounterTable()
+    arrivals = [(100, 0), (50, 0), (1, 1)]
+    for nbytes, writes in arrivals[:early]:
+        table.arrived(7, nbytes, writes, "link")
+    ticket = expect(table, 7, nbytes=151, writes=1)
+    for nbytes, writes in arrivals[early:]:
+        assert not ticket.done()
+        table.arrived(7, nbytes, writes, "link")
+    assert ticket.wait(0) == 151
+    assert table.pending == 0
+
+
+def test_bytes_and_writes_must_both_be_reached() -> None:
+    table = CounterTable()
+    ticket = expect(table, 1, nbytes=10, writes=2)
+    table.arrived(1, 10, 1, "link")
+    assert not ticket.done()
+    table.arrived(1, 0, 1, "link")
+    assert ticket.done()
+
+
+def test_an_imm_in_use_is_refused_and_free_afterwards() -> None:
+    table = CounterTable()
+    first = expect(table, 3, nbytes=1)
+    with pytest.raises(ImmInUse):
+        expect(table, 3, nbytes=1)
+    first.cancel()
+    assert isinstance(first.exception(), Cancelled)
+    assert not expect(table, 3, nbytes=1).done()
+
+
+def test_a_late_write_completes_nothing() -> None:
+    table = CounterTable()
+    expect(table, 3, nbytes=10).cancel()
+    table.arrived(3, 10, 1, "link")
+    assert (table.late_nbytes, table.late_writes) == (10, 1)
+    assert not expect(table, 3, nbytes=10).done()
+
+
+def test_new_imms_avoid_what_is_live_waiting_or_lately_retired() -> None:
+    table = CounterTable()
+    live = table.new_imm()
+    expect(table, live, nbytes=1)
+    expect(table, live + 2, nbytes=1).cancel()
+    table.arrived(live + 1, 1, 0, "link")
+    assert table.new_imm() == live + 3
+
+
+def test_unexpected_imms_are_kept_up_to_a_bound() -> None:
+    table = CounterTable(max_unknown=4)
+    for imm in range(1, 5):
+        table.arrived(imm, 1, 0, "good")
+    with pytest.raises(UnknownImmOverflow):
+        table.arrived(5, 1, 0, "bad")
+    table.arrived(4, 1, 0, "good")  # one that is known already
+    assert expect(table, 4, nbytes=2).done()
+    table.arrived(5, 1, 0, "bad")  # there is room again
+
+
+def test_what_a_lost_source_left_behind_makes_room_first() -> None:
+    table = CounterTable(max_unknown=2)
+    table.arrived(1, 1, 0, "dead")
+    table.arrived(2, 1, 0, "alive")
+    table.source_lost("dead", lambda imm: PeerLost("gone", imm=imm))
+    table.arrived(3, 1, 0, "alive")
+    assert expect(table, 2, nbytes=1).done()
+
+
+def test_losing_a_source_fails_what_it_writes_to_and_nothing_else() -> None:
+    table = CounterTable()
+    named = expect(table, 1, nbytes=10, sources=("a", "b"))
+    written = expect(table, 2, nbytes=10)
+    other = expect(table, 3, nbytes=10, sources=("b",))
+    table.arrived(2, 5, 0, "a")
+    table.source_lost("a", lambda imm: PeerLost("gone", imm=imm))
+    for ticket, imm in ((named, 1), (written, 2)):
+        with pytest.raises(PeerLost) as lost:
+            ticket.wait(0)
+        assert lost.value.imm == imm
+    assert not other.done()
+
+
+def test_a_peer_may_write_everything_and_go_before_it_is_expected() -> None:
+    table = CounterTable()
+    table.arrived(1, 10, 1, "a")
+    table.arrived(2, 5, 0, "a")
+    table.source_lost("a", lambda imm: PeerLost("gone", imm=imm))
+    assert expect(table, 1, nbytes=10).wait(0) == 10
+    with pytest.raises(PeerLost):
+        expect(table, 2, nbytes=10).wait(0)
+
+
+def test_an_abort_may_come_before_the_expect() -> None:
+    table = CounterTable()
+    table.arrived(1, 10, 0, "a")
+    table.fail(1, PeerAborted("gave up", imm=1), remember=True)
+    with pytest.raises(PeerAborted):
+        expect(table, 1, nbytes=10).wait(0)
+    assert not expect(table, 1, nbytes=10).done()  # the next one is not concerned
+
+
+def test_many_threads_count_right() -> None:
+    table = CounterTable()
+    ticket = expect(table, 9, nbytes=8 * 2_000 * 3, writes=8 * 2_000)
+    failures: list[EngineError] = []
+
+    def count() -> None:
+        for _ in range(2_000):
+            table.arrived(9, 3, 1, "link")
+
+    threads = [threading.Thread(target=count) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert ticket.wait(0) == 48_000
+    assert table.late_writes == 0
