@@ -25,10 +25,9 @@ from kvferry.engine.transfer import TransferEngine
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from conftest import GpuPeer
-
     from kvferry.engine.link import Link
     from kvferry.engine.memory import CacheDescriptor, RegisteredCache
+    from tests.gpu.conftest import GpuPeer
 
 pytestmark = pytest.mark.gpu
 
