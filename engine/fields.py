@@ -1,4 +1,4 @@
-"""Ranges of numbers that come from a peer: msgspec checks them while it decodes.
+"""Ranges of what comes from a peer: msgspec checks them while it decodes.
 
 A number that decodes therefore fits the arrays, headers and system calls that it goes into.
 """
@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from msgspec import Meta
+from msgspec import Meta, MsgspecError
+
+# What decoding a peer's bytes may raise: text that is no UTF-8 and nesting without end have errors of
+# Python's own.
+DECODE_ERRORS = (MsgspecError, UnicodeDecodeError, RecursionError)
 
 Uint32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 Uint63 = Annotated[int, Meta(ge=0, le=2**63 - 1)]

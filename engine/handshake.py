@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from .errors import LinkError, PeerLost, ProtocolError, TransportUnavailable
-from .fields import Nonce, Pid, Port, Uint63  # noqa: TC001 - msgspec reads them at run time
+from .fields import DECODE_ERRORS, Nonce, Pid, Port, Uint63
 from .wire import LINK_VERSION
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class EngineAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """
         try:
             return msgspec.msgpack.decode(data, type=cls)
-        except msgspec.MsgspecError as error:
+        except DECODE_ERRORS as error:
             raise ProtocolError(f"not an engine address: {error}", operation="connect") from error
 
 
@@ -258,7 +258,7 @@ def _receive(sock: socket.socket, kind: type[_T], peer: str, deadline_s: float) 
         raise _lost(error, peer) from error
     try:
         return msgspec.msgpack.decode(body, type=kind)
-    except msgspec.MsgspecError as error:
+    except DECODE_ERRORS as error:
         raise ProtocolError(
             f"a {kind.__name__} does not decode: {error}", operation="handshake", peer=peer
         ) from error

@@ -20,8 +20,8 @@ import numpy as np
 
 from .cuda_memory import CudaMemory, export_tensor
 from .errors import DeadlineExceeded, LayoutError, NotRegistered, OutOfRange, RegionGone
-from .fields import Key, Uint32, Uint63  # noqa: TC001 - msgspec reads them at run time
-from .layout import KVLayout  # noqa: TC001 - likewise
+from .fields import DECODE_ERRORS, Key, Uint32, Uint63
+from .layout import KVLayout  # noqa: TC001 - msgspec reads it at run time
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -73,7 +73,7 @@ class CacheDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """
         try:
             cache = msgspec.msgpack.decode(data, type=cls)
-        except msgspec.MsgspecError as error:
+        except DECODE_ERRORS as error:
             raise LayoutError(f"not a cache descriptor: {error}", operation="hello") from error
         cache.check()
         return cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from .errors import ProtocolError
-from .fields import Key, Uint32, Uint63  # noqa: TC001 - msgspec reads them at run time
+from .fields import DECODE_ERRORS, Key, Uint32, Uint63
 
 LINK_VERSION = 1
 LENGTH_NBYTES = 4
@@ -182,7 +182,7 @@ def decode_all(buffer: bytearray) -> list[LinkMessage]:
         body = bytes(buffer[start + LENGTH_NBYTES : start + LENGTH_NBYTES + size])
         try:
             messages.append(_decoder.decode(body))
-        except msgspec.MsgspecError as error:
+        except DECODE_ERRORS as error:
             raise ProtocolError(
                 f"a control message does not decode: {error}", operation="receive"
             ) from error

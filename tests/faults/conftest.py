@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,7 @@ class Intruder:
         self.rail = self._greet(0) if transport == "tcp" else self.control
         self.link = victim.engine.accept_link(self.engine_id, PATIENCE_S)
         self._received = bytearray()
+        self._heard: list[wire.LinkMessage] = []
 
     def _greet(self, rail: int) -> socket.socket:
         sock = connection(self.victim.engine, self.transport)
@@ -91,15 +93,17 @@ class Intruder:
     def say(self, *messages: wire.LinkMessage) -> None:
         self.control.sendall(b"".join(wire.encode(message) for message in messages))
 
-    def hear(self, kind: type[Any]) -> Any:
-        """The next message of this kind; others are passed over."""
+    def hear(self, *kinds: type[Any]) -> Any:
+        """The next message of these kinds; others are passed over."""
         while True:
-            for message in wire.decode_all(self._received):
-                if isinstance(message, kind):
+            while self._heard:
+                message = self._heard.pop(0)
+                if isinstance(message, kinds):
                     return message
             data = self.control.recv(1 << 16)
-            assert data, f"the connection ended before a {kind.__name__} came"
+            assert data, f"the connection ended before one of {kinds} came"
             self._received += data
+            self._heard += wire.decode_all(self._received)
 
     def frame(self, header: frames.Header, body: bytes = b"") -> None:
         self.rail.sendall(frames.encode(header) + body)
@@ -146,6 +150,14 @@ def write_frame(into: RegionDescriptor, offset: int, data: bytes, **changes: Any
     return frames.encode(header) + rows.tobytes() + pieces.tobytes() + data
 
 
+@pytest.fixture(autouse=True)
+def nothing_to_report(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """An exception that was not foreseen is logged by the thread that survives it: here it fails."""
+    yield
+    reports = [r.getMessage() for r in caplog.get_records("call") if r.levelno >= logging.ERROR]
+    assert reports == []
+
+
 @pytest.fixture
 def victim() -> Iterator[Victim]:
     target = Victim()
@@ -170,6 +182,11 @@ def new_intruder() -> Iterator[Callable[..., Intruder]]:
 @pytest.fixture
 def intruder(victim: Victim, transport: str, new_intruder: Callable[..., Intruder]) -> Intruder:
     return new_intruder(victim, transport)
+
+
+@pytest.fixture(name="connection")
+def _connection() -> Callable[[TransferEngine, str], socket.socket]:
+    return connection
 
 
 @pytest.fixture
