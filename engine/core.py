@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from .copiers import Copiers
     from .counters import CounterTable
+    from .device_counters import DeviceCounters
     from .handshake import Identity
     from .link import Link
     from .memory import RegionTable
@@ -24,6 +25,8 @@ class EngineCore:
         verify: whether every chunk's checksum is compared before it is counted.
         peer_timeout_s: silence after which a peer is lost.
         forget: called when a link has quiesced.
+        device_counters: this engine's counters in GPU memory.
+        max_programs: programs that a kernel may use at a time; no limit if None.
     """
 
     identity: Identity
@@ -34,3 +37,5 @@ class EngineCore:
     verify: bool
     peer_timeout_s: float
     forget: Callable[[Link], None]
+    device_counters: DeviceCounters
+    max_programs: int | None = None

@@ -80,12 +80,13 @@ class CounterTable:
         self.late_writes = 0
         self.late_nbytes = 0
 
-    def new_imm(self) -> int:
-        """An imm that no live, waiting or recently retired counter has."""
+    def new_imm(self, busy: Callable[[int], bool] = lambda _: False) -> int:
+        """An imm that no live, waiting or recently retired counter has, and that is not `busy`."""
         with self._lock:
             while True:
                 imm = next(self._next_imm) % IMM_LIMIT
-                if imm and not (imm in self._live or imm in self._unknown or imm in self._retired):
+                used = imm in self._live or imm in self._unknown or imm in self._retired
+                if imm and not used and not busy(imm):
                     return imm
 
     @property

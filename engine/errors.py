@@ -15,6 +15,7 @@
     ├── TransportUnavailable   no transport that both ends have works here, and why
     ├── DeadlineExceeded       (also a TimeoutError) a wait ended without its event
     ├── Cancelled              this side cancelled
+    ├── DeviceError            a GPU or its driver refused an operation
     └── LinkError              a link ended or lied
         ├── LinkClosed         this side closed it
         ├── PeerLost           the peer's process died, froze or became unreachable
@@ -116,6 +117,26 @@ class DeadlineExceeded(EngineError, TimeoutError):
 
 class Cancelled(EngineError):
     """This side cancelled the operation."""
+
+
+class DeviceError(EngineError):
+    """A GPU or its driver refused an operation.
+
+    Attributes:
+        code: CUDA's number for the error; 0 if it did not come from CUDA.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        operation: str = "",
+        peer: str = "",
+        imm: int | None = None,
+        code: int = 0,
+    ) -> None:
+        super().__init__(message, operation=operation, peer=peer, imm=imm)
+        self.code = code
 
 
 class LinkError(EngineError, ConnectionError):

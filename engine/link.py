@@ -12,7 +12,7 @@ import os
 import select
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,8 +30,9 @@ from .errors import (
     RegionRefused,
 )
 from .grants import Grants
-from .memory import MemoryRegion, RegionDescriptor, check_ranges
+from .memory import MemoryRegion, RegionDescriptor, RegisteredCache, check_ranges
 from .tickets import Ticket
+from .transfer_plan import check_block_ids
 from .transports.base import DataPath, Transfer
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
+    import torch
 
     from .core import EngineCore
     from .handshake import Identity
@@ -54,6 +56,8 @@ SUSPICION_S = 0.08  # a closed socket without goodbye: how long the cause is loo
 BUSY_PEER_S = 10.0  # how long a live process on this host may be too busy to answer
 MAX_UNSENT_NBYTES = 16 << 20
 DEFAULT_TIMEOUT_S = 30.0
+_NO_PIECES = np.zeros(0, np.int64)
+_NO_IOVEC = np.zeros((0, 2), np.uint64)
 
 
 class Link:
@@ -64,7 +68,7 @@ class Link:
 
     Attributes:
         peer: who is at the other end.
-        transport: `cma` or `tcp`.
+        transport: `cuda_ipc`, `cma` or `tcp`.
         down: a ticket that ends, with the error, when the link goes down.
         quiesced: a ticket that ends well once the peer can no longer reach this process's memory
             over this link: it said goodbye, its sockets are down, or its process is gone.
@@ -104,6 +108,8 @@ class Link:
         self._revoked_here: set[int] = set()
         self._revocations: dict[int, threading.Event] = {}
         self._grants = Grants(self)
+        # The regions of plans that have been checked and granted: looked at once, not each time.
+        self._passed: dict[int, tuple[RegionDescriptor, ...]] = {}
         self._path = make_path(self)
 
     def __repr__(self) -> str:
@@ -184,20 +190,25 @@ class Link:
         *,
         imm: int | None = None,
         layers: Sequence[int] | None = None,
+        stream: torch.cuda.Stream | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Ticket:
         """Writes blocks of this engine's cache into blocks of the peer's.
 
         Args:
             plan: from `TransferEngine.plan(mine, theirs)`.
-            src_block_ids, dst_block_ids: equally many; see `Plan.pieces`.
+            src_block_ids, dst_block_ids: equally many; see `Plan.pieces`. Over `cuda_ipc` also
+                int32 or int64 tensors on the GPU, which the kernel checks instead.
             layers: global layer indices; all if None.
+            stream: for GPU memory, the stream whose work so far comes first (the compute that made
+                the blocks); the device's current one if None. The host waits for nothing.
             imm, timeout_s: as for `write`.
 
         Raises:
             BlockOutOfRange, OverlappingBlocks, PlanError: the ids; and as for `write`.
         """
-        return self._blocks("write", plan, src_block_ids, dst_block_ids, imm, layers, timeout_s)
+        ids = (src_block_ids, dst_block_ids)
+        return self._blocks("write", plan, ids, imm, layers, stream, timeout_s)
 
     def read_blocks(
         self,
@@ -206,13 +217,28 @@ class Link:
         dst_block_ids: BlockIds,
         *,
         layers: Sequence[int] | None = None,
+        stream: torch.cuda.Stream | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Ticket:
         """Reads blocks of the peer's cache into blocks of this engine's.
 
         As `write_blocks`, with a plan from `TransferEngine.plan(theirs, mine)`.
         """
-        return self._blocks("read", plan, src_block_ids, dst_block_ids, None, layers, timeout_s)
+        ids = (src_block_ids, dst_block_ids)
+        return self._blocks("read", plan, ids, None, layers, stream, timeout_s)
+
+    def prepare(self, plan: TransferPlan, *, layers: Sequence[int] | None = None) -> None:
+        """Does beforehand what the first transfer of a plan would have to do; may take seconds.
+
+        Over `cuda_ipc`: compiles and loads kernels, maps the peer's memory, allocates scratch.
+        Call it before a stream of this process waits on a ticket (`Ticket.wait_on`): CUDA may do
+        these things only when no stream is waiting. Elsewhere it does nothing.
+
+        Raises:
+            TransportUnavailable: the peer's memory cannot be reached from here.
+        """
+        self._ask_leave(plan)
+        self._path.prepare(plan, layers)
 
     def abort(self, imm: int, reason: str) -> None:
         """Tells the peer that this imm's counter will never reach its total."""
@@ -450,10 +476,10 @@ class Link:
         self,
         operation: str,
         plan: TransferPlan,
-        src_block_ids: BlockIds,
-        dst_block_ids: BlockIds,
+        ids: tuple[Any, Any],
         imm: int | None,
         layers: Sequence[int] | None,
+        stream: torch.cuda.Stream | None,
         timeout_s: float,
     ) -> Ticket:
         if plan.writes != (operation == "write"):
@@ -463,7 +489,33 @@ class Link:
                 operation=operation,
                 peer=self.peer.name,
             )
-        local, index, offsets = plan.pieces(src_block_ids, dst_block_ids, layers)
+        if self._path.takes_blocks(plan):
+            # Asked for once, and waited for: a transfer that came later must not overtake one that
+            # still waits for leave, since streams at both ends may depend on their order.
+            if plan.remote.regions is not self._passed.get(id(plan.remote.regions)):
+                self._ask_leave(plan)
+            ids = check_block_ids(plan, *ids)
+            nbytes = plan.nbytes(len(ids[1]), layers=layers)
+            return self._submit(
+                operation,
+                (plan.local,),
+                _NO_IOVEC,
+                plan.remote.regions,
+                _NO_PIECES,
+                _NO_PIECES,
+                imm,
+                timeout_s,
+                lambda transfer: self._path.submit_blocks(transfer, plan, *ids, layers),
+                nbytes,
+                stream,
+            )
+        if stream is not None:
+            raise PlanError(
+                "stream= orders GPU memory, but this plan's cache is host memory",
+                operation=operation,
+                peer=self.peer.name,
+            )
+        local, index, offsets = plan.pieces(*ids, layers)
         return self._submit(
             operation,
             plan.local.regions,
@@ -478,25 +530,24 @@ class Link:
     def _submit(
         self,
         operation: str,
-        local_regions: tuple[MemoryRegion, ...],
+        local_regions: tuple[MemoryRegion | RegisteredCache, ...],
         local: iovec.Iovec,
         remote_regions: tuple[RegionDescriptor, ...],
         remote_index: npt.NDArray[np.int64],
         remote_offset: npt.NDArray[np.int64],
         imm: int | None,
         timeout_s: float,
+        start: Callable[[Transfer], None] | None = None,
+        nbytes: int | None = None,
+        stream: torch.cuda.Stream | None = None,
     ) -> Ticket:
+        """Checks and begins a transfer of pieces, or of `nbytes` bytes that `start` begins."""
         name = self.peer.name
         if imm is not None:
             imm = check_imm(imm, operation)
-        for region in remote_regions:
-            if region.engine_id != self.peer.engine_id:
-                raise NotRegistered(
-                    f"region {region.region_id} belongs to another engine than this link's peer, "
-                    "or to one that has restarted: fetch its descriptor again",
-                    operation=operation,
-                    peer=name,
-                )
+        known = start is not None and self._passed.get(id(remote_regions)) is remote_regions
+        if not known:
+            self._check_regions(operation, local_regions, remote_regions)
         sizes = local[:, 1].astype(np.int64)
         if len(sizes):
             limits = np.array([region.nbytes for region in remote_regions], np.int64)
@@ -517,6 +568,9 @@ class Link:
             on_end=self._ended,
         )
         ticket._stop_hook = transfer.stop
+        transfer.start = start
+        if nbytes is not None:
+            transfer.total_nbytes = nbytes
         acquired = 0
         try:
             for mine in local_regions:
@@ -525,7 +579,7 @@ class Link:
             with self._lock:
                 if self._error is not None:
                     raise self._down_error(operation)
-                for region in remote_regions:
+                for region in () if known and not self._revoked_here else remote_regions:
                     if region.region_id in self._revoked_here:
                         raise self._revoked_error(operation, region.region_id, imm)
                 self._transfers[transfer.id] = transfer
@@ -533,9 +587,60 @@ class Link:
             for mine in local_regions[:acquired]:
                 mine.release()
             raise
-        if not self._path.peer_reaches_memory or self._grants.admit(transfer):
-            self._path.submit(transfer)
+        self._path.before(transfer, stream)
+        if (
+            (known and not self._revoked_here)
+            or not self._path.peer_reaches_memory
+            or self._grants.admit(transfer)
+        ):
+            if start is not None:
+                self._passed[id(remote_regions)] = remote_regions
+            self._begin(transfer)
         return ticket
+
+    def _check_regions(
+        self,
+        operation: str,
+        local_regions: tuple[MemoryRegion | RegisteredCache, ...],
+        remote_regions: tuple[RegionDescriptor, ...],
+    ) -> None:
+        kinds = {region.kind for region in local_regions}
+        kinds |= {region.kind for region in remote_regions}
+        for kind in kinds - self._path.kinds:
+            raise NotRegistered(
+                f"a {self.transport} link does not move {kind} memory: register GPU memory before "
+                "connect(), or name the transport there",
+                operation=operation,
+                peer=self.peer.name,
+            )
+        for region in remote_regions:
+            if region.engine_id != self.peer.engine_id:
+                raise NotRegistered(
+                    f"region {region.region_id} belongs to another engine than this link's peer, "
+                    "or to one that has restarted: fetch its descriptor again",
+                    operation=operation,
+                    peer=self.peer.name,
+                )
+
+    def _ask_leave(self, plan: TransferPlan) -> None:
+        """Waits until the peer has let this link reach a plan's regions, if it has to be asked."""
+        if not self._path.takes_blocks(plan) or self.core.progress.on_thread:
+            return
+        self._submit(
+            "prepare",
+            (),
+            _NO_IOVEC,
+            plan.remote.regions,
+            _NO_PIECES,
+            _NO_PIECES,
+            None,
+            DEFAULT_TIMEOUT_S,
+            _nothing,
+            0,
+        ).wait()
+
+    def _begin(self, transfer: Transfer) -> None:
+        (transfer.start or self._path.submit)(transfer)
 
     def _down_error(self, operation: str) -> EngineError:
         """The link's error again, for an operation that came after it."""
@@ -655,7 +760,7 @@ class Link:
             self._grants.answer(message)
         elif isinstance(message, wire.Granted):
             for transfer in self._grants.answered(message, self._revoked_here):
-                self._path.submit(transfer)
+                self._begin(transfer)
         elif isinstance(message, wire.Revoke):
             self._revoked(message.region)
         elif isinstance(message, wire.Revoked):
@@ -712,6 +817,7 @@ class Link:
         for transfer in list(self._transfers.values()):
             if any(region.region_id == region_id for region in transfer.remote_regions):
                 return
+        self._path.forget(region_id)
         self.send(wire.Revoked(region_id))
 
     # Going down.
@@ -795,6 +901,11 @@ class Link:
             os.close(pidfd)
         if self.quiesced._finish(0):
             self.core.forget(self)
+
+
+def _nothing(transfer: Transfer) -> None:
+    if transfer.begin():
+        transfer.end(0)
 
 
 def _open_pidfd(pid: int) -> int:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from .cuda_memory import CudaMemory, export_tensor
 from .errors import DeadlineExceeded, LayoutError, NotRegistered, OutOfRange, RegionGone
 from .fields import DECODE_ERRORS, Key, Uint32, Uint63
 from .layout import KVLayout  # noqa: TC001 - msgspec reads it at run time
@@ -40,7 +41,8 @@ class RegionDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         key: 128 random bits; without them every access is refused.
         address: virtual address in the owning process.
         nbytes: size.
-        kind: `host` for memory of the process.
+        kind: `host` for memory of the process, `cuda` for memory of a GPU.
+        cuda: for GPU memory, what a peer needs to map it.
     """
 
     engine_id: str
@@ -49,6 +51,7 @@ class RegionDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     address: Uint63
     nbytes: Uint63
     kind: str = "host"
+    cuda: CudaMemory | None = None
 
 
 class CacheDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -101,6 +104,10 @@ class MemoryRegion:
     """One stretch of this process's memory that transfers may touch.
 
     Holds its memory until `deregister()`. Usable as a context manager. Thread-safe.
+
+    Attributes:
+        address, nbytes: where it is and how large.
+        device: index of its GPU in this process; -1 for host memory.
     """
 
     def __init__(self, table: RegionTable, region_id: int, memory: _Memory) -> None:
@@ -114,7 +121,11 @@ class MemoryRegion:
             key=secrets.token_bytes(KEY_NBYTES),
             address=memory.address,
             nbytes=memory.nbytes,
+            kind="host" if memory.device < 0 else "cuda",
+            cuda=memory.cuda,
         )
+        self.device = memory.device
+        self.caches: list[RegisteredCache] = []
         self._uses = 0
         self._closing = False
         self._idle = threading.Condition()
@@ -137,6 +148,11 @@ class MemoryRegion:
     def region_id(self) -> int:
         """Its number in this engine."""
         return self.descriptor.region_id
+
+    @property
+    def kind(self) -> str:
+        """`host` or `cuda`."""
+        return self.descriptor.kind
 
     def acquire(self) -> None:
         """Begins one use of the memory; `release` ends it.
@@ -177,7 +193,15 @@ class MemoryRegion:
         """
         deadline = time.monotonic() + timeout_s
         self._closing = True
+        for cache in self.caches:
+            cache.close()
         self._table.revoke(self, deadline)
+        for cache in self.caches:
+            if not cache.drained(deadline):
+                raise DeadlineExceeded(
+                    f"the cache of region {self.region_id} is still used after {timeout_s} s",
+                    operation="deregister",
+                )
         with self._idle:
             while self._uses:
                 if not self._idle.wait(max(0.0, deadline - time.monotonic())):
@@ -191,12 +215,54 @@ class MemoryRegion:
 
 
 class RegisteredCache:
-    """A whole paged cache, registered: one region for each region of its layout."""
+    """A whole paged cache, registered: one region for each region of its layout.
+
+    A transfer of blocks uses the cache as one: what it costs does not grow with the layers.
+    """
 
     def __init__(self, layout: KVLayout, regions: tuple[MemoryRegion, ...]) -> None:
         self.layout = layout
         self.regions = regions
         self.descriptor = CacheDescriptor(layout, tuple(r.descriptor for r in regions))
+        self._idle = threading.Condition()
+        self._uses = 0
+        self._closing = False
+        self.kind = "/".join(sorted({region.kind for region in regions}))
+        self.device = regions[0].device if len({r.device for r in regions}) == 1 else -1
+        for region in regions:
+            region.caches.append(self)
+
+    def acquire(self) -> None:
+        """Begins one use of all regions; `release` ends it.
+
+        Raises:
+            RegionGone: one of them was deregistered.
+        """
+        with self._idle:
+            if self._closing:
+                raise RegionGone(
+                    "a region of this cache is deregistered: register the cache again",
+                    operation="access",
+                )
+            self._uses += 1
+
+    def release(self) -> None:
+        """Ends one use."""
+        with self._idle:
+            self._uses -= 1
+            if not self._uses:
+                self._idle.notify_all()
+
+    def close(self) -> None:
+        """Begins no further use: a region is being deregistered."""
+        self._closing = True
+
+    def drained(self, deadline: float) -> bool:
+        """Waits until there is no use; False if the deadline came first."""
+        with self._idle:
+            return self._idle.wait_for(
+                lambda: not self._uses, max(0.0, deadline - time.monotonic())
+            )
 
     def deregister(self, timeout_s: float = 10.0) -> None:
         """Deregisters every region."""
@@ -213,14 +279,19 @@ class RegionTable:
         self._regions: dict[int, MemoryRegion] = {}
         self._ids = itertools.count(1)
         self._revokers: list[Callable[[int, float], None]] = []
+        # Handle and address of the engine's counters on a GPU.
+        self.counters_on: Callable[[int], tuple[bytes, int]] = lambda _: (b"", 0)
 
     def register(self, memory: Any) -> MemoryRegion:
-        """Registers a CPU tensor, a NumPy array or a writable buffer.
+        """Registers a CPU or CUDA tensor, a NumPy array or a writable buffer.
 
         Raises:
             NotRegistered: it is not memory that this engine can register; says why.
         """
         described = _Memory(memory)
+        if described.device >= 0:
+            counters = self.counters_on(described.device)
+            described.cuda = export_tensor(described.device, described.address, *counters)
         with self._lock:
             region = MemoryRegion(self, next(self._ids), described)
             self._regions[region.region_id] = region
@@ -321,6 +392,8 @@ class _Memory:
 
     def __init__(self, memory: Any) -> None:
         torch = sys.modules.get("torch")
+        self.device = -1
+        self.cuda: CudaMemory | None = None
         self._storage: Any = None
         if torch is not None and isinstance(memory, torch.Tensor):
             self._from_tensor(memory)
@@ -330,12 +403,14 @@ class _Memory:
             raise NotRegistered("an empty tensor cannot be registered", operation="register")
 
     def _from_tensor(self, tensor: Any) -> None:
-        if tensor.device.type != "cpu":
+        if tensor.device.type not in ("cpu", "cuda"):
             raise NotRegistered(
                 f"a tensor on {tensor.device} cannot be registered: the transports of this engine "
-                "move host memory",
+                "move host memory and CUDA memory",
                 operation="register",
             )
+        if tensor.device.type == "cuda":
+            self.device = int(tensor.device.index)
         if tensor.layout is not sys.modules["torch"].strided:
             raise NotRegistered(
                 f"a {tensor.layout} tensor cannot be registered: make it dense",
@@ -353,7 +428,7 @@ class _Memory:
             array = memory if isinstance(memory, np.ndarray) else np.frombuffer(memory, np.uint8)
         except (TypeError, ValueError, BufferError) as error:
             raise NotRegistered(
-                f"a {type(memory).__name__} cannot be registered: give a CPU tensor, a NumPy array "
+                f"a {type(memory).__name__} cannot be registered: give a tensor, a NumPy array "
                 "or a writable buffer",
                 operation="register",
             ) from error

@@ -40,7 +40,7 @@ class Pieces(NamedTuple):
         return int(self.nbytes.sum())
 
 
-class _Template(NamedTuple):
+class Template(NamedTuple):
     """The pieces of one block, at block id 0 on both sides, and what each id adds."""
 
     src_region: npt.NDArray[np.int64]
@@ -52,9 +52,9 @@ class _Template(NamedTuple):
     nbytes: npt.NDArray[np.int64]
     joins: npt.NDArray[np.bool_]  # whether blocks that are neighbours on both sides form one run
 
-    def where(self, rows: npt.NDArray[np.bool_]) -> _Template:
+    def where(self, rows: npt.NDArray[np.bool_]) -> Template:
         """The template's chosen rows."""
-        return _Template(
+        return Template(
             self.src_region[rows],
             self.src_offset[rows],
             self.src_stride[rows],
@@ -80,7 +80,7 @@ class Plan:
         _check_pair(src, dst)
         self.src = src
         self.dst = dst
-        self._templates: dict[tuple[int, tuple[int, ...] | None], _Template] = {}
+        self._templates: dict[tuple[int, tuple[int, ...] | None], Template] = {}
         self.layers = tuple(sorted(set(src.layers) & set(dst.layers)))
         for group in range(len(dst.groups)):
             self._template(group, None)
@@ -111,7 +111,7 @@ class Plan:
             BlockOutOfRange, OverlappingBlocks, PlanError: before anything is computed.
         """
         template = self._template(group, _layer_key(layers))
-        src_ids, dst_ids = self._checked(src_block_ids, dst_block_ids, group)
+        src_ids, dst_ids = self.check_ids(src_block_ids, dst_block_ids, group)
         if not len(dst_ids):
             empty = np.zeros(0, np.int64)
             return Pieces(empty, empty, empty, empty, empty)
@@ -127,8 +127,12 @@ class Plan:
         )
         return Pieces(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
-    def _checked(
-        self, src_block_ids: BlockIds, dst_block_ids: BlockIds, group: int
+    def template(self, *, layers: Sequence[int] | None = None, group: int = 0) -> Template:
+        """The pieces of one block, for a transport that multiplies them out by itself."""
+        return self._template(group, _layer_key(layers))
+
+    def check_ids(
+        self, src_block_ids: BlockIds, dst_block_ids: BlockIds, group: int = 0
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Both id lists as int64, ordered by destination: pages are then walked in one direction,
         which is worth 10 to 20 % to `process_vm_writev` on 4 KiB pieces."""
@@ -166,7 +170,7 @@ class Plan:
                 )
         return src_ids, dst_ids
 
-    def _template(self, group: int, layers: tuple[int, ...] | None) -> _Template:
+    def _template(self, group: int, layers: tuple[int, ...] | None) -> Template:
         key = (group, layers)
         template = self._templates.get(key)
         if template is None:
@@ -212,7 +216,7 @@ def _runs(
 
 
 def _spread(
-    template: _Template,
+    template: Template,
     src_ids: npt.NDArray[np.int64],
     dst_ids: npt.NDArray[np.int64],
     lengths: npt.NDArray[np.int64],
@@ -282,7 +286,7 @@ def _check_pair(src: KVLayout, dst: KVLayout) -> None:
         )
 
 
-def _make_template(src: KVLayout, dst: KVLayout, group: int, layers: tuple[int, ...]) -> _Template:
+def _make_template(src: KVLayout, dst: KVLayout, group: int, layers: tuple[int, ...]) -> Template:
     where = [
         {
             (layer, plane): (
@@ -326,7 +330,7 @@ def _make_template(src: KVLayout, dst: KVLayout, group: int, layers: tuple[int, 
     _check_bounds("destination", dst, table[:, 2], table[:, 3], table[:, 4])
     src_stride = np.array([region.slot_stride for region in src.regions], np.int64)[table[:, 0]]
     dst_stride = np.array([region.slot_stride for region in dst.regions], np.int64)[table[:, 2]]
-    return _Template(
+    return Template(
         src_region=table[:, 0].copy(),
         src_offset=table[:, 1].copy(),
         src_stride=src_stride,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from . import iovec
-from .errors import OutOfRange, ProtocolError
+from .errors import NotRegistered, OutOfRange, ProtocolError
 from .memory import KEY_NBYTES, MemoryRegion, RegionDescriptor, RegionTable, check_ranges
 
 if TYPE_CHECKING:
@@ -82,6 +82,12 @@ def admit(table: RegionTable, region_data: bytes, piece_data: bytes) -> Admitted
     if len(pieces) and (int(pieces["offset"].max()) | int(pieces["nbytes"].max())) >> 63:
         raise OutOfRange("a range beyond 2**63 leaves every region", operation="access")
     offsets, nbytes = pieces["offset"].astype(np.int64), pieces["nbytes"].astype(np.int64)
+    for region in regions:
+        if region.device >= 0:
+            raise NotRegistered(
+                f"region {region.region_id} is GPU memory, which this transport does not reach",
+                operation="access",
+            )
     limits = np.array([region.nbytes for region in regions], np.int64)[index]
     check_ranges(offsets, nbytes, limits, "remote")
     used: list[MemoryRegion] = []

@@ -9,9 +9,12 @@ import time
 from typing import TYPE_CHECKING
 
 from .errors import Cancelled, DeadlineExceeded, EngineError
+from .host_words import wait_for_host
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
+
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +32,9 @@ class Ticket:
         "_error",
         "_lock",
         "_nbytes",
+        "_spin",
         "_stop_hook",
+        "_stream_wait",
         "_waiter",
         "deadline_s",
         "imm",
@@ -57,6 +62,8 @@ class Ticket:
         self._waiter: threading.Event | None = None
         self._callbacks: list[Callable[[Ticket], None]] = []
         self._stop_hook = stop_hook
+        self._stream_wait: Callable[[Ticket, torch.cuda.Stream], bool] | None = None
+        self._spin: Callable[[], None] | None = None  # waits in native code, awake
 
     def __repr__(self) -> str:
         state = "pending" if not self._done else repr(self._error) if self._error else "done"
@@ -85,6 +92,9 @@ class Ticket:
             DeadlineExceeded: `timeout_s` passed, or the operation's own deadline did.
             EngineError: what the operation ended with.
         """
+        spin = self._spin
+        if not self._done and spin is not None and timeout_s is None:
+            spin()
         if not self._done:
             with self._lock:
                 if not self._done and self._waiter is None:
@@ -116,6 +126,29 @@ class Ticket:
         if self._error is not None:
             raise self._error
         return self._nbytes
+
+    def wait_on(self, stream: torch.cuda.Stream) -> None:
+        """Lets a CUDA stream wait until the operation ends; the host goes on at once.
+
+        For an `expect` whose bytes come over `cuda_ipc` no host is in the loop: the stream waits
+        for a word of GPU memory that the writer's kernel adds to; for a write or read over
+        `cuda_ipc` it waits for the kernel. Otherwise it waits for a word that the ending thread
+        writes.
+
+        What this process launches behind the wait must have run before (`Link.prepare`): CUDA may
+        load a kernel, or allocate memory, only when no stream is waiting.
+
+        The stream goes on however the operation ends: look at `exception()` before you believe
+        what it computed.
+
+        Raises:
+            EngineError: what the operation has ended with already.
+        """
+        wait = self._stream_wait
+        if not self._done and not (wait is not None and wait(self, stream)):
+            wait_for_host(self, stream)
+        if self._error is not None:
+            raise self._error
 
     def add_done_callback(self, callback: Callable[[Ticket], None]) -> None:
         """Calls `callback(ticket)` once it ended: at once if it has, else on the ending thread.
@@ -172,7 +205,7 @@ class Ticket:
             self._done = True
             callbacks, self._callbacks = self._callbacks, []
             waiter = self._waiter
-        self._stop_hook = None
+        self._stop_hook = self._stream_wait = self._spin = None
         if waiter is not None:
             waiter.set()
         for callback in callbacks:

@@ -22,6 +22,7 @@ from . import handshake
 from .copiers import Copiers
 from .core import EngineCore
 from .counters import CounterTable
+from .device_counters import DeviceCounters
 from .errors import (
     DeadlineExceeded,
     EngineError,
@@ -36,7 +37,7 @@ from .memory import CacheDescriptor, MemoryRegion, RegionTable, RegisteredCache,
 from .progress import TICK_S, Progress
 from .tickets import Ticket, all_of
 from .transfer_plan import TransferPlan
-from .transports import cma, tcp
+from .transports import cma, cuda_ipc, tcp
 from .wire import LINK_VERSION
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ if TYPE_CHECKING:
     from .memory import RegionDescriptor
     from .transports.base import Availability
 
-TRANSPORTS = ("cma", "tcp")  # in order of preference
+TRANSPORTS = ("cuda_ipc", "cma", "tcp")  # in order of preference
+LOCAL = ("cuda_ipc", "cma")  # between processes of one host, over a Unix socket
 HANDSHAKE_TIMEOUT_S = 5.0
 MAX_HANDSHAKES = 256  # connections that have not proven themselves yet
 
@@ -65,14 +67,16 @@ class TransferEngine:
     """Moves pieces between its registered memory and its peers'.
 
     Args:
-        transports: which to offer, out of `cma` and `tcp`; those that do not work here are left
-            out, and `unavailable` says why.
+        transports: which to offer, out of `cuda_ipc`, `cma` and `tcp`; those that do not work here
+            are left out, and `unavailable` says why.
         host: address to listen on, and to publish unless `advertise_host` is given.
         advertise_host: address that peers should use instead of `host`.
         rails: sockets of a tcp link that this engine opens.
         verify: compare a checksum of every chunk that this engine writes or reads, before it is
             counted. Costs a pass over the bytes at each end.
         peer_timeout_s: silence after which a peer counts as frozen or unreachable.
+        max_programs: programs that a kernel of a transfer between GPUs may use at a time, to leave
+            multiprocessors to a model; no limit if None.
         name: shown in errors and metrics.
 
     Raises:
@@ -90,6 +94,7 @@ class TransferEngine:
         rails: int = tcp.DEFAULT_RAILS,
         verify: bool = False,
         peer_timeout_s: float = 1.5,
+        max_programs: int | None = None,
         name: str = "",
     ) -> None:
         unknown = set(transports) - set(TRANSPORTS)
@@ -117,7 +122,8 @@ class TransferEngine:
             host_id=handshake.host_id(),
             pid=os.getpid(),
         )
-        unix_name = f"kvferry-{engine_id}" if "cma" in self._transports else ""
+        local = bool(set(LOCAL) & set(self._transports))
+        unix_name = f"kvferry-{engine_id}" if local else ""
         self._listeners = _listen(unix_name, host if "tcp" in self._transports else None)
         tcp_port = self._listeners[-1].getsockname()[1] if "tcp" in self._transports else 0
         if unix_name:
@@ -142,7 +148,10 @@ class TransferEngine:
             verify=verify,
             peer_timeout_s=peer_timeout_s,
             forget=self._forget,
+            device_counters=DeviceCounters(),
+            max_programs=max_programs,
         )
+        self._core.regions.counters_on = self._core.device_counters.array
         self._core.regions.on_revoke(self._revoke)
         self._address = EngineAddress(
             identity=identity,
@@ -245,7 +254,7 @@ class TransferEngine:
 
     def new_imm(self) -> int:
         """A 32-bit imm that no counter of this engine has had lately."""
-        return self._core.counters.new_imm()
+        return self._core.counters.new_imm(self._core.device_counters.busy)
 
     def expect(
         self,
@@ -280,6 +289,9 @@ class TransferEngine:
             timeout_s=timeout_s,
             peer=",".join(link.peer.name for link in sources),
         )
+        if nbytes:
+            self._core.device_counters.claim(ticket, nbytes)
+        ticket._stream_wait = self._core.device_counters.wait
         for link in sources:
             if link.error is not None and not ticket.done():
                 ticket._fail(link._counter_error(imm))
@@ -309,6 +321,8 @@ class TransferEngine:
         last: EngineError | None = None
         for name in TRANSPORTS if transport is None else (transport,):
             reason = self._mismatch(name, address)
+            if name == "cuda_ipc" and transport is None and not reason:
+                reason = self._no_gpu_memory()
             if reason:
                 reasons.append(f"{name}: {reason}")
                 continue
@@ -417,6 +431,7 @@ class TransferEngine:
                 reachable = True
         if reachable:
             quarantine(self._core.regions.all())
+        self._core.device_counters.close(free=not reachable)
         self._core.copiers.stop()
         self._core.progress.stop()
         for link in links:
@@ -428,8 +443,12 @@ class TransferEngine:
     # Meeting peers.
 
     def _works(self, name: str) -> bool:
-        probe: Callable[[], Availability] = {"cma": cma.probe, "tcp": tcp.probe}[name]
-        ok, reason = probe()
+        probes: dict[str, Callable[[], Availability]] = {
+            "cuda_ipc": cuda_ipc.available,
+            "cma": cma.probe,
+            "tcp": tcp.probe,
+        }
+        ok, reason = probes[name]()
         if not ok:
             self.unavailable[name] = reason
         return ok
@@ -440,7 +459,7 @@ class TransferEngine:
             return f"unknown: use {' or '.join(TRANSPORTS)}"
         if name not in self._transports:
             return self.unavailable.get(name, "not enabled in this engine")
-        if name == "cma":
+        if name in LOCAL:
             if not address.unix_name:
                 return "not enabled in the peer"
             if address.identity.host_id != self._core.identity.host_id:
@@ -448,6 +467,12 @@ class TransferEngine:
         elif not address.tcp_port:
             return "not enabled in the peer"
         return ""
+
+    def _no_gpu_memory(self) -> str:
+        """Why `cuda_ipc` need not be tried, or ""."""
+        if any(region.device >= 0 for region in self._core.regions.all()):
+            return ""
+        return "no GPU memory is registered in this engine yet"
 
     def _connect(self, name: str, address: EngineAddress, timeout_s: float) -> Link:
         link_id = secrets.token_hex(16)
@@ -484,9 +509,11 @@ class TransferEngine:
 
     def _reachable(self, sock: socket.socket, name: str, peer: Any) -> str:
         """Tries to read the peer's word; a reason to refuse, or ""."""
-        if name != "cma":
+        if name not in LOCAL:
             return ""
         pid = handshake.peer_pid(sock)
+        if name == "cuda_ipc" and peer.identity.pid == pid:
+            return ""  # no need to reach its host memory
         try:
             if peer.identity.pid == pid and cma.read_word(pid, peer.probe) == peer.probe_word:
                 return ""
@@ -501,8 +528,9 @@ class TransferEngine:
             if self._closed:
                 _close_all([control, *rails])
                 raise LinkClosed("the engine was closed", operation="connect")
-            if name == "cma":
-                link = Link(self._core, control, peer, name, lambda it: cma.CmaPath(it, peer.pid))
+            if name in LOCAL:
+                make = cma.CmaPath if name == "cma" else cuda_ipc.CudaIpcPath
+                link = Link(self._core, control, peer, name, lambda it: make(it, peer.pid))
             else:
                 link = Link(self._core, control, peer, name, lambda it: tcp.TcpPath(it, rails))
             link.start()
@@ -542,8 +570,8 @@ class TransferEngine:
             )
             with self._lock:
                 self._greeting[threading.current_thread()] = None  # `close` ends links otherwise
-            if hello.transport == "cma":
-                self._open(sock, hello.identity, "cma", [])
+            if hello.transport in LOCAL:
+                self._open(sock, hello.identity, hello.transport, [])
             else:
                 self._file(sock, hello)
             owned = True
@@ -557,10 +585,10 @@ class TransferEngine:
 
     def _admit(self, sock: socket.socket, unix: bool, hello: Hello) -> str:
         """A reason to refuse a client that has proven itself, or ""."""
-        if hello.transport not in self._transports or unix != (hello.transport == "cma"):
+        if hello.transport not in self._transports or unix != (hello.transport in LOCAL):
             return f"transport {hello.transport!r} is not offered here"
-        if hello.transport == "cma":
-            return self._reachable(sock, "cma", hello)
+        if hello.transport in LOCAL:
+            return self._reachable(sock, hello.transport, hello)
         with self._lock:
             if self._closed:
                 return "the engine is closing"
@@ -619,6 +647,9 @@ class TransferEngine:
         with self._lock:
             if link in self._links:
                 self._links.remove(link)
+            counters = self._core.device_counters
+            if counters.dirty and not self._links and not self._closed:
+                self._core.copiers.run(counters.cleanse)
 
     def _revoke(self, region_id: int, deadline_s: float) -> None:
         for link in self.links:
@@ -626,7 +657,7 @@ class TransferEngine:
 
 
 def _listen(unix_name: str, tcp_host: str | None) -> list[socket.socket]:
-    """The listening sockets: for `cma`, then for `tcp`, where these are wanted."""
+    """The listening sockets: for processes of this host, then for `tcp`, where these are wanted."""
     socks: list[socket.socket] = []
     try:
         if unix_name:
@@ -644,7 +675,7 @@ def _listen(unix_name: str, tcp_host: str | None) -> list[socket.socket]:
 
 
 def _dial(name: str, address: EngineAddress, timeout_s: float) -> socket.socket:
-    if name == "cma":
+    if name in LOCAL:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.settimeout(timeout_s)

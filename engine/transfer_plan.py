@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import iovec
-from .errors import LayoutError
+from .errors import LayoutError, PlanError
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class TransferPlan:
         self.local = local
         self.remote = remote
         self.writes = writes
+        self.remote_kind = "/".join(sorted({region.kind for region in remote.regions}))
         pair = (local.layout, remote.layout)
         self.plan = Plan(*pair) if writes else Plan(*reversed(pair))
         if len(local.layout.groups) > 1:
@@ -56,3 +57,21 @@ class TransferPlan:
         if not self.writes:
             here, here_offset, there, there_offset = there, there_offset, here, here_offset
         return iovec.make(self._addresses[here] + here_offset, pieces.nbytes), there, there_offset
+
+
+def check_block_ids(plan: TransferPlan, src_block_ids: Any, dst_block_ids: Any) -> tuple[Any, Any]:
+    """Ids as a transport's `submit_blocks` takes them: checked and ordered int64 rows.
+
+    Two tensors on a GPU stay where they are, unread.
+
+    Raises:
+        BlockOutOfRange, OverlappingBlocks, PlanError: as for `Plan.pieces`.
+    """
+    on_gpu = [getattr(ids, "is_cuda", False) for ids in (src_block_ids, dst_block_ids)]
+    if not any(on_gpu):
+        return plan.plan.check_ids(src_block_ids, dst_block_ids)
+    if not all(on_gpu) or src_block_ids.shape != dst_block_ids.shape or src_block_ids.dim() != 1:
+        raise PlanError(
+            "block ids on a GPU must be two equally long rows, both there", operation="plan"
+        )
+    return src_block_ids, dst_block_ids

@@ -24,11 +24,15 @@ class Heartbeat(_Message, frozen=True, tag="hb"):
 
 
 class Arrived(_Message, frozen=True, tag="arrived"):
-    """Bytes that I wrote into your memory are visible there: count them under `imm`."""
+    """Bytes that I wrote into your memory are visible there: count them under `imm`.
+
+    `device_nbytes` of them have been added to your device counter of that imm already.
+    """
 
     imm: Uint32
     nbytes: Uint63
     writes: Uint32
+    device_nbytes: Uint63 = 0
 
 
 class Acknowledge(_Message, frozen=True, tag="ack"):

@@ -15,19 +15,20 @@ from __future__ import annotations
 
 import abc
 import threading
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
 
     from ..errors import EngineError
     from ..iovec import Iovec
-    from ..memory import MemoryRegion, RegionDescriptor
+    from ..memory import MemoryRegion, RegionDescriptor, RegisteredCache
     from ..tickets import Ticket
+    from ..transfer_plan import TransferPlan
     from ..wire import LinkMessage
 
 
@@ -53,6 +54,7 @@ class Transfer:
         "_lock",
         "_on_end",
         "_placed_nbytes",
+        "after",
         "id",
         "imm",
         "local",
@@ -62,6 +64,7 @@ class Transfer:
         "remote_index",
         "remote_offset",
         "remote_regions",
+        "start",
         "ticket",
         "total_nbytes",
         "write",
@@ -73,7 +76,7 @@ class Transfer:
         *,
         write: bool,
         local: Iovec,
-        local_regions: tuple[MemoryRegion, ...],
+        local_regions: tuple[MemoryRegion | RegisteredCache, ...],
         remote_regions: tuple[RegionDescriptor, ...],
         remote_index: npt.NDArray[np.int64],
         remote_offset: npt.NDArray[np.int64],
@@ -93,6 +96,8 @@ class Transfer:
         self.imm = imm
         self.ticket = ticket
         self.on_placed: Callable[[], None] | None = None  # once, before the ticket ends well
+        self.start: Callable[[Transfer], None] | None = None  # instead of the path's `submit`
+        self.after: Any = None  # what must be done before its memory is touched, if anything
         self._on_end = on_end
         self._lock = threading.Lock()
         self._active = 0
@@ -175,12 +180,40 @@ class DataPath(abc.ABC):
     peer_reaches_memory = False
     """Whether the peer can touch this process's memory without this process's help."""
 
+    kinds = frozenset({"host"})
+    """The kinds of memory that it moves."""
+
     def start(self) -> None:  # noqa: B027 - most paths have no threads of their own
         """Starts what the path needs; called once, when the link is known to the engine."""
 
     @abc.abstractmethod
     def submit(self, transfer: Transfer) -> None:
         """Starts a transfer. Never blocks; errors end the transfer."""
+
+    def before(self, transfer: Transfer, stream: Any) -> None:  # noqa: B027 - for streams alone
+        """On the caller's thread, before the transfer starts there or elsewhere: notes what must
+        be done first. `stream` is the caller's, or None. Never blocks."""
+
+    def takes_blocks(self, plan: TransferPlan) -> bool:
+        """Whether it moves this plan's blocks by `submit_blocks`, without a list of pieces."""
+        return False
+
+    def prepare(self, plan: TransferPlan, layers: Sequence[int] | None) -> None:  # noqa: B027
+        """Does beforehand what the first transfer of a plan would have to do. May block."""
+
+    def submit_blocks(
+        self,
+        transfer: Transfer,
+        plan: TransferPlan,
+        src_block_ids: Any,
+        dst_block_ids: Any,
+        layers: Sequence[int] | None,
+    ) -> None:
+        """Starts a transfer of blocks; the transfer has no pieces. As `submit` otherwise."""
+        raise NotImplementedError
+
+    def forget(self, region_id: int) -> None:  # noqa: B027 - most paths keep nothing of a region
+        """The peer takes a region back and no transfer uses it. Never blocks."""
 
     @abc.abstractmethod
     def handle(self, message: LinkMessage) -> bool:

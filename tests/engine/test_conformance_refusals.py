@@ -383,7 +383,9 @@ def test_layouts_that_cannot_be_reconciled_name_the_axis(
 
 
 def test_connecting_says_why_it_cannot(engine: TransferEngine, peer: Peer) -> None:
-    with pytest.raises(TransportUnavailable, match="carrier-pigeon: unknown: use cma or tcp"):
+    with pytest.raises(
+        TransportUnavailable, match="carrier-pigeon: unknown: use cuda_ipc or cma or tcp"
+    ):
         engine.connect(peer.address, transport="carrier-pigeon")
     with (
         TransferEngine(name="narrow", transports=("tcp",)) as narrow,

@@ -20,3 +20,9 @@ lazy.add(
     "kvferry.tools.bench.kernels",
     "Gather and scatter blocks on one GPU, beside a device-to-device copy of the same bytes.",
 )
+lazy.add(
+    app,
+    "gpu",
+    "kvferry.tools.bench.gpu",
+    "Move blocks from GPU to GPU between two processes, beside one contiguous copy.",
+)

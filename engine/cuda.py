@@ -1,0 +1,247 @@
+"""The few CUDA driver calls that torch does not offer, by ctypes.
+
+No dependency beyond the driver itself, and ctypes releases the interpreter lock while a call waits.
+Nothing of CUDA is loaded before the first call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+from typing import TYPE_CHECKING, Any
+
+from .errors import DeviceError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LIBRARY = "libcuda.so.1"
+CONTROL_DEVICE = "/dev/nvidiactl"
+IPC_HANDLE_NBYTES = 64
+UUID_NBYTES = 16
+
+_LAZY_ENABLE_PEER_ACCESS = 1
+_STREAM_NON_BLOCKING = 1
+_WAIT_GREATER_OR_EQUAL = 0
+_PEER_ACCESS_ALREADY_ENABLED = 704
+
+_pointer = ctypes.POINTER
+_u64 = ctypes.c_uint64
+_handle = ctypes.c_void_p
+
+
+class IpcHandle(ctypes.Structure):
+    """CUipcMemHandle."""
+
+    _fields_ = (("reserved", ctypes.c_ubyte * IPC_HANDLE_NBYTES),)
+
+
+class Uuid(ctypes.Structure):
+    """CUuuid."""
+
+    _fields_ = (("data", ctypes.c_ubyte * UUID_NBYTES),)
+
+
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "cuInit": (ctypes.c_uint,),
+    "cuDeviceGetCount": (_pointer(ctypes.c_int),),
+    "cuDeviceGetUuid_v2": (_pointer(Uuid), ctypes.c_int),
+    "cuDeviceCanAccessPeer": (_pointer(ctypes.c_int), ctypes.c_int, ctypes.c_int),
+    "cuDevicePrimaryCtxRetain": (_pointer(_handle), ctypes.c_int),
+    "cuCtxPushCurrent_v2": (_handle,),
+    "cuCtxPopCurrent_v2": (_pointer(_handle),),
+    "cuCtxEnablePeerAccess": (_handle, ctypes.c_uint),
+    "cuMemAlloc_v2": (_pointer(_u64), ctypes.c_size_t),
+    "cuMemFree_v2": (_u64,),
+    "cuMemsetD8_v2": (_u64, ctypes.c_ubyte, ctypes.c_size_t),
+    "cuMemcpyDtoH_v2": (ctypes.c_void_p, _u64, ctypes.c_size_t),
+    "cuMemGetAddressRange_v2": (_pointer(_u64), _pointer(ctypes.c_size_t), _u64),
+    "cuIpcGetMemHandle": (_pointer(IpcHandle), _u64),
+    "cuIpcOpenMemHandle_v2": (_pointer(_u64), IpcHandle, ctypes.c_uint),
+    "cuIpcCloseMemHandle": (_u64,),
+    "cuStreamCreate": (_pointer(_handle), ctypes.c_uint),
+    "cuStreamDestroy_v2": (_handle,),
+    "cuStreamSynchronize": (_handle,),
+    "cuStreamWaitValue64_v2": (_handle, _u64, _u64, ctypes.c_uint),
+    "cuStreamWriteValue64_v2": (_handle, _u64, _u64, ctypes.c_uint),
+}
+
+
+def absence() -> str:
+    """Why there is no CUDA here, or "". Loads nothing and starts nothing: a fork stays possible."""
+    if not os.path.exists(CONTROL_DEVICE):
+        return f"no NVIDIA driver: {CONTROL_DEVICE} does not exist"
+    try:
+        ctypes.CDLL(LIBRARY)
+    except OSError as error:
+        return f"the NVIDIA driver's library cannot be loaded: {error}"
+    return ""
+
+
+class Driver:
+    """The driver's functions; every failure raises `DeviceError` with CUDA's own name for it."""
+
+    def __init__(self) -> None:
+        reason = absence()
+        if reason:
+            raise DeviceError(reason, operation="cuda")
+        self._library = ctypes.CDLL(LIBRARY)
+        self._contexts: dict[int, ctypes.c_void_p] = {}
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(self._library, name)
+            function.argtypes = arguments
+            function.restype = ctypes.c_int
+        self.call("cuInit", 0)
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Calls one function.
+
+        Raises:
+            DeviceError: it failed.
+        """
+        code = getattr(self._library, name)(*arguments)
+        if code:
+            raise DeviceError(f"{name} failed: {self._describe(code)}", operation="cuda", code=code)
+
+    @contextlib.contextmanager
+    def current(self, device: int) -> Iterator[None]:
+        """Makes the primary context of `device` this thread's current one."""
+        self.call("cuCtxPushCurrent_v2", self._context(device))
+        try:
+            yield
+        finally:
+            popped = _handle()
+            self.call("cuCtxPopCurrent_v2", ctypes.byref(popped))
+
+    def device_count(self) -> int:
+        """How many devices this process sees."""
+        count = ctypes.c_int()
+        self.call("cuDeviceGetCount", ctypes.byref(count))
+        return count.value
+
+    @functools.cache  # noqa: B019 - there is one Driver a process
+    def device_uuid(self, device: int) -> str:
+        """Names a device alike in all processes, whatever CUDA_VISIBLE_DEVICES says."""
+        uuid = Uuid()
+        self.call("cuDeviceGetUuid_v2", ctypes.byref(uuid), device)
+        return bytes(uuid.data).hex()
+
+    def find_device(self, uuid: str) -> int:
+        """The index of a device in this process, or -1 if it is not visible."""
+        for device in range(self.device_count()):
+            if self.device_uuid(device) == uuid:
+                return device
+        return -1
+
+    def can_access(self, device: int, peer: int) -> bool:
+        """Whether kernels on `device` can reach the memory of `peer`."""
+        if device == peer:
+            return True
+        yes = ctypes.c_int()
+        self.call("cuDeviceCanAccessPeer", ctypes.byref(yes), device, peer)
+        return bool(yes.value)
+
+    def enable_peer_access(self, device: int, peer: int) -> None:
+        """Lets kernels of this process on `device` reach its own memory on `peer`."""
+        if device == peer:
+            return
+        with self.current(device):
+            try:
+                self.call("cuCtxEnablePeerAccess", self._context(peer), 0)
+            except DeviceError as error:
+                if error.code != _PEER_ACCESS_ALREADY_ENABLED:
+                    raise
+
+    def allocate(self, device: int, nbytes: int) -> int:
+        """Memory of its own allocation, all zeros; its address."""
+        address = _u64()
+        with self.current(device):
+            self.call("cuMemAlloc_v2", ctypes.byref(address), nbytes)
+            self.call("cuMemsetD8_v2", address, 0, nbytes)
+        return address.value
+
+    def free(self, device: int, address: int) -> None:
+        """Frees what `allocate` gave."""
+        with self.current(device):
+            self.call("cuMemFree_v2", address)
+
+    def read_word(self, device: int, address: int) -> int:
+        """An int64 of device memory; waits for it."""
+        word = ctypes.c_int64()
+        with self.current(device):
+            self.call("cuMemcpyDtoH_v2", ctypes.byref(word), address, 8)
+        return word.value
+
+    def allocation(self, device: int, address: int) -> tuple[int, int]:
+        """Base and size of the allocation that holds an address."""
+        base, nbytes = _u64(), ctypes.c_size_t()
+        with self.current(device):
+            self.call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(nbytes), address)
+        return base.value, nbytes.value
+
+    def export(self, device: int, base: int) -> bytes:
+        """The IPC handle of a whole allocation."""
+        handle = IpcHandle()
+        with self.current(device):
+            self.call("cuIpcGetMemHandle", ctypes.byref(handle), base)
+        return bytes(handle.reserved)
+
+    def open(self, device: int, handle: bytes) -> int:
+        """Maps another process's allocation for kernels on `device`; its address there."""
+        raw = IpcHandle((ctypes.c_ubyte * IPC_HANDLE_NBYTES).from_buffer_copy(handle))
+        address = _u64()
+        with self.current(device):
+            self.call("cuIpcOpenMemHandle_v2", ctypes.byref(address), raw, _LAZY_ENABLE_PEER_ACCESS)
+        return address.value
+
+    def unmap(self, device: int, address: int) -> None:
+        """Ends one `open`."""
+        with self.current(device):
+            self.call("cuIpcCloseMemHandle", address)
+
+    def new_stream(self, device: int) -> int:
+        """A stream of its own: torch's come from a pool, so two users may share one."""
+        stream = _handle()
+        with self.current(device):
+            self.call("cuStreamCreate", ctypes.byref(stream), _STREAM_NON_BLOCKING)
+        return int(stream.value or 0)
+
+    def destroy_stream(self, device: int, stream: int) -> None:
+        """Destroys what `new_stream` gave."""
+        with self.current(device):
+            self.call("cuStreamDestroy_v2", stream)
+
+    def wait_value(self, device: int, stream: int, address: int, value: int) -> None:
+        """Lets a stream wait until the word at `address` is at least `value`."""
+        with self.current(device):
+            self.call("cuStreamWaitValue64_v2", stream, address, value, _WAIT_GREATER_OR_EQUAL)
+
+    def write_value(self, device: int, stream: int, address: int, value: int) -> None:
+        """Lets a stream write a word."""
+        with self.current(device):
+            self.call("cuStreamWriteValue64_v2", stream, address, value, 0)
+
+    def _context(self, device: int) -> ctypes.c_void_p:
+        context = self._contexts.get(device)
+        if context is None:
+            context = _handle()
+            self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+            self._contexts[device] = context
+        return context
+
+    def _describe(self, code: int) -> str:
+        name = ctypes.c_char_p()
+        self._library.cuGetErrorName(code, ctypes.byref(name))
+        return name.value.decode() if name.value else f"error {code}"
+
+
+@functools.cache
+def driver() -> Driver:
+    """The process's driver, started with the first call.
+
+    Raises:
+        DeviceError: there is none.
+    """
+    return Driver()

@@ -1,0 +1,367 @@
+"""CUDA IPC: one host, GPU memory, kernels that read and write the peer's memory directly.
+
+Each side maps the other's allocations for its own GPU; a transfer is one kernel launch, whatever
+the number of blocks. The link's control channel, a Unix socket, carries one `Arrived` a write for
+hosts that wait; for streams that wait, the kernel itself adds to the receiver's device counter.
+Host memory of the same two processes goes by `cma`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import cuda
+from ..cuda_memory import PeerMappings
+from ..device_counters import slot_offset
+from ..errors import DeviceError, EngineError, NotRegistered, TransportUnavailable
+from ..wire import Arrived
+from .base import Availability, DataPath, Transfer
+from .cma import CmaPath
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+
+    from ...kernels.signal import Signal
+    from ..link import Link
+    from ..memory import RegionDescriptor
+    from ..plan import BlockIds
+    from ..transfer_plan import TransferPlan
+    from ..wire import LinkMessage
+    from .cuda_lane import Lane, Launched
+    from .cuda_plan import CudaPlan
+
+
+_PREPARED_IDS = 1 << 16  # more work than any sensible cap, so that the capped kernel is loaded
+
+
+def available() -> Availability:
+    """Whether this machine may have CUDA. Starts nothing, so that a fork stays possible."""
+    reason = cuda.absence()
+    return Availability(not reason, reason or "there is an NVIDIA driver")
+
+
+def probe() -> Availability:
+    """Starts the driver and asks which GPUs reach each other."""
+    reason = cuda.absence()
+    if reason:
+        return Availability(False, reason)
+    try:
+        driver = cuda.driver()
+        count = driver.device_count()
+        cut_off = [
+            f"{one}-{other}"
+            for one in range(count)
+            for other in range(count)
+            if not driver.can_access(one, other)
+        ]
+    except DeviceError as error:
+        return Availability(False, error.message)
+    if not count:
+        return Availability(False, "no GPU is visible: look at CUDA_VISIBLE_DEVICES")
+    if count == 1:
+        return Availability(True, "1 GPU: processes that share it reach each other's memory")
+    if cut_off:
+        return Availability(True, f"{count} GPUs, no peer access between {', '.join(cut_off)}")
+    return Availability(True, f"{count} GPUs, each reaches the memory of the others")
+
+
+class CudaIpcPath(DataPath):
+    """Launches kernels on streams of its own, one a GPU of this side."""
+
+    peer_reaches_memory = True
+    kinds = frozenset({"host", "cuda"})
+
+    def __init__(self, link: Link, pid: int) -> None:
+        self._link = link
+        self._host = CmaPath(link, pid)
+        self._mappings = PeerMappings(link.peer.name)
+        self._lock = threading.Lock()
+        self._lanes: dict[int, Lane] = {}
+        self._plans: dict[tuple[int, tuple[int, ...] | None], tuple[TransferPlan, CudaPlan]] = {}
+        self._halting = False
+
+    def before(self, transfer: Transfer, stream: torch.cuda.Stream | None) -> None:
+        regions = transfer.local_regions
+        if not regions or regions[0].device < 0:
+            return
+        import torch
+
+        # Without a stream: after what the caller has enqueued, as torch's own operations are.
+        device = regions[0].device
+        with self._refusing(transfer):
+            lane = self._lane(device)
+            transfer.after = lane.mark(stream or torch.cuda.current_stream(device))
+
+    # Pieces.
+
+    def submit(self, transfer: Transfer) -> None:
+        kinds = {region.kind for region in transfer.local_regions}
+        kinds |= {region.kind for region in transfer.remote_regions}
+        if "cuda" not in kinds:
+            self._host.submit(transfer)
+            return
+        with self._refusing(transfer):
+            self._prepare(transfer, kinds)
+            if not transfer.total_nbytes:
+                self._host.submit(transfer)
+                return
+            self._launch_pieces(transfer)
+
+    def _launch_pieces(self, transfer: Transfer) -> None:
+        from ...kernels.pieces import copy_pieces, make_table
+
+        device = transfer.local_regions[0].device
+        lane = self._lane(device)
+        bases = self._remote_addresses(transfer.remote_regions, device)
+        local = transfer.local[:, 0].astype(np.int64)
+        remote = bases[transfer.remote_index] + transfer.remote_offset
+        src, dst = (local, remote) if transfer.write else (remote, local)
+        table = make_table(src, dst, transfer.nbytes)
+        signal = self._signal(transfer, lane)
+
+        def kernels(columns: torch.Tensor | None) -> Launched:
+            from .cuda_lane import Launched
+
+            assert columns is not None
+            copy_pieces(table, columns, signal=signal, max_programs=self._link.core.max_programs)
+            return Launched((columns,))
+
+        lane.launch(transfer, transfer.total_nbytes, table.columns, kernels)
+
+    # Blocks.
+
+    def takes_blocks(self, plan: TransferPlan) -> bool:
+        """Whether `submit_blocks` is the way for this plan."""
+        return plan.local.kind != "host"
+
+    def submit_blocks(
+        self,
+        transfer: Transfer,
+        plan: TransferPlan,
+        src_block_ids: BlockIds | torch.Tensor,
+        dst_block_ids: BlockIds | torch.Tensor,
+        layers: Sequence[int] | None,
+    ) -> None:
+        """Moves blocks by one launch for each kind of piece in the plan.
+
+        Ids in host memory are checked already; those on the GPU are checked by the kernel.
+        """
+        with self._refusing(transfer):
+            self._prepare(transfer, {plan.local.kind, plan.remote_kind})
+            if not transfer.total_nbytes:
+                self._host.submit(transfer)
+                return
+            self._launch_blocks(transfer, plan, src_block_ids, dst_block_ids, layers)
+
+    def prepare(self, plan: TransferPlan, layers: Sequence[int] | None) -> None:
+        if not self.takes_blocks(plan):
+            return
+        import torch
+
+        from ...kernels.push import push
+        from ...kernels.signal import Signal
+        from ...kernels.tiles import default_tuning
+
+        device = plan.local.device
+        lane = self._lane(device)
+        compiled = self._compiled(plan, layers, device)
+        if plan.remote.regions:
+            self._mappings.counters(device, plan.remote.regions[0])
+        with torch.cuda.device(device):
+            # A block that does not exist: the kernels are loaded and run, and touch nothing.
+            nowhere = torch.full((_PREPARED_IDS,), -1, dtype=torch.int64, device=device)
+            cap = self._link.core.max_programs
+            tunings = [
+                default_tuning(nbytes, staged=False, capped=cap is not None)
+                for nbytes in (1, 1 << 40)
+            ]
+            counts = (1,) if cap is None else (1, _PREPARED_IDS)
+            state = torch.zeros(2, dtype=torch.int32, device=device)
+            counter = torch.zeros(1, dtype=torch.int64, device=device)
+            signal = Signal(state, counter.data_ptr())
+            for launch in compiled.launches:
+                for tuning, told, count in itertools.product(tunings, (signal, None), counts):
+                    push(
+                        launch.src,
+                        nowhere[:count],
+                        launch.dst,
+                        nowhere[:count],
+                        signal=told,
+                        max_programs=cap,
+                        tuning=tuning,
+                    )
+            torch.cuda.current_stream(device).synchronize()
+        lane.warm()
+
+    def _launch_blocks(
+        self,
+        transfer: Transfer,
+        plan: TransferPlan,
+        src_block_ids: Any,
+        dst_block_ids: Any,
+        layers: Sequence[int] | None,
+    ) -> None:
+        import torch
+
+        from ...kernels.push import push
+        from ...kernels.signal import Signal
+        from .cuda_lane import Launched
+
+        device = transfer.local_regions[0].device
+        lane = self._lane(device)
+        compiled = self._compiled(plan, layers, device)
+        on_device = isinstance(src_block_ids, torch.Tensor)
+        counter = self._counter(transfer, device)
+        max_programs = self._link.core.max_programs
+
+        def kernels(uploaded: torch.Tensor | None) -> Launched:
+            if uploaded is None:
+                src_ids, dst_ids = src_block_ids, dst_block_ids
+                state = torch.zeros(2, dtype=torch.int32, device=device)
+            else:
+                src_ids, dst_ids = uploaded
+                state = lane.state
+            signal = None if counter is None else Signal(state, counter)
+            bad_ids = state[1:] if signal is None and uploaded is None else None
+            for launch in compiled.launches:
+                push(
+                    launch.src,
+                    src_ids,
+                    launch.dst,
+                    dst_ids,
+                    signal=signal,
+                    bad_ids=bad_ids,
+                    max_programs=max_programs,
+                )
+            return Launched(
+                (src_ids, dst_ids, compiled), None if uploaded is not None else state[1]
+            )
+
+        lane.launch(
+            transfer,
+            transfer.total_nbytes,
+            None if on_device else np.stack([src_block_ids, dst_block_ids]),
+            kernels,
+        )
+
+    def _compiled(self, plan: TransferPlan, layers: Sequence[int] | None, device: int) -> CudaPlan:
+        from .cuda_plan import compile_plan
+
+        key = (id(plan), None if layers is None else tuple(layers))
+        with self._lock:
+            entry = self._plans.get(key)
+            if entry is None:
+                addresses = self._remote_addresses(plan.remote.regions, device)
+                # The plan is kept beside its tables, so that its id stays its own.
+                entry = (plan, compile_plan(plan, layers, addresses, device))
+                self._plans[key] = entry
+            return entry[1]
+
+    # Both.
+
+    def _prepare(self, transfer: Transfer, kinds: set[str]) -> None:
+        """Refuses what this path cannot move; arranges the count of what it can."""
+        peer, operation = self._link.peer.name, transfer.ticket.operation
+        if len(kinds) > 1 or kinds - {"cuda"}:
+            raise NotRegistered(
+                "one end is host memory and the other GPU memory: stage it on one side first",
+                operation=operation,
+                peer=peer,
+            )
+        devices = {region.device for region in transfer.local_regions}
+        if len(devices) > 1 or -1 in devices:
+            raise NotRegistered(
+                "the local regions are on several GPUs: make one transfer for each",
+                operation=operation,
+                peer=peer,
+            )
+        if self._link.core.verify:
+            raise TransportUnavailable(
+                "verify=True cannot check GPU memory: leave it out, or register host memory",
+                operation=operation,
+                peer=peer,
+            )
+        if transfer.write and transfer.imm is not None and transfer.total_nbytes:
+            nbytes = transfer.total_nbytes
+            arrived = Arrived(transfer.imm, nbytes, 1, device_nbytes=nbytes)
+            transfer.on_placed = functools.partial(self._link.send, arrived)
+
+    def _remote_addresses(self, regions: tuple[RegionDescriptor, ...], device: int) -> Any:
+        addresses = [self._mappings.address(device, region) for region in regions]
+        return np.array(addresses, np.int64)
+
+    def _counter(self, transfer: Transfer, device: int) -> int | None:
+        """Address of the peer's device counter for a write's imm."""
+        if not transfer.write or transfer.imm is None:
+            return None
+        region: RegionDescriptor = transfer.remote_regions[0]
+        return self._mappings.counters(device, region) + slot_offset(transfer.imm)
+
+    def _signal(self, transfer: Transfer, lane: Lane) -> Signal | None:
+        from ...kernels.signal import Signal
+
+        counter = self._counter(transfer, lane.device)
+        return None if counter is None else Signal(lane.state, counter)
+
+    def _lane(self, device: int) -> Lane:
+        from .cuda_lane import Lane
+
+        with self._lock:
+            lane = self._lanes.get(device)
+            if lane is None:
+                if self._halting:
+                    raise TransportUnavailable("the link is down", operation="transfer")
+                lane = self._lanes[device] = Lane(device, self._link.core.identity.name)
+            return lane
+
+    def _refusing(self, transfer: Transfer) -> _Refusing:
+        return _Refusing(transfer)
+
+    def handle(self, message: LinkMessage) -> bool:
+        if isinstance(message, Arrived) and message.device_nbytes:
+            self._link.core.device_counters.added(message.imm, message.device_nbytes)
+            return False  # the link counts it for hosts
+        return self._host.handle(message)
+
+    def forget(self, region_id: int) -> None:
+        # Unmapping may wait for the GPU, and this is the progress thread.
+        threading.Thread(target=self._mappings.forget, args=(region_id,), daemon=True).start()
+
+    def halt(self, halted: Callable[[], None]) -> None:
+        with self._lock:
+            self._halting = True
+            lanes = list(self._lanes.values())
+        if not lanes:
+            self._host.halt(halted)
+            return
+
+        def drain() -> None:
+            for lane in lanes:
+                lane.close()
+            self._mappings.close()
+            self._host.halt(halted)
+
+        threading.Thread(target=drain, name="kvferry-drain", daemon=True).start()
+
+
+class _Refusing:
+    """Ends a transfer with the error that its preparation raised: `submit` never raises."""
+
+    def __init__(self, transfer: Transfer) -> None:
+        self._transfer = transfer
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> bool:
+        if not isinstance(error, EngineError):
+            return False
+        self._transfer.stop(error)
+        return True

@@ -1,0 +1,94 @@
+"""A transfer plan as kernel launches: base addresses on the GPU, made once and used for ever.
+
+A plan's template holds the pieces of one block: where each lies at block 0 and what a block id adds,
+on both sides. Pieces of one size and one pair of strides are one launch, whatever the layouts are;
+of two ordinary caches that is all of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from ...kernels.paged import Geometry, PagedCache
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+    from ..layout import KVLayout
+    from ..transfer_plan import TransferPlan
+
+
+class Launch(NamedTuple):
+    """One launch: the two sides as the kernels see them."""
+
+    src: PagedCache
+    dst: PagedCache
+
+
+class CudaPlan(NamedTuple):
+    """All launches of a plan for some of its layers."""
+
+    launches: tuple[Launch, ...]
+    block_nbytes: int
+
+
+def compile_plan(
+    plan: TransferPlan,
+    layers: Sequence[int] | None,
+    remote_addresses: npt.NDArray[np.int64],
+    device: int,
+) -> CudaPlan:
+    """Makes the tables on `device`.
+
+    Args:
+        remote_addresses: of the peer's regions, as kernels on `device` see them.
+    """
+    template = plan.plan.template(layers=layers)
+    local_addresses = np.array([region.address for region in plan.local.regions], np.int64)
+    if plan.writes:
+        src_addresses, dst_addresses = local_addresses, remote_addresses
+    else:
+        src_addresses, dst_addresses = remote_addresses, local_addresses
+    src = src_addresses[template.src_region] + template.src_offset
+    dst = dst_addresses[template.dst_region] + template.dst_offset
+    keys = np.stack([template.nbytes, template.src_stride, template.dst_stride], axis=1)
+    kinds, kind_of = np.unique(keys, axis=0, return_inverse=True)
+    launches = []
+    for kind, (nbytes, src_stride, dst_stride) in enumerate(kinds.tolist()):
+        rows = kind_of.ravel() == kind
+        launches.append(
+            Launch(
+                _side(src[rows], nbytes, src_stride, plan.plan.src, device),
+                _side(dst[rows], nbytes, dst_stride, plan.plan.dst, device),
+            )
+        )
+    return CudaPlan(tuple(launches), int(template.nbytes.sum()))
+
+
+def _side(
+    addresses: npt.NDArray[np.int64], nbytes: int, stride: int, layout: KVLayout, device: int
+) -> PagedCache:
+    """Each piece of the template as a layer of its own whose block is one run of bytes."""
+    geometry = Geometry(
+        num_blocks=layout.regions[layout.groups[0].regions[0]].num_slots,
+        outer=1,
+        inner=1,
+        dim_nbytes=nbytes,
+        block_stride_nbytes=stride,
+        outer_stride_nbytes=nbytes,
+        inner_stride_nbytes=nbytes,
+        alignment_nbytes=1,
+    )
+    return PagedCache.from_addresses(
+        addresses.tolist(),
+        geometry,
+        num_layers=len(addresses),
+        num_planes=1,
+        dtype=torch.uint8,
+        device=torch.device("cuda", device),
+    )

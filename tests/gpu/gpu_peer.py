@@ -1,0 +1,144 @@
+"""A peer in a process of its own, with GPU memory: a transfer engine behind a command loop.
+
+Started by `tests/gpu/conftest.py` with the number of an inherited pipe, a device and the engine's
+options as JSON. Takes `(command, arguments, options)` and answers `(ok, value or exception)`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from kvferry.engine.errors import EngineError
+from kvferry.engine.layout import KVLayout
+from kvferry.engine.transfer import TransferEngine
+
+if TYPE_CHECKING:
+    from kvferry.engine.link import Link
+    from kvferry.engine.memory import CacheDescriptor, RegionDescriptor, RegisteredCache
+    from kvferry.engine.tickets import Ticket
+
+MAX_NBYTES = 1 << 20
+
+
+class Commands:
+    """What a test can make the peer do: every public method is a command."""
+
+    def __init__(self, device: int, options: dict[str, Any]) -> None:
+        torch.cuda.set_device(device)
+        self._device = f"cuda:{device}"
+        self._engine = TransferEngine(**options)
+        self._pools: dict[int, torch.Tensor] = {}
+        self._regions: dict[int, Any] = {}
+        self._caches: list[tuple[RegisteredCache, list[torch.Tensor]]] = []
+        self._tickets: list[Ticket] = []
+        self._copies: list[tuple[torch.cuda.Stream, list[torch.Tensor]]] = []
+        self._link: Link | None = None
+
+    def address(self) -> bytes:
+        return self._engine.address.encode()
+
+    def pool(self, content: bytes) -> RegionDescriptor:
+        pool = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(self._device)
+        torch.cuda.synchronize()
+        region = self._engine.register(pool)
+        self._pools[region.region_id], self._regions[region.region_id] = pool, region
+        return region.descriptor
+
+    def peek(self, region_id: int) -> bytes:
+        return self._pools[region_id].cpu().numpy().tobytes()
+
+    def host_pool(self, nbytes: int, fill: int) -> RegionDescriptor:
+        array = np.full(nbytes, fill, np.uint8)
+        region = self._engine.register(array)
+        self._pools[region.region_id] = torch.from_numpy(array)
+        return region.descriptor
+
+    def deregister(self, region_id: int) -> None:
+        self._regions[region_id].deregister()
+
+    def cache(self, arrays: list[np.ndarray[Any, Any]], dims: str) -> CacheDescriptor:
+        """Registers a cache on this peer's device with this content."""
+        own = [torch.from_numpy(array.copy()).to(self._device) for array in arrays]
+        torch.cuda.synchronize()
+        layout = KVLayout.from_tensors(own[0] if "layer" in dims.split() else own, dims)
+        registered = self._engine.register_cache(layout, own)
+        self._caches.append((registered, own))
+        return registered.descriptor
+
+    def peek_cache(self) -> list[np.ndarray[Any, Any]]:
+        return [tensor.cpu().numpy() for tensor in self._caches[-1][1]]
+
+    def accept(self, engine_id: str) -> str:
+        self._link = self._engine.accept_link(engine_id)
+        return self._link.transport
+
+    def new_imm(self) -> int:
+        return self._engine.new_imm()
+
+    def expect(self, imm: int, **options: Any) -> int:
+        links = [self._link] if self._link is not None else []
+        self._tickets.append(self._engine.expect(imm, links=links, **options))
+        return len(self._tickets) - 1
+
+    def wait(self, ticket: int, timeout_s: float = 20.0) -> int:
+        return self._tickets[ticket].wait(timeout_s)
+
+    def copy_when_arrived(self, ticket: int) -> int:
+        """Enqueues a copy of the cache behind the ticket, on a stream; the host goes on."""
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            self._tickets[ticket].wait_on(stream)
+            copies = [tensor.clone() for tensor in self._caches[-1][1]]
+        self._copies.append((stream, copies))
+        return len(self._copies) - 1
+
+    def copied(self, copy: int) -> list[np.ndarray[Any, Any]]:
+        stream, copies = self._copies[copy]
+        stream.synchronize()
+        return [tensor.cpu().numpy() for tensor in copies]
+
+    def stream_writes(self, region_id: int, dst: RegionDescriptor, nbytes: int) -> None:
+        """Writes the pool again and again, many at a time, until the link is down."""
+        link, region = self._link, self._regions[region_id]
+        assert link is not None
+
+        def run() -> None:
+            try:
+                while True:
+                    tickets = [link.write(region, 0, dst, 0, nbytes) for _ in range(4)]
+                    for ticket in tickets:
+                        ticket.wait(15.0)
+            except EngineError:
+                return
+
+        threading.Thread(target=run, daemon=True).start()
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def main() -> None:
+    pipe: Connection[Any, Any] = Connection(int(sys.argv[1]))
+    commands = Commands(int(sys.argv[2]), json.loads(sys.argv[3]))
+    while True:
+        try:
+            name, arguments, options = pipe.recv()
+        except EOFError:
+            os._exit(0)  # the test process is gone
+        try:
+            answer = (True, getattr(commands, name)(*arguments, **options))
+        except Exception as error:
+            answer = (False, error)
+        pipe.send(answer)
+
+
+if __name__ == "__main__":
+    main()

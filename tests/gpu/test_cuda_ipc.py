@@ -1,0 +1,371 @@
+"""GPU memory between processes: pieces, blocks of any pair of layouts, order, counters, endings."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from kvferry.engine.errors import (
+    BlockOutOfRange,
+    NotRegistered,
+    OutOfRange,
+    PeerLost,
+    RegionGone,
+)
+from kvferry.engine.layout import KVLayout
+from kvferry.engine.transfer import TransferEngine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvferry.engine.link import Link
+    from kvferry.engine.memory import CacheDescriptor, RegisteredCache
+    from tests.gpu.conftest import GpuPeer
+
+pytestmark = pytest.mark.gpu
+
+SENTINEL = 0xA5
+NUM_BLOCKS = 23
+SIZES = {"layer": 3, "plane": 2, "block": NUM_BLOCKS, "token": 16, "head": 4, "dim": 64}
+NHD = "plane block token head dim"
+HND = "plane block head token dim"
+BLOCKS_FIRST = "block plane token head dim"
+STACKED = "layer plane block token head dim"
+LAYERS_INSIDE = "block layer plane head token dim"
+LAYOUTS = [NHD, HND, BLOCKS_FIRST, STACKED, LAYERS_INSIDE]
+
+
+def new_tensors(dims: str, *, seed: int | None, dtype: torch.dtype = torch.int16) -> Any:
+    """A cache on the CPU: random, or sentinels throughout."""
+    shape = [SIZES[name] for name in dims.split()]
+    count = 1 if "layer" in dims.split() else SIZES["layer"]
+    if seed is None:
+        return [torch.full(shape, SENTINEL - 0x100, dtype=dtype) for _ in range(count)]
+    random = torch.Generator().manual_seed(seed)
+    return [torch.randint(-9999, 9999, shape, generator=random).to(dtype) for _ in range(count)]
+
+
+def canonical(arrays: Any, dims: str) -> torch.Tensor:
+    """The same cache as `[layer, plane, block, token, head, dim]`."""
+    names = dims.split()
+    tensors = [torch.as_tensor(array) for array in arrays]
+    whole = tensors[0] if "layer" in names else torch.stack(tensors)
+    names = names if "layer" in names else ["layer", *names]
+    return whole.permute([names.index(name) for name in STACKED.split()])
+
+
+def register(engine: TransferEngine, tensors: list[torch.Tensor], dims: str) -> RegisteredCache:
+    layout = KVLayout.from_tensors(tensors[0] if "layer" in dims.split() else tensors, dims)
+    return engine.register_cache(layout, tensors)
+
+
+def two_caches(
+    engine: TransferEngine, peer: GpuPeer, here: str, there: str, *, fill_here: int | None = 1
+) -> tuple[list[torch.Tensor], RegisteredCache, CacheDescriptor]:
+    fill_there = None if fill_here is not None else 2
+    tensors = [tensor.cuda() for tensor in new_tensors(here, seed=fill_here)]
+    arrays = [tensor.numpy() for tensor in new_tensors(there, seed=fill_there)]
+    remote = peer.call("cache", arrays, there)
+    return tensors, register(engine, tensors, here), remote
+
+
+def some_ids(count: int, seed: int = 0) -> tuple[list[int], list[int]]:
+    random = np.random.default_rng(seed)
+    return (
+        random.permutation(NUM_BLOCKS)[:count].tolist(),
+        random.permutation(NUM_BLOCKS)[:count].tolist(),
+    )
+
+
+def moved(src: torch.Tensor, src_ids: list[int], dst_ids: list[int], layers: Any) -> torch.Tensor:
+    """What a canonical destination of sentinels must hold afterwards."""
+    expected = torch.full_like(src, SENTINEL - 0x100)
+    for layer in layers:
+        expected[layer][:, dst_ids] = src[layer][:, src_ids]
+    return expected
+
+
+@pytest.mark.parametrize("write", [True, False])
+def test_pieces_of_odd_sizes_land_and_nothing_else(
+    engine: TransferEngine, link: Link, peer: GpuPeer, write: bool
+) -> None:
+    random = np.random.default_rng(5)
+    sizes = np.array([1, 63, 100, 2000, 4097, (5 << 20) + 3, 16, 65536, 0, 7])
+    gaps = random.integers(1, 70, (2, len(sizes)))
+    src, dst = ((np.cumsum(sizes + gap) - sizes) for gap in gaps)
+    span = int((sizes + 70).sum())
+    content = random.integers(0, 256, span, np.uint8)
+    blank = np.full(span, SENTINEL, np.uint8)
+    expected = blank.copy()
+    for a, b, n in zip(src, dst, sizes, strict=True):
+        expected[b : b + n] = content[a : a + n]
+    mine = torch.from_numpy(content if write else blank).cuda()
+    region = engine.register(mine)
+    theirs = peer.call("pool", (blank if write else content).tobytes())
+    if write:
+        imm = peer.call("new_imm")
+        ticket = peer.call("expect", imm, nbytes=int(sizes.sum()), writes=1)
+        assert link.write(region, src, theirs, dst, sizes, imm=imm).wait(60) == sizes.sum()
+        assert peer.call("wait", ticket) == sizes.sum()
+        got = np.frombuffer(peer.call("peek", theirs.region_id), np.uint8)
+    else:
+        assert link.read(region, dst, theirs, src, sizes).wait(60) == sizes.sum()
+        got = mine.cpu().numpy()
+    assert np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize("there", LAYOUTS)
+@pytest.mark.parametrize("here", LAYOUTS)
+def test_blocks_move_between_any_two_layouts(
+    engine: TransferEngine, link: Link, peer: GpuPeer, here: str, there: str
+) -> None:
+    tensors, local, remote = two_caches(engine, peer, here, there)
+    plan = engine.plan(local, remote)
+    src_ids, dst_ids = some_ids(11)
+    imm = peer.call("new_imm")
+    ticket = peer.call("expect", imm, nbytes=plan.nbytes(11))
+    assert link.write_blocks(plan, src_ids, dst_ids, imm=imm).wait(60) == plan.nbytes(11)
+    assert peer.call("wait", ticket) == plan.nbytes(11)
+    src = canonical([tensor.cpu() for tensor in tensors], here)
+    got = canonical(peer.call("peek_cache"), there)
+    assert torch.equal(got, moved(src, src_ids, dst_ids, range(3)))
+
+
+@pytest.mark.parametrize(("here", "there"), [(NHD, NHD), (STACKED, HND)])
+def test_blocks_are_read(
+    engine: TransferEngine, link: Link, peer: GpuPeer, here: str, there: str
+) -> None:
+    tensors, local, remote = two_caches(engine, peer, here, there, fill_here=None)
+    plan = engine.plan(remote, local)
+    src_ids, dst_ids = some_ids(9)
+    assert link.read_blocks(plan, src_ids, dst_ids).wait(60) == plan.nbytes(9)
+    src = canonical(peer.call("peek_cache"), there)
+    got = canonical([tensor.cpu() for tensor in tensors], here)
+    assert torch.equal(got, moved(src, src_ids, dst_ids, range(3)))
+
+
+def test_layers_go_one_by_one_and_only_those_that_were_named(
+    engine: TransferEngine, link: Link, peer: GpuPeer
+) -> None:
+    tensors, local, remote = two_caches(engine, peer, NHD, NHD)
+    plan = engine.plan(local, remote)
+    src_ids, dst_ids = some_ids(5)
+    imm = peer.call("new_imm")
+    ticket = peer.call("expect", imm, nbytes=plan.nbytes(5, layers=[0, 2]))
+    for layer in (0, 2):
+        link.write_blocks(plan, src_ids, dst_ids, imm=imm, layers=[layer])
+    peer.call("wait", ticket)
+    src = canonical([tensor.cpu() for tensor in tensors], NHD)
+    got = canonical(peer.call("peek_cache"), NHD)
+    assert torch.equal(got, moved(src, src_ids, dst_ids, [0, 2]))
+
+
+def test_a_layer_is_read_only_after_it_was_computed(
+    engine: TransferEngine, link: Link, peer: GpuPeer
+) -> None:
+    """Each layer is written by a slow stream; its transfer is enqueued long before it is done."""
+    tensors, local, remote = two_caches(engine, peer, NHD, NHD)
+    wanted = [tensor + 1 for tensor in tensors]
+    torch.cuda.synchronize()
+    plan = engine.plan(local, remote)
+    src_ids, dst_ids = some_ids(NUM_BLOCKS)
+    imm = peer.call("new_imm")
+    ticket = peer.call("expect", imm, nbytes=plan.nbytes(NUM_BLOCKS))
+    link.write_blocks(plan, src_ids, dst_ids, layers=[0]).wait(60)  # compiled from here on
+    link.prepare(plan, layers=[1])
+    link.prepare(plan, layers=[2])
+    compute = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    writes = []
+    with torch.cuda.stream(compute):
+        for layer, tensor in enumerate(tensors):
+            torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call]
+            tensor.copy_(wanted[layer])
+            writes.append(
+                link.write_blocks(plan, src_ids, dst_ids, imm=imm, layers=[layer], stream=compute)
+            )
+    assert not writes[-1].done()  # the host waited for nothing
+    peer.call("wait", ticket)
+    src = canonical([tensor.cpu() for tensor in wanted], NHD)
+    got = canonical(peer.call("peek_cache"), NHD)
+    assert torch.equal(got, moved(src, src_ids, dst_ids, range(3)))
+
+
+def test_a_stream_of_the_peer_waits_for_the_bytes(
+    engine: TransferEngine, link: Link, peer: GpuPeer
+) -> None:
+    """The peer enqueues its copy first; the bytes are made late and in two halves."""
+    tensors, local, remote = two_caches(engine, peer, NHD, HND)
+    plan = engine.plan(local, remote)
+    src_ids, dst_ids = some_ids(12)
+    for _ in range(3):
+        imm = peer.call("new_imm")
+        copy = peer.call("copy_when_arrived", peer.call("expect", imm, nbytes=plan.nbytes(12)))
+        torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]
+        for tensor in tensors:
+            tensor += 1
+        link.write_blocks(plan, src_ids[:5], dst_ids[:5], imm=imm)
+        torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]
+        link.write_blocks(plan, src_ids[5:], dst_ids[5:], imm=imm).wait(60)
+        got = canonical(peer.call("copied", copy), HND)
+        src = canonical([tensor.cpu() for tensor in tensors], NHD)
+        assert torch.equal(got, moved(src, src_ids, dst_ids, range(3)))
+
+
+def test_a_stream_goes_on_when_its_ticket_fails(
+    engine: TransferEngine, link: Link, peer: GpuPeer
+) -> None:
+    two_caches(engine, peer, NHD, NHD)
+    ticket = peer.call("expect", peer.call("new_imm"), nbytes=64)
+    copy = peer.call("copy_when_arrived", ticket)
+    link.close()
+    with pytest.raises(PeerLost):
+        peer.call("wait", ticket)
+    assert len(peer.call("copied", copy)) == 3
+
+
+def test_ids_may_lie_on_the_gpu(engine: TransferEngine, link: Link, peer: GpuPeer) -> None:
+    tensors, local, remote = two_caches(engine, peer, NHD, NHD)
+    plan = engine.plan(local, remote)
+    src_ids, dst_ids = some_ids(6)
+    imm = peer.call("new_imm")
+    ids: Any = [torch.tensor(ids, device="cuda", dtype=torch.int32) for ids in (src_ids, dst_ids)]
+    link.write_blocks(plan, *ids, imm=imm).wait(60)
+    assert peer.call("wait", peer.call("expect", imm, nbytes=plan.nbytes(6))) == plan.nbytes(6)
+    src = canonical([tensor.cpu() for tensor in tensors], NHD)
+    got = canonical(peer.call("peek_cache"), NHD)
+    assert torch.equal(got, moved(src, src_ids, dst_ids, range(3)))
+    ids[1][3] = NUM_BLOCKS
+    with pytest.raises(BlockOutOfRange):
+        link.write_blocks(plan, *ids).wait(60)
+    ids[1][3] = 0
+    link.write_blocks(plan, *ids).wait(60)
+
+
+def test_bad_requests_are_refused_before_a_byte_moves(
+    engine: TransferEngine, link: Link, peer: GpuPeer
+) -> None:
+    _, local, remote = two_caches(engine, peer, NHD, NHD)
+    plan = engine.plan(local, remote)
+    with pytest.raises(BlockOutOfRange):
+        link.write_blocks(plan, [0], [NUM_BLOCKS])
+    with pytest.raises(OutOfRange):
+        link.write(local.regions[0], 0, remote.regions[0], remote.regions[0].nbytes - 1, 2)
+    host = peer.call("host_pool", 64, SENTINEL)
+    with pytest.raises(NotRegistered, match="host memory"):
+        link.write(local.regions[0], 0, host, 0, 64).wait(10)
+    assert link.write_blocks(plan, [], []).wait(10) == 0
+    blank = canonical(new_tensors(NHD, seed=None), NHD)
+    assert torch.equal(canonical(peer.call("peek_cache"), NHD), blank)
+
+
+def test_host_memory_goes_over_the_same_link(
+    engine: TransferEngine, link: Link, peer: GpuPeer
+) -> None:
+    content = np.random.default_rng(3).integers(0, 256, 10_000, np.uint8)
+    there = peer.call("host_pool", 10_000, SENTINEL)
+    link.write(engine.register(content), 7, there, 100, 5000).wait(10)
+    got = np.frombuffer(peer.call("peek", there.region_id), np.uint8)
+    assert np.array_equal(got[100:5100], content[7:5007])
+    assert bool((got[:100] == SENTINEL).all() and (got[5100:] == SENTINEL).all())
+
+
+def test_connect_prefers_cuda_ipc_once_gpu_memory_is_registered(
+    engine: TransferEngine, peer: GpuPeer
+) -> None:
+    with contextlib.closing(engine.connect(peer.address)) as link:
+        assert link.transport == "cma"
+    region = engine.register(torch.zeros(64, device="cuda"))
+    with contextlib.closing(engine.connect(peer.address)) as link:
+        assert link.transport == "cuda_ipc"
+    region.deregister()
+
+
+def test_a_region_that_was_taken_back_is_not_written(
+    engine: TransferEngine, link: Link, peer: GpuPeer
+) -> None:
+    region = engine.register(torch.ones(4096, dtype=torch.uint8, device="cuda"))
+    theirs = peer.call("pool", bytes(4096))
+    link.write(region, 0, theirs, 0, 4096).wait(60)
+    peer.call("deregister", theirs.region_id)
+    with pytest.raises(RegionGone):
+        link.write(region, 0, theirs, 0, 4096).wait(60)
+    again = peer.call("pool", bytes(4096))
+    link.write(region, 0, again, 0, 4096).wait(60)
+    assert peer.call("peek", again.region_id) == bytes([1]) * 4096
+
+
+def test_two_engines_of_one_process(peer_device: int) -> None:
+    with TransferEngine(name="one") as one, TransferEngine(name="other") as other:
+        src = torch.arange(100_000, device="cuda:0")
+        dst = torch.zeros(100_000, dtype=torch.int64, device=f"cuda:{peer_device}")
+        torch.cuda.synchronize(peer_device)
+        here, there = one.register(src), other.register(dst)
+        link = one.connect(other.address, transport="cuda_ipc")
+        imm = other.new_imm()
+        ticket = other.expect(imm, nbytes=src.nbytes)
+        link.write(here, 0, there.descriptor, 0, src.nbytes, imm=imm).wait(60)
+        ticket.wait(10)
+        assert torch.equal(src.cpu(), dst.cpu())
+
+
+@pytest.mark.parametrize("writer_dies", [True, False])
+def test_a_peer_dies_in_mid_transfer(
+    engine: TransferEngine,
+    start_peer: Callable[..., GpuPeer],
+    peer_device: int,
+    writer_dies: bool,
+) -> None:
+    nbytes = 256 << 20
+    mine = torch.zeros(nbytes, dtype=torch.uint8, device="cuda")
+    region = engine.register(mine)
+    for _ in range(3):
+        victim = start_peer(peer_device, name="victim")
+        theirs = victim.call("pool", bytes(nbytes))
+        link = engine.connect(victim.address, transport="cuda_ipc")
+        victim.call("accept", engine.engine_id)
+        if writer_dies:
+            lost = engine.expect(engine.new_imm(), nbytes=1, links=[link])
+            victim.call("stream_writes", theirs.region_id, region.descriptor, nbytes)
+            victim.kill()
+        else:
+            link.write(region, 0, theirs, 0, nbytes).wait(60)
+            writes = [link.write(region, 0, theirs, 0, nbytes) for _ in range(200)]
+            victim.kill()
+            lost = engine.expect(engine.new_imm(), nbytes=1, links=[link])
+            for write in writes:
+                write.add_done_callback(lambda _: None)
+        with pytest.raises(PeerLost):
+            lost.wait(10)
+        link.quiesced.wait(20)
+        mine.fill_(3)  # this process's GPU is well, and nobody writes here any more
+        assert int((mine == 3).sum()) == nbytes
+    survivor = start_peer(peer_device, name="survivor")
+    theirs = survivor.call("pool", bytes(4096))
+    link = engine.connect(survivor.address, transport="cuda_ipc")
+    link.write(region, 0, theirs, 0, 4096).wait(60)
+    assert survivor.call("peek", theirs.region_id) == bytes([3]) * 4096
+
+
+def test_expandable_segments_are_refused_by_name() -> None:
+    code = (
+        "import torch\n"
+        "from kvferry.engine.transfer import TransferEngine\n"
+        "with TransferEngine() as engine:\n"
+        "    try: engine.register(torch.zeros(1 << 20, device='cuda'))\n"
+        "    except Exception as error: print(error)\n"
+    )
+    environment = os.environ | {
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert "PYTORCH_CUDA_ALLOC_CONF" in done.stdout, done.stderr
