@@ -38,7 +38,8 @@ def logical(tensors: list[Array], dims: str) -> Array:
     """A view `[layer, plane, block, token, head, dim]`."""
     names = dims.split()
     if "layer" in names:
-        return tensors[0].transpose([names.index(name) for name in AXES])
+        whole: Array = tensors[0].transpose([names.index(name) for name in AXES])
+        return whole
     return np.stack([t.transpose([names.index(name) for name in AXES[1:]]) for t in tensors])
 
 
