@@ -60,6 +60,9 @@ class EngineAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tcp_port: Port
     unix_name: str
 
+    def __repr__(self) -> str:
+        return f"<EngineAddress of {self.identity.name}>"  # logs must not hold the secret
+
     @property
     def engine_id(self) -> str:
         """The engine's id, which is also its generation."""

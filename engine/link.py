@@ -741,7 +741,9 @@ class Link:
     def _handle(self, message: LinkMessage) -> None:
         if isinstance(message, wire.Heartbeat) or self._path.handle(message):
             return
-        if isinstance(message, wire.Arrived):
+        if isinstance(message, wire.Arrived) and (
+            self._path.peer_reaches_memory or not message.nbytes
+        ):  # bytes that pass through this process are counted where they are placed
             self.count(message.imm, message.nbytes, message.writes)
         elif isinstance(message, wire.Refuse):
             self._refused(message)

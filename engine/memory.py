@@ -53,6 +53,9 @@ class RegionDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: str = "host"
     cuda: CudaMemory | None = None
 
+    def __repr__(self) -> str:
+        return f"<RegionDescriptor {self.region_id} {self.nbytes} bytes>"  # without its key
+
 
 class CacheDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A registered cache as a peer sees it: its layout and the descriptor of each region."""

@@ -57,6 +57,10 @@ class Progress:
             self._handlers[fd] = handler
             self._epoll.register(fd, events)
 
+    def watches(self, fd: int) -> bool:
+        """Whether `fd` is watched."""
+        return fd in self._handlers
+
     def change(self, fd: int, events: int) -> None:
         """Watches `fd` for other events."""
         with self._lock:

@@ -7,9 +7,11 @@ threads for each rail of each tcp link, and two listening sockets.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import secrets
+import select
 import socket
 import threading
 import time
@@ -162,7 +164,7 @@ class TransferEngine:
         )
         for listener in self._listeners:
             listener.setblocking(False)
-            progress.watch(listener.fileno(), 1, partial(self._accept, listener))
+        self._watch_listeners()
         progress.start()
 
     def __enter__(self) -> TransferEngine:
@@ -538,11 +540,24 @@ class TransferEngine:
             self._lock.notify_all()
         return link
 
+    def _watch_listeners(self) -> None:
+        """Watches the listeners that are not watched."""
+        progress = self._core.progress
+        with self._lock:
+            for listener in [] if self._closed else self._listeners:
+                if not progress.watches(listener.fileno()):
+                    accept = partial(self._accept, listener)
+                    progress.watch(listener.fileno(), select.EPOLLIN, accept)
+
     def _accept(self, listener: socket.socket, _: int) -> None:
         try:
             sock, _address = listener.accept()
-        except OSError:
-            return  # it went away before we looked, or there are no descriptors left
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                # The client stays in the backlog, and epoll would tell so for ever: `_tick` looks
+                # again.
+                self._core.progress.unwatch(listener.fileno())
+            return  # or it went away before we looked
         unix = listener.family == socket.AF_UNIX
         thread = threading.Thread(
             target=self._welcome, args=(sock, unix), name=f"{self.name}-greet", daemon=True
@@ -627,6 +642,7 @@ class TransferEngine:
             raise LinkClosed("the engine is closed: make another", operation=operation)
 
     def _tick(self, now: float) -> None:
+        self._watch_listeners()
         asleep_s = now - self._ticked_s - TICK_S
         self._ticked_s = now
         with self._lock:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import threading
+import time
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -169,6 +171,20 @@ class Commands:
     def census(self) -> tuple[int, int]:
         """Threads and open descriptors."""
         return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    def limit_descriptors(self, limit: bool) -> None:
+        """Leaves this process no descriptor, or as many as before."""
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        if limit:
+            lowest_free = os.dup(0)
+            os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free if limit else hard, hard))
+
+    def busy(self, seconds: float) -> float:
+        """The processor time that this process takes in so many seconds of doing nothing."""
+        before = time.process_time()
+        time.sleep(seconds)
+        return time.process_time() - before
 
     def stream(self, to: str, src: int, dst: RegionDescriptor, nbytes: int) -> None:
         """Writes the whole pool again and again, in the background, until the link is down."""

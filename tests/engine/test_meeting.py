@@ -297,6 +297,20 @@ def test_a_half_open_link_does_not_outlive_the_engine() -> None:
     assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
 
 
+def test_an_engine_without_descriptors_does_not_spin_and_recovers(
+    engine: TransferEngine, start_peer: Callable[..., Peer], transport: str
+) -> None:
+    peer = start_peer(name="poor")
+    peer.call("limit_descriptors", True)
+    with pytest.raises((PeerLost, TransportUnavailable)):
+        engine.connect(peer.address, transport=transport, timeout_s=0.3)
+    assert peer.call("busy", 0.5) < 0.25  # of a core, while the client waits in the backlog
+    peer.call("limit_descriptors", False)
+    link = engine.connect(peer.address, transport=transport)
+    link.signal(0).wait(15.0)
+    link.close()
+
+
 def test_an_engine_that_cannot_start_leaves_nothing_behind() -> None:
     before = (threading.active_count(), len(os.listdir("/proc/self/fd")))
     for _ in range(3):

@@ -163,6 +163,25 @@ def test_what_a_peer_counts_is_never_less_than_nothing(victim: Victim, intruder:
         ticket.wait(PATIENCE_S)
 
 
+def test_bytes_that_never_passed_through_are_not_counted(
+    victim: Victim, tcp_intruder: Intruder
+) -> None:
+    """A tcp peer places bytes only by frames; over cma its word is all there is."""
+    imm = victim.engine.new_imm()
+    ticket = victim.engine.expect(imm, nbytes=100)
+    tcp_intruder.say(wire.Arrived(imm, 100, 1))
+    assert isinstance(down(tcp_intruder), ProtocolError)
+    assert ticket.cancel()
+
+
+def test_secrets_and_keys_are_not_shown(victim: Victim) -> None:
+    address, region = victim.engine.address, victim.region.descriptor
+    shown = f"{address!r} {address} {region!r} {region} {[region]}"
+    for secret in (address.secret, region.key):
+        assert repr(secret)[2:-1] not in shown
+        assert secret.hex() not in shown
+
+
 REFUSED = [
     ({"key": bytes(16)}, "NotRegistered"),
     ({"region": 10**6}, "NotRegistered"),
