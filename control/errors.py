@@ -130,7 +130,7 @@ class TransferFailed(HandoffError):
 
 
 class PeerFailed(HandoffError):
-    """The peer says that the handoff failed there."""
+    """The peer says that the handoff failed there, in a way that has no error of its own here."""
 
 
 class LinkLost(HandoffError, ConnectionError):

@@ -26,7 +26,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
-from .errors import HandoffCancelled, HandoffError, PeerFailed, TransferFailed
+from .errors import (
+    BlocksMismatch,
+    HandoffCancelled,
+    HandoffError,
+    HandoffTimeout,
+    LinkLost,
+    PeerFailed,
+    TransferFailed,
+)
 from .events import ClearTimer, Fail, ReleaseBlocks, Send, SetTimer, Succeed
 from .messages import Cancelled, Failed, HandoffId
 
@@ -35,6 +43,10 @@ if TYPE_CHECKING:
     from .messages import Message, Side
 
 FINISHED = "finished"
+# Errors of a handoff as a whole: which side noticed first makes no difference to its user.
+SHARED_ERRORS: dict[str, type[HandoffError]] = {
+    kind.__name__: kind for kind in (BlocksMismatch, HandoffCancelled, HandoffTimeout, LinkLost)
+}
 MAX_REASON_CHARS = 1024  # what the messages take
 
 
@@ -43,6 +55,7 @@ class Timing(msgspec.Struct, frozen=True):
 
     retry_s: float = 0.25  # first repetition of a message; doubles from there
     retry_max_s: float = 2.0
+    grace_s: float = 1.0  # that prefill adds to decode's deadline, so that one clock decides
     settle_s: float = 2.0  # between the peer's `Sent` and the last byte being counted
     drain_s: float = 5.0  # for cancelled operations to end before the link is torn down
     recall_s: float = 5.0  # for the peer to answer `Cancel` before the link is torn down
@@ -192,9 +205,8 @@ class Machine:
             return self._error(
                 PeerFailed, "the peer has given this handoff up already", retryable=True
             )
-        kind = HandoffCancelled if message.error == HandoffCancelled.__name__ else PeerFailed
         return self._error(
-            kind,
+            SHARED_ERRORS.get(message.error, PeerFailed),
             f"the peer gave up: {message.reason} ({message.error})",
             retryable=message.retryable,
         )

@@ -102,7 +102,7 @@ class PrefillHandoff(Draining, Recalling):
         self.request = request
         self.session, self.handoff, self.peer = request.session, request.handoff, peer
         self._do(Send(Accepted(self.session, self.handoff)))
-        self._set_timer("deadline", request.timeout_s)
+        self._set_timer("deadline", request.timeout_s + self.timing.grace_s)
         if self.source is None:
             self.state = WANTED
         else:

@@ -1,12 +1,11 @@
 """An agent in a process of its own, behind a command loop; and the cache that both ends use.
 
-Started by `tests/adapters/conftest.py` with the number of an inherited pipe and options as JSON.
-Takes `(command, arguments, options)` and answers `(ok, value or exception)`. Imports no torch.
+Started by `tests/adapters/conftest.py` with the number of an inherited pipe. Takes the agent's
+options, then `(command, arguments, options)`; answers `(ok, value or exception)`. Imports no torch.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
@@ -146,6 +145,12 @@ class Commands:
     def cancel(self, handoff: int) -> None:
         self._handoffs[handoff].cancel()
 
+    def settle(self) -> None:
+        """Returns once the agent's thread has done what it was told before."""
+        handoff = self._agent.send("nobody asks for this", [0])
+        handoff.cancel()
+        handoff.blocks_free.wait(WAIT_S)
+
     def close_gate(self) -> None:
         self._gate.close()
 
@@ -166,7 +171,9 @@ class Commands:
 def main() -> None:
     pipe: Connection[Any, Any] = Connection(int(sys.argv[1]))
     try:
-        commands = Commands(**json.loads(sys.argv[2]))
+        commands = Commands(**pipe.recv())
+    except EOFError:
+        return  # no test needed it
     except Exception as error:
         pipe.send((False, error))
         raise

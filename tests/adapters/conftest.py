@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -40,23 +39,35 @@ class Local:
         )
 
 
-class Remote:
-    """An agent of another process, and that process's fate."""
+class Process:
+    """A process that will hold an agent; it can be started long before it is needed."""
 
-    def __init__(self, **options: Any) -> None:
-        ours, theirs = Pipe()
+    def __init__(self) -> None:
+        self.pipe, theirs = Pipe()
         with theirs:
             self.process = subprocess.Popen(
                 [
                     sys.executable,
                     str(Path(__file__).with_name("agent_process.py")),
                     str(theirs.fileno()),
-                    json.dumps(options),
                 ],
                 pass_fds=(theirs.fileno(),),
                 env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
             )
-        self._pipe = ours
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.pipe.close()
+
+
+class Remote:
+    """An agent of another process, and that process's fate."""
+
+    def __init__(self, held: Process, **options: Any) -> None:
+        self.process = held.process
+        self._pipe = held.pipe
+        self._pipe.send(options)
         self._answer("start")
         self.address: str = self.call("address")
 
@@ -119,13 +130,24 @@ def new_agent(transport: str) -> Iterator[Callable[..., Local]]:
         local.agent.close()
 
 
+@pytest.fixture(scope="session")
+def spare() -> Iterator[list[Process]]:
+    """A process that starts while the test before runs: a start takes longer than most tests."""
+    processes = [Process()]
+    yield processes
+    for process in processes:
+        process.end()
+
+
 @pytest.fixture
-def start_agent(transport: str) -> Iterator[Callable[..., Remote]]:
+def start_agent(transport: str, spare: list[Process]) -> Iterator[Callable[..., Remote]]:
     """Starts agents of other processes, which a test may freeze or kill."""
     started: list[Remote] = []
 
     def start(name: str, role: str, **options: Any) -> Remote:
-        started.append(Remote(name=name, role=role, transport=transport, **options))
+        process = spare.pop()
+        spare.append(Process())
+        started.append(Remote(process, name=name, role=role, transport=transport, **options))
         return started[-1]
 
     yield start

@@ -13,7 +13,6 @@ from kvferry.control.errors import (
     HandoffTimeout,
     LayoutMismatch,
     NotConnected,
-    PeerFailed,
     RoleMismatch,
 )
 from kvferry.engine.errors import BlockOutOfRange, OverlappingBlocks, PlanError
@@ -169,7 +168,7 @@ def test_an_imm_is_never_used_twice(pair: Pair, monkeypatch: pytest.MonkeyPatch)
 def test_different_numbers_of_blocks_fail_on_both_sides(pair: Pair, mode: Any) -> None:
     sending = pair.there.call("send", "r", SRC[:-1])
     handoff = pair.here.agent.receive("r", "prefill-0", DST, mode=mode)
-    with pytest.raises(PeerFailed, match="asks for 5, prefill has 4"):
+    with pytest.raises(BlocksMismatch, match="asks for 5, prefill has 4"):
         handoff.wait(WAIT_S)
     handoff.blocks_free.wait(WAIT_S)
     with pytest.raises(BlocksMismatch):

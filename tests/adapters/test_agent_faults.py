@@ -63,6 +63,7 @@ def begin(decode: Local, prefill: Remote, gate: Gate, mode: Any, **options: Any)
 def let_go(decode: Local, prefill: Remote, gate: Gate) -> None:
     """Lets the bytes move, once both agents have taken what they were told so far."""
     decode.agent.connect(prefill.address)
+    prefill.call("settle")
     gate.open()
     prefill.call("open_gate")
 
@@ -75,6 +76,9 @@ def test_cancel_before_there_is_a_source(decode: Local, prefill: Remote, mode: A
         handoff.wait(WAIT_S)
     assert caught.value.handoff == "r#1"
     handoff.blocks_free.wait(WAIT_S)
+    # What was said before this handoff is heard before it: prefill knows of the end.
+    prefill.call("send", "other", [5])
+    decode.agent.receive("other", "prefill-0", [5], mode=mode).wait(WAIT_S)
     # The source that comes later goes to the next attempt.
     again = decode.agent.receive("r", "prefill-0", DST, mode=mode)
     prefill.call("send", "r", SRC)

@@ -328,6 +328,15 @@ def test_the_peers_failure_is_told_with_its_reason() -> None:
         assert ReleaseBlocks in kinds(steps)
 
 
+@pytest.mark.parametrize(
+    "kind", [BlocksMismatch, HandoffCancelled, HandoffTimeout, LinkLost], ids=lambda k: k.__name__
+)
+def test_a_failure_of_the_whole_has_one_name_on_both_sides(kind: type[ControlError]) -> None:
+    desk, _, _ = decoding("push")
+    told = Failed(SESSION, FIRST, "prefill", kind.__name__, "why", kind.retryable)
+    assert type(error_of(desk.receive(told))) is kind
+
+
 def test_sessions_that_are_down_are_forgotten_at_last() -> None:
     desk = prefilling()
     for session in range(10, 200):
