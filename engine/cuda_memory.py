@@ -27,7 +27,6 @@ class CudaMemory(msgspec.Struct, frozen=True, array_like=True):
         handle: CUDA IPC handle of the allocation that holds it.
         offset: bytes from that allocation's start to the region's.
         device_uuid: the GPU, named alike in all processes.
-        pid: the process that registered it: inside it the address is used as it is.
         counters: IPC handle of the owning engine's counters on that GPU.
         counters_address: where they lie in the owning process.
     """
@@ -35,7 +34,6 @@ class CudaMemory(msgspec.Struct, frozen=True, array_like=True):
     handle: bytes
     offset: int
     device_uuid: str
-    pid: int
     counters: bytes
     counters_address: int
 
@@ -59,9 +57,7 @@ def export_tensor(
             "unset expandable_segments in PYTORCH_CUDA_ALLOC_CONF",
             operation="register",
         ) from error
-    return CudaMemory(
-        handle, address - base, cuda.device_uuid(device), os.getpid(), counters, counters_address
-    )
+    return CudaMemory(handle, address - base, cuda.device_uuid(device), counters, counters_address)
 
 
 class _Mapping:
@@ -76,8 +72,10 @@ class _Mapping:
 class PeerMappings:
     """The allocations of one peer that are mapped here. Thread-safe."""
 
-    def __init__(self, peer: str) -> None:
+    def __init__(self, peer: str, pid: int) -> None:
         self._peer = peer
+        # As the kernel gave it: what a peer says of itself must not aim our kernels at our memory.
+        self._same_process = pid == os.getpid()
         self._lock = threading.Lock()
         self._mappings: dict[tuple[int, bytes], _Mapping] = {}
         self._closed = False
@@ -119,7 +117,7 @@ class PeerMappings:
                 operation="map",
                 peer=self._peer,
             )
-        if memory.pid != os.getpid():
+        if not self._same_process:
             return True
         cuda.enable_peer_access(device, peer_device)
         return False

@@ -81,7 +81,7 @@ class CudaIpcPath(DataPath):
     def __init__(self, link: Link, pid: int) -> None:
         self._link = link
         self._host = CmaPath(link, pid)
-        self._mappings = PeerMappings(link.peer.name)
+        self._mappings = PeerMappings(link.peer.name, pid)
         self._lock = threading.Lock()
         self._lanes: dict[int, Lane] = {}
         self._plans: dict[tuple[int, tuple[int, ...] | None], tuple[TransferPlan, CudaPlan]] = {}
