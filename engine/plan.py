@@ -210,6 +210,8 @@ def _runs(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """First source id, first destination id and length of each run of neighbours on both sides."""
     breaks = (src_ids[1:] - src_ids[:-1] != 1) | (dst_ids[1:] - dst_ids[:-1] != 1)
+    if bool(breaks.all()):  # scattered, the usual case: nothing to join, so nothing to copy
+        return src_ids, dst_ids, np.ones(len(src_ids), np.int64)
     starts = np.concatenate(([0], breaks.nonzero()[0] + 1))
     lengths = np.append(starts[1:], len(src_ids)) - starts
     return src_ids[starts], dst_ids[starts], lengths
