@@ -26,7 +26,7 @@ FAST = settings(
     derandomize=True,
     phases=[Phase.generate],
 )
-SLOW = settings(
+LONG = settings(
     FAST,
     max_examples=2_000,
     stateful_step_count=80,
@@ -49,9 +49,9 @@ def test_invariants_hold_in_a_hostile_world() -> None:
     assert tried <= set(World.seen), "the world is too tame to prove anything"
 
 
-@pytest.mark.slow
+@pytest.mark.soak  # new worlds each time: not for a suite that must repeat itself
 def test_invariants_hold_in_a_hostile_world_for_longer() -> None:
-    run_model(World, settings=SLOW)
+    run_model(World, settings=LONG)
 
 
 @pytest.mark.parametrize(

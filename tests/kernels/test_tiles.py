@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvferry.kernels.paged import Geometry
@@ -72,6 +72,7 @@ def test_short_pieces_share_a_tile_and_long_ones_spread() -> None:
     assert plan_tiles(nhd(1, 1, 1152), None, 16, LARGE).words == 32  # of 144: 160 lanes, not 256
 
 
+@settings(derandomize=True, database=None, deadline=None)
 @given(
     tokens=st.integers(1, 64),
     heads=st.integers(1, 16),
