@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import errors, iovec, wire
+from . import errors, wire
+from .bound_pieces import NO_PIECES, BoundPieces, bind
 from .counters import check_imm
 from .errors import (
     EngineError,
@@ -50,14 +51,11 @@ if TYPE_CHECKING:
 
     Offsets = int | Sequence[int] | npt.NDArray[np.integer]
 
-MAX_PIECE_NBYTES = 4 << 20  # longer pieces are cut, so that rails and copiers can share them
 HEARTBEAT_S = 0.25
 SUSPICION_S = 0.08  # a closed socket without goodbye: how long the cause is looked for
 BUSY_PEER_S = 10.0  # how long a live process on this host may be too busy to answer
 MAX_UNSENT_NBYTES = 16 << 20
 DEFAULT_TIMEOUT_S = 30.0
-_NO_PIECES = np.zeros(0, np.int64)
-_NO_IOVEC = np.zeros((0, 2), np.uint64)
 
 
 class Link:
@@ -177,10 +175,7 @@ class Link:
 
     def signal(self, imm: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Ticket:
         """Counts one write of zero bytes under `imm` at the peer."""
-        empty = np.zeros(0, np.int64)
-        return self._submit(
-            "write", (), np.zeros((0, 2), np.uint64), (), empty, empty, imm, timeout_s
-        )
+        return self._submit("write", (), NO_PIECES, (), imm, timeout_s)
 
     def write_blocks(
         self,
@@ -447,17 +442,9 @@ class Link:
         self._check_registered(operation, mine, theirs)
         offsets, sizes = local
         check_ranges(offsets, sizes, mine.nbytes, "local")
-        addresses = offsets.astype(np.uint64) + np.uint64(mine.address)
-        return self._submit(
-            operation,
-            (mine,),
-            iovec.make(addresses, sizes),
-            (theirs,),
-            np.zeros(len(sizes), np.int64),
-            remote,
-            imm,
-            timeout_s,
-        )
+        index = np.zeros(len(sizes), np.int64)
+        pieces = bind(offsets + mine.address, sizes, index, remote, (theirs,))
+        return self._submit(operation, (mine,), pieces, (theirs,), imm, timeout_s)
 
     def _check_registered(self, operation: str, mine: object, theirs: object) -> None:
         if not isinstance(mine, MemoryRegion):
@@ -499,10 +486,8 @@ class Link:
             return self._submit(
                 operation,
                 (plan.local,),
-                _NO_IOVEC,
+                NO_PIECES,
                 plan.remote.regions,
-                _NO_PIECES,
-                _NO_PIECES,
                 imm,
                 timeout_s,
                 lambda transfer: self._path.submit_blocks(transfer, plan, *ids, layers),
@@ -515,14 +500,12 @@ class Link:
                 operation=operation,
                 peer=self.peer.name,
             )
-        local, index, offsets = plan.pieces(*ids, layers)
+        plan.local.check_intact()
         return self._submit(
             operation,
-            plan.local.regions,
-            local,
+            (plan.local,),
+            plan.pieces(*ids, layers),
             plan.remote.regions,
-            index,
-            offsets,
             imm,
             timeout_s,
         )
@@ -531,10 +514,8 @@ class Link:
         self,
         operation: str,
         local_regions: tuple[MemoryRegion | RegisteredCache, ...],
-        local: iovec.Iovec,
+        pieces: BoundPieces,
         remote_regions: tuple[RegionDescriptor, ...],
-        remote_index: npt.NDArray[np.int64],
-        remote_offset: npt.NDArray[np.int64],
         imm: int | None,
         timeout_s: float,
         start: Callable[[Transfer], None] | None = None,
@@ -548,21 +529,13 @@ class Link:
         known = start is not None and self._passed.get(id(remote_regions)) is remote_regions
         if not known:
             self._check_regions(operation, local_regions, remote_regions)
-        sizes = local[:, 1].astype(np.int64)
-        if len(sizes):
-            limits = np.array([region.nbytes for region in remote_regions], np.int64)
-            check_ranges(remote_offset, sizes, limits[remote_index], "remote")
-            if int(sizes.max()) > MAX_PIECE_NBYTES or not bool(sizes.all()):
-                local, remote_index, remote_offset = _cut(local, remote_index, remote_offset)
         ticket = Ticket(operation, peer=name, imm=imm, timeout_s=timeout_s)
         transfer = Transfer(
             next(self._numbers),
             write=operation == "write",
-            local=local,
+            pieces=pieces,
             local_regions=local_regions,
             remote_regions=remote_regions,
-            remote_index=remote_index,
-            remote_offset=remote_offset,
             imm=imm,
             ticket=ticket,
             on_end=self._ended,
@@ -629,10 +602,8 @@ class Link:
         self._submit(
             "prepare",
             (),
-            _NO_IOVEC,
+            NO_PIECES,
             plan.remote.regions,
-            _NO_PIECES,
-            _NO_PIECES,
             None,
             DEFAULT_TIMEOUT_S,
             _nothing,
@@ -945,17 +916,3 @@ def _pieces(
             operation="transfer",
         ) from error
     return (here.astype(np.int64), sizes.astype(np.int64)), there.astype(np.int64)
-
-
-def _cut(
-    local: iovec.Iovec, index: npt.NDArray[np.int64], offset: npt.NDArray[np.int64]
-) -> tuple[iovec.Iovec, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Cuts long pieces into equal ones of at most `MAX_PIECE_NBYTES`, and drops empty ones."""
-    sizes = local[:, 1].astype(np.int64)
-    parts = -(-sizes // MAX_PIECE_NBYTES)
-    row = np.repeat(np.arange(len(sizes)), parts)
-    first = np.cumsum(parts) - parts
-    begin = (np.arange(len(row)) - first[row]) * MAX_PIECE_NBYTES
-    cut = np.minimum(sizes[row] - begin, MAX_PIECE_NBYTES)
-    addresses = local[:, 0].astype(np.int64)[row] + begin
-    return iovec.make(addresses, cut), index[row], offset[row] + begin

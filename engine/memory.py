@@ -111,6 +111,7 @@ class MemoryRegion:
     Attributes:
         address, nbytes: where it is and how large.
         device: index of its GPU in this process; -1 for host memory.
+        movable: whether its owner could free or resize it while it is registered.
     """
 
     def __init__(self, table: RegionTable, region_id: int, memory: _Memory) -> None:
@@ -128,6 +129,7 @@ class MemoryRegion:
             cuda=memory.cuda,
         )
         self.device = memory.device
+        self.movable = memory.movable
         self.caches: list[RegisteredCache] = []
         self._uses = 0
         self._closing = False
@@ -164,19 +166,27 @@ class MemoryRegion:
             RegionGone: it was deregistered, or its memory was freed or resized.
         """
         with self._idle:
-            memory = self._memory
-            if memory is None or self._closing:
+            if self._memory is None or self._closing:
                 raise RegionGone(
                     f"region {self.region_id} is deregistered: register its memory again",
                     operation="access",
                 )
-            if not memory.intact():
-                raise RegionGone(
-                    f"the memory of region {self.region_id} was freed or resized while "
-                    "registered: deregister it first",
-                    operation="access",
-                )
+            self.check_intact()
             self._uses += 1
+
+    def check_intact(self) -> None:
+        """Checks that the memory is where it was.
+
+        Raises:
+            RegionGone: it was freed or resized.
+        """
+        memory = self._memory
+        if memory is not None and not memory.intact():
+            raise RegionGone(
+                f"the memory of region {self.region_id} was freed or resized while "
+                "registered: deregister it first",
+                operation="access",
+            )
 
     def release(self) -> None:
         """Ends one use."""
@@ -232,6 +242,7 @@ class RegisteredCache:
         self._closing = False
         self.kind = "/".join(sorted({region.kind for region in regions}))
         self.device = regions[0].device if len({r.device for r in regions}) == 1 else -1
+        self._movable = [region for region in regions if region.movable]
         for region in regions:
             region.caches.append(self)
 
@@ -248,6 +259,15 @@ class RegisteredCache:
                     operation="access",
                 )
             self._uses += 1
+
+    def check_intact(self) -> None:
+        """Checks that the memory of every region is where it was.
+
+        Raises:
+            RegionGone: a tensor was freed or resized.
+        """
+        for region in self._movable:
+            region.check_intact()
 
     def release(self) -> None:
         """Ends one use."""
@@ -455,8 +475,13 @@ class _Memory:
         steps = zip(array.shape, array.strides, strict=True)
         self.nbytes = sum((n - 1) * step for n, step in steps) + array.itemsize if array.size else 0
 
+    @property
+    def movable(self) -> bool:
+        """Whether its owner can free or resize it: torch can, NumPy cannot while it is held."""
+        return self._storage is not None
+
     def intact(self) -> bool:
-        """Whether the memory is still where it was. NumPy memory cannot move while it is held."""
+        """Whether the memory is still where it was."""
         return self._storage is None or (
             self._storage.data_ptr() == self._storage_address
             and self._storage.nbytes() >= self._storage_nbytes

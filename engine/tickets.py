@@ -30,6 +30,7 @@ class Ticket:
         "_callbacks",
         "_done",
         "_error",
+        "_help",
         "_lock",
         "_nbytes",
         "_spin",
@@ -64,6 +65,7 @@ class Ticket:
         self._stop_hook = stop_hook
         self._stream_wait: Callable[[Ticket, torch.cuda.Stream], bool] | None = None
         self._spin: Callable[[], None] | None = None  # waits in native code, awake
+        self._help: Callable[[], None] | None = None  # does work that nobody began
 
     def __repr__(self) -> str:
         state = "pending" if not self._done else repr(self._error) if self._error else "done"
@@ -92,9 +94,10 @@ class Ticket:
             DeadlineExceeded: `timeout_s` passed, or the operation's own deadline did.
             EngineError: what the operation ended with.
         """
-        spin = self._spin
-        if not self._done and spin is not None and timeout_s is None:
-            spin()
+        if timeout_s is None:  # what is awake may help; it cannot say how long that takes
+            for work in (self._help, self._spin):
+                if not self._done and work is not None:
+                    work()
         if not self._done:
             with self._lock:
                 if not self._done and self._waiter is None:
@@ -205,7 +208,7 @@ class Ticket:
             self._done = True
             callbacks, self._callbacks = self._callbacks, []
             waiter = self._waiter
-        self._stop_hook = self._stream_wait = self._spin = None
+        self._stop_hook = self._stream_wait = self._spin = self._help = None
         if waiter is not None:
             waiter.set()
         for callback in callbacks:

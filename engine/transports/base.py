@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from .. import iovec
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import numpy.typing as npt
-
+    from ..bound_pieces import BoundPieces
     from ..errors import EngineError
-    from ..iovec import Iovec
     from ..memory import MemoryRegion, RegionDescriptor, RegisteredCache
     from ..tickets import Ticket
     from ..transfer_plan import TransferPlan
@@ -75,24 +75,18 @@ class Transfer:
         number: int,
         *,
         write: bool,
-        local: Iovec,
+        pieces: BoundPieces,
         local_regions: tuple[MemoryRegion | RegisteredCache, ...],
         remote_regions: tuple[RegionDescriptor, ...],
-        remote_index: npt.NDArray[np.int64],
-        remote_offset: npt.NDArray[np.int64],
         imm: int | None,
         ticket: Ticket,
         on_end: Callable[[Transfer], None],
     ) -> None:
         self.id = number
         self.write = write
-        self.local = local
-        self.nbytes = local[:, 1].astype(np.int64)
+        self.local, self.nbytes, self.remote_index, self.remote_offset, self.total_nbytes = pieces
         self.local_regions = local_regions
         self.remote_regions = remote_regions
-        self.remote_index = remote_index
-        self.remote_offset = remote_offset
-        self.total_nbytes = int(self.nbytes.sum())
         self.imm = imm
         self.ticket = ticket
         self.on_placed: Callable[[], None] | None = None  # once, before the ticket ends well
@@ -110,13 +104,12 @@ class Transfer:
         """The error it will end with, if it was stopped."""
         return self._error
 
-    def remote_iovec(self) -> Iovec:
+    def remote_iovec(self) -> iovec.Iovec:
         """The pieces' virtual addresses in the peer's process."""
-        bases = np.array([region.address for region in self.remote_regions], np.uint64)
-        iov = np.empty((len(self.nbytes), 2), np.uint64)
-        iov[:, 0] = bases[self.remote_index] + self.remote_offset.astype(np.uint64)
-        iov[:, 1] = self.nbytes
-        return iov
+        if len(self.remote_regions) == 1:
+            return iovec.make(self.remote_offset + self.remote_regions[0].address, self.nbytes)
+        bases = np.array([region.address for region in self.remote_regions], np.int64)
+        return iovec.make(bases[self.remote_index] + self.remote_offset, self.nbytes)
 
     def begin(self, count: int = 1) -> bool:
         """Begins `count` works on its memory; False if it has ended or must, and nothing may begin.

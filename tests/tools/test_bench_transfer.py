@@ -138,9 +138,10 @@ def test_one_wrong_byte_at_either_end_of_a_large_piece_is_seen(where: str) -> No
     ("driver", "options"),
     [
         (SOCKET_DRIVER, {}),
+        ("kvferry.tools.bench.drive_vm:VmDriver", {"threads": 2}),
         ("kvferry.tools.bench.drive_kvferry:KvferryDriver", {"transport": "tcp", "rails": 2}),
     ],
-    ids=["socket", "kvferry"],
+    ids=["socket", "process_vm", "kvferry"],
 )
 def test_a_pair_moves_every_shape(driver: str, options: dict[str, object]) -> None:
     with Pair(driver, options) as pair:

@@ -19,6 +19,7 @@ from kvferry.tools.bench.workload import (
 
 PEERS = ("nixl", "mooncake")
 MEMCPY, SOCKET, CMA, CMA_VERIFIED = "memcpy", "socket", "cma", "cma-verify"
+VM = "process_vm"
 NIXL, NIXL_TCP, MOONCAKE = "nixl", "nixl-tcp", "mooncake-tcp"
 VERIFIED_RAILS = 2
 
@@ -81,6 +82,16 @@ def roster(rails: tuple[int, ...], peers: tuple[str, ...], peer_python: str) -> 
             "plain Python socket",
             f"{_HERE}.drive_socket:SocketDriver",
             operations=(WRITE,),
+        ),
+        *(
+            Contender(
+                f"{VM}-{threads}",
+                f"process_vm_writev alone, {threads} thread{'s' if threads > 1 else ''}",
+                f"{_HERE}.drive_vm:VmDriver",
+                options={"threads": threads},
+                operations=(WRITE,),
+            )
+            for threads in (1, 2)
         ),
         _ours(CMA, "kvferry cma", transport="cma"),
         *(
