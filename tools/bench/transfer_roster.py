@@ -86,7 +86,7 @@ def roster(rails: tuple[int, ...], peers: tuple[str, ...], peer_python: str) -> 
         *(
             Contender(
                 f"{VM}-{threads}",
-                f"process_vm_writev alone, {threads} thread{'s' if threads > 1 else ''}",
+                f"process_vm, {threads} thread{'s' if threads > 1 else ''}",
                 f"{_HERE}.drive_vm:VmDriver",
                 options={"threads": threads},
                 operations=(WRITE,),
