@@ -18,18 +18,23 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 
 from .errors import LayoutError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2  # 2: dtypes and heads of a region, scales, the model's heads and layers
 PLAIN_CODEC = "plain"
+WHOLE_KINDS = (
+    "ssm",
+    "ring",
+)  # groups whose slots are moved whole: no tokens are looked for in them
 MAX_NBYTES = 1 << 62  # offsets are int64, and sums of two must not overflow
 MAX_SLOTS = 1 << 31  # a plan packs two block ids into an int64
 _OUTER = ("layer", "plane", "block")
-_INNER = ("token", "head", "dim")
+_INNER = ("token", "head", "tile", "dim")
 
 
 class Axis(msgspec.Struct, frozen=True, array_like=True):
@@ -53,6 +58,8 @@ class RegionLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         axes: the axes inside a slot, outermost first.
         base_offset: bytes from the region's start to its first slot.
         nbytes: size of the region.
+        dtype: element type, if other than the layout's.
+        heads: range of the model's heads, if other than the layout's.
     """
 
     layers: tuple[int, ...]
@@ -66,6 +73,8 @@ class RegionLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     axes: tuple[Axis, ...]
     base_offset: int
     nbytes: int
+    dtype: str = ""
+    heads: tuple[int, int] | None = None
 
     @property
     def slot_nbytes(self) -> int:
@@ -89,6 +98,18 @@ class GroupLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     null_slot: int | None = None
 
 
+class Scale(msgspec.Struct, frozen=True, array_like=True):
+    """What the stored numbers of one layer and plane are multiplied by to get the real ones.
+
+    Attributes:
+        values: one for all heads, or one for each head held.
+    """
+
+    layer: int
+    plane: str
+    values: tuple[float, ...]
+
+
 class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One engine's (or one rank's) whole paged cache, in bytes.
 
@@ -100,6 +121,9 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         tp_mode: `split` or `replicate`: whether ranks hold different heads or the same ones.
         codec: how bytes inside a slot are encoded; `plain` is an array of `dtype`.
         opaque: axes that may be neither sliced nor reordered, because the codec hides them.
+        scales: of quantised planes (fp8, int8), where they are fixed. Scales that differ from block
+            to block are a plane of their own: `k_scale` beside `k`, without token axis.
+        model_heads, model_layers: of the whole model; 0 where nobody said.
     """
 
     regions: tuple[RegionLayout, ...]
@@ -111,6 +135,9 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     codec: str = PLAIN_CODEC
     opaque: tuple[str, ...] = ()
     version: int = LAYOUT_VERSION
+    scales: tuple[Scale, ...] = ()
+    model_heads: int = 0
+    model_layers: int = 0
 
     @classmethod
     def from_tensors(
@@ -121,11 +148,15 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         layers: Sequence[int] | None = None,
         planes: Sequence[str] | None = None,
         head_start: int = 0,
+        tp_mode: str = "split",
         kind: str = "full",
         window: int = 0,
         null_slot: int | None = None,
         codec: str = PLAIN_CODEC,
         opaque: Sequence[str] = (),
+        scales: Mapping[str, Any] | None = None,
+        model_heads: int = 0,
+        model_layers: int = 0,
     ) -> KVLayout:
         """Describes torch tensors (or NumPy arrays) that are a paged cache.
 
@@ -135,12 +166,14 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 at its first element.
             dims: the dimensions' names in order, out of `layer plane block token head dim`, for
                 example `"plane block token head dim"` (NHD) or `"block plane head token dim"`.
-                `plane`, `head` and `token` may be absent (MLA has one plane and no heads).
+                `plane`, `head` and `token` may be absent (MLA has one plane and no heads). Where
+                `dim` is cut into tiles that do not lie side by side, `tile` counts them.
             layers: global layer indices; 0, 1, 2, … if not given.
             planes: names of the planes; `k v` for two, `latent` for one.
             head_start: global index of the first KV head held here.
             kind, window, null_slot: see `GroupLayout`.
-            codec, opaque: see `KVLayout`.
+            tp_mode, codec, opaque, model_heads, model_layers: see `KVLayout`.
+            scales: of each quantised plane: one number, `[layer]` or `[layer, head]` of them.
 
         Raises:
             LayoutError: a dimension is missing, doubled or contradicts another tensor's.
@@ -216,7 +249,7 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     plane_stride=strides.get("plane", 0),
                     slot_stride=strides["block"],
                     num_slots=sizes["block"],
-                    tokens_per_slot=sizes.get("token", 1),
+                    tokens_per_slot=sizes.get("token", 0 if kind in WHOLE_KINDS else 1),
                     elem_bytes=elem_bytes,
                     axes=axes,
                     base_offset=0,
@@ -229,11 +262,23 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             dtype=dtype,
             head_start=head_start,
             head_stop=head_start + sizes.get("head", 1),
+            tp_mode=tp_mode,
             codec=codec,
             opaque=tuple(opaque),
+            scales=_make_scales(scales or {}, layer_ids),
+            model_heads=model_heads,
+            model_layers=model_layers,
         )
         layout.check()
         return layout
+
+    def region_heads(self, index: int) -> tuple[int, int]:
+        """The model's heads that a region holds."""
+        return self.regions[index].heads or (self.head_start, self.head_stop)
+
+    def region_dtype(self, index: int) -> str:
+        """The element type of a region."""
+        return self.regions[index].dtype or self.dtype
 
     def check(self) -> None:
         """Checks that the layout does not contradict itself; also for one that a peer sent.
@@ -256,12 +301,23 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"axis 'head': [{self.head_start}, {self.head_stop}) is no range of heads",
                 operation="layout",
             )
+        if self.tp_mode not in ("split", "replicate"):
+            raise LayoutError(
+                f"tp_mode {self.tp_mode!r} is neither 'split' nor 'replicate'", operation="layout"
+            )
         for number, region in enumerate(self.regions):
             held = [axis.size for axis in region.axes if axis.name == "head"]
-            if held and held[0] != self.head_stop - self.head_start:
+            start, stop = self.region_heads(number)
+            if held and (held[0] != stop - start or start < 0):
                 raise LayoutError(
                     f"region {number}: axis 'head' has size {held[0]} but heads "
-                    f"[{self.head_start}, {self.head_stop}) are held",
+                    f"[{start}, {stop}) are held",
+                    operation="layout",
+                )
+            if held and 0 < self.model_heads < stop:
+                raise LayoutError(
+                    f"region {number}: axis 'head' holds [{start}, {stop}) of a model of "
+                    f"{self.model_heads} heads",
                     operation="layout",
                 )
         seen: set[int] = set()
@@ -279,6 +335,7 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     f"axis 'block' differs within a {group.kind} group: {sorted(slots)} slots",
                     operation="layout",
                 )
+            _check_group(self, group)
             rows: set[tuple[int, str]] = set()
             for region in (self.regions[index] for index in group.regions):
                 for row in itertools.product(region.layers, region.planes):
@@ -289,6 +346,7 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     rows.add(row)
         if len(seen) != len(self.regions):
             raise LayoutError("every region must be in one group", operation="layout")
+        _check_scales(self)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -313,6 +371,77 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def digest(self) -> str:
         """A short name of this exact layout; equal layouts have equal digests."""
         return hashlib.blake2b(msgspec.msgpack.encode(self), digest_size=16).hexdigest()
+
+
+def _make_scales(scales: Mapping[str, Any], layers: tuple[int, ...]) -> tuple[Scale, ...]:
+    made = []
+    for plane, given in scales.items():
+        values = np.asarray(given, np.float32)
+        if values.ndim > 2 or (values.ndim and values.shape[0] != len(layers)):
+            raise LayoutError(
+                f"scales of plane {plane!r} have shape {values.shape}: give one number, "
+                f"[{len(layers)} layers] or [{len(layers)} layers, heads]",
+                operation="layout",
+            )
+        rows = np.broadcast_to(values.reshape(-1, values.shape[1] if values.ndim == 2 else 1),
+                               (len(layers), values.shape[1] if values.ndim == 2 else 1))  # fmt: skip
+        made += [
+            Scale(layer, plane, tuple(row))
+            for layer, row in zip(layers, rows.tolist(), strict=True)
+        ]
+    return tuple(made)
+
+
+def _check_group(layout: KVLayout, group: GroupLayout) -> None:
+    """What the regions of one block table must have in common."""
+    regions = [layout.regions[index] for index in group.regions]
+    tokens = {region.tokens_per_slot for region in regions}
+    if len(tokens) > 1:
+        raise LayoutError(
+            f"block sizes differ within a {group.kind} group: {sorted(tokens)} tokens",
+            operation="layout",
+        )
+    if group.window < 0 or (
+        regions and group.window > regions[0].num_slots * regions[0].tokens_per_slot
+    ):
+        held = regions[0].num_slots * regions[0].tokens_per_slot if regions else 0
+        raise LayoutError(
+            f"a window of {group.window} tokens is larger than the group's blocks, which hold "
+            f"{held} tokens",
+            operation="layout",
+        )
+
+
+def _check_scales(layout: KVLayout) -> None:
+    seen = set()
+    held = {
+        (layer, plane): index
+        for index, region in enumerate(layout.regions)
+        for layer in region.layers
+        for plane in region.planes
+    }
+    for scale in layout.scales:
+        key = (scale.layer, scale.plane)
+        if key not in held or key in seen:
+            raise LayoutError(
+                f"a scale is for plane {scale.plane!r} of layer {scale.layer}, which is "
+                f"{'scaled twice' if key in seen else 'not held'}",
+                operation="layout",
+            )
+        seen.add(key)
+        start, stop = layout.region_heads(held[key])
+        if len(scale.values) not in (1, stop - start):
+            raise LayoutError(
+                f"plane {scale.plane!r} of layer {scale.layer} has {len(scale.values)} scales: give "
+                f"1, or {stop - start} for heads [{start}, {stop})",
+                operation="layout",
+            )
+        if not all(0.0 < value < math.inf for value in scale.values):
+            raise LayoutError(
+                f"plane {scale.plane!r} of layer {scale.layer} has scales {scale.values}: they must "
+                "be positive and finite",
+                operation="layout",
+            )
 
 
 def _describe(tensor: Any, names: list[str]) -> tuple[dict[str, int], dict[str, int], int, str]:
