@@ -26,6 +26,12 @@ lazy.add(
     "kvferry.tools.bench.cli",
     "Measure transfers or kernels beside their baselines.",
 )
+lazy.add(
+    app,
+    "rdma-vm",
+    "kvferry.tools.rdma_vm.cli",
+    "Boot a virtual machine with real kernel RDMA devices and run a command inside.",
+)
 
 
 @app.command()
