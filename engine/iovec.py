@@ -80,26 +80,38 @@ def chunks(nbytes: npt.NDArray[np.int64], limit_nbytes: int, limit: int) -> Iter
         start, done = stop, int(ends[stop - 1])
 
 
-def process_vm(pid: int, local: Iovec, remote: Iovec, *, write: bool) -> None:
-    """Copies between this process's `local` and process `pid`'s `remote`, equally many bytes.
+def process_vm(
+    pid: int,
+    local: npt.NDArray[np.integer],
+    remote: npt.NDArray[np.integer],
+    nbytes: int,
+    *,
+    write: bool,
+) -> None:
+    """Copies between this process's `local` and process `pid`'s `remote`, `nbytes` bytes each.
 
-    Both arrays are consumed: a partial copy advances them in place.
+    Both are iovec arrays of 8-byte integers of either sign, C-contiguous, and are consumed: a
+    partial copy advances them in place.
 
     Raises:
         OSError: ESRCH (no such process), EPERM (not allowed), EFAULT (memory not mapped).
     """
     call = _process_vm_writev if write else _process_vm_readv
+    local_address = local.__array_interface__["data"][0]
+    remote_address = remote.__array_interface__["data"][0]
     here = there = 0
     while here < len(local):
         count, remote_count = min(IOV_MAX, len(local) - here), min(IOV_MAX, len(remote) - there)
         done = call(
             pid,
-            local.ctypes.data + 16 * here,
+            local_address + 16 * here,
             count,
-            remote.ctypes.data + 16 * there,
+            remote_address + 16 * there,
             remote_count,
             0,
         )
+        if done == nbytes:
+            return
         if done < 0:
             code = ctypes.get_errno()
             if code == errno.EINTR:
@@ -156,7 +168,7 @@ def _stream(call: ctypes._NamedFuncPointer, fd: int, iov: Iovec, flags: int) -> 
         start = _advance(iov, start, count, done)
 
 
-def _advance(iov: Iovec, start: int, count: int, done: int) -> int:
+def _advance(iov: npt.NDArray[np.integer], start: int, count: int, done: int) -> int:
     """Index of the first piece that is not finished after `done` bytes; trims that piece."""
     ends = np.cumsum(iov[start : start + count, 1].astype(np.int64))
     if done >= ends[-1]:
@@ -164,6 +176,6 @@ def _advance(iov: Iovec, start: int, count: int, done: int) -> int:
     finished = int(np.searchsorted(ends, done, side="right"))
     rest = done - (int(ends[finished - 1]) if finished else 0)
     first = start + finished
-    iov[first, 0] += np.uint64(rest)
-    iov[first, 1] -= np.uint64(rest)
+    iov[first, 0] += iov.dtype.type(rest)
+    iov[first, 1] -= iov.dtype.type(rest)
     return first

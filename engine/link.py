@@ -476,10 +476,19 @@ class Link:
                 operation=operation,
                 peer=self.peer.name,
             )
+        if stream is not None and not self._path.orders_streams:
+            raise PlanError(
+                "stream= orders GPU memory, but this plan's cache is host memory",
+                operation=operation,
+                peer=self.peer.name,
+            )
+        if plan.local.kind == "host":
+            plan.local.check_intact()
         if self._path.takes_blocks(plan):
             # Asked for once, and waited for: a transfer that came later must not overtake one that
             # still waits for leave, since streams at both ends may depend on their order.
-            if plan.remote.regions is not self._passed.get(id(plan.remote.regions)):
+            unknown = plan.remote.regions is not self._passed.get(id(plan.remote.regions))
+            if self._path.orders_streams and unknown:
                 self._ask_leave(plan)
             ids = check_block_ids(plan, *ids)
             nbytes = plan.nbytes(len(ids[1]), layers=layers)
@@ -494,13 +503,6 @@ class Link:
                 nbytes,
                 stream,
             )
-        if stream is not None:
-            raise PlanError(
-                "stream= orders GPU memory, but this plan's cache is host memory",
-                operation=operation,
-                peer=self.peer.name,
-            )
-        plan.local.check_intact()
         return self._submit(
             operation,
             (plan.local,),
@@ -597,7 +599,9 @@ class Link:
 
     def _ask_leave(self, plan: TransferPlan) -> None:
         """Waits until the peer has let this link reach a plan's regions, if it has to be asked."""
-        if not self._path.takes_blocks(plan) or self.core.progress.on_thread:
+        if not (self._path.orders_streams and self._path.takes_blocks(plan)):
+            return
+        if self.core.progress.on_thread:
             return
         self._submit(
             "prepare",
@@ -637,8 +641,9 @@ class Link:
         error = transfer.stopped
         if error is not None and transfer.write and transfer.imm is not None:
             self.abort(transfer.imm, error.message)
-        for region_id in self._revoked_here & {r.region_id for r in transfer.remote_regions}:
-            self._confirm_revoked(region_id)
+        if self._revoked_here:
+            for region_id in self._revoked_here & {r.region_id for r in transfer.remote_regions}:
+                self._confirm_revoked(region_id)
 
     def _expire(self, transfer: Transfer, late_s: float) -> None:
         transfer.ticket._expire()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .bound_pieces import MAX_PIECE_NBYTES, NO_PIECES, BoundPieces, bind
+from .bound_pieces import BoundPieces, bind
+from .bound_template import BoundTemplate
 from .errors import LayoutError, PlanError
 from .plan import Plan, have_neighbours
 
@@ -16,14 +17,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from .memory import CacheDescriptor, RegisteredCache
-    from .plan import BlockIds, Template
+    from .plan import BlockIds
 
     Column = npt.NDArray[np.int64]
-
-# Of so many recent block counts the columns that depend on nothing else are kept, if they are short:
-# a small handoff is planned in a third of the time, and a large one does not notice.
-KEPT_COUNTS = 16
-KEPT_PIECES = 8192
 
 
 class TransferPlan:
@@ -49,7 +45,8 @@ class TransferPlan:
                 operation="plan",
             )
         self._addresses = np.array([region.address for region in local.regions], np.int64)
-        self._bound: dict[tuple[int, ...] | None, _BoundTemplate] = {}
+        self._remote_addresses = np.array([region.address for region in remote.regions], np.int64)
+        self._bound: dict[tuple[int, ...] | None, BoundTemplate] = {}
 
     def nbytes(self, num_blocks: int, *, layers: Sequence[int] | None = None) -> int:
         """Bytes that `num_blocks` blocks take: what the receiver must expect."""
@@ -63,14 +60,10 @@ class TransferPlan:
         Raises:
             BlockOutOfRange, OverlappingBlocks, PlanError: as for `Plan.pieces`.
         """
-        key = None if layers is None else tuple(layers)
-        bound = self._bound.get(key)
-        if bound is None:
-            template = self.plan.template(layers=layers)
-            bound = self._bound[key] = _BoundTemplate(template, self._addresses, self.writes)
         src_ids, dst_ids = self.plan.check_ids(src_block_ids, dst_block_ids)
-        if bound.uncut and not (bound.joins and have_neighbours(src_ids, dst_ids)):
-            return bound.spread(src_ids, dst_ids)
+        bound = self.bound(src_ids, dst_ids, layers)
+        if bound is not None:
+            return bound.pieces(src_ids, dst_ids)
         pieces = self.plan.multiply(src_ids, dst_ids, layers=layers)
         here, here_offset = pieces.src_region, pieces.src_offset
         there, there_offset = pieces.dst_region, pieces.dst_offset
@@ -79,74 +72,20 @@ class TransferPlan:
         addresses = self._addresses[here] + here_offset
         return bind(addresses, pieces.nbytes, there, there_offset, self.remote.regions)
 
-
-class _Columns(NamedTuple):
-    """What the number of blocks alone decides."""
-
-    nbytes: Column
-    remote_index: Column
-    total_nbytes: int
-
-
-class _BoundTemplate:
-    """A template whose source and destination are memory.
-
-    Attributes:
-        joins: whether blocks that are neighbours on both sides form one run.
-        uncut: whether no piece of one block is empty or so long that it must be cut.
-    """
-
-    def __init__(self, template: Template, addresses: Column, writes: bool) -> None:
-        local = (template.src_region, template.src_offset, template.src_stride)
-        remote = (template.dst_region, template.dst_offset, template.dst_stride)
-        if not writes:
-            local, remote = remote, local
-        self._writes = writes
-        self._address = (addresses[local[0]] + local[1])[:, None]
-        self._local_stride = local[2][:, None]
-        self._remote_region = remote[0]
-        self._remote_offset = remote[1][:, None]
-        self._remote_stride = remote[2][:, None]
-        self._nbytes = template.nbytes
-        self._kept: dict[int, _Columns] = {}
-        longest = int(template.nbytes.max(initial=0))
-        self.joins = bool(template.joins.any())
-        self.uncut = 0 < longest <= MAX_PIECE_NBYTES
-
-    def spread(self, src_ids: Column, dst_ids: Column) -> BoundPieces:
-        """The pieces of blocks of which none are joined.
-
-        Their ranges need no further check: the plan has checked the template for the highest block
-        id and the ids themselves, and `CacheDescriptor.check` that the regions are so large.
-        """
-        count, rows = len(src_ids), len(self._nbytes)
-        if not count:
-            return NO_PIECES
-        columns = self._kept.get(count) or self._columns(count)
-        mine, theirs = (src_ids, dst_ids) if self._writes else (dst_ids, src_ids)
-        table = np.empty((rows, count, 2), np.int64)
-        np.multiply(mine, self._local_stride, out=table[:, :, 0])
-        table[:, :, 0] += self._address
-        local = table.reshape(-1, 2)
-        local[:, 1] = columns.nbytes
-        offset = theirs * self._remote_stride
-        offset += self._remote_offset
-        return BoundPieces(
-            local.view(np.uint64),
-            columns.nbytes,
-            columns.remote_index,
-            offset.reshape(-1),
-            columns.total_nbytes,
-        )
-
-    def _columns(self, count: int) -> _Columns:
-        nbytes = np.repeat(self._nbytes, count)
-        columns = _Columns(nbytes, np.repeat(self._remote_region, count), int(nbytes.sum()))
-        if len(nbytes) <= KEPT_PIECES:
-            while len(self._kept) >= KEPT_COUNTS:
-                self._kept.pop(next(iter(self._kept)), None)
-            self._kept[count] = columns
-        return columns
+    def bound(
+        self, src_ids: Column, dst_ids: Column, layers: Sequence[int] | None
+    ) -> BoundTemplate | None:
+        """What multiplies these blocks out as they are; None if some form longer runs together, or
+        a piece has to be cut."""
+        key = None if layers is None else tuple(layers)
+        bound = self._bound.get(key)
+        if bound is None:
+            addresses = (self._addresses, self._remote_addresses)
+            template = self.plan.template(layers=layers)
+            bound = self._bound[key] = BoundTemplate(template, *addresses, writes=self.writes)
+        if not bound.uncut or (bound.joins and have_neighbours(src_ids, dst_ids)):
+            return None
+        return bound
 
 
 def check_block_ids(plan: TransferPlan, src_block_ids: Any, dst_block_ids: Any) -> tuple[Any, Any]:

@@ -84,7 +84,7 @@ class Transfer:
     ) -> None:
         self.id = number
         self.write = write
-        self.local, self.nbytes, self.remote_index, self.remote_offset, self.total_nbytes = pieces
+        self.take(pieces)
         self.local_regions = local_regions
         self.remote_regions = remote_regions
         self.imm = imm
@@ -98,6 +98,10 @@ class Transfer:
         self._placed_nbytes = 0
         self._error: EngineError | None = None
         self._concluded = False
+
+    def take(self, pieces: BoundPieces) -> None:
+        """Gives it the list of pieces, before its first work begins."""
+        self.local, self.nbytes, self.remote_index, self.remote_offset, self.total_nbytes = pieces
 
     @property
     def stopped(self) -> EngineError | None:
@@ -172,6 +176,9 @@ class DataPath(abc.ABC):
 
     peer_reaches_memory = False
     """Whether the peer can touch this process's memory without this process's help."""
+
+    orders_streams = False
+    """Whether it begins a transfer after the work of a CUDA stream."""
 
     kinds = frozenset({"host"})
     """The kinds of memory that it moves."""

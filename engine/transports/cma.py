@@ -13,7 +13,7 @@ import errno
 import functools
 import os
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,16 +32,21 @@ from ..wire import Arrived, Check, Checked, LinkMessage, Refuse
 from .base import Availability, DataPath, Transfer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    import numpy.typing as npt
+
+    from ..bound_template import BoundBlocks, BoundTemplate, Column, Share
     from ..link import Link
+    from ..transfer_plan import TransferPlan
 
-# A transfer is cut so that every copier has some shares, and whoever is done first takes the next: at
-# most this much, so that a long one stops soon (flat from 2 to 32 MiB), and at least that much,
-# because each costs 15 microseconds of Python.
+# A transfer is cut so that every copier has a share: at most this much, so that a long one stops
+# soon (flat from 2 to 32 MiB), and at least that much, because waking a copier costs 50 microseconds.
 CHUNK_NBYTES = 4 << 20
 MIN_CHUNK_NBYTES = 256 << 10
-PARTS_A_COPIER = 2
+# The addresses of so few pieces are made at once; of more, each copier makes those of its share while
+# the others copy.
+FEW_PIECES = 1024
 YAMA = "/proc/sys/kernel/yama/ptrace_scope"
 _PR_SET_PTRACER = 0x59616D61
 _PR_SET_PTRACER_ANY = ctypes.c_ulong(-1)
@@ -66,6 +71,7 @@ def probe() -> Availability:
             os.getpid(),
             iovec.make(np.array([copy.ctypes.data]), one),
             iovec.make(np.array([word.ctypes.data]), one),
+            16,
             write=False,
         )
     except OSError as error:
@@ -101,6 +107,7 @@ def read_word(pid: int, address: int) -> bytes:
         pid,
         iovec.make(np.array([word.ctypes.data]), size),
         iovec.make(np.array([address]), size),
+        16,
         write=False,
     )
     return word.tobytes()
@@ -130,30 +137,61 @@ class CmaPath(DataPath):
         self._unchecked: dict[tuple[int, int], tuple[Transfer, int, int]] = {}  # by chunk
 
     def submit(self, transfer: Transfer) -> None:
-        if transfer.write and transfer.imm is not None:
-            transfer.on_placed = functools.partial(self._count, transfer.imm, transfer)
-        if not transfer.total_nbytes:
-            if transfer.begin():
-                transfer.end(0)
+        if not self._announce(transfer):
             return
         remote = transfer.remote_iovec()
-        copiers = self._link.core.copiers
-        share_nbytes = transfer.total_nbytes // (PARTS_A_COPIER * copiers.count) + 1
-        limit_nbytes = min(CHUNK_NBYTES, max(MIN_CHUNK_NBYTES, share_nbytes))
+        limit_nbytes = self._share_nbytes(transfer)
         # All parts are cut before the first one starts: a copier that has woken up would take the
         # interpreter lock in between.
-        parts = list(iovec.chunks(transfer.nbytes, limit_nbytes, tables.MAX_PIECES))
-        batch = Batch(
-            copiers,
+        parts = iovec.chunks(transfer.nbytes, limit_nbytes, tables.MAX_PIECES)
+        self._start(
+            transfer,
             [
-                functools.partial(
-                    self._guarded,
-                    functools.partial(self._copy, transfer, number, part, remote[part]),
-                )
+                functools.partial(self._copy, transfer, number, part, remote[part])
                 for number, part in enumerate(parts)
             ],
         )
-        transfer.ticket._help = batch.help
+
+    def takes_blocks(self, plan: TransferPlan) -> bool:
+        return not self._link.core.verify  # checksums want a list of pieces
+
+    def submit_blocks(
+        self,
+        transfer: Transfer,
+        plan: TransferPlan,
+        src_block_ids: Any,
+        dst_block_ids: Any,
+        layers: Sequence[int] | None,
+    ) -> None:
+        ids = (src_block_ids, dst_block_ids)
+        bound = plan.bound(*ids, layers)
+        if bound is None:
+            transfer.take(plan.pieces(*ids, layers))
+            self.submit(transfer)
+        elif self._announce(transfer):
+            count, blocks = len(ids[1]), bound.blocks(*ids)
+            shares = bound.shares(count, self._share_nbytes(transfer), tables.MAX_PIECES)
+            copy = functools.partial(self._copy_share, transfer, bound, blocks)
+            if count * bound.num_rows <= FEW_PIECES:
+                whole = bound.iovecs(bound.everything, blocks)
+                copy = functools.partial(self._copy_slice, transfer, count, *whole)
+            self._start(transfer, [functools.partial(copy, share) for share in shares])
+
+    def _announce(self, transfer: Transfer) -> bool:
+        """Notes what to do at the end; False if there is nothing to copy, so that this was it."""
+        if transfer.write and transfer.imm is not None:
+            transfer.on_placed = functools.partial(self._count, transfer.imm, transfer)
+        if not transfer.total_nbytes and transfer.begin():
+            transfer.end(0)
+        return transfer.total_nbytes > 0
+
+    def _share_nbytes(self, transfer: Transfer) -> int:
+        share_nbytes = -(-transfer.total_nbytes // self._link.core.copiers.count)
+        return min(CHUNK_NBYTES, max(MIN_CHUNK_NBYTES, share_nbytes))
+
+    def _start(self, transfer: Transfer, tasks: list[Callable[[], None]]) -> None:
+        guarded = [functools.partial(self._guarded, task) for task in tasks]
+        transfer.ticket._help = Batch(self._link.core.copiers, guarded).help
 
     def handle(self, message: LinkMessage) -> bool:
         if isinstance(message, Check):
@@ -204,16 +242,45 @@ class CmaPath(DataPath):
         if not transfer.begin():
             return
         nbytes = int(transfer.nbytes[part].sum())
-        try:
-            iovec.process_vm(self._pid, transfer.local[part].copy(), remote, write=transfer.write)
-        except OSError as error:
-            transfer.stop(self._error(error, transfer))
-            transfer.end(0)
+        if not self._move(transfer, transfer.local[part].copy(), remote, nbytes):
             return
         if self._link.core.verify:
             self._ask_check(transfer, number, part, nbytes)
         else:
             transfer.end(nbytes)
+
+    def _copy_share(
+        self,
+        transfer: Transfer,
+        bound: BoundTemplate,
+        blocks: BoundBlocks,
+        share: Share,
+    ) -> None:
+        if transfer.begin() and self._move(transfer, *bound.iovecs(share, blocks), share.nbytes):
+            transfer.end(share.nbytes)
+
+    def _copy_slice(
+        self, transfer: Transfer, count: int, local: Column, remote: Column, share: Share
+    ) -> None:
+        part = slice(share.rows.start * count, share.rows.stop * count)
+        if transfer.begin() and self._move(transfer, local[part], remote[part], share.nbytes):
+            transfer.end(share.nbytes)
+
+    def _move(
+        self,
+        transfer: Transfer,
+        local: npt.NDArray[np.integer],
+        remote: npt.NDArray[np.integer],
+        nbytes: int,
+    ) -> bool:
+        """Copies, for work that was begun; ends it, and says False, if that fails."""
+        try:
+            iovec.process_vm(self._pid, local, remote, nbytes, write=transfer.write)
+        except OSError as error:
+            transfer.stop(self._error(error, transfer))
+            transfer.end(0)
+            return False
+        return True
 
     def _count(self, imm: int, transfer: Transfer) -> None:
         """Counts a write that is placed; the peer has counted the bytes that it verified."""

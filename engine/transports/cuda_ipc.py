@@ -76,6 +76,7 @@ class CudaIpcPath(DataPath):
     """Launches kernels on streams of its own, one a GPU of this side."""
 
     peer_reaches_memory = True
+    orders_streams = True
     kinds = frozenset({"host", "cuda"})
 
     def __init__(self, link: Link, pid: int) -> None:

@@ -81,7 +81,8 @@ class VmDriver(SocketDriver):
         ]
 
     def _copy(self, local: iovec.Iovec, remote: iovec.Iovec) -> None:
-        iovec.process_vm(self._peer["pid"], local.copy(), remote.copy(), write=True)
+        nbytes = int(local[:, 1].sum())
+        iovec.process_vm(self._peer["pid"], local.copy(), remote.copy(), nbytes, write=True)
 
     def _work(self) -> None:
         while True:
