@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from .paths import Paths
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from .link import Link
     from .memory import RegionTable
     from .progress import Progress
+    from .stream_gate import StreamGate
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,9 @@ class EngineCore:
         peer_timeout_s: silence after which a peer is lost.
         forget: called when a link has quiesced.
         device_counters: this engine's counters in GPU memory.
+        gate: holds staged transfers back until the compute before them is done.
         max_programs: programs that a kernel may use at a time; no limit if None.
+        paths: which pieces go direct, and which are staged.
     """
 
     identity: Identity
@@ -38,4 +43,6 @@ class EngineCore:
     peer_timeout_s: float
     forget: Callable[[Link], None]
     device_counters: DeviceCounters
+    gate: StreamGate
     max_programs: int | None = None
+    paths: Paths = field(default_factory=Paths)

@@ -26,6 +26,7 @@ _LAZY_ENABLE_PEER_ACCESS = 1
 _STREAM_NON_BLOCKING = 1
 _WAIT_GREATER_OR_EQUAL = 0
 _PEER_ACCESS_ALREADY_ENABLED = 704
+_PORTABLE_AND_MAPPED = 1 | 2  # for every device of the process, and at the host's own address
 
 _pointer = ctypes.POINTER
 _u64 = ctypes.c_uint64
@@ -64,6 +65,9 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuStreamCreate": (_pointer(_handle), ctypes.c_uint),
     "cuStreamDestroy_v2": (_handle,),
     "cuStreamSynchronize": (_handle,),
+    "cuMemHostRegister_v2": (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint),
+    "cuMemHostUnregister": (ctypes.c_void_p,),
+    "cuMemcpyHtoDAsync_v2": (_u64, ctypes.c_void_p, ctypes.c_size_t, _handle),
     "cuStreamWaitValue64_v2": (_handle, _u64, _u64, ctypes.c_uint),
     "cuStreamWriteValue64_v2": (_handle, _u64, _u64, ctypes.c_uint),
 }
@@ -222,6 +226,21 @@ class Driver:
         """Lets a stream write a word."""
         with self.current(device):
             self.call("cuStreamWriteValue64_v2", stream, address, value, 0)
+
+    def pin(self, device: int, address: int, nbytes: int) -> None:
+        """Registers host memory, whole pages: kernels of all devices reach it by its address."""
+        with self.current(device):
+            self.call("cuMemHostRegister_v2", address, nbytes, _PORTABLE_AND_MAPPED)
+
+    def unpin(self, device: int, address: int) -> None:
+        """Ends one `pin`."""
+        with self.current(device):
+            self.call("cuMemHostUnregister", address)
+
+    def upload(self, device: int, to: int, address: int, nbytes: int, stream: int) -> None:
+        """Copies pinned host memory to device memory, on a stream."""
+        with self.current(device):
+            self.call("cuMemcpyHtoDAsync_v2", to, address, nbytes, stream)
 
     def _context(self, device: int) -> ctypes.c_void_p:
         context = self._contexts.get(device)

@@ -476,7 +476,7 @@ class Link:
                 operation=operation,
                 peer=self.peer.name,
             )
-        if stream is not None and not self._path.orders_streams:
+        if stream is not None and plan.local.kind == "host":
             raise PlanError(
                 "stream= orders GPU memory, but this plan's cache is host memory",
                 operation=operation,
@@ -503,6 +503,13 @@ class Link:
                 nbytes,
                 stream,
             )
+        if any(getattr(one, "is_cuda", False) for one in ids):
+            raise PlanError(
+                "block ids on a GPU need GPU memory at both ends and cuda_ipc: here they are "
+                "needed in host memory",
+                operation=operation,
+                peer=self.peer.name,
+            )
         return self._submit(
             operation,
             (plan.local,),
@@ -510,6 +517,7 @@ class Link:
             plan.remote.regions,
             imm,
             timeout_s,
+            stream=stream,
         )
 
     def _submit(

@@ -1,80 +1,221 @@
-"""Staging: one contiguous buffer between many tiny pieces and the wire.
+"""Staging: contiguous host memory between scattered pieces and a wire, and who copies to and fro.
 
-The kernel's scatter-gather costs 300 to 500 ns a piece at either end of a socket; NumPy copies a
-tiny piece in 80. Below `STAGED_BELOW_NBYTES` (a part of one head of one token) a rail therefore
-gathers the pieces of a frame here and sends them as one, and the receiver scatters them from here.
-Each end decides for itself: the bytes on the wire are the same.
+A *mover* gathers pieces into staging and scatters them from it: the GPU's does it with a kernel,
+straight into pinned memory (`gpu_mover.py`); the one here serves host memory. A transport that cannot
+move the pieces themselves takes a buffer of a `Ring`, gathers, sends the buffer, and lets the next
+gather run meanwhile; its peer receives into a buffer and scatters. Nothing on the wire shows whether
+an end stages.
 
-Whole writes over loopback, GB/s without and with staging, one run on a 2.5 GHz Xeon of two cores:
-64 B 0.19 : 0.22, 128 B 0.31 : 0.39, 256 B 0.55 : 0.43, 512 B 0.88 : 0.63. From 256 B on the second
-copy costs more than the kernel's bookkeeping.
+Host memory. The kernel's scatter-gather costs 300 to 500 ns a piece at either end of a socket; NumPy
+copies a tiny piece in 80. Whole writes over loopback, GB/s without and with staging, one run on a
+2.5 GHz Xeon of two cores: 64 B 0.19 : 0.22, 128 B 0.31 : 0.39, 256 B 0.55 : 0.43, 512 B 0.88 : 0.63.
+Pieces of many sizes gain nothing at any size.
 """
 
 from __future__ import annotations
 
 import ctypes
+import mmap
+import os
+import queue
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from . import iovec
+from .paths import NEVER_DIRECT
 
-STAGED_BELOW_NBYTES = 256
-STAGED_FROM_PIECES = 32  # fewer are not worth the set-up
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+FEWEST_PIECES = 32  # fewer tiny ones are not worth the set-up
+GRID_BELOW_NBYTES = 4096  # larger pieces: the system call copies them at 3 to 5 GB/s
 
 
-class Staging:
-    """A buffer of one thread. It grows to the largest frame of tiny pieces that it has seen."""
+class Moved(Protocol):
+    """A gather or scatter that was begun."""
 
-    def __init__(self) -> None:
-        self._buffer = np.zeros(0, np.uint8)
+    def wait(self) -> None:
+        """Returns when its bytes are visible.
 
-    def suits(self, pieces: iovec.Iovec) -> bool:
-        """Whether these pieces go faster through the buffer: many, tiny, equal and on one grid."""
-        if len(pieces) < STAGED_FROM_PIECES:
-            return False
-        nbytes = int(pieces[0, 1])
-        if not 0 < nbytes < STAGED_BELOW_NBYTES or bool((pieces[:, 1] != nbytes).any()):
-            return False
-        return not bool(((pieces[:, 0] - pieces[:, 0].min()) % np.uint64(nbytes)).any())
+        Raises:
+            DeviceError: the GPU failed.
+        """
 
-    def gather(self, pieces: iovec.Iovec) -> iovec.Iovec:
-        """Copies suitable pieces into the buffer, which it returns as an iovec of one piece."""
-        rows, index, nbytes = _rows(pieces)
-        buffer = self._room(len(pieces) * nbytes)
-        # Other modes than "clip" make NumPy copy into a temporary first; the rows are in range.
-        np.take(rows, index, axis=0, out=buffer.reshape(-1, nbytes), mode="clip")
-        return _whole(buffer)
 
-    def empty(self, pieces: iovec.Iovec) -> iovec.Iovec:
-        """Room for suitable pieces, as an iovec of one piece: fill it, then `scatter`."""
-        return _whole(self._room(len(pieces) * int(pieces[0, 1])))
+class Mover(Protocol):
+    """Copies between pieces of one device's memory and staging. One thread begins, any may wait."""
 
-    def scatter(self, pieces: iovec.Iovec) -> None:
-        """Copies what `empty` was filled with into the pieces."""
-        rows, index, nbytes = _rows(pieces)
-        item = f"V{nbytes}"
-        buffer = self._buffer[: len(pieces) * nbytes]
-        rows.reshape(-1).view(item)[index] = buffer.view(item)
+    def gather(self, pieces: iovec.Iovec, address: int) -> Moved:
+        """Copies the pieces to `address`, one after the other. Raises DeviceError."""
 
-    def _room(self, nbytes: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-        if len(self._buffer) < nbytes:
-            self._buffer = np.empty(nbytes, np.uint8)
-        return self._buffer[:nbytes]
+    def scatter(self, address: int, pieces: iovec.Iovec) -> Moved:
+        """Copies what lies at `address` into the pieces. Raises DeviceError."""
+
+    def pin(self, address: int, nbytes: int) -> None:
+        """Makes staging reachable for this mover. Raises DeviceError."""
+
+    def unpin(self, address: int) -> None:
+        """Ends one `pin`."""
+
+    def warm(self, address: int) -> None:
+        """Does beforehand what the first copy would have to do, with 256 bytes of staging."""
+
+    def close(self) -> None:
+        """Frees what it holds: nothing is in flight any more."""
+
+
+class _Done:
+    def wait(self) -> None:
+        return
+
+
+_DONE = _Done()
+
+
+class HostMover:
+    """Moves pieces of host memory; done on return."""
+
+    def gather(self, pieces: iovec.Iovec, address: int) -> Moved:
+        """Copies the pieces to `address`."""
+        if _on_a_grid(pieces):
+            rows, index, nbytes = _rows(pieces)
+            buffer = _bytes_at(address, len(pieces) * nbytes)
+            # Other modes than "clip" make NumPy copy into a temporary first; the rows are in range.
+            np.take(rows, index, axis=0, out=buffer.reshape(-1, nbytes), mode="clip")
+        else:
+            iovec.process_vm(os.getpid(), _whole(address, pieces), pieces.copy(), write=False)
+        return _DONE
+
+    def scatter(self, address: int, pieces: iovec.Iovec) -> Moved:
+        """Copies from `address` into the pieces."""
+        if _on_a_grid(pieces):
+            rows, index, nbytes = _rows(pieces)
+            item = f"V{nbytes}"
+            buffer = _bytes_at(address, len(pieces) * nbytes)
+            rows.reshape(-1).view(item)[index] = buffer.view(item)
+        else:
+            iovec.process_vm(os.getpid(), pieces.copy(), _whole(address, pieces), write=False)
+        return _DONE
+
+    def pin(self, address: int, nbytes: int) -> None:
+        """Nothing: host memory reaches host memory."""
+
+    def unpin(self, address: int) -> None:
+        """Nothing."""
+
+    def warm(self, address: int) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def suits(pieces: iovec.Iovec, direct_from_nbytes: int) -> bool:
+    """Whether pieces of host memory go faster through staging: many, tiny, equal, on one grid."""
+    if direct_from_nbytes >= NEVER_DIRECT:
+        return len(pieces) > 0
+    if len(pieces) < FEWEST_PIECES or int(pieces[0, 1]) >= direct_from_nbytes:
+        return False
+    return _on_a_grid(pieces)
+
+
+class Buffer:
+    """Host memory of its own mapping, pinned for one mover."""
+
+    def __init__(self, nbytes: int, mover: Mover) -> None:
+        self.nbytes = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.address = int(np.frombuffer(self._map, np.uint8).ctypes.data)
+        self._mover = mover
+        mover.pin(self.address, self.nbytes)
+
+    def part(self, nbytes: int) -> iovec.Iovec:
+        """Its first bytes, as an iovec of one piece."""
+        return iovec.make(np.array([self.address]), np.array([nbytes]))
+
+    def close(self) -> None:
+        """Unpins it; the memory goes with the last view of it."""
+        self._mover.unpin(self.address)
+
+
+class Ring:
+    """A few buffers of one mover. `take` and `give` from any thread."""
+
+    def __init__(self, mover: Mover, count: int, nbytes: int) -> None:
+        self.mover = mover
+        self._count = count
+        self._free: queue.SimpleQueue[Buffer | None] = queue.SimpleQueue()
+        self._nbytes = nbytes
+        for _ in range(count):
+            self._free.put(None)  # made when it is first taken
+
+    def take(self, nbytes: int) -> Buffer:
+        """A free buffer of at least `nbytes`; waits for one."""
+        buffer = self._free.get()
+        try:
+            if buffer is not None and buffer.nbytes < nbytes:
+                buffer.close()
+                buffer = None
+            return buffer or Buffer(max(nbytes, self._nbytes), self.mover)
+        except BaseException:
+            self._free.put(None)
+            raise
+
+    def give(self, buffer: Buffer) -> None:
+        """Gives a buffer back: nobody touches it any more."""
+        self._free.put(buffer)
+
+    def fill(self) -> None:
+        """Makes all buffers now, and warms the mover. Raises DeviceError."""
+        buffers: list[Buffer] = []
+        try:
+            buffers.extend(self.take(1) for _ in range(self._count))
+            self.mover.warm(buffers[0].address)
+        finally:
+            for buffer in buffers:
+                self.give(buffer)
+
+    def close(self) -> None:
+        """Waits until every buffer is back, and frees them and the mover."""
+        for _ in range(self._count):
+            buffer = self._free.get()
+            if buffer is not None:
+                buffer.close()
+        self.mover.close()
+
+
+def new_mover(device: int, max_programs: int | None = None) -> Mover:
+    """A mover for the memory of a GPU, or of the host for -1."""
+    if device < 0:
+        return HostMover()
+    from .gpu_mover import GpuMover
+
+    return GpuMover(device, max_programs)
+
+
+def _on_a_grid(pieces: iovec.Iovec) -> bool:
+    """Whether they are small, equal, and lie whole multiples of their size apart."""
+    nbytes = int(pieces[0, 1])
+    if not 0 < nbytes < GRID_BELOW_NBYTES or bool((pieces[:, 1] != nbytes).any()):
+        return False
+    return not bool(((pieces[:, 0] - pieces[:, 0].min()) % np.uint64(nbytes)).any())
 
 
 def _rows(
     pieces: iovec.Iovec,
-) -> tuple[
-    np.ndarray[tuple[int, int], np.dtype[np.uint8]], np.ndarray[tuple[int], np.dtype[np.int64]], int
-]:
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], int]:
     """The memory that the pieces span as rows of one piece each, and the pieces' row numbers."""
     nbytes = int(pieces[0, 1])
     first, last = int(pieces[:, 0].min()), int(pieces[:, 0].max())
-    memory = (ctypes.c_uint8 * (last - first + nbytes)).from_address(first)
-    rows = np.ctypeslib.as_array(memory).reshape(-1, nbytes)
+    rows = _bytes_at(first, last - first + nbytes).reshape(-1, nbytes)
     index = ((pieces[:, 0] - np.uint64(first)) // np.uint64(nbytes)).astype(np.int64)
     return rows, index, nbytes
 
 
-def _whole(buffer: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> iovec.Iovec:
-    return iovec.make(np.array([buffer.ctypes.data]), np.array([len(buffer)]))
+def _bytes_at(address: int, nbytes: int) -> npt.NDArray[np.uint8]:
+    return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+
+
+def _whole(address: int, pieces: iovec.Iovec) -> iovec.Iovec:
+    return iovec.make(np.array([address]), np.array([int(pieces[:, 1].sum())]))

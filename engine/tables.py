@@ -31,6 +31,7 @@ class Admitted(NamedTuple):
     regions: tuple[MemoryRegion, ...]
     iov: iovec.Iovec
     nbytes: int
+    device: int = -1  # the GPU that holds all of them; -1 for host memory
 
     def release(self) -> None:
         """Ends the use."""
@@ -57,8 +58,13 @@ def piece_rows(transfer: Transfer, part: slice) -> npt.NDArray[np.void]:
     return rows
 
 
-def admit(table: RegionTable, region_data: bytes, piece_data: bytes) -> Admitted:
+def admit(
+    table: RegionTable, region_data: bytes, piece_data: bytes, *, staged: bool = False
+) -> Admitted:
     """Checks keys and ranges and marks the regions as in use.
+
+    Args:
+        staged: whether the caller has staging for GPU memory.
 
     Raises:
         ProtocolError: these are no tables.
@@ -82,12 +88,19 @@ def admit(table: RegionTable, region_data: bytes, piece_data: bytes) -> Admitted
     if len(pieces) and (int(pieces["offset"].max()) | int(pieces["nbytes"].max())) >> 63:
         raise OutOfRange("a range beyond 2**63 leaves every region", operation="access")
     offsets, nbytes = pieces["offset"].astype(np.int64), pieces["nbytes"].astype(np.int64)
-    for region in regions:
-        if region.device >= 0:
-            raise NotRegistered(
-                f"region {region.region_id} is GPU memory, which this transport does not reach",
-                operation="access",
-            )
+    devices = {region.device for region in regions} or {-1}
+    if len(devices) > 1:
+        raise NotRegistered(
+            "these regions are on several GPUs, or partly in host memory: make one transfer for "
+            "each",
+            operation="access",
+        )
+    (device,) = devices
+    if device >= 0 and not staged:
+        raise NotRegistered(
+            f"region {regions[0].region_id} is GPU memory, which this operation does not reach",
+            operation="access",
+        )
     limits = np.array([region.nbytes for region in regions], np.int64)[index]
     check_ranges(offsets, nbytes, limits, "remote")
     used: list[MemoryRegion] = []
@@ -100,4 +113,4 @@ def admit(table: RegionTable, region_data: bytes, piece_data: bytes) -> Admitted
             region.release()
         raise
     bases = np.array([region.address for region in regions], np.int64)[index]
-    return Admitted(regions, iovec.make(bases + offsets, nbytes), int(nbytes.sum()))
+    return Admitted(regions, iovec.make(bases + offsets, nbytes), int(nbytes.sum()), device)

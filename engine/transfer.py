@@ -36,7 +36,10 @@ from .errors import (
 from .handshake import EngineAddress, Hello, Identity
 from .link import DEFAULT_TIMEOUT_S, Link
 from .memory import CacheDescriptor, MemoryRegion, RegionTable, RegisteredCache, quarantine
+from .paths import Paths
+from .paths import load as load_paths
 from .progress import TICK_S, Progress
+from .stream_gate import StreamGate
 from .tickets import Ticket, all_of
 from .transfer_plan import TransferPlan
 from .transports import cma, cuda_ipc, tcp
@@ -79,6 +82,8 @@ class TransferEngine:
         peer_timeout_s: silence after which a peer counts as frozen or unreachable.
         max_programs: programs that a kernel of a transfer between GPUs may use at a time, to leave
             multiprocessors to a model; no limit if None.
+        paths: which pieces go direct and which through staging; the table that
+            `kvferry bench paths --save` has saved, or defaults, if None.
         name: shown in errors and metrics.
 
     Raises:
@@ -97,6 +102,7 @@ class TransferEngine:
         verify: bool = False,
         peer_timeout_s: float = 1.5,
         max_programs: int | None = None,
+        paths: Paths | None = None,
         name: str = "",
     ) -> None:
         unknown = set(transports) - set(TRANSPORTS)
@@ -152,6 +158,8 @@ class TransferEngine:
             forget=self._forget,
             device_counters=DeviceCounters(),
             max_programs=max_programs,
+            gate=StreamGate(identity.name),
+            paths=paths or load_paths(),
         )
         self._core.regions.counters_on = self._core.device_counters.array
         self._core.regions.on_revoke(self._revoke)
@@ -434,6 +442,7 @@ class TransferEngine:
         if reachable:
             quarantine(self._core.regions.all())
         self._core.device_counters.close(free=not reachable)
+        self._core.gate.close()
         self._core.copiers.stop()
         self._core.progress.stop()
         for link in links:

@@ -88,6 +88,38 @@ class Checked(_Message, frozen=True, tag="checked"):
     crc: Uint32
 
 
+class OpenStaging(_Message, frozen=True, tag="stage-open"):
+    """My staging for you is this descriptor of my process: slots of so many bytes each."""
+
+    descriptor: Uint32
+    num_slots: Uint32
+    slot_nbytes: Uint63
+
+
+class Staged(_Message, frozen=True, tag="staged"):
+    """A slot of my staging holds these pieces, one after the other: put them in their places.
+
+    A write names regions and pieces of yours; a reply to your `ReadRequest` names neither, for it is
+    your own transfer's pieces from `first` on.
+    """
+
+    transfer: Uint63
+    first: Uint32
+    slot: Uint32
+    nbytes: Uint63
+    reply: bool
+    regions: bytes
+    pieces: bytes
+    imm: Uint32 | None
+    crc: Uint32 | None
+
+
+class Unstaged(_Message, frozen=True, tag="unstaged"):
+    """I am done with that slot of your staging."""
+
+    slot: Uint32
+
+
 class Abort(_Message, frozen=True, tag="abort"):
     """I gave up on this imm: its counter will never reach the total."""
 
@@ -143,6 +175,9 @@ LinkMessage = (
     | ReadRequest
     | Check
     | Checked
+    | OpenStaging
+    | Staged
+    | Unstaged
     | Abort
     | Claim
     | Granted

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .. import iovec
+from ..errors import NotRegistered
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -107,6 +108,23 @@ class Transfer:
     def stopped(self) -> EngineError | None:
         """The error it will end with, if it was stopped."""
         return self._error
+
+    def device(self) -> int:
+        """The GPU that holds its local memory; -1 for host memory.
+
+        Raises:
+            NotRegistered: it is spread over several.
+        """
+        regions = self.local_regions
+        devices = {region.device for region in regions} or {-1}
+        if len(devices) > 1 or any(r.device < 0 and r.kind != "host" for r in regions):
+            raise NotRegistered(
+                "the local regions are on several GPUs, or partly in host memory: make one "
+                "transfer for each",
+                operation=self.ticket.operation,
+                peer=self.ticket.peer,
+            )
+        return devices.pop()
 
     def remote_iovec(self) -> iovec.Iovec:
         """The pieces' virtual addresses in the peer's process."""

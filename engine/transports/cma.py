@@ -1,4 +1,4 @@
-"""Cross-memory attach: one host, host memory, one copy made by the kernel.
+"""Cross-memory attach: one host, host memory, one copy made by the kernel; GPU memory by staging.
 
 `process_vm_writev` and `process_vm_readv` reach any memory of a process that we may ptrace, so the
 engine's own tensors need no preparation. The link's control channel, a Unix socket, carries one
@@ -30,11 +30,14 @@ from ..errors import (
 )
 from ..wire import Arrived, Check, Checked, LinkMessage, Refuse
 from .base import Availability, DataPath, Transfer
+from .shared_staging import SharedStaging
+from .staged import note_compute
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
+    import torch
 
     from ..bound_template import BoundBlocks, BoundTemplate, Column, Share
     from ..link import Link
@@ -127,16 +130,29 @@ class CmaPath(DataPath):
     """Copies by the engine's copier threads."""
 
     peer_reaches_memory = True
+    kinds = frozenset({"host", "cuda"})
 
     def __init__(self, link: Link, pid: int) -> None:
         self._link = link
+        self._staging = SharedStaging(link, pid)
         self._pid = pid
         self._lock = threading.Lock()
         self._running = 0
+        self._halting = False
         self._halted: Callable[[], None] | None = None
         self._unchecked: dict[tuple[int, int], tuple[Transfer, int, int]] = {}  # by chunk
 
+    def before(self, transfer: Transfer, stream: torch.cuda.Stream | None) -> None:
+        note_compute(transfer, stream)
+
+    def prepare(self, plan: TransferPlan, layers: Sequence[int] | None) -> None:
+        if plan.local.device >= 0:
+            self._staging.prepare(plan.local.device)
+
     def submit(self, transfer: Transfer) -> None:
+        if self._is_staged(transfer):
+            self._staging.submit(transfer)
+            return
         if not self._announce(transfer):
             return
         remote = transfer.remote_iovec()
@@ -152,8 +168,20 @@ class CmaPath(DataPath):
             ],
         )
 
+    def _is_staged(self, transfer: Transfer) -> bool:
+        """Whether a GPU's memory is at either end, or the table of paths says so."""
+        regions = (*transfer.local_regions, *transfer.remote_regions)
+        if any(region.kind != "host" for region in regions):
+            return True
+        pieces = len(transfer.nbytes)
+        if not pieces:
+            return False
+        return not self._link.core.paths.direct("cma", transfer.total_nbytes / pieces)
+
     def takes_blocks(self, plan: TransferPlan) -> bool:
-        return not self._link.core.verify  # checksums want a list of pieces
+        if self._link.core.verify or self._link.core.paths.limit_nbytes("cma"):
+            return False  # checksums, and the choice of a path, want a list of pieces
+        return plan.local.kind == plan.remote_kind == "host"
 
     def submit_blocks(
         self,
@@ -194,6 +222,8 @@ class CmaPath(DataPath):
         transfer.ticket._help = Batch(self._link.core.copiers, guarded).help
 
     def handle(self, message: LinkMessage) -> bool:
+        if self._staging.handle(message):
+            return True
         if isinstance(message, Check):
             self._run(functools.partial(self._check, message))
         elif isinstance(message, Checked):
@@ -218,15 +248,20 @@ class CmaPath(DataPath):
         self._link.core.copiers.run(functools.partial(self._guarded, task))
 
     def halt(self, halted: Callable[[], None]) -> None:
+        def unstaged() -> None:
+            with self._lock:
+                self._halted = halted  # for whoever of the copiers is the last
+                if self._running:
+                    return
+            halted()
+
         with self._lock:
-            self._halted = halted
-            if self._running:
-                return
-        halted()
+            self._halting = True
+        self._staging.halt(unstaged)
 
     def _guarded(self, task: Callable[[], None]) -> None:
         with self._lock:
-            if self._halted is not None:
+            if self._halting:
                 return
             self._running += 1
         try:

@@ -1,0 +1,47 @@
+"""What the transports that stage GPU memory share: order after the compute that made the bytes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import EngineError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from ..stream_gate import StreamGate
+    from .base import Transfer
+
+
+def note_compute(transfer: Transfer, stream: torch.cuda.Stream | None) -> None:
+    """Notes what a stream has been given so far, if the transfer's memory is a GPU's.
+
+    Without a stream: what the caller has enqueued, as torch's own operations are ordered.
+    """
+    regions = transfer.local_regions
+    device = regions[0].device if regions else -1
+    if device < 0:
+        return
+    import torch
+
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(stream or torch.cuda.current_stream(device))
+    transfer.after = event
+
+
+def hold_until_computed(
+    gate: StreamGate, transfer: Transfer, start: Callable[[Transfer], None]
+) -> None:
+    """Starts a transfer once the compute before it is done. Refuses one on several GPUs."""
+    try:
+        transfer.device()
+    except EngineError as error:
+        transfer.stop(error)
+        return
+    event, transfer.after = transfer.after, None
+    if event is None:
+        start(transfer)
+    else:
+        gate.when(event, lambda: start(transfer), transfer.stop)
