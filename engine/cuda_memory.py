@@ -107,6 +107,17 @@ class PeerMappings:
             return memory.counters_address
         return self._map(device, memory, memory.counters, 0)
 
+    def obstacle(self, device: int, region: RegionDescriptor) -> str:
+        """Why kernels on `device` cannot reach a peer's region, as far as can be told without
+        mapping it; or ""."""
+        if region.cuda is None:
+            return "it is not exported"
+        cuda = driver()
+        peer_device = cuda.find_device(region.cuda.device_uuid)
+        if peer_device >= 0 and not cuda.can_access(device, peer_device):
+            return f"GPU {device} has no peer access to GPU {peer_device}"
+        return ""
+
     def _foreign(self, device: int, memory: CudaMemory) -> bool:
         """Whether it is another process's, after a check that kernels on `device` can reach it."""
         cuda = driver()

@@ -54,6 +54,7 @@ class SharedSlots:
         Raises:
             TransportUnavailable: the kernel does not let this process open them.
             ProtocolError: they are not what the peer says.
+            FileNotFoundError: the peer has closed them, or has ended.
         """
         if not (num_slots and slot_nbytes and num_slots * slot_nbytes <= MAX_NBYTES):
             raise ProtocolError(
@@ -61,6 +62,8 @@ class SharedSlots:
             )
         try:
             mine = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise
         except OSError as error:
             raise TransportUnavailable(
                 f"the peer's staging cannot be opened ({error.strerror}): run both engines as one "
@@ -97,5 +100,6 @@ class SharedSlots:
         """Ends this process's use of them; before its movers end."""
         if self._pinned is not None:
             self._pinned.unpin(self._address)
+        self._map.close()  # it holds a descriptor of its own
         if self.descriptor >= 0:
             os.close(self.descriptor)

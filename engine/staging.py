@@ -15,6 +15,7 @@ Pieces of many sizes gain nothing at any size.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import queue
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from . import iovec
+from .errors import DeviceError, RegionGone
 from .paths import NEVER_DIRECT
 
 if TYPE_CHECKING:
@@ -84,7 +86,7 @@ class HostMover:
             # Other modes than "clip" make NumPy copy into a temporary first; the rows are in range.
             np.take(rows, index, axis=0, out=buffer.reshape(-1, nbytes), mode="clip")
         else:
-            iovec.process_vm(os.getpid(), _whole(address, pieces), pieces.copy(), write=False)
+            _copy(pieces.copy(), _whole(address, pieces))
         return _DONE
 
     def scatter(self, address: int, pieces: iovec.Iovec) -> Moved:
@@ -95,7 +97,7 @@ class HostMover:
             buffer = _bytes_at(address, len(pieces) * nbytes)
             rows.reshape(-1).view(item)[index] = buffer.view(item)
         else:
-            iovec.process_vm(os.getpid(), pieces.copy(), _whole(address, pieces), write=False)
+            _copy(_whole(address, pieces), pieces.copy())
         return _DONE
 
     def pin(self, address: int, nbytes: int) -> None:
@@ -115,9 +117,7 @@ def suits(pieces: iovec.Iovec, direct_from_nbytes: int) -> bool:
     """Whether pieces of host memory go faster through staging: many, tiny, equal, on one grid."""
     if direct_from_nbytes >= NEVER_DIRECT:
         return len(pieces) > 0
-    if len(pieces) < FEWEST_PIECES or int(pieces[0, 1]) >= direct_from_nbytes:
-        return False
-    return _on_a_grid(pieces)
+    return _on_a_grid(pieces) and int(pieces[0, 1]) < direct_from_nbytes
 
 
 class Buffer:
@@ -135,8 +135,9 @@ class Buffer:
         return iovec.make(np.array([self.address]), np.array([nbytes]))
 
     def close(self) -> None:
-        """Unpins it; the memory goes with the last view of it."""
+        """Gives the memory back."""
         self._mover.unpin(self.address)
+        self._map.close()
 
 
 class Ring:
@@ -194,8 +195,32 @@ def new_mover(device: int, max_programs: int | None = None) -> Mover:
     return GpuMover(device, max_programs)
 
 
+def _copy(src: iovec.Iovec, dst: iovec.Iovec) -> None:
+    """Copies within this process, by the system call that walks two lists. Consumes both.
+
+    Raises:
+        RegionGone, DeviceError: the memory is gone; or the kernel refuses.
+    """
+    if not int(dst[:, 1].sum()):
+        return  # the call's answer to nothing is that of a failure
+    try:
+        iovec.process_vm(os.getpid(), dst, src, write=False)
+    except OSError as error:
+        if error.errno == errno.EFAULT:
+            raise RegionGone(
+                f"memory of a region is not mapped any more ({error.strerror}): it was freed "
+                "while registered",
+                operation="stage",
+            ) from error
+        raise DeviceError(
+            f"the kernel could not copy: {error.strerror}", operation="stage"
+        ) from error
+
+
 def _on_a_grid(pieces: iovec.Iovec) -> bool:
-    """Whether they are small, equal, and lie whole multiples of their size apart."""
+    """Whether they are many, small, equal, and lie whole multiples of their size apart."""
+    if len(pieces) < FEWEST_PIECES:
+        return False
     nbytes = int(pieces[0, 1])
     if not 0 < nbytes < GRID_BELOW_NBYTES or bool((pieces[:, 1] != nbytes).any()):
         return False

@@ -3,7 +3,8 @@
 Each side maps the other's allocations for its own GPU; a transfer is one kernel launch, whatever
 the number of blocks. The link's control channel, a Unix socket, carries one `Arrived` a write for
 hosts that wait; for streams that wait, the kernel itself adds to the receiver's device counter.
-Host memory of the same two processes goes by `cma`.
+Host memory of the same two processes goes by `cma`, and so does, staged, what no kernel reaches: GPUs
+without peer access, and transfers between GPU memory and host memory.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from ...kernels.signal import Signal
     from ..link import Link
-    from ..memory import RegionDescriptor
+    from ..memory import MemoryRegion, RegionDescriptor, RegisteredCache
     from ..plan import BlockIds
     from ..transfer_plan import TransferPlan
     from ..wire import LinkMessage
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .cuda_plan import CudaPlan
 
 
+_MOST_REMEMBERED = 4096
 _PREPARED_IDS = 1 << 16  # more work than any sensible cap, so that the capped kernel is loaded
 
 
@@ -87,10 +89,15 @@ class CudaIpcPath(DataPath):
         self._lanes: dict[int, Lane] = {}
         self._plans: dict[tuple[int, tuple[int, ...] | None], tuple[TransferPlan, CudaPlan]] = {}
         self._halting = False
+        self._limit_nbytes = link.core.paths.limit_nbytes("cuda_ipc")
+        self._reached: dict[tuple[int, int], tuple[object, bool]] = {}
 
     def before(self, transfer: Transfer, stream: torch.cuda.Stream | None) -> None:
         regions = transfer.local_regions
         if not regions or regions[0].device < 0:
+            return
+        if not self._goes_direct(transfer):
+            self._host.before(transfer, stream)
             return
         import torch
 
@@ -103,11 +110,11 @@ class CudaIpcPath(DataPath):
     # Pieces.
 
     def submit(self, transfer: Transfer) -> None:
+        if not self._goes_direct(transfer):
+            self._host.submit(transfer)  # host memory as it is, and what must be staged
+            return
         kinds = {region.kind for region in transfer.local_regions}
         kinds |= {region.kind for region in transfer.remote_regions}
-        if "cuda" not in kinds:
-            self._host.submit(transfer)
-            return
         with self._refusing(transfer):
             self._prepare(transfer, kinds)
             if not transfer.total_nbytes:
@@ -140,7 +147,11 @@ class CudaIpcPath(DataPath):
 
     def takes_blocks(self, plan: TransferPlan) -> bool:
         """Whether `submit_blocks` is the way for this plan."""
-        return plan.local.kind != "host"
+        if self._limit_nbytes:
+            pieces = plan.plan.template().nbytes
+            if not len(pieces) or pieces.mean() < self._limit_nbytes:
+                return False
+        return self._reaches((plan.local,), plan.remote.regions)
 
     def submit_blocks(
         self,
@@ -163,6 +174,7 @@ class CudaIpcPath(DataPath):
 
     def prepare(self, plan: TransferPlan, layers: Sequence[int] | None) -> None:
         if not self.takes_blocks(plan):
+            self._host.prepare(plan, layers)
             return
         import torch
 
@@ -266,6 +278,35 @@ class CudaIpcPath(DataPath):
             return entry[1]
 
     # Both.
+
+    def _goes_direct(self, transfer: Transfer) -> bool:
+        """Whether a kernel moves the transfer; if not, `cma` does, by staging if a GPU is in it."""
+        if transfer.start is not None:
+            return True  # blocks: `takes_blocks` has said so
+        pieces = max(1, len(transfer.nbytes))
+        return transfer.total_nbytes / pieces >= self._limit_nbytes and self._reaches(
+            transfer.local_regions, transfer.remote_regions
+        )
+
+    def _reaches(
+        self,
+        local: tuple[MemoryRegion | RegisteredCache, ...],
+        remote: tuple[RegionDescriptor, ...],
+    ) -> bool:
+        """Whether kernels of this side reach these regions of the peer."""
+        if not local or not remote or local[0].device < 0:
+            return False
+        device = local[0].device
+        anchor = remote[0] if len(remote) == 1 else remote  # lives as long as its user's descriptor
+        known = self._reached.get((device, id(anchor)))
+        if known is not None and known[0] is anchor:
+            return known[1]
+        reached = all(region.device == device for region in local) and not any(
+            self._mappings.obstacle(device, region) for region in remote
+        )
+        if len(self._reached) < _MOST_REMEMBERED:
+            self._reached[device, id(anchor)] = (anchor, reached)
+        return reached
 
     def _prepare(self, transfer: Transfer, kinds: set[str]) -> None:
         """Refuses what this path cannot move; arranges the count of what it can."""

@@ -229,8 +229,6 @@ class SharedStaging:
     ) -> _Gathered | None:
         if not transfer.begin(2):  # this thread, and the peer's answer
             return None
-        with self._lock:
-            self._unanswered[transfer.id] = self._unanswered.get(transfer.id, 0) + 1
         nbytes = int(transfer.nbytes[part].sum())
 
         def message(crc: int | None) -> Staged:
@@ -249,7 +247,6 @@ class SharedStaging:
         def end(error: EngineError | None) -> None:
             if error is not None:
                 transfer.stop(error)
-                self._answered(transfer.id)
                 transfer.end(0)  # the peer will not answer what it was not told
             transfer.end(0)
 
@@ -311,9 +308,13 @@ class SharedStaging:
             crc = None
             if gathered.verify:
                 crc = self._checksum(self._slots(), gathered.slot, gathered.nbytes)
+            staged = gathered.message(crc)
             with self._lock:
                 self._filled.add(gathered.slot)
-            self._link.send(gathered.message(crc))
+                if not staged.reply:
+                    number = staged.transfer
+                    self._unanswered[number] = self._unanswered.get(number, 0) + 1
+            self._link.send(staged)
         except DeviceError as error:
             failure = error
             self._free.put(gathered.slot)
@@ -476,6 +477,8 @@ class SharedStaging:
             self._theirs = SharedSlots.open(
                 self._pid, message.descriptor, message.num_slots, message.slot_nbytes
             )
+        except FileNotFoundError:
+            self._link.suspect()  # its process has ended, or it has just closed the link
         except EngineError as error:
             self._link.fail(error)
         else:

@@ -145,13 +145,10 @@ class TcpPath(DataPath):
 
     # What the rails' threads call.
 
-    def begin_write(self, transfer: Transfer) -> bool:
-        """Begins a frame of a write: its thread and the peer's answer; False if it has ended."""
-        if not transfer.begin(2):
-            return False
+    def sending(self, transfer: int) -> None:
+        """A frame of a write is being sent, which the peer will answer."""
         with self._lock:
-            self._unanswered[transfer.id] = self._unanswered.get(transfer.id, 0) + 1
-        return True
+            self._unanswered[transfer] = self._unanswered.get(transfer, 0) + 1
 
     def answered(self, transfer: int) -> bool:
         """Takes note of an answer to a frame; False if none was awaited."""

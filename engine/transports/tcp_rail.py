@@ -133,7 +133,7 @@ class Sender:
         if isinstance(item, Reply):
             return self._begin_reply(item)
         transfer, part = item
-        if not self._path.begin_write(transfer):
+        if not transfer.begin(2):  # this thread, and the peer's answer
             return None
         local = transfer.local[part]
         regions = tables.region_rows(transfer.remote_regions)
@@ -151,7 +151,6 @@ class Sender:
         def end(error: EngineError | None) -> None:
             if error is not None:
                 transfer.stop(error)
-                self._path.answered(transfer.id)
                 transfer.end(0)  # the peer will not answer what was not sent
             transfer.end(0)
 
@@ -222,6 +221,8 @@ class Sender:
 
     def _put(self, frame: _Frame) -> None:
         header = frame.header
+        if header.kind == frames.WRITE:
+            self._path.sending(header.transfer)
         if frame.verify:
             crc = iovec.checksum(frame.pieces)
             header = header._replace(flags=header.flags | frames.HAS_CRC, crc=crc)
