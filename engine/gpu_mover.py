@@ -72,7 +72,7 @@ class GpuMover:
 
     def __init__(self, device: int, max_programs: int | None = None) -> None:
         self.device = device
-        self._max_programs = min(MAX_PROGRAMS, max_programs or MAX_PROGRAMS)
+        self._max_programs = max_programs or MAX_PROGRAMS
         self._raw_stream = driver().new_stream(device)
         self._stream: torch.cuda.Stream = torch.cuda.ExternalStream(  # type: ignore[no-untyped-call]
             self._raw_stream, device=device

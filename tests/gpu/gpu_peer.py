@@ -61,6 +61,12 @@ class Commands:
         self._pools[region.region_id] = torch.from_numpy(array)
         return region.descriptor
 
+    def host_memory(self, content: bytes) -> RegionDescriptor:
+        array = np.frombuffer(bytearray(content), np.uint8)
+        region = self._engine.register(array)
+        self._pools[region.region_id] = torch.from_numpy(array)
+        return region.descriptor
+
     def deregister(self, region_id: int) -> None:
         self._regions[region_id].deregister()
 
