@@ -201,10 +201,11 @@ def _copy(src: iovec.Iovec, dst: iovec.Iovec) -> None:
     Raises:
         RegionGone, DeviceError: the memory is gone; or the kernel refuses.
     """
-    if not int(dst[:, 1].sum()):
+    nbytes = int(dst[:, 1].sum())
+    if not nbytes:
         return  # the call's answer to nothing is that of a failure
     try:
-        iovec.process_vm(os.getpid(), dst, src, write=False)
+        iovec.process_vm(os.getpid(), dst, src, nbytes, write=False)
     except OSError as error:
         if error.errno == errno.EFAULT:
             raise RegionGone(
