@@ -218,6 +218,8 @@ class Acquaintances:
                 known.write_plan = engine.plan(cache, peer_cache)
             if ours != "prefill" and theirs != "decode":
                 known.read_plan = engine.plan(peer_cache, cache)
+            for plan in filter(None, (known.write_plan, known.read_plan)):
+                _ = plan.plan  # handoffs name blocks: those of the two caches have to pair
         except EngineError as error:
             problem = error.message
         self._core.mailbox.call_soon(partial(self._tell, known, Reconciled(problem)))

@@ -240,7 +240,7 @@ class AgentCore:
         if not request.num_blocks:
             return peer.link.signal(request.imm, timeout_s=timeout_s)
         held = self.cache.layout.layers[slice(*action.layers)]
-        layers = [layer for layer in held if layer in plan.plan.layers]
+        layers = [layer for layer in held if layer in plan.layers]
         if not layers:
             return None  # decode's rank holds other layers
         return peer.link.write_blocks(

@@ -3,7 +3,7 @@
 A stored number times its scale is the real one. So one factor a head, `source scale / destination
 scale`, is all that a conversion needs: `cast(clamp(float32(x) * factor))`. The clamp is to what the
 quantised types can hold (they saturate); int8 is rounded to the nearest, ties to even. Everything
-else is PyTorch's own cast.
+else is PyTorch's own cast (`kernels/cast.py`).
 
 PyTorch is imported when numbers are converted on a CPU, not before: an agent that moves bits alone
 needs none.
@@ -19,10 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy.typing as npt
-    import torch
 
 PLAIN = ("bfloat16", "float16", "float32")
-QUANTISED = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0, "int8": 127.0}  # largest magnitude
+QUANTISED = ("float8_e4m3fn", "float8_e5m2", "int8")
 
 
 def has_conversion(src_dtype: str, dst_dtype: str) -> bool:
@@ -35,26 +34,6 @@ def factors(src_scales: Sequence[float], dst_scales: Sequence[float]) -> npt.NDA
     """One factor, or one a head: what a stored number is multiplied by."""
     left, right = np.asarray(src_scales, np.float32), np.asarray(dst_scales, np.float32)
     return np.asarray(left / right, np.float32)
-
-
-def convert_reference(
-    x: torch.Tensor, factor: torch.Tensor, dst_dtype: torch.dtype
-) -> torch.Tensor:
-    """The truth in plain PyTorch: a new tensor of `dst_dtype`.
-
-    Args:
-        x: numbers of any of the types.
-        factor: float32, broadcast over `x`.
-    """
-    import torch
-
-    real = x.to(torch.float32) * factor
-    name = str(dst_dtype).removeprefix("torch.")
-    if name in QUANTISED:
-        real = real.clamp(-QUANTISED[name], QUANTISED[name])
-    if dst_dtype == torch.int8:
-        real = torch.nan_to_num(real, nan=0.0).round()
-    return real.to(dst_dtype)
 
 
 def convert_bytes(
@@ -71,8 +50,10 @@ def convert_bytes(
     """
     import torch
 
+    from ..kernels.cast import cast_reference
+
     there: Any = getattr(torch, dst_dtype)
     x = torch.from_numpy(data).view(getattr(torch, src_dtype))
-    out = convert_reference(x, torch.from_numpy(factor)[:, None], there)
+    out = cast_reference(x, torch.from_numpy(factor)[:, None], there)
     converted: npt.NDArray[np.uint8] = out.view(torch.uint8).numpy()
     return converted

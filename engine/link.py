@@ -12,6 +12,7 @@ import os
 import select
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from .errors import (
 from .grants import Grants
 from .memory import MemoryRegion, RegionDescriptor, RegisteredCache, check_ranges
 from .tickets import Ticket
+from .token_move import Converting, TokenMove, as_tables, bind_tokens, check_move
 from .transfer_plan import check_block_ids
 from .transports.base import DataPath, Transfer
 
@@ -221,6 +223,56 @@ class Link:
         """
         ids = (src_block_ids, dst_block_ids)
         return self._blocks("read", plan, ids, None, layers, stream, timeout_s)
+
+    def write_tokens(
+        self,
+        plan: TransferPlan,
+        src_tables: Any,
+        dst_tables: Any,
+        *,
+        stop: int,
+        start: int = 0,
+        imm: int | None = None,
+        layers: Sequence[int] | None = None,
+        stream: torch.cuda.Stream | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Ticket:
+        """Writes tokens `[start, stop)` of a request into the peer's blocks, whatever their size.
+
+        Args:
+            plan: from `TransferEngine.plan(mine, theirs)`.
+            src_tables, dst_tables: a block table for each group of the layouts, or the one table;
+                see `TokenPlan.moves`. Over `cuda_ipc` also int32 or int64 tensors on the GPU,
+                which the kernel checks instead.
+            layers, stream, imm, timeout_s: as for `write_blocks`. The peer expects
+                `plan.tokens.nbytes(start, stop)` bytes.
+
+        Raises:
+            BlockOutOfRange, OverlappingBlocks, PlanError: the tables; and as for `write`.
+        """
+        only = None if layers is None else tuple(layers)
+        move = TokenMove(as_tables(src_tables), as_tables(dst_tables), start, stop, only)
+        return self._tokens("write", plan, move, imm, stream, timeout_s)
+
+    def read_tokens(
+        self,
+        plan: TransferPlan,
+        src_tables: Any,
+        dst_tables: Any,
+        *,
+        stop: int,
+        start: int = 0,
+        layers: Sequence[int] | None = None,
+        stream: torch.cuda.Stream | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Ticket:
+        """Reads tokens of a request out of the peer's blocks into blocks of this engine's.
+
+        As `write_tokens`, with a plan from `TransferEngine.plan(theirs, mine)`.
+        """
+        only = None if layers is None else tuple(layers)
+        move = TokenMove(as_tables(src_tables), as_tables(dst_tables), start, stop, only)
+        return self._tokens("read", plan, move, None, stream, timeout_s)
 
     def prepare(self, plan: TransferPlan, *, layers: Sequence[int] | None = None) -> None:
         """Does beforehand what the first transfer of a plan would have to do; may take seconds.
@@ -469,27 +521,7 @@ class Link:
         stream: torch.cuda.Stream | None,
         timeout_s: float,
     ) -> Ticket:
-        if plan.writes != (operation == "write"):
-            raise PlanError(
-                f"this plan is for {'writing' if plan.writes else 'reading'}: make another with "
-                "the two caches exchanged",
-                operation=operation,
-                peer=self.peer.name,
-            )
-        if stream is not None and plan.local.kind == "host":
-            raise PlanError(
-                "stream= orders GPU memory, but this plan's cache is host memory",
-                operation=operation,
-                peer=self.peer.name,
-            )
-        if plan.local.kind == "host":
-            plan.local.check_intact()
-        if self._path.takes_blocks(plan):
-            # Asked for once, and waited for: a transfer that came later must not overtake one that
-            # still waits for leave, since streams at both ends may depend on their order.
-            unknown = plan.remote.regions is not self._passed.get(id(plan.remote.regions))
-            if self._path.orders_streams and unknown:
-                self._ask_leave(plan)
+        if self._takes_whole(operation, plan, stream):
             ids = check_block_ids(plan, *ids)
             nbytes = plan.nbytes(len(ids[1]), layers=layers)
             return self._submit(
@@ -519,6 +551,64 @@ class Link:
             timeout_s,
             stream=stream,
         )
+
+    def _tokens(
+        self,
+        operation: str,
+        plan: TransferPlan,
+        move: TokenMove,
+        imm: int | None,
+        stream: torch.cuda.Stream | None,
+        timeout_s: float,
+    ) -> Ticket:
+        pieces, start, nbytes = NO_PIECES, None, None
+        if self._takes_whole(operation, plan, stream) and self._path.orders_streams:
+            nbytes = check_move(plan, move)
+            start = partial(self._path.submit_tokens, plan=plan, move=move)
+        elif plan.tokens.converts:
+            converting = Converting(plan, move)
+            nbytes = converting.wire_nbytes
+            start = partial(converting.start, self._path, self.core.copiers)
+        else:
+            pieces = bind_tokens(plan, move)
+        return self._submit(
+            operation,
+            (plan.local,),
+            pieces,
+            plan.remote.regions,
+            imm,
+            timeout_s,
+            start,
+            nbytes,
+            stream,
+        )
+
+    def _takes_whole(
+        self, operation: str, plan: TransferPlan, stream: torch.cuda.Stream | None
+    ) -> bool:
+        """Checks a plan for use; whether the path moves its blocks without a list of pieces."""
+        if plan.writes != (operation == "write"):
+            raise PlanError(
+                f"this plan is for {'writing' if plan.writes else 'reading'}: make another with "
+                "the two caches exchanged",
+                operation=operation,
+                peer=self.peer.name,
+            )
+        if stream is not None and plan.local.kind == "host":
+            raise PlanError(
+                "stream= orders GPU memory, but this plan's cache is host memory",
+                operation=operation,
+                peer=self.peer.name,
+            )
+        if plan.local.kind == "host":
+            plan.local.check_intact()
+        takes = self._path.takes_blocks(plan)
+        # Asked for once, and waited for: a transfer that came later must not overtake one that
+        # still waits for leave, since streams at both ends may depend on their order.
+        unknown = plan.remote.regions is not self._passed.get(id(plan.remote.regions))
+        if takes and self._path.orders_streams and unknown:
+            self._ask_leave(plan)
+        return takes
 
     def _submit(
         self,

@@ -46,7 +46,7 @@ from .transports import cma, cuda_ipc, tcp
 from .wire import LINK_VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from .layout import KVLayout
     from .memory import RegionDescriptor
@@ -231,12 +231,21 @@ class TransferEngine:
         return self._core.regions.register_cache(layout, tensors)
 
     def plan(
-        self, src: RegisteredCache | CacheDescriptor, dst: RegisteredCache | CacheDescriptor
+        self,
+        src: RegisteredCache | CacheDescriptor,
+        dst: RegisteredCache | CacheDescriptor,
+        *,
+        keys: Collection[tuple[int, str]] | None = None,
     ) -> TransferPlan:
         """How blocks of `src` become blocks of `dst`; cached for the pair.
 
         One of them is this engine's `RegisteredCache`, the other the peer's `CacheDescriptor`.
-        With the own one as source the plan is for `write_blocks`, else for `read_blocks`.
+        With the own one as source the plan is for `write_blocks` and `write_tokens`, else for
+        `read_blocks` and `read_tokens`.
+
+        Args:
+            keys: the planes of layers, `(layer, plane)`, to move: what `RankPlan` chose for two
+                ranks. All that both hold if None.
 
         Raises:
             LayoutError: the layouts cannot be reconciled; names the axis and both values.
@@ -256,10 +265,11 @@ class TransferEngine:
             raise NotRegistered(
                 "this cache is registered with another engine of this process", operation="plan"
             )
-        key = (local.descriptor, remote, writes)
+        keys = None if keys is None else frozenset(keys)
+        key = (local.descriptor, remote, writes, keys)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = TransferPlan(local, remote, writes=writes)
+            plan = self._plans[key] = TransferPlan(local, remote, writes=writes, keys=keys)
         return plan
 
     def new_imm(self) -> int:

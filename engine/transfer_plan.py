@@ -8,16 +8,18 @@ import numpy as np
 
 from .bound_pieces import BoundPieces, bind
 from .bound_template import BoundTemplate
-from .errors import LayoutError, PlanError
+from .errors import PlanError
 from .plan import Plan, have_neighbours
+from .reblock import TokenPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     import numpy.typing as npt
 
     from .memory import CacheDescriptor, RegisteredCache
     from .plan import BlockIds
+    from .reconcile import Key
 
     Column = npt.NDArray[np.int64]
 
@@ -28,25 +30,52 @@ class TransferPlan:
     Attributes:
         local, remote: the two caches.
         writes: True if the local one is the source.
-        plan: the pure plan between the two layouts.
+        tokens: the pure plan between the two layouts.
+        layers: global indices of the layers that it moves.
+        addresses: of the local regions.
     """
 
-    def __init__(self, local: RegisteredCache, remote: CacheDescriptor, *, writes: bool) -> None:
+    def __init__(
+        self,
+        local: RegisteredCache,
+        remote: CacheDescriptor,
+        *,
+        writes: bool,
+        keys: Collection[Key] | None = None,
+    ) -> None:
         self.local = local
         self.remote = remote
         self.writes = writes
         self.remote_kind = "/".join(sorted({region.kind for region in remote.regions}))
-        pair = (local.layout, remote.layout)
-        self.plan = Plan(*pair) if writes else Plan(*reversed(pair))
-        if len(local.layout.groups) > 1:
-            raise LayoutError(
-                f"a cache of {len(local.layout.groups)} groups has as many block tables: register "
-                "and plan each group as a cache of its own",
-                operation="plan",
-            )
-        self._addresses = np.array([region.address for region in local.regions], np.int64)
+        pair = (local.layout, remote.layout) if writes else (remote.layout, local.layout)
+        self.tokens = TokenPlan(*pair, keys)
+        self.layers = self.tokens.layers
+        self._plan = Plan(*pair) if keys is None and _blocks_pair(self.tokens) else None
+        self.addresses = np.array([region.address for region in local.regions], np.int64)
         self._remote_addresses = np.array([region.address for region in remote.regions], np.int64)
         self._bound: dict[tuple[int, ...] | None, BoundTemplate] = {}
+
+    @property
+    def blocks_pair(self) -> bool:
+        """Whether `write_blocks` and `read_blocks` can use it."""
+        return self._plan is not None
+
+    @property
+    def plan(self) -> Plan:
+        """The pure plan for lists of block ids.
+
+        Raises:
+            PlanError: a block of one side is not one of the other; tokens move, and `tokens` says how.
+        """
+        if self._plan is None:
+            sizes = [(pair.src_tokens, pair.dst_tokens) for pair in self.tokens.pairs]
+            raise PlanError(
+                "blocks of the two caches do not pair one to one (tokens a block at source and "
+                f"destination, for each group: {sizes}): move tokens with write_tokens or "
+                "read_tokens",
+                operation="plan",
+            )
+        return self._plan
 
     def nbytes(self, num_blocks: int, *, layers: Sequence[int] | None = None) -> int:
         """Bytes that `num_blocks` blocks take: what the receiver must expect."""
@@ -69,7 +98,7 @@ class TransferPlan:
         there, there_offset = pieces.dst_region, pieces.dst_offset
         if not self.writes:
             here, here_offset, there, there_offset = there, there_offset, here, here_offset
-        addresses = self._addresses[here] + here_offset
+        addresses = self.addresses[here] + here_offset
         return bind(addresses, pieces.nbytes, there, there_offset, self.remote.regions)
 
     def bound(
@@ -80,12 +109,21 @@ class TransferPlan:
         key = None if layers is None else tuple(layers)
         bound = self._bound.get(key)
         if bound is None:
-            addresses = (self._addresses, self._remote_addresses)
+            addresses = (self.addresses, self._remote_addresses)
             template = self.plan.template(layers=layers)
             bound = self._bound[key] = BoundTemplate(template, *addresses, writes=self.writes)
         if not bound.uncut or (bound.joins and have_neighbours(src_ids, dst_ids)):
             return None
         return bound
+
+
+def _blocks_pair(tokens: TokenPlan) -> bool:
+    """Whether a list of block ids for each side says what moves: one table, equal blocks, bits."""
+    one_each = len(tokens.src.groups) == len(tokens.dst.groups) == 1
+    equal = all(pair.src_tokens == pair.dst_tokens for pair in tokens.pairs)
+    plain = not (tokens.src.opaque or tokens.dst.opaque) or tokens.src.opaque == tokens.dst.opaque
+    one_dtype = len({*map(tokens.src.region_dtype, range(len(tokens.src.regions)))}) == 1
+    return one_each and equal and plain and one_dtype and not tokens.converts
 
 
 def check_block_ids(plan: TransferPlan, src_block_ids: Any, dst_block_ids: Any) -> tuple[Any, Any]:

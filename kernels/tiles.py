@@ -117,7 +117,7 @@ def plan_tiles(
     piece_words = piece_nbytes // word_nbytes
     tile_words = min(_MOST_WORDS, tuning.tile_nbytes // word_nbytes)
     tile_words = max(tuning.num_warps * 32, 1 << (tile_words.bit_length() - 1))
-    words = _chunk_words(piece_words, tile_words)
+    words = chunk_words(piece_words, tile_words)
     return TilePlan(
         unit_nbytes=unit_nbytes,
         word_nbytes=word_nbytes,
@@ -132,7 +132,7 @@ def plan_tiles(
     )
 
 
-def _chunk_words(piece_words: int, tile_words: int) -> int:
+def chunk_words(piece_words: int, tile_words: int) -> int:
     """The largest power of two that leaves at most an eighth of the lanes idle."""
     words = min(tile_words, 1 << (piece_words - 1).bit_length())
     while words > _FEWEST_WORDS and -(-piece_words // words) * words * 8 > piece_words * 9:

@@ -69,6 +69,12 @@ class Commands:
         self._caches.append((registered, arrays))
         return registered.descriptor
 
+    def cache_of(self, arrays: list[np.ndarray[Any, Any]], layout: KVLayout) -> CacheDescriptor:
+        """Registers a cache of this layout with this content, given as bytes."""
+        registered = self._engine.register_cache(layout, arrays)
+        self._caches.append((registered, arrays))
+        return registered.descriptor
+
     def peek_cache(self) -> list[np.ndarray[Any, Any]]:
         """The content of the latest cache."""
         return self._caches[-1][1]

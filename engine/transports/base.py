@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..errors import EngineError
     from ..memory import MemoryRegion, RegionDescriptor, RegisteredCache
     from ..tickets import Ticket
+    from ..token_move import TokenMove
     from ..transfer_plan import TransferPlan
     from ..wire import LinkMessage
 
@@ -228,6 +229,11 @@ class DataPath(abc.ABC):
         layers: Sequence[int] | None,
     ) -> None:
         """Starts a transfer of blocks; the transfer has no pieces. As `submit` otherwise."""
+        raise NotImplementedError
+
+    def submit_tokens(self, transfer: Transfer, plan: TransferPlan, move: TokenMove) -> None:
+        """Starts a transfer of tokens, as `submit_blocks`; the tables are checked already, if they
+        are in host memory."""
         raise NotImplementedError
 
     def forget(self, region_id: int) -> None:  # noqa: B027 - most paths keep nothing of a region

@@ -33,10 +33,12 @@ if TYPE_CHECKING:
     from ..link import Link
     from ..memory import MemoryRegion, RegionDescriptor, RegisteredCache
     from ..plan import BlockIds
+    from ..token_move import TokenMove
     from ..transfer_plan import TransferPlan
     from ..wire import LinkMessage
     from .cuda_lane import Lane, Launched
     from .cuda_plan import CudaPlan
+    from .cuda_tokens import TokenLaunch
 
 
 _MOST_REMEMBERED = 4096
@@ -88,6 +90,9 @@ class CudaIpcPath(DataPath):
         self._lock = threading.Lock()
         self._lanes: dict[int, Lane] = {}
         self._plans: dict[tuple[int, tuple[int, ...] | None], tuple[TransferPlan, CudaPlan]] = {}
+        self._token_plans: dict[
+            tuple[int, tuple[int, ...] | None], tuple[TransferPlan, tuple[TokenLaunch, ...]]
+        ] = {}
         self._halting = False
         self._limit_nbytes = link.core.paths.limit_nbytes("cuda_ipc")
         self._reached: dict[tuple[int, int], tuple[object, bool]] = {}
@@ -147,7 +152,7 @@ class CudaIpcPath(DataPath):
 
     def takes_blocks(self, plan: TransferPlan) -> bool:
         """Whether `submit_blocks` is the way for this plan."""
-        if self._limit_nbytes:
+        if self._limit_nbytes and plan.blocks_pair:
             pieces = plan.plan.template().nbytes
             if not len(pieces) or pieces.mean() < self._limit_nbytes:
                 return False
@@ -172,9 +177,27 @@ class CudaIpcPath(DataPath):
                 return
             self._launch_blocks(transfer, plan, src_block_ids, dst_block_ids, layers)
 
+    def submit_tokens(self, transfer: Transfer, plan: TransferPlan, move: TokenMove) -> None:
+        """Moves tokens by one launch for each bundle of planes. As `submit_blocks` otherwise."""
+        with self._refusing(transfer):
+            self._prepare(transfer, {plan.local.kind, plan.remote_kind})
+            if not transfer.total_nbytes:
+                self._host.submit(transfer)
+                return
+            from .cuda_tokens import launch_tokens
+
+            device = transfer.local_regions[0].device
+            launches = self._compiled_tokens(plan, move.layers, device)
+            counter = self._counter(transfer, device)
+            cap = self._link.core.max_programs
+            launch_tokens(self._lane(device), transfer, plan, move, launches, counter, cap)
+
     def prepare(self, plan: TransferPlan, layers: Sequence[int] | None) -> None:
         if not self.takes_blocks(plan):
             self._host.prepare(plan, layers)
+            return
+        if not plan.blocks_pair:
+            self._prepare_tokens(plan, layers)
             return
         import torch
 
@@ -275,6 +298,38 @@ class CudaIpcPath(DataPath):
                 # The plan is kept beside its tables, so that its id stays its own.
                 entry = (plan, compile_plan(plan, layers, addresses, device))
                 self._plans[key] = entry
+            return entry[1]
+
+    def _prepare_tokens(self, plan: TransferPlan, layers: Sequence[int] | None) -> None:
+        import torch
+
+        from .cuda_tokens import warm_tokens
+
+        device = plan.local.device
+        lane = self._lane(device)
+        launches = self._compiled_tokens(plan, layers, device)
+        if plan.remote.regions:
+            self._mappings.counters(device, plan.remote.regions[0])
+        with torch.cuda.device(device):
+            warm_tokens(launches, self._link.core.max_programs, torch.device("cuda", device))
+        lane.warm()
+
+    def _compiled_tokens(
+        self, plan: TransferPlan, layers: Sequence[int] | None, device: int
+    ) -> tuple[TokenLaunch, ...]:
+        import torch
+
+        from .cuda_tokens import compile_tokens
+
+        key = (id(plan), None if layers is None else tuple(layers))
+        with self._lock:
+            entry = self._token_plans.get(key)
+            if entry is None:
+                here, there = plan.addresses, self._remote_addresses(plan.remote.regions, device)
+                src, dst = (here, there) if plan.writes else (there, here)
+                where = torch.device("cuda", device)
+                entry = (plan, compile_tokens(plan.tokens, layers, src, dst, where))
+                self._token_plans[key] = entry
             return entry[1]
 
     # Both.

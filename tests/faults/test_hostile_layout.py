@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvferry.engine import tables
-from kvferry.engine.errors import EngineError, LayoutError, NotRegistered, OutOfRange
+from kvferry.engine.errors import EngineError, LayoutError, NotRegistered, OutOfRange, PlanError
 from kvferry.engine.layout import Axis, GroupLayout, KVLayout
 from kvferry.engine.memory import CacheDescriptor, RegionTable
 from kvferry.engine.plan import Plan
@@ -200,8 +200,12 @@ def test_a_cache_of_several_block_tables_is_refused_rather_than_half_moved() -> 
     with TransferEngine() as engine, TransferEngine() as other:
         mine = engine.register_cache(hybrid, tensors())
         theirs = other.register_cache(hybrid, tensors()).descriptor
-        with pytest.raises(LayoutError, match="2 groups"):
-            engine.plan(mine, theirs)
+        plan = engine.plan(mine, theirs)
+        link = engine.connect(other.address)
+        with pytest.raises(PlanError, match="do not pair one to one"):
+            link.write_blocks(plan, [0], [0])
+        with pytest.raises(PlanError, match="1 source block tables, but group 1"):
+            link.write_tokens(plan, [[0]], [[0], [0]], stop=4)
 
 
 def test_a_cache_of_another_engine_here_cannot_be_planned(honest: CacheDescriptor) -> None:

@@ -79,6 +79,14 @@ class Commands:
         self._caches.append((registered, own))
         return registered.descriptor
 
+    def cache_of(self, arrays: list[np.ndarray[Any, Any]], layout: KVLayout) -> CacheDescriptor:
+        """Registers a cache of this layout with this content, given as bytes."""
+        own = [torch.from_numpy(array.copy()).to(self._device) for array in arrays]
+        torch.cuda.synchronize()
+        registered = self._engine.register_cache(layout, own)
+        self._caches.append((registered, own))
+        return registered.descriptor
+
     def peek_cache(self) -> list[np.ndarray[Any, Any]]:
         return [tensor.cpu().numpy() for tensor in self._caches[-1][1]]
 

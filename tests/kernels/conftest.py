@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvferry.kernels import copy as copy_module
+from kvferry.kernels import relayout as relayout_module
 from kvferry.kernels import runtime
 from kvferry.kernels.paged import PagedCache
 
@@ -150,9 +151,10 @@ def interpret_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     jit = pytest.importorskip("triton.runtime.jit")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for name, value in list(vars(copy_module).items()):
-        if isinstance(value, jit.JITFunction):
-            monkeypatch.setattr(copy_module, name, interpreter.InterpretedFunction(value.fn))
+    for module in (copy_module, relayout_module):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, jit.JITFunction):
+                monkeypatch.setattr(module, name, interpreter.InterpretedFunction(value.fn))
     assert runtime.kernels_run_on(torch.device("cpu"))
 
 

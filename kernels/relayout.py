@@ -1,0 +1,520 @@
+"""Relayout: tokens of a request from the blocks of one cache into those of another, in one launch.
+
+The two caches may differ in block size, in the order of heads and tokens, in the heads they hold and
+in the type of their numbers. What moves is cut into *units* of tokens that never leave a block on
+either side; a unit's place follows from its number and the two block tables alone, which the kernel
+reads itself: the host computes nothing that grows with the request.
+
+The kernel walks in the order of the destination's memory. Where a destination block holds several
+units and keeps a head's tokens together (HND), units that lie side by side there are walked side by
+side: 16 tokens of 128 bf16 are a run of 4 KiB alone, and of 16 KiB in a block of 64. Over NVLink
+that is the difference between 133 and 366 GB/s; the reads, which are local, may be short.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from .cast import LIMITS, cast_reference
+from .errors import ShapeError
+from .paged import WIDEST_NBYTES
+from .runtime import jit
+from .tiles import chunk_words, default_tuning
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import triton.language as tl
+
+    from .signal import Signal
+    from .tiles import Tuning
+else:
+    from .runtime import tl
+
+_MOST_WORDS = 8192  # a program's words live in registers
+_MOST_GRID_Y = 65535
+_MOST_PROGRAMS = (1 << 31) - 1
+
+
+class End(NamedTuple):
+    """One end of a move, in bytes.
+
+    Attributes:
+        num_blocks: block ids that exist.
+        units: of a block.
+        block_stride, unit_stride, outer_stride, inner_stride: between neighbours.
+        dtype: of the numbers.
+        alignment: of every base address, at most 16.
+    """
+
+    num_blocks: int
+    units: int
+    block_stride: int
+    unit_stride: int
+    outer_stride: int
+    inner_stride: int
+    dtype: torch.dtype
+    alignment: int
+
+
+class Walk(NamedTuple):
+    """How one unit is walked: `outer` x `inner` runs of `run` numbers, outermost first at the
+    destination. Hashable, so that a launch's constants are cached by it.
+
+    Attributes:
+        tokens: of a unit; 1 where whole slots are moved.
+        token_axis, head_axis: 1 for outer, 2 for inner, 0 for neither.
+        group: units that the destination interleaves with its outer axis.
+    """
+
+    src: End
+    dst: End
+    outer: int
+    inner: int
+    run: int
+    tokens: int
+    token_axis: int
+    head_axis: int
+    group: int
+
+    @property
+    def unit_nbytes(self) -> int:
+        """Bytes of one unit of one entry at the destination."""
+        return self.outer * self.inner * self.run * self.dst.dtype.itemsize
+
+
+class Relayout(NamedTuple):
+    """A launch without its request: where each entry (a plane of a layer) begins on both sides.
+
+    Attributes:
+        src_bases, dst_bases: int64 `[entry]` on the launching device.
+        factors: float32 `[entry, 1 or heads]` there, by which numbers are multiplied; None where
+            bits are moved. With several heads, `walk.head_axis` says which axis they are.
+    """
+
+    walk: Walk
+    src_bases: torch.Tensor
+    dst_bases: torch.Tensor
+    factors: torch.Tensor | None
+
+
+def relayout_reference(
+    src: Sequence[torch.Tensor],
+    src_table: torch.Tensor,
+    dst: Sequence[torch.Tensor],
+    dst_table: torch.Tensor,
+    start: int,
+    stop: int,
+    factors: torch.Tensor | None = None,
+) -> None:
+    """The truth in plain PyTorch: views `[block, token, head, dim]`, one an entry."""
+    tokens = torch.arange(start, stop)
+    for number, (here, there) in enumerate(zip(src, dst, strict=True)):
+        block, place = src_table[tokens // here.shape[1]].long(), tokens % here.shape[1]
+        moved = here[block, place]
+        if factors is not None:
+            moved = cast_reference(moved, factors[number][:, None], there.dtype)
+        there[dst_table[tokens // there.shape[1]].long(), tokens % there.shape[1]] = moved
+
+
+@jit()
+def _block_in(
+    table: tl.tensor, place: tl.tensor, wanted: tl.tensor, num_blocks: tl.tensor, bad_ids: tl.tensor
+) -> Any:
+    """The blocks at `place` in a table, and which may be touched; flags an id out of range."""
+    block = tl.load(table + place, mask=wanted, other=0).to(tl.int64)
+    good = wanted & (block >= 0) & (block < num_blocks)
+    if bad_ids is not None:
+        tl.store(bad_ids + place * 0, 1, mask=wanted & (good == 0))
+    return block, good
+
+
+@jit()
+def _move_tile(
+    entry: tl.tensor,
+    tile: tl.tensor,
+    src_bases: tl.tensor,
+    src_table: tl.tensor,
+    dst_bases: tl.tensor,
+    dst_table: tl.tensor,
+    factors: tl.tensor,
+    bad_ids: tl.tensor,
+    first_unit: tl.tensor,
+    num_units: tl.tensor,
+    start: tl.tensor,
+    stop: tl.tensor,
+    src_blocks: tl.tensor,
+    dst_blocks: tl.tensor,
+    SRC_PER: tl.constexpr,
+    SRC_BLOCK: tl.constexpr,
+    SRC_SUB: tl.constexpr,
+    SRC_OUTER: tl.constexpr,
+    SRC_INNER: tl.constexpr,
+    DST_PER: tl.constexpr,
+    DST_BLOCK: tl.constexpr,
+    DST_SUB: tl.constexpr,
+    DST_OUTER: tl.constexpr,
+    DST_INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    INNER: tl.constexpr,
+    GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TOKEN_AXIS: tl.constexpr,
+    HEAD_AXIS: tl.constexpr,
+    RUN_WORDS: tl.constexpr,
+    RUN_CHUNKS: tl.constexpr,
+    WORDS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SRC_UNIT: tl.constexpr,
+    DST_UNIT: tl.constexpr,
+    SRC_WORD: tl.constexpr,
+    DST_WORD: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ROUND: tl.constexpr,
+) -> None:
+    """Moves one tile of one entry."""
+    SRC_UNIT_WORDS: tl.constexpr = SRC_UNIT * 8 // SRC_WORD.primitive_bitwidth
+    DST_UNIT_WORDS: tl.constexpr = DST_UNIT * 8 // DST_WORD.primitive_bitwidth
+    # Which unit, outer, inner and part of a run each chunk is. Shapes: [CHUNKS].
+    chunk = tile * CHUNKS + tl.arange(0, CHUNKS).to(tl.int64)
+    run = chunk // RUN_CHUNKS
+    first_word = chunk % RUN_CHUNKS * WORDS
+    inner = run % INNER
+    outer = run // (INNER * GROUP) % OUTER
+    place = run // (INNER * GROUP * OUTER) * GROUP + run // INNER % GROUP
+    unit = first_unit + place
+    token = unit * TOKENS
+    if TOKEN_AXIS == 1:
+        token += outer
+    if TOKEN_AXIS == 2:
+        token += inner
+    wanted = (place < num_units) & (token >= start) & (token < stop)
+    src_block, src_good = _block_in(src_table, unit // SRC_PER, wanted, src_blocks, bad_ids)
+    dst_block, dst_good = _block_in(dst_table, unit // DST_PER, wanted, dst_blocks, bad_ids)
+    mask = (src_good & dst_good)[:, None]
+    src_units = src_block * SRC_BLOCK + unit % SRC_PER * SRC_SUB
+    src_units += outer * SRC_OUTER + inner * SRC_INNER
+    dst_units = dst_block * DST_BLOCK + unit % DST_PER * DST_SUB
+    dst_units += outer * DST_OUTER + inner * DST_INNER
+    # An address out of a table says nothing of its alignment: the hint makes wide accesses of it.
+    src_start = tl.multiple_of(tl.load(src_bases + entry).to(tl.pointer_type(SRC_WORD)), SRC_UNIT)
+    dst_start = tl.multiple_of(tl.load(dst_bases + entry).to(tl.pointer_type(DST_WORD)), DST_UNIT)
+    # Shapes: [CHUNKS, WORDS].
+    word = tl.arange(0, WORDS)[None, :]
+    src = src_start + (src_units * SRC_UNIT_WORDS + first_word)[:, None] + word
+    dst = dst_start + (dst_units * DST_UNIT_WORDS + first_word)[:, None] + word
+    if RUN_WORDS % WORDS != 0:
+        mask = mask & (first_word[:, None] + word < RUN_WORDS)
+    value = tl.load(src, mask=mask)
+    if factors is not None:
+        number = value.to(tl.float32)
+        if HEAD_AXIS == 0:
+            number = number * tl.load(factors + entry)
+        elif HEAD_AXIS == 1:
+            number = number * tl.load(factors + entry * OUTER + outer)[:, None]
+        else:
+            number = number * tl.load(factors + entry * INNER + inner)[:, None]
+        if LIMIT > 0:
+            number = tl.clamp(number, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        if ROUND:
+            # Adding 1.5 * 2**23 leaves no room for a fraction: ties go to even.
+            number = tl.where(number == number, number, 0.0)
+            number = (number + 12582912.0) - 12582912.0
+        value = number.to(DST_WORD)
+    tl.store(dst, value, mask=mask)
+
+
+@jit()
+def _signal(finished: tl.tensor, bad_ids: tl.tensor, counter: tl.tensor, nbytes: tl.tensor) -> None:
+    """As in `copy.py`: the last program to finish adds the bytes, unless an id was bad."""
+    tl.debug_barrier()
+    before = tl.atomic_add(finished, 1, sem="acq_rel", scope="sys")
+    if before == tl.num_programs(0) * tl.num_programs(1) - 1:
+        tl.store(finished, 0)  # for the next launch
+        if tl.load(bad_ids, volatile=True) == 0:
+            tl.atomic_add(counter.to(tl.pointer_type(tl.int64)), nbytes, sem="release", scope="sys")
+
+
+@jit(
+    fixed=(
+        "counter",
+        "nbytes",
+        "num_entries",
+        "first_unit",
+        "num_units",
+        "start",
+        "stop",
+        "src_blocks",
+        "dst_blocks",
+    ),
+    unaligned=("src_table", "dst_table", "bad_ids", "finished"),
+)
+def relayout_kernel(
+    src_bases: tl.tensor,
+    src_table: tl.tensor,
+    dst_bases: tl.tensor,
+    dst_table: tl.tensor,
+    factors: tl.tensor,
+    bad_ids: tl.tensor,
+    finished: tl.tensor,
+    counter: tl.int64,
+    nbytes: tl.int64,
+    num_entries: tl.int64,
+    first_unit: tl.int64,
+    num_units: tl.int64,
+    start: tl.int64,
+    stop: tl.int64,
+    src_blocks: tl.int64,
+    dst_blocks: tl.int64,
+    SRC_PER: tl.constexpr,
+    SRC_BLOCK: tl.constexpr,
+    SRC_SUB: tl.constexpr,
+    SRC_OUTER: tl.constexpr,
+    SRC_INNER: tl.constexpr,
+    DST_PER: tl.constexpr,
+    DST_BLOCK: tl.constexpr,
+    DST_SUB: tl.constexpr,
+    DST_OUTER: tl.constexpr,
+    DST_INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    INNER: tl.constexpr,
+    GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TOKEN_AXIS: tl.constexpr,
+    HEAD_AXIS: tl.constexpr,
+    RUN_WORDS: tl.constexpr,
+    RUN_CHUNKS: tl.constexpr,
+    WORDS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SRC_UNIT: tl.constexpr,
+    DST_UNIT: tl.constexpr,
+    SRC_WORD: tl.constexpr,
+    DST_WORD: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ROUND: tl.constexpr,
+    LOOP: tl.constexpr,
+) -> None:
+    """Grid: `(tiles an entry, entries)`, or with LOOP any number of programs."""
+    tile = tl.program_id(0).to(tl.int64)
+    entry = tl.program_id(1).to(tl.int64)
+    entry_tiles = (num_units * (OUTER * INNER * RUN_CHUNKS) + CHUNKS - 1) // CHUNKS
+    last = tile + 1
+    step = tl.num_programs(0).to(tl.int64)
+    if LOOP:
+        last = entry_tiles * num_entries
+    while tile < last:
+        if LOOP:
+            entry = tile // entry_tiles
+        _move_tile(
+            entry,
+            tile % entry_tiles,
+            src_bases,
+            src_table,
+            dst_bases,
+            dst_table,
+            factors,
+            bad_ids,
+            first_unit,
+            num_units,
+            start,
+            stop,
+            src_blocks,
+            dst_blocks,
+            SRC_PER,
+            SRC_BLOCK,
+            SRC_SUB,
+            SRC_OUTER,
+            SRC_INNER,
+            DST_PER,
+            DST_BLOCK,
+            DST_SUB,
+            DST_OUTER,
+            DST_INNER,
+            OUTER,
+            INNER,
+            GROUP,
+            TOKENS,
+            TOKEN_AXIS,
+            HEAD_AXIS,
+            RUN_WORDS,
+            RUN_CHUNKS,
+            WORDS,
+            CHUNKS,
+            SRC_UNIT,
+            DST_UNIT,
+            SRC_WORD,
+            DST_WORD,
+            LIMIT,
+            ROUND,
+        )
+        tile += step
+    if finished is not None:
+        _signal(finished, bad_ids, counter, nbytes)
+
+
+def relayout(
+    move: Relayout,
+    src_table: torch.Tensor,
+    dst_table: torch.Tensor,
+    start: int,
+    stop: int,
+    *,
+    signal: Signal | None = None,
+    bad_ids: torch.Tensor | None = None,
+    max_programs: int | None = None,
+    tuning: Tuning | None = None,
+) -> int:
+    """Moves tokens `[start, stop)` of a request, on the current stream; returns the bytes.
+
+    Stream-ordered, no host read, no allocation; the caller keeps all tensors, and the mapping of
+    the peer's memory, alive until the stream has passed. Needs a GPU (or Triton's interpreter).
+
+    Args:
+        src_table, dst_table: int32 or int64 `[block]` on the device: entry `i` holds tokens
+            `[i * B, (i + 1) * B)`, for the block size `B` of its side. Entries outside the range
+            are not read.
+        start, stop: tokens; slots of the destination, where whole slots are moved. Must be whole
+            units unless `walk.token_axis` is set.
+        signal, bad_ids, max_programs, tuning: as for `push`.
+
+    Raises:
+        ShapeError: a table is too short or of another type, or the range is not whole units.
+    """
+    walk = move.walk
+    if not 0 <= start <= stop:
+        raise ShapeError(f"tokens [{start}, {stop}) are no range")
+    if not walk.token_axis and (start % walk.tokens or stop % walk.tokens):
+        raise ShapeError(f"tokens [{start}, {stop}) are not whole units of {walk.tokens}")
+    if start == stop:
+        return 0
+    first = start // walk.tokens // walk.group * walk.group
+    last = -(-stop // walk.tokens)
+    num_units = -(-(last - first) // walk.group) * walk.group
+    for name, table, end in (("src", src_table, walk.src), ("dst", dst_table, walk.dst)):
+        if table.dtype not in (torch.int32, torch.int64) or table.dim() != 1:
+            raise ShapeError(f"{name}_table must be int32 or int64 [block], not {table.dtype}")
+        if table.numel() * end.units < last:
+            raise ShapeError(
+                f"{name}_table has {table.numel()} blocks of {end.units * walk.tokens} tokens, "
+                f"token {stop - 1} is asked for"
+            )
+    num_entries = move.src_bases.numel()
+    outer = walk.outer if walk.token_axis != 1 else 1
+    inner = walk.inner if walk.token_axis != 2 else 1
+    per_token = outer * inner * walk.run * walk.dst.dtype.itemsize
+    per_token = per_token if walk.token_axis else per_token // walk.tokens
+    nbytes = num_entries * per_token * (stop - start)
+    if not walk.token_axis:
+        nbytes = num_entries * walk.unit_nbytes * (last - start // walk.tokens)
+    tuning = tuning or default_tuning(nbytes, staged=False, capped=max_programs is not None)
+    constants = walk_constants(walk, move.factors is not None, tuning)
+    entry_tiles = -(-num_units * constants.unit_chunks // constants.chunks)
+    if num_entries > _MOST_GRID_Y and max_programs is None:
+        max_programs = _MOST_PROGRAMS
+    loop = max_programs is not None and max_programs < entry_tiles * num_entries
+    grid = (max_programs, 1) if loop else (entry_tiles, num_entries)
+    state = None if signal is None else signal.state
+    arguments = (
+        move.src_bases,
+        src_table,
+        move.dst_bases,
+        dst_table,
+        move.factors,
+        bad_ids if state is None else state[1:],
+        state,
+        0 if signal is None else signal.counter_address,
+        nbytes,
+        num_entries,
+        first,
+        num_units,
+        start,
+        stop,
+        walk.src.num_blocks,
+        walk.dst.num_blocks,
+        *constants.arguments,
+        loop,
+    )
+    device = move.src_bases.device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            relayout_kernel[grid](*arguments, num_warps=tuning.num_warps)
+    else:
+        relayout_kernel[grid](*arguments, num_warps=tuning.num_warps)
+    return nbytes
+
+
+class WalkConstants(NamedTuple):
+    """Chunks of a unit of one entry, chunks of a tile, and SRC_PER to ROUND."""
+
+    unit_chunks: int
+    chunks: int
+    arguments: tuple[object, ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def walk_constants(walk: Walk, converts: bool, tuning: Tuning) -> WalkConstants:
+    """The kernel's constants for a walk: how wide it reads and writes, and how it is cut up."""
+    ends = (walk.src, walk.dst)
+    strides = [
+        (
+            end.block_stride,
+            end.unit_stride if end.units > 1 else 0,
+            end.outer_stride if walk.outer > 1 else 0,
+            end.inner_stride if walk.inner > 1 else 0,
+        )
+        for end in ends
+    ]
+    units = [
+        math.gcd(WIDEST_NBYTES, end.alignment, walk.run * end.dtype.itemsize, *steps)
+        for end, steps in zip(ends, strides, strict=True)
+    ]
+    if converts:
+        words: list[Any] = [_type(end.dtype) for end in ends]
+        run_words, word_nbytes = walk.run, max(end.dtype.itemsize for end in ends)
+    else:
+        word_nbytes = min(8, *units)
+        words = [{8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}[word_nbytes]] * 2
+        run_words = walk.run * walk.src.dtype.itemsize // word_nbytes
+    tile_words = min(_MOST_WORDS, tuning.tile_nbytes // word_nbytes)
+    tile_words = max(tuning.num_warps * 32, 1 << (tile_words.bit_length() - 1))
+    width = chunk_words(run_words, tile_words)
+    run_chunks = -(-run_words // width)
+    per_unit = [
+        tuple(step // unit for step in steps) for steps, unit in zip(strides, units, strict=True)
+    ]
+    arguments = (
+        walk.src.units,
+        *per_unit[0],
+        walk.dst.units,
+        *per_unit[1],
+        walk.outer,
+        walk.inner,
+        walk.group,
+        walk.tokens,
+        walk.token_axis,
+        walk.head_axis,
+        run_words,
+        run_chunks,
+        width,
+        tile_words // width,
+        *units,
+        *words,
+        LIMITS.get(walk.dst.dtype, 0.0) if converts else 0.0,
+        converts and walk.dst.dtype == torch.int8,
+    )
+    return WalkConstants(walk.outer * walk.inner * run_chunks, tile_words // width, arguments)
+
+
+def _type(dtype: torch.dtype) -> Any:
+    return {
+        torch.float32: tl.float32,
+        torch.float16: tl.float16,
+        torch.bfloat16: tl.bfloat16,
+        torch.float8_e4m3fn: tl.float8e4nv,
+        torch.float8_e5m2: tl.float8e5,
+        torch.int8: tl.int8,
+    }[dtype]
