@@ -67,7 +67,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuStreamSynchronize": (_handle,),
     "cuMemHostRegister_v2": (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint),
     "cuMemHostUnregister": (ctypes.c_void_p,),
-    "cuMemcpyHtoDAsync_v2": (_u64, ctypes.c_void_p, ctypes.c_size_t, _handle),
+    "cuMemcpyAsync": (_u64, _u64, ctypes.c_size_t, _handle),
     "cuStreamWaitValue64_v2": (_handle, _u64, _u64, ctypes.c_uint),
     "cuStreamWriteValue64_v2": (_handle, _u64, _u64, ctypes.c_uint),
 }
@@ -158,12 +158,13 @@ class Driver:
                 if error.code != _PEER_ACCESS_ALREADY_ENABLED:
                     raise
 
-    def allocate(self, device: int, nbytes: int) -> int:
-        """Memory of its own allocation, all zeros; its address."""
+    def allocate(self, device: int, nbytes: int, *, zeros: bool = True) -> int:
+        """Memory of its own allocation, all zeros if wanted; its address."""
         address = _u64()
         with self.current(device):
             self.call("cuMemAlloc_v2", ctypes.byref(address), nbytes)
-            self.call("cuMemsetD8_v2", address, 0, nbytes)
+            if zeros:
+                self.call("cuMemsetD8_v2", address, 0, nbytes)
         return address.value
 
     def free(self, device: int, address: int) -> None:
@@ -237,10 +238,11 @@ class Driver:
         with self.current(device):
             self.call("cuMemHostUnregister", address)
 
-    def upload(self, device: int, to: int, address: int, nbytes: int, stream: int) -> None:
-        """Copies pinned host memory to device memory, on a stream."""
-        with self.current(device):
-            self.call("cuMemcpyHtoDAsync_v2", to, address, nbytes, stream)
+    def copy(self, device: int, dst: int, src: int, nbytes: int, stream: int) -> None:
+        """Copies between device memory and pinned host memory, either way, on a stream."""
+        if nbytes:
+            with self.current(device):
+                self.call("cuMemcpyAsync", dst, src, nbytes, stream)
 
     def _context(self, device: int) -> ctypes.c_void_p:
         context = self._contexts.get(device)

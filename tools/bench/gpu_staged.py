@@ -24,9 +24,10 @@ import numpy as np
 import torch
 
 from kvferry.engine import iovec
+from kvferry.engine.gpu_mover import GpuMover
 from kvferry.engine.layout import KVLayout
 from kvferry.engine.paths import NEVER_DIRECT, Paths
-from kvferry.engine.staging import Ring, new_mover
+from kvferry.engine.staging import Ring
 from kvferry.engine.transfer import TransferEngine
 
 if TYPE_CHECKING:
@@ -165,8 +166,9 @@ class Bench:
         ends: tuple[bool, bool] = (True, True),
         *,
         both_ways: bool = False,
+        in_flight: int = 1,
     ) -> list[float]:
-        """Seconds of each handoff, after one that is checked."""
+        """Seconds of each handoff, after one that is checked; of several in flight, their share."""
         total, piece = shape
         remote = self.call("cache", total, piece, ends[1])
         tensors, num_ids = _tensors(total, piece, 0 if ends[0] else -1, random=True)
@@ -184,8 +186,9 @@ class Bench:
         seconds = []
         for _ in range(REPEATS):
             start_s = time.perf_counter()
-            link.write_blocks(plan, *ids).wait(60)
-            seconds.append(time.perf_counter() - start_s)
+            for ticket in [link.write_blocks(plan, *ids) for _ in range(in_flight)]:
+                ticket.wait(60)
+            seconds.append((time.perf_counter() - start_s) / in_flight)
         if both_ways:
             self.pipe.recv()
         local.deregister()
@@ -236,7 +239,7 @@ def movers(
     pool = torch.empty(GIB, dtype=torch.uint8, device="cuda:0").random_()
     torch.cuda.synchronize()
     for cap in CAPS:
-        mover = new_mover(0, cap)
+        mover = GpuMover(0, cap)
         ring = Ring(mover, 1, BURST_NBYTES)
         buffer = ring.take(BURST_NBYTES)
         for piece in pieces_nbytes:
@@ -280,6 +283,8 @@ def measure(*, quick: bool = False) -> Report:
         shapes = [(GIB, 4 << 10), (256 << 20, 32 << 10), (64 << 20, 32 << 10), (1 << 20, 32 << 10)]
         for shape in [large, *([] if quick else shapes)]:
             note("shared staging", shape, bench.times(engine, link, shape), to_pinned)
+        seconds = bench.times(engine, link, large, in_flight=4)
+        note("shared staging, 4 in flight", large, seconds, to_pinned)
         seconds = bench.times(engine, link, large, both_ways=True)
         note("shared staging, both ways, each", large, seconds, to_pinned)
         seconds = bench.times(engine, link, (256 << 20, 32 << 10), (True, False))
