@@ -153,6 +153,7 @@ class Converting:
             transfer.stop(LinkError(f"converting failed: {error}", operation="convert"))
         else:
             transfer.take(pieces)
+            transfer.start, transfer.keep = None, self  # from here on it is one of pieces
             if not self._plan.writes:
                 transfer.on_placed = self._land
             path.submit(transfer)

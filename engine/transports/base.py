@@ -59,6 +59,7 @@ class Transfer:
         "after",
         "id",
         "imm",
+        "keep",
         "local",
         "local_regions",
         "nbytes",
@@ -94,6 +95,7 @@ class Transfer:
         self.on_placed: Callable[[], None] | None = None  # once, before the ticket ends well
         self.start: Callable[[Transfer], None] | None = None  # instead of the path's `submit`
         self.after: Any = None  # what must be done before its memory is touched, if anything
+        self.keep: Any = None  # what must live as long as it
         self._on_end = on_end
         self._lock = threading.Lock()
         self._active = 0

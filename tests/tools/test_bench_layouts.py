@@ -1,0 +1,25 @@
+"""`kvferry bench layouts` as its users run it, as far as that goes without GPUs."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kvferry.tools.cli import app
+
+
+def test_planning_is_measured_without_a_gpu() -> None:
+    result = CliRunner().invoke(app, ["bench", "layouts", "--plan"])
+    assert result.exit_code == 0, result.output
+    assert re.search(r"131072 tokens, 80 layers: [\d.]+ ms the first time", result.output)
+
+
+def test_two_gpus_are_asked_for() -> None:
+    if torch.cuda.device_count() >= 2:
+        pytest.skip("this machine has them")
+    result = CliRunner().invoke(app, ["bench", "layouts"])
+    assert result.exit_code == 1
+    assert "two GPUs are needed" in result.output
