@@ -36,6 +36,7 @@ from ..engine.errors import EngineError, LinkClosed
 from ..engine.handshake import EngineAddress
 from ..engine.memory import CacheDescriptor
 from ..engine.tickets import all_of
+from .rank_plans import plan_between
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,7 +67,9 @@ class Acquaintance:
         session, route: who it is, and how messages reach it.
         endpoint: what this side dialled; "" if the peer did.
         waiter: ends with the peer's name, or with why there is none.
-        write_plan, read_plan: from our cache to the peer's, and back, as far as roles need them.
+        peer_cache: the peer's cache, once it has described it.
+        write_plan, read_plan: from our cache to the peer's, and back, as far as roles need them;
+            None also where, of two sets of ranks, these two have nothing to move.
         link: the link, once it is there.
         down: whether the link was there and is no more.
         quiesced: whether the peer can reach nothing any more.
@@ -80,6 +83,7 @@ class Acquaintance:
         self.endpoint = endpoint
         self.waiter = waiter
         self.engine_id = ""
+        self.peer_cache: CacheDescriptor | None = None
         self.write_plan: TransferPlan | None = None
         self.read_plan: TransferPlan | None = None
         self.link: Link | None = None
@@ -107,7 +111,7 @@ class Acquaintances:
         self._all: dict[int, Acquaintance] = {}
         self._by_name: dict[str, Acquaintance] = {}
         self._digest = core.cache.layout.digest()
-        self._cache = core.cache.descriptor.encode()
+        self._cache = core.described.encode()
         self._hello(0)  # a name that no peer would take fails here
 
     def get(self, number: int) -> Acquaintance | None:
@@ -214,12 +218,12 @@ class Acquaintances:
         try:
             peer_cache = CacheDescriptor.decode(describe.cache)
             known.engine_id = EngineAddress.decode(describe.engine).engine_id
+            known.peer_cache = peer_cache
+            mine = self._core.described
             if ours != "decode" and theirs != "prefill":
-                known.write_plan = engine.plan(cache, peer_cache)
+                known.write_plan = plan_between(engine, cache, mine, peer_cache, writes=True)
             if ours != "prefill" and theirs != "decode":
-                known.read_plan = engine.plan(peer_cache, cache)
-            for plan in filter(None, (known.write_plan, known.read_plan)):
-                _ = plan.plan  # handoffs name blocks: those of the two caches have to pair
+                known.read_plan = plan_between(engine, cache, mine, peer_cache, writes=False)
         except EngineError as error:
             problem = error.message
         self._core.mailbox.call_soon(partial(self._tell, known, Reconciled(problem)))

@@ -14,15 +14,18 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
 import numpy as np
 
 from ..control.errors import AgentClosed, HelloTimeout, NotConnected
 from ..control.events import SourceOffered
 from ..control.handoff import Timing
+from ..control.messages import count_blocks
 from ..engine.errors import BlockOutOfRange, OverlappingBlocks, PlanError
 from ..engine.transfer import TRANSPORTS, TransferEngine
 from .agent_core import AgentCore
 from .handoffs import Handoff, SendHandoff
+from .token_handoffs import expected_nbytes, pack_tables
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,6 +58,9 @@ class Agent:
         transports, verify: for an engine that is made here; see `TransferEngine`.
         advertise_host: the host in `address`, where `bind` names none that peers can reach.
         timing: how long the handoff machines wait.
+        ranks: the layouts of all ranks of this engine, where the model's cache is spread over
+            several; this agent is one of them. See `ranks.py`.
+        rank: which.
 
     Raises:
         TransportUnavailable, LayoutError, NotRegistered: from the engine.
@@ -78,6 +84,8 @@ class Agent:
         verify: bool = False,
         advertise_host: str = "",
         timing: Timing | None = None,
+        ranks: Sequence[KVLayout] = (),
+        rank: int = 0,
     ) -> None:
         self.name = name
         self.role: Role = role
@@ -93,8 +101,12 @@ class Agent:
         try:
             self._cache = self.engine.register_cache(layout, tensors)
             try:
+                described = msgspec.structs.replace(
+                    self._cache.descriptor, ranks=tuple(ranks), rank=rank
+                )
+                described.check()
                 self._core = AgentCore(
-                    name, role, self.engine, self._cache, bind, timing or Timing()
+                    name, role, self.engine, self._cache, bind, timing or Timing(), described
                 )
             except BaseException:
                 self._cache.deregister()
@@ -198,6 +210,56 @@ class Agent:
             "timeout_s": float(timeout_s),
             "tables": (table.tobytes(),),
             "skip_blocks": skip_blocks,
+            "start_token": 0,
+            "stop_token": 0,
+        }
+        self._soon(self._core.receive, handoff, known, fields)
+        return handoff
+
+    def receive_tokens(
+        self,
+        request_id: str,
+        peer: str,
+        dst_tables: Any,
+        *,
+        num_tokens: int,
+        start_token: int = 0,
+        mode: Literal["push", "pull"] = "push",
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Handoff:
+        """Takes tokens `[start_token, num_tokens)` of a request, whatever the peer's blocks are.
+
+        As `receive` otherwise. Does not block.
+
+        Args:
+            dst_tables: a block table for each group of this agent's layout, or the one table: all
+                of the request's blocks, from its first token on. Blocks before `start_token` keep
+                what they hold.
+
+        Raises:
+            NotConnected: no such peer. PlanError: the tables.
+        """
+        self._check_role("receive", "decode")
+        known = self._core.acquaintances.by_name(peer)
+        if known is None or known.read_plan is None:
+            raise NotConnected(
+                f"no prefill agent {peer!r} that has something for this one is connected: call "
+                "connect() with its address",
+                peer=peer,
+                operation="receive",
+            )
+        tables = pack_tables(dst_tables)
+        handoff = Handoff(request_id, peer, "receive", partial(self._tell, "decode"))
+        fields = {
+            "attempt": self._next_attempt(request_id),
+            "mode": mode,
+            "imm": self.engine.new_imm(),
+            "num_blocks": count_blocks(tables),
+            "nbytes": expected_nbytes(known.read_plan, tables, start_token, num_tokens),
+            "timeout_s": float(timeout_s),
+            "tables": tables,
+            "start_token": start_token,
+            "stop_token": num_tokens,
         }
         self._soon(self._core.receive, handoff, known, fields)
         return handoff
@@ -221,10 +283,12 @@ class Agent:
     ) -> SendHandoff:
         """Begins to hand over a request that is being computed; see `SendHandoff.write_layers`.
 
-        Arguments and errors are those of `send`.
+        Arguments and errors are those of `send`. A cache of several groups has as many block
+        tables: give them in a row.
         """
         self._check_role("send", "prefill")
-        tables = (self._table(src_block_ids).tobytes(),)
+        one = len(self.layout.groups) == 1
+        tables = (self._table(src_block_ids).tobytes(),) if one else pack_tables(src_block_ids)
         num_layers = self.layout.num_layers
         handoff = SendHandoff(request_id, num_layers, partial(self._tell, "prefill"))
         source = SourceOffered(tables, num_layers, float(timeout_s))

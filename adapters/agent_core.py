@@ -22,6 +22,7 @@ from ..control.wire import decode, encode
 from ..engine.errors import Cancelled, EngineError, LinkError
 from .acquaintances import Acquaintance, Acquaintances
 from .mailbox import Mailbox
+from .token_handoffs import read_tokens, write_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from ..control.events import Action, Event, SourceOffered
     from ..control.handoff import Timing
     from ..control.messages import Message, Reason, Side
-    from ..engine.memory import RegisteredCache
+    from ..engine.memory import CacheDescriptor, RegisteredCache
     from ..engine.tickets import Ticket
     from ..engine.transfer import TransferEngine
     from .handoffs import Handoff
@@ -50,6 +51,7 @@ class Work:
     def __init__(self) -> None:
         self.handoff: Handoff | None = None
         self.session = 0
+        self.request: dict[str, Any] | None = None  # decode: what was asked for
         self.block_ids: npt.NDArray[np.int32] = np.zeros(0, np.int32)
         self.tickets: dict[int, Ticket] = {}
         self.counter: Ticket | None = None
@@ -60,6 +62,7 @@ class AgentCore:
     """Everything of an agent that lives on its mailbox's thread.
 
     Attributes:
+        described: its cache as peers see it, with its place among the ranks of its engine.
         acquaintances: the peers.
         mailbox: its thread.
         messages_refused: messages that could not be queued for their peer.
@@ -74,9 +77,11 @@ class AgentCore:
         cache: RegisteredCache,
         bind: str,
         timing: Timing,
+        described: CacheDescriptor | None = None,
     ) -> None:
         self.engine = engine
         self.cache = cache
+        self.described = described or cache.descriptor
         self.name = name
         self.role = role
         self.messages_refused = 0
@@ -108,6 +113,7 @@ class AgentCore:
             return
         work = self._begin("decode", key, handoff)
         work.session = peer.session.number
+        work.request = fields
         work.block_ids = np.frombuffer(fields["tables"][0], np.int32)
         self._carry_out("decode", steps)
 
@@ -231,6 +237,8 @@ class AgentCore:
         if peer is None or peer.link is None or peer.write_plan is None:
             raise LinkError("there is no link to write over", operation="write")
         plan = peer.write_plan
+        if request.stop_token:
+            return write_tokens(peer.link, plan, action, self.cache.layout.layers)
         nbytes = plan.nbytes(request.num_blocks)
         if nbytes != request.nbytes:
             raise BlocksMismatch(
@@ -256,6 +264,8 @@ class AgentCore:
         peer = self.acquaintances.get(work.session)
         if peer is None or peer.link is None or peer.read_plan is None:
             raise LinkError("there is no link to read over", operation="read")
+        if work.request is not None and work.request["stop_token"]:
+            return read_tokens(peer.link, peer.read_plan, action, work.request)
         if not action.ready.num_blocks:
             return None
         return peer.link.read_blocks(

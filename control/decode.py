@@ -196,7 +196,7 @@ class DecodePull(Draining):
                 self._give_up(self._error(LinkLost, f"the link went down: {reason}"))
 
     def _read(self, ready: Ready) -> None:
-        if ready.num_blocks != self.request.num_blocks:
+        if not self.request.stop_token and ready.num_blocks != self.request.num_blocks:
             self._give_up(
                 self._error(
                     BlocksMismatch,

@@ -145,6 +145,8 @@ class DecodeDesk(Desk):
         timeout_s: float,
         tables: tuple[bytes, ...] = (),
         skip_blocks: int = 0,
+        start_token: int = 0,
+        stop_token: int = 0,
     ) -> tuple[int, Steps]:
         """Asks for a request's blocks; returns the handoff's key and the first steps.
 
@@ -171,6 +173,8 @@ class DecodeDesk(Desk):
             imm=imm if mode == "push" else 0,
             skip_blocks=skip_blocks,
             tables=tables if mode == "push" else (),
+            start_token=start_token,
+            stop_token=stop_token,
         )
         make = self.push if mode == "push" else self.pull
         machine = make(request, ledger.peer, self.timing)

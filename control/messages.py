@@ -130,6 +130,9 @@ class Request(HandoffMessage, frozen=True, tag_field="type", tag=str.lower):
 
     In push mode `tables` name the destination blocks, a table for each group of layers, and the
     writes carry `imm`. In pull mode there are none, and `imm` is 0.
+
+    Where the two caches' blocks are not alike, tokens `[start_token, stop_token)` are wanted instead:
+    the tables then hold all blocks of the request, from its first token on, and none is skipped.
     """
 
     mode: Mode
@@ -139,6 +142,8 @@ class Request(HandoffMessage, frozen=True, tag_field="type", tag=str.lower):
     imm: Imm = 0
     skip_blocks: Annotated[int, Meta(ge=0, le=MAX_BLOCK_IDS)] = 0
     tables: Tables = ()
+    start_token: Natural = 0
+    stop_token: Natural = 0
 
     def __post_init__(self) -> None:
         check_tables(self.tables, self.num_blocks if self.mode == "push" else None)

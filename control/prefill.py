@@ -114,7 +114,7 @@ class PrefillHandoff(Draining, Recalling):
 
     def _match(self, request: Request, source: SourceOffered) -> None:
         self._tables = skip_in_tables(source.tables, request.skip_blocks)
-        if count_blocks(self._tables) != request.num_blocks:
+        if not request.stop_token and count_blocks(self._tables) != request.num_blocks:
             self._give_up(
                 self._error(
                     BlocksMismatch,

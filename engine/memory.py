@@ -58,10 +58,17 @@ class RegionDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CacheDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A registered cache as a peer sees it: its layout and the descriptor of each region."""
+    """A registered cache as a peer sees it: its layout and the descriptor of each region.
+
+    Attributes:
+        ranks: the layouts of all ranks that hold the model's cache together; empty where it is one.
+        rank: which of them this is.
+    """
 
     layout: KVLayout
     regions: tuple[RegionDescriptor, ...]
+    ranks: tuple[KVLayout, ...] = ()
+    rank: Uint32 = 0
 
     def encode(self) -> bytes:
         """MessagePack bytes, for the control plane."""
@@ -88,6 +95,13 @@ class CacheDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             LayoutError: they do not, or the layout contradicts itself.
         """
         self.layout.check()
+        for layout in self.ranks:
+            layout.check()
+        if self.ranks and (self.rank >= len(self.ranks) or self.ranks[self.rank] != self.layout):
+            raise LayoutError(
+                f"rank {self.rank} of {len(self.ranks)} ranks does not have the cache's own layout",
+                operation="hello",
+            )
         if len(self.regions) != len(self.layout.regions):
             raise LayoutError(
                 f"{len(self.regions)} regions for a layout of {len(self.layout.regions)}",
