@@ -34,8 +34,10 @@ WAIT_S = 30.0
 class Cache:
     """A paged cache of bytes: layer by layer, `[plane, block, token, head, dim]`, NHD."""
 
-    def __init__(self, num_blocks: int, heads: int = 2, tokens: int = TOKENS) -> None:
-        shape = (2, num_blocks, tokens, heads, DIM)
+    def __init__(
+        self, num_blocks: int, heads: int = 2, tokens: int = TOKENS, dim: int = DIM
+    ) -> None:
+        shape = (2, num_blocks, tokens, heads, dim)
         self.layers = [np.full(shape, SENTINEL, np.uint8) for _ in range(NUM_LAYERS)]
         self.layout = KVLayout.from_tensors(self.layers, "plane block token head dim")
         self.block_nbytes = self.layout.block_nbytes

@@ -215,15 +215,15 @@ def test_mismatching_layouts_are_refused_by_name(
     new_agent: Callable[..., Local], start_agent: Callable[..., Remote]
 ) -> None:
     here = new_agent("decode-0", "decode")
-    there = start_agent("prefill-0", "prefill", tokens=8)
-    with pytest.raises(LayoutMismatch, match="token") as caught:
+    there = start_agent("prefill-0", "prefill", dim=8)
+    with pytest.raises(LayoutMismatch, match="'dim' differs: source has 8") as caught:
         here.agent.connect(there.address)
     assert caught.value.peer == "prefill-0"
     with pytest.raises(NotConnected):
         here.agent.receive("r", "prefill-0", DST)
     other = new_agent("prefill-1", "prefill")
-    with pytest.raises(LayoutMismatch, match="token"):
-        new_agent("decode-1", "decode", tokens=8).agent.connect(other.agent.address)
+    with pytest.raises(LayoutMismatch, match="'dim' differs"):
+        new_agent("decode-1", "decode", dim=8).agent.connect(other.agent.address)
 
 
 def test_two_of_one_role_are_refused_by_name(new_agent: Callable[..., Local]) -> None:
