@@ -73,7 +73,9 @@ class CounterTable:
         self._live: dict[int, _Counter] = {}
         self._unknown: dict[int, _Counter] = {}
         self._aborted: OrderedDict[int, EngineError] = OrderedDict()
-        self._retired: OrderedDict[int, None] = OrderedDict()
+        self._retired: OrderedDict[int, int] = (
+            OrderedDict()
+        )  # imm: bytes seen, but not yet announced
         self._next_imm = itertools.count(1)
         self._max_unknown = max_unknown
         self._closed: EngineError | None = None
@@ -159,6 +161,9 @@ class CounterTable:
                 counter = None
             if counter is None:
                 if imm in self._retired:
+                    if nbytes and nbytes <= self._retired[imm]:
+                        self._retired[imm] -= nbytes  # a stream has seen them before
+                        return
                     self.late_writes += writes
                     self.late_nbytes += nbytes
                     return
@@ -231,7 +236,10 @@ class CounterTable:
             del self._unknown[imm]
 
     def _retire(self, imm: int) -> None:
-        del self._live[imm]
-        self._retired[imm] = None
+        counter = self._live.pop(imm)
+        ticket, missing = counter.ticket, 0
+        if ticket is not None and ticket.exception() is None and counter.nbytes is not None:
+            missing = max(0, counter.nbytes - counter.arrived_nbytes)
+        self._retired[imm] = missing
         while len(self._retired) > RETIRED_REMEMBERED:
             self._retired.popitem(last=False)

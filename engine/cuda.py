@@ -25,6 +25,8 @@ UUID_NBYTES = 16
 _LAZY_ENABLE_PEER_ACCESS = 1
 _STREAM_NON_BLOCKING = 1
 _WAIT_GREATER_OR_EQUAL = 0
+_EVENT_DISABLE_TIMING = 2
+_CAPTURE_MODE_RELAXED = 2
 _PEER_ACCESS_ALREADY_ENABLED = 704
 _PORTABLE_AND_MAPPED = 1 | 2  # for every device of the process, and at the host's own address
 
@@ -68,6 +70,14 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuMemHostRegister_v2": (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint),
     "cuMemHostUnregister": (ctypes.c_void_p,),
     "cuMemcpyAsync": (_u64, _u64, ctypes.c_size_t, _handle),
+    "cuStreamWaitEvent": (_handle, _handle, ctypes.c_uint),
+    "cuStreamIsCapturing": (_handle, _pointer(ctypes.c_int)),
+    "cuEventCreate": (_pointer(_handle), ctypes.c_uint),
+    "cuEventRecord": (_handle, _handle),
+    "cuEventSynchronize": (_handle,),
+    "cuMemcpyHtoDAsync_v2": (_u64, ctypes.c_void_p, ctypes.c_size_t, _handle),
+    "cuCtxSynchronize": (),
+    "cuThreadExchangeStreamCaptureMode": (_pointer(ctypes.c_int),),
     "cuStreamWaitValue64_v2": (_handle, _u64, _u64, ctypes.c_uint),
     "cuStreamWriteValue64_v2": (_handle, _u64, _u64, ctypes.c_uint),
 }
@@ -92,11 +102,20 @@ class Driver:
         if reason:
             raise DeviceError(reason, operation="cuda")
         self._library = ctypes.CDLL(LIBRARY)
+        self._keeps_lock = ctypes.PyDLL(LIBRARY)
         self._contexts: dict[int, ctypes.c_void_p] = {}
         for name, arguments in _SIGNATURES.items():
             function = getattr(self._library, name)
             function.argtypes = arguments
             function.restype = ctypes.c_int
+        # Called with every transfer: looked up once, without the detour over `call`, and with the
+        # interpreter lock in hand: they only note what is to be done.
+        self._push = self._quick("cuCtxPushCurrent_v2")
+        self._pop = self._quick("cuCtxPopCurrent_v2")
+        self._record = self._quick("cuEventRecord")
+        self._wait_event = self._quick("cuStreamWaitEvent")
+        self._upload = self._quick("cuMemcpyHtoDAsync_v2")
+        self._is_capturing = self._quick("cuStreamIsCapturing")
         self.call("cuInit", 0)
 
     def call(self, name: str, *arguments: Any) -> None:
@@ -107,7 +126,65 @@ class Driver:
         """
         code = getattr(self._library, name)(*arguments)
         if code:
-            raise DeviceError(f"{name} failed: {self._describe(code)}", operation="cuda", code=code)
+            raise self._failure(name, code)
+
+    def enter(self, device: int) -> None:
+        """Makes the primary context of `device` this thread's current one, until `leave`."""
+        context = self._contexts.get(device) or self._context(device)
+        code = self._push(context)
+        if code:
+            raise self._failure("cuCtxPushCurrent", code)
+
+    def leave(self) -> None:
+        """Ends one `enter`."""
+        self._pop(ctypes.byref(_handle()))
+
+    def record(self, event: int, stream: int) -> None:
+        """Records an event on a stream, whose device's context is current."""
+        code = self._record(event, stream)
+        if code:
+            raise self._failure("cuEventRecord", code)
+
+    def wait_event(self, stream: int, event: int) -> None:
+        """Lets a stream wait for what an event stands for now; recording it anew changes nothing."""
+        code = self._wait_event(stream, event, 0)
+        if code:
+            raise self._failure("cuStreamWaitEvent", code)
+
+    def upload(self, address: int, source: int, nbytes: int, stream: int) -> None:
+        """Copies pinned memory to the current context's device, in the order of a stream."""
+        code = self._upload(address, source, nbytes, stream)
+        if code:
+            raise self._failure("cuMemcpyHtoDAsync", code)
+
+    def is_capturing(self, stream: int) -> bool:
+        """Whether a CUDA graph is being captured from a stream."""
+        status = ctypes.c_int()
+        code = self._is_capturing(stream, ctypes.byref(status))
+        if code:
+            raise self._failure("cuStreamIsCapturing", code)
+        return bool(status.value)
+
+    def new_event(self, device: int) -> int:
+        """An event without a time."""
+        event = _handle()
+        with self.current(device):
+            self.call("cuEventCreate", ctypes.byref(event), _EVENT_DISABLE_TIMING)
+        return int(event.value or 0)
+
+    def synchronize_event(self, event: int) -> None:
+        """Waits, awake and without the interpreter lock, until an event has come."""
+        self.call("cuEventSynchronize", event)
+
+    def stay_out_of_captures(self) -> None:
+        """What this thread waits for must not break a capture that is made on another."""
+        mode = ctypes.c_int(_CAPTURE_MODE_RELAXED)
+        self.call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+
+    def synchronize(self, device: int) -> None:
+        """Waits for everything that this process has given a device."""
+        with self.current(device):
+            self.call("cuCtxSynchronize")
 
     @contextlib.contextmanager
     def current(self, device: int) -> Iterator[None]:
@@ -244,6 +321,12 @@ class Driver:
             with self.current(device):
                 self.call("cuMemcpyAsync", dst, src, nbytes, stream)
 
+    def _quick(self, name: str) -> Any:
+        function = self._keeps_lock[name]
+        function.argtypes = _SIGNATURES[name]
+        function.restype = ctypes.c_int
+        return function
+
     def _context(self, device: int) -> ctypes.c_void_p:
         context = self._contexts.get(device)
         if context is None:
@@ -251,6 +334,9 @@ class Driver:
             self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
             self._contexts[device] = context
         return context
+
+    def _failure(self, name: str, code: int) -> DeviceError:
+        return DeviceError(f"{name} failed: {self._describe(code)}", operation="cuda", code=code)
 
     def _describe(self, code: int) -> str:
         name = ctypes.c_char_p()

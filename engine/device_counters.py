@@ -10,6 +10,7 @@ again while a peer may still add to it: a late addition completes nothing.
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from .cuda import driver
@@ -36,6 +37,9 @@ class DeviceCounters:
         self._arrays: dict[int, tuple[bytes, int]] = {}  # device: IPC handle, address
         self._streams: dict[int, int] = {}
         self._owners: dict[int, tuple[int, int]] = {}  # slot: imm, target
+        self._spinners: list[tuple[int, int]] = []  # stream, event
+        self._seen: set[int] = set()  # imms whose bytes a thread has seen here, ahead of the news
+        self._ahead: OrderedDict[int, int] = OrderedDict()  # imm: bytes whose news is to come
         self._values: dict[int, int] = {}  # slot: bytes that are known to have been added
         self._of_imm: dict[int, int] = {}  # imm: bytes added before it was expected
         self._dirty: set[int] = set()
@@ -59,8 +63,12 @@ class DeviceCounters:
         """A peer says that it has added so many bytes."""
         slot = imm % NUM_SLOTS
         with self._lock:
+            known = min(self._ahead.get(imm, 0), nbytes)
+            if known:
+                nbytes -= known
+                self._ahead[imm] -= known
             self._values[slot] = self._values.get(slot, 0) + nbytes
-            if slot not in self._owners and len(self._of_imm) < NUM_SLOTS:
+            if nbytes and slot not in self._owners and len(self._of_imm) < NUM_SLOTS:
                 self._of_imm[imm] = self._of_imm.get(imm, 0) + nbytes
 
     def claim(self, ticket: Ticket, nbytes: int) -> None:
@@ -91,13 +99,50 @@ class DeviceCounters:
             driver().wait_value(device, stream.cuda_stream, address + slot_offset(imm), owner[1])
             return True
 
+    def spin(self, ticket: Ticket, nbytes: int) -> None:
+        """Waits awake, without the interpreter lock, for the ticket's word; then ends the ticket.
+
+        Returns at once if it has none, and early if the ticket ends otherwise.
+        """
+        imm = ticket.imm
+        assert imm is not None
+        slot = imm % NUM_SLOTS
+        with self._lock:
+            owner = self._owners.get(slot)
+            if owner is None or owner[0] != imm:
+                return
+            cuda = driver()
+            ((device, (_, address)),) = self._arrays.items()
+            if not self._spinners:
+                self._spinners.append((cuda.new_stream(device), cuda.new_event(device)))
+            stream, event = self._spinners.pop()
+            cuda.wait_value(device, stream, address + slot_offset(imm), owner[1])
+            with cuda.current(device):
+                cuda.record(event, stream)
+        try:
+            cuda.synchronize_event(event)
+        finally:
+            with self._lock:
+                self._spinners.append((stream, event))
+        if not ticket.done():
+            self._seen.add(imm)
+            ticket._finish(nbytes)
+            self._seen.discard(imm)
+
     def _ended(self, ticket: Ticket) -> None:
         """Gives the word back; releases streams that wait for bytes that came another way."""
         assert ticket.imm is not None
         slot = ticket.imm % NUM_SLOTS
         with self._lock:
             _, target = self._owners.pop(slot)
-            if self._values.get(slot, 0) >= target and ticket.exception() is None:
+            value = self._values.get(slot, 0)
+            if value >= target and ticket.exception() is None:
+                return
+            if ticket.imm in self._seen:
+                self._values[slot] = target
+                self._ahead[ticket.imm] = target - value
+                while len(self._ahead) > NUM_SLOTS:
+                    self._ahead.popitem(last=False)
                 return
             if ticket.exception() is not None:
                 self._dirty.add(slot)
@@ -128,8 +173,11 @@ class DeviceCounters:
         with self._lock:
             arrays, self._arrays = self._arrays, {}
             streams, self._streams = self._streams, {}
+            spinners, self._spinners = self._spinners, []
         for device, stream in streams.items():
             driver().destroy_stream(device, stream)
         for device, (_, address) in arrays.items():
+            for stream, _ in spinners:
+                driver().destroy_stream(device, stream)
             if free:
                 driver().free(device, address)

@@ -57,6 +57,10 @@ class Grants:
             self._link.send(claim)
         return False
 
+    def has(self, regions: tuple[RegionDescriptor, ...]) -> bool:
+        """Whether all of the regions were granted."""
+        return self._granted.issuperset(regions)
+
     def answered(self, answer: wire.Granted, revoked: set[int]) -> list[Transfer]:
         """Takes the peer's answer; returns the transfers that may start now.
 

@@ -32,6 +32,7 @@ class Ticket:
         "_error",
         "_help",
         "_lock",
+        "_look",
         "_nbytes",
         "_spin",
         "_stop_hook",
@@ -66,6 +67,7 @@ class Ticket:
         self._stop_hook = stop_hook
         self._stream_wait: Callable[[Ticket, torch.cuda.Stream], bool] | None = None
         self._spin: Callable[[], None] | None = None  # waits in native code, awake
+        self._look: Callable[[], None] | None = None  # as `_spin`, where it may take long
         self._help: Callable[[], None] | None = None  # does work that nobody began
 
     def __repr__(self) -> str:
@@ -85,18 +87,24 @@ class Ticket:
         """Bytes moved; 0 until it ends well."""
         return self._nbytes
 
-    def wait(self, timeout_s: float | None = None) -> int:
+    def wait(self, timeout_s: float | None = None, *, spin: bool = False) -> int:
         """Blocks until the operation ends and returns its byte count.
 
-        `timeout_s` bounds this wait alone: when it passes, the operation goes on. Without it the
-        ticket's own deadline is the bound.
+        Args:
+            timeout_s: bounds this wait alone: when it passes, the operation goes on. Without it the
+                ticket's own deadline is the bound.
+            spin: for an `expect` of GPU memory over `cuda_ipc`: wait awake, in native code that
+                leaves the interpreter lock to others, and see the bytes some 5 us after they are
+                there. It keeps a core busy, so wait so only for what is on its way; a sleeping
+                thread takes 300 to 500 us to wake on the machines that were measured. Ignored
+                with `timeout_s`, and where there is nothing to look at.
 
         Raises:
             DeadlineExceeded: `timeout_s` passed, or the operation's own deadline did.
             EngineError: what the operation ended with.
         """
         if timeout_s is None:  # what is awake may help; it cannot say how long that takes
-            for work in (self._help, self._spin):
+            for work in (self._help, self._spin, self._look if spin else None):
                 if not self._done and work is not None:
                     work()
         if not self._done and not self._sleep(timeout_s):
@@ -218,7 +226,7 @@ class Ticket:
             self._done = True
             callbacks, self._callbacks = self._callbacks, []
             waiter = self._waiter
-        self._stop_hook = self._stream_wait = self._spin = self._help = None
+        self._stop_hook = self._stream_wait = self._spin = self._help = self._look = None
         if waiter is not None:
             waiter.release()
         for callback in callbacks:

@@ -309,9 +309,12 @@ class TransferEngine:
             timeout_s=timeout_s,
             peer=",".join(link.peer.name for link in sources),
         )
+        counters = self._core.device_counters
         if nbytes:
-            self._core.device_counters.claim(ticket, nbytes)
-        ticket._stream_wait = self._core.device_counters.wait
+            counters.claim(ticket, nbytes)
+        ticket._stream_wait = counters.wait
+        if nbytes and writes is None:
+            ticket._look = partial(counters.spin, ticket, nbytes)
         for link in sources:
             if link.error is not None and not ticket.done():
                 ticket._fail(link._counter_error(imm))

@@ -26,15 +26,18 @@ if TYPE_CHECKING:
 else:
     from .runtime import tl
 
-_MOST_GRID_Y = 65535
-_MOST_PROGRAMS = (1 << 31) - 1
+MOST_GRID_Y = 65535
+MOST_PROGRAMS = (1 << 31) - 1
 
 
 @jit()
-def _block_of(
-    ids: tl.tensor, place: tl.tensor, exists: tl.tensor, num_blocks: tl.tensor, bad_ids: tl.tensor
-) -> Any:
-    """The blocks at `place` in the ids, and which may be touched; flags an id out of range.
+def _either(one: tl.tensor, other: tl.tensor) -> Any:
+    return one | other
+
+
+@jit()
+def _block_of(ids: tl.tensor, place: tl.tensor, exists: tl.tensor, num_blocks: tl.tensor) -> Any:
+    """The blocks at `place` in the ids, and which may be touched.
 
     Ids on the device are never read by the host, so this is where they are checked: such a block is
     neither read nor written.
@@ -44,8 +47,6 @@ def _block_of(
     if ids is not None:
         block = tl.load(ids + place, mask=exists, other=0).to(tl.int64)
         good = exists & (block >= 0) & (block < num_blocks)
-        if bad_ids is not None:
-            tl.store(bad_ids + place * 0, 1, mask=exists & (good == 0))
     return block, good
 
 
@@ -63,7 +64,6 @@ def _copy_tile(
     src_ids: tl.tensor,
     dst_bases: tl.tensor,
     dst_ids: tl.tensor,
-    bad_ids: tl.tensor,
     num_ids: tl.tensor,
     src_blocks: tl.tensor,
     dst_blocks: tl.tensor,
@@ -81,8 +81,8 @@ def _copy_tile(
     CHUNKS: tl.constexpr,
     UNIT: tl.constexpr,
     WORD: tl.constexpr,
-) -> None:
-    """Moves one tile of one layer and plane."""
+) -> Any:
+    """Moves one tile of one layer and plane; 1 if it met an id out of range, else 0."""
     UNIT_WORDS: tl.constexpr = UNIT * 8 // WORD.primitive_bitwidth
     # Which block, outer, inner and part of a piece each chunk is. Shapes: [CHUNKS].
     chunk = tile * CHUNKS + tl.arange(0, CHUNKS).to(tl.int64)
@@ -92,8 +92,8 @@ def _copy_tile(
     outer = piece // INNER % OUTER
     place = piece // (INNER * OUTER)
     exists = place < num_ids
-    src_block, src_good = _block_of(src_ids, place, exists, src_blocks, bad_ids)
-    dst_block, dst_good = _block_of(dst_ids, place, exists, dst_blocks, bad_ids)
+    src_block, src_good = _block_of(src_ids, place, exists, src_blocks)
+    dst_block, dst_good = _block_of(dst_ids, place, exists, dst_blocks)
     src_units = src_block * SRC_BLOCK + outer * SRC_OUTER + inner * SRC_INNER
     dst_units = dst_block * DST_BLOCK + outer * DST_OUTER + inner * DST_INNER
     # An address out of a table says nothing of its alignment: the hint makes 16-byte accesses of it.
@@ -116,27 +116,66 @@ def _copy_tile(
         src_mask = src_mask & inside
         dst_mask = dst_mask & inside
     tl.store(dst, tl.load(src, mask=src_mask, other=0), mask=dst_mask)
+    return tl.reduce((exists & ((src_good & dst_good) == 0)).to(tl.int64), 0, _either)
 
 
 @jit()
-def _signal(finished: tl.tensor, bad_ids: tl.tensor, counter: tl.tensor, nbytes: tl.tensor) -> None:
+def _signal(
+    finished: tl.tensor,
+    bad: tl.tensor,
+    bad_ids: tl.tensor,
+    order: tl.tensor,
+    gate: tl.tensor,
+    log: tl.tensor,
+    counter: tl.tensor,
+    nbytes: tl.tensor,
+    imm: tl.tensor,
+    count: tl.tensor,
+    SLOTS: tl.constexpr,
+    LOG_ROWS: tl.constexpr,
+) -> None:
     """The last program to finish adds `nbytes` to the counter; one remote atomic a launch.
 
     The barrier puts this program's stores before its increment, the increments are acquire and
-    release, so the last program's release covers the stores of all (bytes are visible before they
-    are counted). With a bad id anywhere the counter stays: what was named was not all moved.
+    release on this GPU, and causality is transitive: the last program's release to the whole system
+    covers the stores of all (bytes are visible before they are counted). Programs that met a bad id count in the upper half of the word: with one of them
+    the counter stays, since what was named was not all moved.
     """
     tl.debug_barrier()
-    before = tl.atomic_add(finished, 1, sem="acq_rel", scope="sys")
-    if before == tl.num_programs(0) * tl.num_programs(1) - 1:
-        tl.store(finished, 0)  # for the next launch
-        if tl.load(bad_ids, volatile=True) == 0:
-            tl.atomic_add(counter.to(tl.pointer_type(tl.int64)), nbytes, sem="release", scope="sys")
+    programs = (tl.num_programs(0) * tl.num_programs(1)).to(tl.int64)
+    mine = (bad << 32) + 1
+    total = tl.atomic_add(finished, mine, sem="acq_rel", scope="gpu") + mine
+    if (total & 0xFFFFFFFF) == programs:
+        if order is not None:
+            tl.store(finished, 0)
+            if (total == programs) & (imm != 0):
+                word = counter + imm % SLOTS * 8
+                tl.atomic_add(
+                    word.to(tl.pointer_type(tl.int64)), nbytes * count, sem="release", scope="sys"
+                )
+            # Each half of a row carries its number, so the host needs no order between the two.
+            number = tl.load(gate + 1) + 1
+            tl.store(gate + 1, number)
+            row = log + number % LOG_ROWS * 2
+            failed = (total != programs).to(tl.int64)
+            tl.store(row, (number << 33) | (failed << 32) | imm)
+            tl.store(row + 1, (number << 40) | count)
+        else:
+            if bad_ids is not None:
+                tl.store(finished, 0)  # for the next launch
+                if total != programs:
+                    tl.store(bad_ids, 1)
+            else:
+                tl.store(finished, total - programs)
+            if (total == programs) & (counter != 0):
+                tl.atomic_add(
+                    counter.to(tl.pointer_type(tl.int64)), nbytes, sem="release", scope="sys"
+                )
 
 
 @jit(
     fixed=("num_entries", "num_ids", "src_blocks", "dst_blocks", "counter", "nbytes"),
-    unaligned=("src_ids", "dst_ids", "bad_ids", "finished"),
+    unaligned=("src_ids", "dst_ids", "bad_ids", "finished", "order", "gate", "log"),
 )
 def copy_kernel(
     src_bases: tl.tensor,
@@ -145,6 +184,9 @@ def copy_kernel(
     dst_ids: tl.tensor,
     bad_ids: tl.tensor,
     finished: tl.tensor,
+    order: tl.tensor,
+    gate: tl.tensor,
+    log: tl.tensor,
     counter: tl.int64,
     nbytes: tl.int64,
     num_entries: tl.int64,
@@ -166,25 +208,39 @@ def copy_kernel(
     UNIT: tl.constexpr,
     WORD: tl.constexpr,
     LOOP: tl.constexpr,
+    SLOTS: tl.constexpr,
+    LOG_ROWS: tl.constexpr,
 ) -> None:
     """Grid: `(tiles a plane, layers * planes)`, or with LOOP any number of programs.
 
-    A paged side has a table as `bases` and ids; a dense side has its address and None.
+    A paged side has a table as `bases` and ids; a dense side has its address and None. With an
+    `order`, an imm and a number of ids on the device, `num_ids` is the most that number may be,
+    `nbytes` what one id takes, and `counter` where the array of `SLOTS` counters begins.
     """
     program = tl.program_id(0).to(tl.int64)
+    imm = counter * 0
+    count = num_ids
+    bad = imm
+    if order is not None:
+        imm = tl.load(order)
+        count = tl.load(order + 1)
+        imm = tl.where((imm >= 0) & (imm < 4294967296), imm, 0)
+        fits = (count >= 0) & (count <= num_ids)
+        if (tl.load(gate, volatile=True) != 0) | (fits == 0):
+            count = counter * 0
+            bad = count + 1
     if LOOP:
-        plane_tiles = (num_ids * (OUTER * INNER * PIECE_CHUNKS) + CHUNKS - 1) // CHUNKS
+        plane_tiles = (count * (OUTER * INNER * PIECE_CHUNKS) + CHUNKS - 1) // CHUNKS
         tile = program
         while tile < plane_tiles * num_entries:
-            _copy_tile(
+            bad |= _copy_tile(
                 tile // plane_tiles,
                 tile % plane_tiles,
                 src_bases,
                 src_ids,
                 dst_bases,
                 dst_ids,
-                bad_ids,
-                num_ids,
+                count,
                 src_blocks,
                 dst_blocks,
                 SRC_BLOCK,
@@ -204,15 +260,14 @@ def copy_kernel(
             )
             tile += tl.num_programs(0)
     else:
-        _copy_tile(
+        bad |= _copy_tile(
             tl.program_id(1).to(tl.int64),
             program,
             src_bases,
             src_ids,
             dst_bases,
             dst_ids,
-            bad_ids,
-            num_ids,
+            count,
             src_blocks,
             dst_blocks,
             SRC_BLOCK,
@@ -231,7 +286,22 @@ def copy_kernel(
             WORD,
         )
     if finished is not None:
-        _signal(finished, bad_ids, counter, nbytes)
+        _signal(
+            finished,
+            bad,
+            bad_ids,
+            order,
+            gate,
+            log,
+            counter,
+            nbytes,
+            imm,
+            count,
+            SLOTS,
+            LOG_ROWS,
+        )
+    elif bad_ids is not None:
+        tl.store(bad_ids, 1, mask=bad != 0)
 
 
 class Side(NamedTuple):
@@ -268,8 +338,8 @@ def launch_copy(
     constants = kernel_constants(src_geometry, dst_geometry, alignment, tuning)
     num_entries = cache.num_entries
     plane_tiles = -(-num_ids * constants.block_chunks // constants.chunks)
-    if num_entries > _MOST_GRID_Y and max_programs is None:
-        max_programs = _MOST_PROGRAMS
+    if num_entries > MOST_GRID_Y and max_programs is None:
+        max_programs = MOST_PROGRAMS
     loop = max_programs is not None and max_programs < plane_tiles * num_entries
     grid = (max_programs,) if loop else (plane_tiles, num_entries)
     state = None if signal is None else signal.state
@@ -278,8 +348,11 @@ def launch_copy(
         src.ids,
         dst_bases,
         dst.ids,
-        bad_ids if state is None else state[1:],
-        state,
+        bad_ids,
+        None if state is None else state.view(torch.int64),
+        None,
+        None,
+        None,
         0 if signal is None else signal.counter_address,
         nbytes,
         num_entries,
@@ -288,6 +361,8 @@ def launch_copy(
         dst_blocks,
         *constants.arguments,
         loop,
+        1,
+        1,
     )
     device = cache.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():

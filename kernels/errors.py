@@ -2,7 +2,8 @@
 
 KernelError
 ├── ShapeError        (ValueError)   a dimension, stride, dtype or device that does not fit, by name
-└── BlockIdError      (IndexError)   a block id outside the cache, with its position
+├── BlockIdError      (IndexError)   a block id outside the cache, with its position
+└── LaunchError       (RuntimeError) the driver refused a launch, with its code
 """
 
 from __future__ import annotations
@@ -28,3 +29,15 @@ class BlockIdError(KernelError, IndexError):
         super().__init__(message)
         self.position = position
         self.block_id = block_id
+
+
+class LaunchError(KernelError, RuntimeError):
+    """The driver refused a launch.
+
+    Attributes:
+        code: CUDA's number for the reason.
+    """
+
+    def __init__(self, message: str, *, code: int) -> None:
+        super().__init__(message)
+        self.code = code

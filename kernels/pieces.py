@@ -98,7 +98,7 @@ def pieces_kernel(
         row += tl.num_programs(0)
     if finished is not None:
         tl.debug_barrier()
-        before = tl.atomic_add(finished, 1, sem="acq_rel", scope="sys")
+        before = tl.atomic_add(finished, 1, sem="acq_rel", scope="gpu")
         if before == tl.num_programs(0) - 1:
             tl.store(finished, 0)
             tl.atomic_add(counter.to(tl.pointer_type(tl.int64)), nbytes, sem="release", scope="sys")

@@ -12,14 +12,16 @@ from .runtime import kernels_run_on
 if TYPE_CHECKING:
     from .paged import PagedCache
 
+WORD_NBYTES = 8
+
 
 class Signal(NamedTuple):
     """Whom a launch tells that it is done: a 64-bit counter, here or at a peer.
 
     Attributes:
         state: int32 `[2]` on the launching device, zero at first: programs finished (the kernel
-            puts it back to zero) and whether an id was bad (stays until the owner clears it; until
-            then no launch signals). Two launches that may overlap need two.
+            puts it back to zero) and how many of them met a bad id (stays until the owner clears
+            it; until then no launch signals). Two launches that may overlap need two.
         counter_address: of the counter, as this device sees it; a multiple of 8.
     """
 
@@ -40,5 +42,7 @@ def check_signal(cache: PagedCache, signal: Signal | None, bad_ids: torch.Tensor
         raise ShapeError(f"signal.state must be int32 [2], not {state.dtype} {list(state.shape)}")
     if state.device != cache.device:
         raise ShapeError(f"signal.state is on {state.device}, the cache on {cache.device}")
+    if state.data_ptr() % WORD_NBYTES:
+        raise ShapeError("signal.state must begin at a multiple of 8 bytes")
     if signal.counter_address <= 0 or signal.counter_address % 8:
         raise ShapeError(f"counter address {signal.counter_address:#x} is no multiple of 8")

@@ -25,6 +25,7 @@ from ..errors import NotRegistered
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from ..block_ids import CheckedIds
     from ..bound_pieces import BoundPieces
     from ..errors import EngineError
     from ..memory import MemoryRegion, RegionDescriptor, RegisteredCache
@@ -64,6 +65,7 @@ class Transfer:
         "local_regions",
         "nbytes",
         "on_placed",
+        "on_stop",
         "remote_index",
         "remote_offset",
         "remote_regions",
@@ -93,6 +95,7 @@ class Transfer:
         self.imm = imm
         self.ticket = ticket
         self.on_placed: Callable[[], None] | None = None  # once, before the ticket ends well
+        self.on_stop: Callable[[], None] | None = None  # once, when stopped while at work
         self.start: Callable[[Transfer], None] | None = None  # instead of the path's `submit`
         self.after: Any = None  # what must be done before its memory is touched, if anything
         self.keep: Any = None  # what must live as long as it
@@ -168,12 +171,15 @@ class Transfer:
         with self._lock:
             if self._concluded:
                 return
-            if self._error is None:
+            first = self._error is None
+            if first:
                 self._error = error
-            if self._active:
-                return
-            self._concluded = True
-        self._conclude(self._error)
+            at_work = self._active > 0
+            self._concluded = not at_work
+        if not at_work:
+            self._conclude(self._error)
+        elif first and self.on_stop is not None:
+            self.on_stop()
 
     def abandon(self, error: EngineError) -> None:
         """Ends now: the caller knows that every thread of the path has left."""
@@ -237,6 +243,31 @@ class DataPath(abc.ABC):
         """Starts a transfer of tokens, as `submit_blocks`; the tables are checked already, if they
         are in host memory."""
         raise NotImplementedError
+
+    def copy_on_gpu(
+        self,
+        transfer: Transfer,
+        plan: TransferPlan,
+        ids: CheckedIds,
+        layers: Sequence[int] | None,
+        stream: Any,
+    ) -> None:
+        """`submit_blocks` for a path that orders streams, without a detour.
+
+        Args:
+            stream: the caller's, or None for the device's current one. If `before` has noted already
+                what comes first, it is not looked at.
+        """
+        raise NotImplementedError
+
+    def repeat_blocks(
+        self, transfer: Transfer, plan: TransferPlan, ids: Any, layers: Sequence[int] | None
+    ) -> Any:
+        """Makes a write that a CUDA graph repeats; the transfer ends when that is closed."""
+        raise NotImplementedError
+
+    def tick(self) -> None:  # noqa: B027 - most paths are told what happens
+        """Looks at what nobody tells it; every 50 ms, on the progress thread."""
 
     def forget(self, region_id: int) -> None:  # noqa: B027 - most paths keep nothing of a region
         """The peer takes a region back and no transfer uses it. Never blocks."""

@@ -10,7 +10,6 @@ without peer access, and transfers between GPU memory and host memory.
 from __future__ import annotations
 
 import functools
-import itertools
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ import numpy as np
 from .. import cuda
 from ..cuda_memory import PeerMappings
 from ..device_counters import slot_offset
-from ..errors import DeviceError, EngineError, NotRegistered, TransportUnavailable
+from ..errors import DeviceError, EngineError, NotRegistered, PlanError, TransportUnavailable
 from ..wire import Arrived
 from .base import Availability, DataPath, Transfer
 from .cma import CmaPath
@@ -30,19 +29,20 @@ if TYPE_CHECKING:
     import torch
 
     from ...kernels.signal import Signal
+    from ..block_ids import CheckedIds
     from ..link import Link
     from ..memory import MemoryRegion, RegionDescriptor, RegisteredCache
-    from ..plan import BlockIds
     from ..token_move import TokenMove
     from ..transfer_plan import TransferPlan
     from ..wire import LinkMessage
+    from .cuda_graph import GraphWrite
     from .cuda_lane import Lane, Launched
     from .cuda_plan import CudaPlan
     from .cuda_tokens import TokenLaunch
 
 
 _MOST_REMEMBERED = 4096
-_PREPARED_IDS = 1 << 16  # more work than any sensible cap, so that the capped kernel is loaded
+_MANY_IDS = 1 << 30  # more work than any cap: what is loaded for them is loaded for all
 
 
 def available() -> Availability:
@@ -89,10 +89,12 @@ class CudaIpcPath(DataPath):
         self._mappings = PeerMappings(link.peer.name, pid)
         self._lock = threading.Lock()
         self._lanes: dict[int, Lane] = {}
-        self._plans: dict[tuple[int, tuple[int, ...] | None], tuple[TransferPlan, CudaPlan]] = {}
+        self._plans: dict[tuple[int, tuple[int, ...] | None], CudaPlan] = {}
         self._token_plans: dict[
             tuple[int, tuple[int, ...] | None], tuple[TransferPlan, tuple[TokenLaunch, ...]]
         ] = {}
+        self._graph_writes: list[GraphWrite] = []
+        self._current_stream: Callable[[int], int] | None = None
         self._halting = False
         self._limit_nbytes = link.core.paths.limit_nbytes("cuda_ipc")
         self._reached: dict[tuple[int, int], tuple[object, bool]] = {}
@@ -158,24 +160,64 @@ class CudaIpcPath(DataPath):
                 return False
         return self._reaches((plan.local,), plan.remote.regions)
 
-    def submit_blocks(
+    def copy_on_gpu(
         self,
         transfer: Transfer,
         plan: TransferPlan,
-        src_block_ids: BlockIds | torch.Tensor,
-        dst_block_ids: BlockIds | torch.Tensor,
+        ids: CheckedIds,
         layers: Sequence[int] | None,
+        stream: torch.cuda.Stream | None,
     ) -> None:
         """Moves blocks by one launch for each kind of piece in the plan.
 
         Ids in host memory are checked already; those on the GPU are checked by the kernel.
         """
-        with self._refusing(transfer):
-            self._prepare(transfer, {plan.local.kind, plan.remote_kind})
+        try:
+            compiled = self._plans.get((id(plan), None if layers is None else tuple(layers)))
+            if compiled is None:  # what is compiled was checked
+                self._prepare(transfer, {plan.local.kind, plan.remote_kind})
             if not transfer.total_nbytes:
                 self._host.submit(transfer)
                 return
-            self._launch_blocks(transfer, plan, src_block_ids, dst_block_ids, layers)
+            device = plan.local.device
+            if compiled is None:
+                compiled = self._compiled(plan, layers, device)
+            raw_stream = counter = None
+            if transfer.after is None:
+                raw_stream = self._raw_stream(transfer, stream, device)
+            if transfer.imm is not None and transfer.write:
+                counter = compiled.counters + slot_offset(transfer.imm)
+                transfer.on_placed = functools.partial(self._tell_placed, transfer)
+            lane = self._lanes.get(device) or self._lane(device)
+        except EngineError as error:
+            transfer.stop(error)
+            return
+        lane.copy_blocks(transfer, compiled.copies, ids, raw_stream, counter or 0)
+
+    def _raw_stream(self, transfer: Transfer, stream: torch.cuda.Stream | None, device: int) -> int:
+        """The caller's stream, or the device's current one: after what it has been given."""
+        if stream is None:
+            if self._current_stream is None:
+                import torch
+
+                self._current_stream = torch._C._cuda_getCurrentRawStream
+            raw = self._current_stream(device)
+        elif stream.device_index != device:
+            raise PlanError(
+                f"the stream is one of GPU {stream.device_index}, the cache is on GPU {device}",
+                operation=transfer.ticket.operation,
+                peer=self._link.peer.name,
+            )
+        else:
+            raw = stream.cuda_stream
+        if raw and cuda.driver().is_capturing(raw):
+            raise PlanError(
+                "a CUDA graph is being captured from this stream, and a graph repeats no ticket: "
+                "make a Link.graph_write before, and launch that",
+                operation=transfer.ticket.operation,
+                peer=self._link.peer.name,
+            )
+        return raw
 
     def submit_tokens(self, transfer: Transfer, plan: TransferPlan, move: TokenMove) -> None:
         """Moves tokens by one launch for each bundle of planes. As `submit_blocks` otherwise."""
@@ -201,104 +243,64 @@ class CudaIpcPath(DataPath):
             return
         import torch
 
-        from ...kernels.push import push
-        from ...kernels.signal import Signal
-        from ...kernels.tiles import default_tuning
+        from ..block_ids import CheckedIds
 
         device = plan.local.device
         lane = self._lane(device)
         compiled = self._compiled(plan, layers, device)
-        if plan.remote.regions:
-            self._mappings.counters(device, plan.remote.regions[0])
         with torch.cuda.device(device):
             # A block that does not exist: the kernels are loaded and run, and touch nothing.
-            nowhere = torch.full((_PREPARED_IDS,), -1, dtype=torch.int64, device=device)
-            cap = self._link.core.max_programs
-            tunings = [
-                default_tuning(nbytes, staged=False, capped=cap is not None)
-                for nbytes in (1, 1 << 40)
-            ]
-            counts = (1,) if cap is None else (1, _PREPARED_IDS)
-            state = torch.zeros(2, dtype=torch.int32, device=device)
-            counter = torch.zeros(1, dtype=torch.int64, device=device)
-            signal = Signal(state, counter.data_ptr())
-            for launch in compiled.launches:
-                for tuning, told, count in itertools.product(tunings, (signal, None), counts):
-                    push(
-                        launch.src,
-                        nowhere[:count],
-                        launch.dst,
-                        nowhere[:count],
-                        signal=told,
-                        max_programs=cap,
-                        tuning=tuning,
-                    )
-            torch.cuda.current_stream(device).synchronize()
+            nowhere = torch.full((1,), -1, dtype=torch.int64, device=device)
+            lane.try_out(compiled.copies, CheckedIds(nowhere, nowhere, True, 1), _MANY_IDS)
         lane.warm()
 
-    def _launch_blocks(
-        self,
-        transfer: Transfer,
-        plan: TransferPlan,
-        src_block_ids: Any,
-        dst_block_ids: Any,
-        layers: Sequence[int] | None,
-    ) -> None:
-        import torch
+    def repeat_blocks(
+        self, transfer: Transfer, plan: TransferPlan, ids: Any, layers: Sequence[int] | None
+    ) -> GraphWrite:
+        from .cuda_graph import GraphWrite
 
-        from ...kernels.push import push
-        from ...kernels.signal import Signal
-        from .cuda_lane import Launched
-
-        device = transfer.local_regions[0].device
+        self._prepare(transfer, {plan.local.kind, plan.remote_kind})
+        device = plan.local.device
         lane = self._lane(device)
         compiled = self._compiled(plan, layers, device)
-        on_device = isinstance(src_block_ids, torch.Tensor)
-        counter = self._counter(transfer, device)
-        max_programs = self._link.core.max_programs
+        write = GraphWrite(self._link, transfer, compiled, ids, device)
+        with self._lock:
+            if self._halting:
+                raise TransportUnavailable("the link is down", operation="graph_write")
+            self._graph_writes.append(write)
+        lane.ring()
+        return write
 
-        def kernels(uploaded: torch.Tensor | None) -> Launched:
-            if uploaded is None:
-                src_ids, dst_ids = src_block_ids, dst_block_ids
-                state = torch.zeros(2, dtype=torch.int32, device=device)
-            else:
-                src_ids, dst_ids = uploaded
-                state = lane.state
-            signal = None if counter is None else Signal(state, counter)
-            bad_ids = state[1:] if signal is None and uploaded is None else None
-            for launch in compiled.launches:
-                push(
-                    launch.src,
-                    src_ids,
-                    launch.dst,
-                    dst_ids,
-                    signal=signal,
-                    bad_ids=bad_ids,
-                    max_programs=max_programs,
-                )
-            return Launched(
-                (src_ids, dst_ids, compiled), None if uploaded is not None else state[1]
-            )
+    def _watch(self) -> bool:
+        """Passes on what graph writes have done; whether there was anything."""
+        if not self._graph_writes:
+            return False
+        seen = False
+        for write in list(self._graph_writes):
+            seen |= write.poll()
+            if write.closed:
+                with self._lock:
+                    self._graph_writes.remove(write)
+        return seen
 
-        lane.launch(
-            transfer,
-            transfer.total_nbytes,
-            None if on_device else np.stack([src_block_ids, dst_block_ids]),
-            kernels,
-        )
+    def tick(self) -> None:
+        if self._graph_writes and self._watch():
+            for lane in list(self._lanes.values()):
+                lane.ring()  # more may come: from now on it looks more often than ticks do
 
     def _compiled(self, plan: TransferPlan, layers: Sequence[int] | None, device: int) -> CudaPlan:
         from .cuda_plan import compile_plan
 
         key = (id(plan), None if layers is None else tuple(layers))
         with self._lock:
-            entry = self._plans.get(key)
-            if entry is None:
+            compiled = self._plans.get(key)
+            if compiled is None:
                 addresses = self._remote_addresses(plan.remote.regions, device)
-                # The plan is kept beside its tables, so that its id stays its own.
-                entry = (plan, compile_plan(plan, layers, addresses, device))
-                self._plans[key] = entry
-            return entry[1]
+                cap = self._link.core.max_programs
+                counters = self._mappings.counters(device, plan.remote.regions[0])
+                compiled = compile_plan(plan, layers, addresses, counters, device, cap)
+                self._plans[key] = compiled
+            return compiled
 
     def _prepare_tokens(self, plan: TransferPlan, layers: Sequence[int] | None) -> None:
         import torch
@@ -390,6 +392,12 @@ class CudaIpcPath(DataPath):
             arrived = Arrived(transfer.imm, nbytes, 1, device_nbytes=nbytes)
             transfer.on_placed = functools.partial(self._link.send, arrived)
 
+    def _tell_placed(self, transfer: Transfer) -> None:
+        """Tells the peer's host what the kernel has added to its device's counter."""
+        assert transfer.imm is not None
+        nbytes = transfer.total_nbytes
+        self._link.send(Arrived(transfer.imm, nbytes, 1, device_nbytes=nbytes))
+
     def _remote_addresses(self, regions: tuple[RegionDescriptor, ...], device: int) -> Any:
         addresses = [self._mappings.address(device, region) for region in regions]
         return np.array(addresses, np.int64)
@@ -415,7 +423,9 @@ class CudaIpcPath(DataPath):
             if lane is None:
                 if self._halting:
                     raise TransportUnavailable("the link is down", operation="transfer")
-                lane = self._lanes[device] = Lane(device, self._link.core.identity.name)
+                lane = self._lanes[device] = Lane(
+                    device, self._link.core.identity.name, self._watch
+                )
             return lane
 
     def _refusing(self, transfer: Transfer) -> _Refusing:
@@ -435,11 +445,14 @@ class CudaIpcPath(DataPath):
         with self._lock:
             self._halting = True
             lanes = list(self._lanes.values())
+            writes = list(self._graph_writes)
         if not lanes:
             self._host.halt(halted)
             return
 
         def drain() -> None:
+            for write in writes:
+                write.close()
             for lane in lanes:
                 lane.close()
             self._mappings.close()

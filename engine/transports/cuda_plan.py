@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from ...kernels.launch import LoadedCopy
 from ...kernels.paged import Geometry, PagedCache
+from ..device_counters import NUM_SLOTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,30 +25,34 @@ if TYPE_CHECKING:
     from ..transfer_plan import TransferPlan
 
 
-class Launch(NamedTuple):
-    """One launch: the two sides as the kernels see them."""
-
-    src: PagedCache
-    dst: PagedCache
-
-
 class CudaPlan(NamedTuple):
-    """All launches of a plan for some of its layers."""
+    """All launches of a plan for some of its layers.
 
-    launches: tuple[Launch, ...]
-    block_nbytes: int
+    Attributes:
+        plan: kept, so that its id stays its own.
+        copies: the launches.
+        counters: address of the peer's counters, as kernels here see it.
+    """
+
+    plan: TransferPlan
+    copies: tuple[LoadedCopy, ...]
+    counters: int
 
 
 def compile_plan(
     plan: TransferPlan,
     layers: Sequence[int] | None,
     remote_addresses: npt.NDArray[np.int64],
+    counters: int,
     device: int,
+    max_programs: int | None,
 ) -> CudaPlan:
     """Makes the tables on `device`.
 
     Args:
         remote_addresses: of the peer's regions, as kernels on `device` see them.
+        counters: of the peer, as they see them.
+        max_programs: upper bound on the programs that run at a time.
     """
     template = plan.plan.template(layers=layers)
     local_addresses = np.array([region.address for region in plan.local.regions], np.int64)
@@ -58,16 +64,18 @@ def compile_plan(
     dst = dst_addresses[template.dst_region] + template.dst_offset
     keys = np.stack([template.nbytes, template.src_stride, template.dst_stride], axis=1)
     kinds, kind_of = np.unique(keys, axis=0, return_inverse=True)
-    launches = []
+    copies = []
     for kind, (nbytes, src_stride, dst_stride) in enumerate(kinds.tolist()):
         rows = kind_of.ravel() == kind
-        launches.append(
-            Launch(
+        copies.append(
+            LoadedCopy(
                 _side(src[rows], nbytes, src_stride, plan.plan.src, device),
                 _side(dst[rows], nbytes, dst_stride, plan.plan.dst, device),
+                max_programs=max_programs,
+                num_slots=NUM_SLOTS,
             )
         )
-    return CudaPlan(tuple(launches), int(template.nbytes.sum()))
+    return CudaPlan(plan, tuple(copies), counters)
 
 
 def _side(

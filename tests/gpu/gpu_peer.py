@@ -87,6 +87,9 @@ class Commands:
         self._caches.append((registered, own))
         return registered.descriptor
 
+    def deregister_cache(self) -> None:
+        self._caches[-1][0].deregister()
+
     def peek_cache(self) -> list[np.ndarray[Any, Any]]:
         return [tensor.cpu().numpy() for tensor in self._caches[-1][1]]
 
@@ -104,6 +107,17 @@ class Commands:
 
     def wait(self, ticket: int, timeout_s: float = 20.0) -> int:
         return self._tickets[ticket].wait(timeout_s)
+
+    def spin(self, ticket: int) -> int:
+        return self._tickets[ticket].wait(spin=True)
+
+    def late_writes(self) -> int:
+        return self._engine.late_writes
+
+    def write(self, region_id: int, dst: RegionDescriptor, nbytes: int, imm: int) -> int:
+        """Writes the start of a pool into the start of a region of the test's engine."""
+        assert self._link is not None
+        return self._link.write(self._regions[region_id], 0, dst, 0, nbytes, imm=imm).wait(20.0)
 
     def copy_when_arrived(self, ticket: int) -> int:
         """Enqueues a copy of the cache behind the ticket, on a stream; the host goes on."""

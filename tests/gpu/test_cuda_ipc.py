@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,16 +15,17 @@ import torch
 
 from kvferry.engine.errors import (
     BlockOutOfRange,
+    DeadlineExceeded,
     OutOfRange,
+    OverlappingBlocks,
     PeerLost,
+    PlanError,
     RegionGone,
 )
 from kvferry.engine.layout import KVLayout
 from kvferry.engine.transfer import TransferEngine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from kvferry.engine.link import Link
     from kvferry.engine.memory import CacheDescriptor, RegisteredCache
     from tests.gpu.conftest import GpuPeer
@@ -311,42 +313,90 @@ def test_two_engines_of_one_process(peer_device: int) -> None:
         assert torch.equal(src.cpu(), dst.cpu())
 
 
-@pytest.mark.parametrize("writer_dies", [True, False])
-def test_a_peer_dies_in_mid_transfer(
-    engine: TransferEngine,
-    start_peer: Callable[..., GpuPeer],
-    peer_device: int,
-    writer_dies: bool,
+@pytest.mark.parametrize("dtypes", [("int64", "int32"), ("int32", "int64"), None])
+def test_ids_are_uploaded_once_for_many_transfers(
+    engine: TransferEngine, link: Link, peer: GpuPeer, dtypes: tuple[str, str] | None
 ) -> None:
-    nbytes = 256 << 20
-    mine = torch.zeros(nbytes, dtype=torch.uint8, device="cuda")
-    region = engine.register(mine)
-    for _ in range(3):
-        victim = start_peer(peer_device, name="victim")
-        theirs = victim.call("pool", bytes(nbytes))
-        link = engine.connect(victim.address, transport="cuda_ipc")
-        victim.call("accept", engine.engine_id)
-        if writer_dies:
-            lost = engine.expect(engine.new_imm(), nbytes=1, links=[link])
-            victim.call("stream_writes", theirs.region_id, region.descriptor, nbytes)
-            victim.kill()
-        else:
-            link.write(region, 0, theirs, 0, nbytes).wait(60)
-            writes = [link.write(region, 0, theirs, 0, nbytes) for _ in range(200)]
-            victim.kill()
-            lost = engine.expect(engine.new_imm(), nbytes=1, links=[link])
-            for write in writes:
-                write.add_done_callback(lambda _: None)
-        with pytest.raises(PeerLost):
-            lost.wait(10)
-        link.quiesced.wait(20)
-        mine.fill_(3)  # this process's GPU is well, and nobody writes here any more
-        assert int((mine == 3).sum()) == nbytes
-    survivor = start_peer(peer_device, name="survivor")
-    theirs = survivor.call("pool", bytes(4096))
-    link = engine.connect(survivor.address, transport="cuda_ipc")
-    link.write(region, 0, theirs, 0, 4096).wait(60)
-    assert survivor.call("peek", theirs.region_id) == bytes([3]) * 4096
+    """Out of lists, and out of tensors on the GPU, whose values nobody reads."""
+    tensors, local, remote = two_caches(engine, peer, NHD, HND)
+    plan = engine.plan(local, remote)
+    src_ids, dst_ids = some_ids(9)
+    given: Any = (src_ids, dst_ids)
+    if dtypes is not None:
+        given = [
+            torch.tensor(ids, dtype=getattr(torch, dtype), device="cuda")
+            for ids, dtype in zip(given, dtypes, strict=True)
+        ]
+        link.write_blocks(plan, *given).wait(60)
+    ids = link.upload_ids(plan, *given)
+    imm = peer.call("new_imm")
+    ticket = peer.call("expect", imm, nbytes=plan.nbytes(9))
+    for layer in range(3):
+        link.write_blocks(plan, ids, imm=imm, layers=[layer])
+    peer.call("wait", ticket)
+    src = canonical([tensor.cpu() for tensor in tensors], NHD)
+    got = canonical(peer.call("peek_cache"), HND)
+    assert torch.equal(got, moved(src, src_ids, dst_ids, range(3)))
+
+
+def test_ids_that_cannot_be_used_are_refused_by_name(
+    engine: TransferEngine, link: Link, peer: GpuPeer
+) -> None:
+    _, local, remote = two_caches(engine, peer, NHD, NHD)
+    plan, other = (
+        engine.plan(local, remote),
+        engine.plan(two_caches(engine, peer, HND, NHD)[1], remote),
+    )
+    row = torch.arange(4, device="cuda")
+    for bad in ([0, 1, 2, 3], row.cpu(), row[:3], row[::2], row.float(), row.view(2, 2)):
+        with pytest.raises(PlanError, match="block ids on a GPU must be"):
+            link.write_blocks(plan, row, bad)
+    with pytest.raises(PlanError, match="the plan they were uploaded for"):
+        link.write_blocks(other, link.upload_ids(plan, [1], [2]))
+    with pytest.raises(PlanError, match="destination block ids are missing"):
+        link.write_blocks(plan, [1])
+    with pytest.raises(OverlappingBlocks, match="id 5 is named twice"):
+        link.write_blocks(plan, [1, 2, 3], [5, 4, 5])
+    with pytest.raises(BlockOutOfRange, match="id -1 is not"):
+        link.write_blocks(plan, [1, -1], [5, 4])
+
+
+def test_a_thread_of_the_peer_waits_awake_for_the_bytes(
+    engine: TransferEngine, link: Link, peer: GpuPeer
+) -> None:
+    _, local, remote = two_caches(engine, peer, NHD, NHD)
+    plan = engine.plan(local, remote)
+    for _ in range(5):
+        src_ids, dst_ids = some_ids(7)
+        imm = peer.call("new_imm")
+        ticket = peer.call("expect", imm, nbytes=plan.nbytes(7))
+        torch.cuda._sleep(10_000_000)  # type: ignore[no-untyped-call]
+        writes = [
+            link.write_blocks(plan, src_ids[part], dst_ids[part], imm=imm)
+            for part in (slice(0, 3), slice(3, 7))
+        ]
+        assert peer.call("spin", ticket) == plan.nbytes(7)
+        for write in writes:
+            write.wait(20)
+    # What was seen before it was announced is no late write, and the words are as they seem.
+    assert peer.call("late_writes") == 0
+    never = peer.call("expect", peer.call("new_imm"), nbytes=1, timeout_s=0.3)
+    with pytest.raises(DeadlineExceeded):
+        peer.call("spin", never)
+
+
+def test_a_thread_may_have_used_no_gpu_before(
+    engine: TransferEngine, link: Link, peer: GpuPeer
+) -> None:
+    _, local, remote = two_caches(engine, peer, NHD, NHD)
+    plan = engine.plan(local, remote)
+    done: list[int] = []
+    thread = threading.Thread(
+        target=lambda: done.append(link.write_blocks(plan, [1, 2], [3, 4]).wait())
+    )
+    thread.start()
+    thread.join(60)
+    assert done == [plan.nbytes(2)]
 
 
 def test_expandable_segments_are_refused_by_name() -> None:

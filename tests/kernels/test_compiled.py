@@ -22,6 +22,7 @@ OPERATIONS = {
     "gather": {"dst_bases": "i64", "dst_ids": None, "finished": None},
     "scatter": {"src_bases": "i64", "src_ids": None, "finished": None},
     "push": {},
+    "graph push": {"order": "*i64", "gate": "*i64", "log": "*i64", "bad_ids": None},
 }
 
 
@@ -37,7 +38,7 @@ def compile_to_ptx(operation: str, cache: PagedCache, tuning: Tuning, *, loop: b
     values = dict(
         zip(
             [param.name for param in copy_kernel.params if param.is_constexpr],
-            [*constants.arguments, loop],
+            [*constants.arguments, loop, 1 << 16, 1 << 14],
             strict=True,
         )
     )
@@ -47,7 +48,10 @@ def compile_to_ptx(operation: str, cache: PagedCache, tuning: Tuning, *, loop: b
         "src_ids": "*i32",
         "dst_ids": "*i64",
         "bad_ids": "*i32",
-        "finished": "*i32",
+        "finished": "*i64",
+        "order": None,
+        "gate": None,
+        "log": None,
         **OPERATIONS[operation],
     }
     signature: dict[str, str] = {}
@@ -90,7 +94,7 @@ def test_only_the_last_program_touches_the_counter_of_the_peer() -> None:
     cache = PagedCache.from_tensors([torch.empty(2, 4, 16, 8)], "plane block token dim")
     ptx = compile_to_ptx("push", cache, LARGE, loop=False)
     assert len(re.findall(r"(?:atom|red)\.global\.sys\.release\.add\.u64", ptx)) == 1
-    assert len(re.findall(r"atom\.global\.sys\.acq_rel\.add\.u32", ptx)) == 1
+    assert len(re.findall(r"atom\.global\.gpu\.acq_rel\.add\.u64", ptx)) == 1
 
 
 def test_nothing_of_an_unused_feature_is_compiled() -> None:

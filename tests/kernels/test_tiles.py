@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from kvferry.kernels.paged import Geometry
 from kvferry.kernels.tiles import LARGE, SMALL, Strides, Tuning, plan_tiles
 
+TILE_16K = Tuning(16 << 10, 8)
+
 
 def nhd(tokens: int, heads: int, dim_nbytes: int, *, alignment_nbytes: int = 16) -> Geometry:
     """A plain cache of 10 blocks."""
@@ -65,11 +67,11 @@ def test_accesses_are_as_wide_as_everything_allows(
 
 
 def test_short_pieces_share_a_tile_and_long_ones_spread() -> None:
-    short = plan_tiles(nhd(1, 1, 1024), None, 16, LARGE)
+    short = plan_tiles(nhd(1, 1, 1024), None, 16, TILE_16K)
     assert (short.words, short.chunks, short.piece_chunks) == (128, 16, 1)
-    long = plan_tiles(nhd(16, 16, 256), None, 16, LARGE)
+    long = plan_tiles(nhd(16, 16, 256), None, 16, TILE_16K)
     assert (long.words, long.chunks, long.piece_chunks) == (2048, 1, 4)
-    assert plan_tiles(nhd(1, 1, 1152), None, 16, LARGE).words == 32  # of 144: 160 lanes, not 256
+    assert plan_tiles(nhd(1, 1, 1152), None, 16, TILE_16K).words == 32  # of 144: 160 lanes, not 256
 
 
 @settings(derandomize=True, database=None, deadline=None)
@@ -78,7 +80,7 @@ def test_short_pieces_share_a_tile_and_long_ones_spread() -> None:
     heads=st.integers(1, 16),
     dim_nbytes=st.integers(1, 600),
     alignment_nbytes=st.sampled_from([1, 2, 4, 8, 16]),
-    tuning=st.sampled_from([SMALL, LARGE, Tuning(512, 1)]),
+    tuning=st.sampled_from([SMALL, TILE_16K, Tuning(512, 1)]),
 )
 def test_pieces_and_chunks_cover_a_block(
     tokens: int, heads: int, dim_nbytes: int, alignment_nbytes: int, tuning: Tuning
