@@ -159,6 +159,10 @@ class Link:
         Returns:
             A ticket that ends when all bytes are placed and the source may be reused.
 
+        Transfers of one link may overtake each other: what must come first is waited for by its
+        ticket. Blocks of GPU memory alone (`write_blocks`, `read_blocks` over `cuda_ipc`) move in
+        the order of their calls.
+
         Raises:
             OutOfRange, NotRegistered, RegionGone, LinkError: before any byte moves.
         """
