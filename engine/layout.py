@@ -148,6 +148,7 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         layers: Sequence[int] | None = None,
         planes: Sequence[str] | None = None,
         head_start: int = 0,
+        tokens_per_block: int = 0,
         tp_mode: str = "split",
         kind: str = "full",
         window: int = 0,
@@ -171,6 +172,7 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             layers: global layer indices; 0, 1, 2, … if not given.
             planes: names of the planes; `k v` for two, `latent` for one.
             head_start: global index of the first KV head held here.
+            tokens_per_block: where no axis counts the tokens of a block.
             kind, window, null_slot: see `GroupLayout`.
             tp_mode, codec, opaque, model_heads, model_layers: see `KVLayout`.
             scales: of each quantised plane: one number, `[layer]` or `[layer, head]` of them.
@@ -249,7 +251,9 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     plane_stride=strides.get("plane", 0),
                     slot_stride=strides["block"],
                     num_slots=sizes["block"],
-                    tokens_per_slot=sizes.get("token", 0 if kind in WHOLE_KINDS else 1),
+                    tokens_per_slot=sizes.get(
+                        "token", tokens_per_block or (0 if kind in WHOLE_KINDS else 1)
+                    ),
                     elem_bytes=elem_bytes,
                     axes=axes,
                     base_offset=0,
@@ -321,6 +325,7 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     operation="layout",
                 )
         seen: set[int] = set()
+        rows: set[tuple[int, str]] = set()
         for group in self.groups:
             slots = set()
             for index in group.regions:
@@ -336,7 +341,6 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     operation="layout",
                 )
             _check_group(self, group)
-            rows: set[tuple[int, str]] = set()
             for region in (self.regions[index] for index in group.regions):
                 for row in itertools.product(region.layers, region.planes):
                     if row in rows:

@@ -12,11 +12,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapters.agent import Agent
     from .adapters.handoffs import Handoff, SendHandoff
+    from .adapters.ranks import (
+        HandoffSet,
+        connect_ranks,
+        num_readers,
+        receive_from_ranks,
+        send_to_ranks,
+    )
     from .engine.errors import EngineError
     from .engine.handshake import EngineAddress
+    from .engine.join import join_groups, join_planes
     from .engine.layout import Axis, GroupLayout, KVLayout, RegionLayout
     from .engine.link import Link
     from .engine.memory import CacheDescriptor, MemoryRegion, RegionDescriptor, RegisteredCache
+    from .engine.ranks import RankPlan
     from .engine.tickets import Ticket
     from .engine.transfer import TransferEngine
     from .engine.transfer_plan import TransferPlan
@@ -29,9 +38,11 @@ _HOMES = {
     "EngineError": "engine.errors",
     "GroupLayout": "engine.layout",
     "Handoff": "adapters.handoffs",
+    "HandoffSet": "adapters.ranks",
     "KVLayout": "engine.layout",
     "Link": "engine.link",
     "MemoryRegion": "engine.memory",
+    "RankPlan": "engine.ranks",
     "RegionDescriptor": "engine.memory",
     "RegionLayout": "engine.layout",
     "RegisteredCache": "engine.memory",
@@ -39,6 +50,12 @@ _HOMES = {
     "Ticket": "engine.tickets",
     "TransferEngine": "engine.transfer",
     "TransferPlan": "engine.transfer_plan",
+    "connect_ranks": "adapters.ranks",
+    "join_groups": "engine.join",
+    "join_planes": "engine.join",
+    "num_readers": "adapters.ranks",
+    "receive_from_ranks": "adapters.ranks",
+    "send_to_ranks": "adapters.ranks",
 }
 
 __all__ = [
@@ -49,9 +66,11 @@ __all__ = [
     "EngineError",
     "GroupLayout",
     "Handoff",
+    "HandoffSet",
     "KVLayout",
     "Link",
     "MemoryRegion",
+    "RankPlan",
     "RegionDescriptor",
     "RegionLayout",
     "RegisteredCache",
@@ -59,6 +78,12 @@ __all__ = [
     "Ticket",
     "TransferEngine",
     "TransferPlan",
+    "connect_ranks",
+    "join_groups",
+    "join_planes",
+    "num_readers",
+    "receive_from_ranks",
+    "send_to_ranks",
 ]
 
 
