@@ -266,8 +266,11 @@ def _signature(src: KVLayout, dst: KVLayout, left: int, right: int) -> tuple[Any
         heads = _heads(src, dst, left, right)
     token = [_axis(region, "token") is not None for region in (one, other)]
     blocks = one.tokens_per_slot, other.tokens_per_slot
-    if token[0] != token[1] and max(blocks) > 1:
-        differ("axis 'token'", *(held[0] if held else "none" for held in (_axis(one, "token"), _axis(other, "token"))))  # fmt: skip
+    # A slot of one token needs no axis for it.
+    hidden = [not axis and size > 1 for axis, size in zip(token, blocks, strict=True)]
+    if hidden[0] != hidden[1] and any(token):
+        sizes_of = (_axis(one, "token"), _axis(other, "token"))
+        differ("axis 'token'", *(held[0] if held else "none" for held in sizes_of))
     if not blocks[0] or not blocks[1]:
         differ("block size in tokens", *blocks)
     whole = not any(token) or "token" in src.opaque

@@ -1,0 +1,66 @@
+"""The layouts in `docs/layouts.md` are what the page says, and go together where they should."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvferry.engine.errors import LayoutError
+from kvferry.engine.join import join_planes
+from kvferry.engine.layout import KVLayout
+from kvferry.engine.reblock import TokenPlan
+
+PAGE = Path(__file__).parents[2] / "docs" / "layouts.md"
+LAYERS, BLOCKS, HEADS, TOKENS, DIM = 2, 8, 4, 16, 64
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+    return [torch.empty(shape, dtype=dtype, device="meta") for _ in range(LAYERS)]
+
+
+@pytest.fixture(scope="module")
+def layouts() -> dict[str, KVLayout]:
+    """What the page's last block of code defines."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    names: dict[str, Any] = {
+        "KVLayout": KVLayout,
+        "join_planes": join_planes,
+        "vllm_caches": empty(BLOCKS, HEADS, TOKENS, 2 * DIM),
+        "mla_caches": empty(BLOCKS, 1, TOKENS, 576),
+        "k_buffers": empty(BLOCKS * 16, HEADS, DIM),
+        "v_buffers": empty(BLOCKS * 16, HEADS, DIM),
+        "trtllm_pool": empty(BLOCKS, LAYERS, 2, HEADS, 32, DIM)[0],
+        "flowkv_pool": empty(BLOCKS, LAYERS, 2, 64, HEADS, DIM)[0],
+        "hf_keys": empty(3, HEADS, 128, DIM),
+        "hf_values": empty(3, HEADS, 128, DIM),
+        "fp8_caches": empty(2, BLOCKS, TOKENS, HEADS, DIM, dtype=torch.float8_e4m3fn),
+        "k_scales": [0.5] * LAYERS,
+        "v_scales": [[0.25] * HEADS] * LAYERS,
+        "tpla_caches": empty(BLOCKS, TOKENS, 256 + 64),
+    }
+    exec(blocks[-1], names)
+    return {name: value for name, value in names.items() if isinstance(value, KVLayout)}
+
+
+LIKE_LLAMA = ("vllm", "sglang", "sglang_paged", "trtllm", "flowkv", "hugging_face", "fp8")
+
+
+def test_every_pair_of_one_model_goes_together(layouts: dict[str, KVLayout]) -> None:
+    token_nbytes = LAYERS * 2 * HEADS * DIM * 2
+    for one, other in itertools.permutations(LIKE_LLAMA, 2):
+        plan = TokenPlan(layouts[one], layouts[other])
+        expected = token_nbytes // 2 if other == "fp8" else token_nbytes
+        assert plan.nbytes(0, 40) == 40 * expected, (one, other)
+
+
+def test_the_others_are_what_they_are(layouts: dict[str, KVLayout]) -> None:
+    assert set(layouts) == {*LIKE_LLAMA, "vllm_mla", "vllm_cpu", "tpla"}
+    assert layouts["vllm_mla"].regions[0].slot_nbytes == TOKENS * 576 * 2
+    assert layouts["tpla"].region_heads(0) == (1, 2)
+    with pytest.raises(LayoutError, match="codec differs"):
+        TokenPlan(layouts["vllm_cpu"], layouts["vllm"])
