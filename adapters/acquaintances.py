@@ -16,12 +16,11 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..control.errors import AgentClosed, HelloRefused
+from ..control.errors import AgentClosed, ControlError, HelloRefused
 from ..control.events import ClearTimer, Send, SetTimer, TimerFired
 from ..control.messages import Bye, Describe, Hello, Refused
 from ..control.session import (
     ENDED,
-    UP,
     Ended,
     Heard,
     LinkOpened,
@@ -32,10 +31,12 @@ from ..control.session import (
     Up,
     make_hello,
 )
+from ..engine.admission import TOKEN_NBYTES
 from ..engine.errors import EngineError, LinkClosed
 from ..engine.handshake import EngineAddress
 from ..engine.memory import CacheDescriptor
 from ..engine.tickets import all_of
+from .acquaintance import Acquaintance
 from .rank_plans import plan_between
 
 if TYPE_CHECKING:
@@ -47,57 +48,17 @@ if TYPE_CHECKING:
     from ..control.session import SessionAction, SessionEvent
     from ..engine.link import Link
     from ..engine.tickets import Ticket
-    from ..engine.transfer_plan import TransferPlan
     from .agent_core import AgentCore
-    from .mailbox import Route, Timer
+    from .mailbox import Route
 
 MAX_STRANGERS = 256  # sessions that peers began and that are not up yet
 STRANGER_TIMEOUT_S = 10.0
 LINK_TIMEOUT_S = 5.0
+TOKEN_TIMEOUT_S = 20.0  # the peer may have to make its plans first, which can take seconds
 PATIENCE_S = 0.1  # for what is in flight when a peer says goodbye; it has all it waits for
 FAREWELL_S = 0.25  # for a peer to hear that this agent leaves, before its links are cut
 
 log = logging.getLogger("kvferry.agent")
-
-
-class Acquaintance:
-    """One session with one peer.
-
-    Attributes:
-        session, route: who it is, and how messages reach it.
-        endpoint: what this side dialled; "" if the peer did.
-        waiter: ends with the peer's name, or with why there is none.
-        peer_cache: the peer's cache, once it has described it.
-        write_plan, read_plan: from our cache to the peer's, and back, as far as roles need them;
-            None also where, of two sets of ranks, these two have nothing to move.
-        link: the link, once it is there.
-        down: whether the link was there and is no more.
-        quiesced: whether the peer can reach nothing any more.
-    """
-
-    def __init__(
-        self, session: Session, route: Route, endpoint: str, waiter: Future[str] | None
-    ) -> None:
-        self.session = session
-        self.route = route
-        self.endpoint = endpoint
-        self.waiter = waiter
-        self.engine_id = ""
-        self.peer_cache: CacheDescriptor | None = None
-        self.write_plan: TransferPlan | None = None
-        self.read_plan: TransferPlan | None = None
-        self.link: Link | None = None
-        self.down = False
-        self.quiesced = False
-        self.failure: EngineError | None = None  # why the link could not be opened
-        self.patient = False  # the peer leaves, and acknowledgements may still be on their way
-        self.parting = ""  # why the session ended, if that came before the link went down
-        self.timers: dict[str, Timer] = {}
-
-    @property
-    def up(self) -> bool:
-        """Whether handoffs may begin."""
-        return self.session.state == UP and not self.down
 
 
 class Acquaintances:
@@ -106,7 +67,7 @@ class Acquaintances:
     def __init__(self, core: AgentCore, timing: Timing) -> None:
         self._core = core
         self._timing = timing
-        self._generation = secrets.randbits(62)
+        self.life = secrets.randbits(62)
         self._numbers = itertools.count(secrets.randbits(61) + 1)
         self._all: dict[int, Acquaintance] = {}
         self._by_name: dict[str, Acquaintance] = {}
@@ -124,19 +85,31 @@ class Acquaintances:
 
     # Meeting
 
-    def meet(self, endpoint: str, timeout_s: float, waiter: Future[str]) -> None:
-        """Gets acquainted with the agent at `endpoint`; one that is known already stays."""
+    def meet(
+        self,
+        endpoint: str,
+        timeout_s: float,
+        waiter: Future[str],
+        expected: tuple[str, int] | None = None,
+    ) -> None:
+        """Gets acquainted with the agent at `endpoint`; one that is known already stays.
+
+        `expected` is the name and the life that it has to have, if that is known.
+        """
         for known in self._all.values():
             if known.endpoint == endpoint and known.up:
                 waiter.set_result(known.session.name)
                 return
         try:
             route = self._core.mailbox.dial(endpoint)
+        except ControlError as error:
+            waiter.set_exception(error)
+            return
         except Exception as error:
             waiter.set_exception(HelloRefused(f"{endpoint!r} cannot be dialled: {error}"))
             return
         number = next(self._numbers)
-        self._begin(number, route, endpoint, waiter, timeout_s)
+        self._begin(number, route, endpoint, waiter, timeout_s, expected)
 
     def hear(self, route: Route, message: Message) -> None:
         """A message that gets agents acquainted, or parts them."""
@@ -162,22 +135,26 @@ class Acquaintances:
         endpoint: str,
         waiter: Future[str] | None,
         timeout_s: float,
+        expected: tuple[str, int] | None = None,
     ) -> Acquaintance:
         core = self._core
+        token = secrets.token_bytes(TOKEN_NBYTES)
         engine = core.engine.address.encode()
         session = Session(
             self._hello(number),
-            Describe(number, self._digest, self._cache, engine),
+            Describe(number, self._digest, self._cache, engine, token),
             self._timing,
             dials=bool(endpoint),
             timeout_s=timeout_s,
+            expected=expected,
         )
         known = self._all[number] = Acquaintance(session, route, endpoint, waiter)
+        known.token = token
         self._carry_out(known, session.start())
         return known
 
     def _hello(self, number: int) -> Hello:
-        return make_hello(self._core.name, self._core.role, self._generation, number)
+        return make_hello(self._core.name, self._core.role, self.life, number)
 
     # What sessions ask for
 
@@ -220,6 +197,8 @@ class Acquaintances:
             known.engine_id = EngineAddress.decode(describe.engine).engine_id
             known.peer_cache = peer_cache
             mine = self._core.described
+            if not known.session.dials:  # before the peer hears of the token
+                engine.admit(known.token, known.engine_id, TOKEN_TIMEOUT_S)
             if ours != "decode" and theirs != "prefill":
                 known.write_plan = plan_between(engine, cache, mine, peer_cache, writes=True)
             if ours != "prefill" and theirs != "decode":
@@ -233,7 +212,9 @@ class Acquaintances:
         engine = self._core.engine
         try:
             if dial:
-                link = engine.connect(describe.engine, timeout_s=LINK_TIMEOUT_S)
+                link = engine.connect(
+                    describe.engine, token=describe.token, timeout_s=LINK_TIMEOUT_S
+                )
             else:
                 link = engine.accept_link(known.engine_id, timeout_s=LINK_TIMEOUT_S)
         except EngineError as error:
@@ -276,17 +257,24 @@ class Acquaintances:
         """Whether a link is up."""
         return any(known.link is not None and not known.down for known in self._all.values())
 
-    def say_goodbye(self) -> None:
+    def replaced(self, name: str, life: int) -> None:
+        """The daemon knows another life under this name: whoever had it before is not that agent."""
+        for known in list(self._all.values()):
+            peer = known.session.peer
+            if known.up and peer is not None and peer.name == name and peer.generation != life:
+                self._part(known, "session", f"{name} was replaced by another life")
+
+    def say_goodbye(self, reason: str) -> None:
         """Tells every peer that this agent leaves; each then closes its links, or else we do.
 
         What was said before is heard before: a peer takes the last `Done` for an end, not a loss.
         """
         for known in list(self._all.values()):
             if known.session.state != ENDED:
-                self._core.send(known.route, Bye(known.session.number, "the agent was closed"))
+                self._core.send(known.route, Bye(known.session.number, reason))
                 self._core.mailbox.call_later(FAREWELL_S, partial(self._close_links, known))
             if known.waiter is not None and not known.waiter.done():
-                known.waiter.set_exception(AgentClosed("the agent was closed", operation="connect"))
+                known.waiter.set_exception(AgentClosed(reason, operation="connect"))
 
     def _part(self, known: Acquaintance, reason: Reason, detail: str) -> None:
         error = HelloRefused(detail, peer=known.session.name, operation="link")

@@ -7,7 +7,9 @@ eight steps of `docs/structure.md`.
 
 from __future__ import annotations
 
+import platform
 import threading
+import time
 from collections import OrderedDict
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -17,13 +19,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import numpy as np
 
-from ..control.errors import AgentClosed, HelloTimeout, NotConnected
+from ..control.client import daemon_address
+from ..control.daemon_messages import Load, Registration, Topology
+from ..control.errors import AgentClosed, ControlError, DaemonTimeout, HelloTimeout, NotConnected
 from ..control.events import SourceOffered
 from ..control.handoff import Timing
+from ..control.keys import check_address, join_address
 from ..control.messages import count_blocks
-from ..engine.errors import BlockOutOfRange, OverlappingBlocks, PlanError
-from ..engine.transfer import TRANSPORTS, TransferEngine
-from .agent_core import AgentCore
+from ..engine.errors import EngineError, OverlappingBlocks
+from .agent_checks import check_block_ids, describe_cache, make_engine
+from .agent_core import AgentCore, refuse
+from .enrolment import Enrolment
 from .handoffs import Handoff, SendHandoff
 from .token_handoffs import expected_nbytes, pack_tables
 
@@ -32,14 +38,19 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from ..control.daemon_messages import Member
     from ..control.events import Event
-    from ..control.messages import Side
+    from ..control.keys import Keys
+    from ..control.messages import Role, Side
     from ..engine.layout import KVLayout
+    from ..engine.transfer import TransferEngine
+    from .acquaintance import Acquaintance
 
     BlockIds = Sequence[int] | npt.NDArray[np.integer]
 
-Role = Literal["prefill", "decode", "both"]
 DEFAULT_TIMEOUT_S = 30.0
+DEFAULT_LEASE_S = 3.0
+MEET_TIMEOUT_S = 5.0  # for a member that a handoff has to connect to first
 CLOSE_TIMEOUT_S = 2.0
 ATTEMPTS_REMEMBERED = 4096  # requests whose next attempt gets the next number
 
@@ -58,17 +69,24 @@ class Agent:
         transports, verify: for an engine that is made here; see `TransferEngine`.
         advertise_host: the host in `address`, where `bind` names none that peers can reach.
         timing: how long the handoff machines wait.
+        keys: key pair and allow-list for every ZeroMQ socket; without them `bind` must be an
+            address of this machine.
+        daemon: address of a daemon, to be found by others and to find them; none if "". It may come
+            and go: agents that know each other never wait for it.
+        model, topology, tokens_per_s: what the daemon places by; see `Registration`.
+        lease_s: how long after its last sign of life the daemon still counts on this agent.
         ranks: the layouts of all ranks of this engine, where the model's cache is spread over
             several; this agent is one of them. See `ranks.py`.
         rank: which.
 
     Raises:
+        InsecureAddress: `bind` can be reached from other machines, and there are no `keys`.
+        ConfigError: `daemon` is no address, or names no key although there are `keys`.
         TransportUnavailable, LayoutError, NotRegistered: from the engine.
         ValueError: no peer would take this name or role.
         zmq.ZMQError: `bind` cannot be bound.
 
-    Thread-safe. Messages and addresses carry the keys of registered memory: the network between
-    agents has to be trusted. Not usable in a forked child.
+    Thread-safe. Not usable in a forked child.
     """
 
     def __init__(
@@ -84,15 +102,25 @@ class Agent:
         verify: bool = False,
         advertise_host: str = "",
         timing: Timing | None = None,
+        keys: Keys | None = None,
+        daemon: str = "",
+        model: str = "",
+        topology: Topology | None = None,
+        tokens_per_s: float = 0.0,
+        lease_s: float = DEFAULT_LEASE_S,
         ranks: Sequence[KVLayout] = (),
         rank: int = 0,
     ) -> None:
+        check_address(bind, keys, f"agent {name}")
+        if daemon:
+            daemon_address(daemon, keys)
         self.name = name
         self.role: Role = role
+        self._keys = keys
         self.layout = layout
         self._advertise_host = advertise_host
         self._owns_engine = engine is None
-        self.engine = engine or _make_engine(
+        self.engine = engine or make_engine(
             name, bind, transports, verify=verify, advertise_host=advertise_host
         )
         self._lock = threading.Lock()
@@ -106,7 +134,7 @@ class Agent:
                 )
                 described.check()
                 self._core = AgentCore(
-                    name, role, self.engine, self._cache, bind, timing or Timing(), described
+                    name, role, self.engine, self._cache, bind, timing or Timing(), keys, described
                 )
             except BaseException:
                 self._cache.deregister()
@@ -115,6 +143,24 @@ class Agent:
             if self._owns_engine:
                 self.engine.close()
             raise
+        self._enrolment: Enrolment | None = None
+        if daemon:
+            registration = Registration(
+                name=name,
+                role=role,
+                life=self._core.acquaintances.life,
+                address=self.address,
+                model=model,
+                transports=self.engine.transports,
+                public_key=keys.public if keys is not None else b"",
+                tokens_per_s=tokens_per_s,
+                topology=topology or Topology(host=platform.node()),
+                **describe_cache(layout),
+            )
+            self._enrolment = Enrolment(
+                self._core, daemon, registration, lease_s, on_role=self._take_role
+            )
+            self._soon(self._enrolment.start)
 
     def __enter__(self) -> Agent:
         return self
@@ -129,9 +175,51 @@ class Agent:
     def address(self) -> str:
         """Where peers connect to."""
         endpoint = self._core.mailbox.endpoint
-        if not self._advertise_host or not endpoint.startswith("tcp://"):
-            return endpoint
-        return f"tcp://{self._advertise_host}:{endpoint.rpartition(':')[2]}"
+        if self._advertise_host and endpoint.startswith("tcp://"):
+            endpoint = f"tcp://{self._advertise_host}:{endpoint.rpartition(':')[2]}"
+        return join_address(endpoint, self._keys.public if self._keys is not None else b"")
+
+    @property
+    def members(self) -> dict[str, Member]:
+        """Who is there, by name, as the daemon last said. Empty without one. Not to be changed."""
+        return self._enrolment.members if self._enrolment is not None else {}
+
+    @property
+    def registered(self) -> bool:
+        """Whether the daemon knows this agent now."""
+        return self._enrolment is not None and self._enrolment.registered
+
+    @property
+    def draining(self) -> bool:
+        """Whether nothing new is to be placed on this agent."""
+        return self._enrolment is not None and self._enrolment.draining
+
+    def report(self, *, queued_tokens: int = 0, free_blocks: int = 0) -> None:
+        """Tells, with the next heartbeat, what placement should know of the engine's load."""
+        if self._enrolment is not None:
+            self._enrolment.report = Load(queued_tokens=queued_tokens, free_blocks=free_blocks)
+
+    def wait_for_member(self, name: str, timeout_s: float = 5.0) -> Member:
+        """The member of that name; waits until the daemon knows it.
+
+        Raises:
+            DaemonTimeout: it does not. NotConnected: this agent has no daemon.
+        """
+        enrolment = self._enrolment
+        if enrolment is None:
+            raise NotConnected(
+                "this agent has no daemon: give `daemon`, or connect() to an address",
+                peer=name,
+                operation="wait",
+            )
+        if not enrolment.wait(lambda: name in enrolment.members, timeout_s):
+            why = "" if enrolment.registered else f" ({enrolment.reason})"
+            raise DaemonTimeout(
+                f"the daemon has not told of an agent {name!r} in {timeout_s} s{why}",
+                peer=name,
+                operation="wait",
+            )
+        return enrolment.members[name]
 
     @property
     def messages_refused(self) -> int:
@@ -146,15 +234,19 @@ class Agent:
     def connect(self, address: str, timeout_s: float = 5.0) -> str:
         """Gets acquainted with the agent at `address` and opens a link; returns its name.
 
-        One call serves both directions; an agent that is connected already stays so.
+        `address` may be the name of a member, too. One call serves both directions; an agent that
+        is connected already stays so.
 
         Raises:
             HelloError: the two do not fit together, or nobody answers; says which.
-            EngineError: no link can be opened.
+            EngineError: no link can be opened. NotConnected: no member has that name.
         """
         self._check_open("connect")
         waiter: Future[str] = Future()
-        self._soon(self._core.acquaintances.meet, address, timeout_s, waiter)
+        if "://" in address:
+            self._soon(self._core.acquaintances.meet, address, timeout_s, waiter)
+        else:
+            self._meet_member(address, timeout_s, waiter, "connect")
         try:
             return waiter.result(timeout_s + 1.0)  # the session keeps the time itself
         except FutureTimeoutError as error:
@@ -178,7 +270,7 @@ class Agent:
 
         Args:
             request_id: what the prefill agent calls it, too.
-            peer: name of a connected agent.
+            peer: name of a connected agent, or of a member: it is connected to first.
             dst_block_ids: where its blocks go, in order; each of them once.
             mode: `push`: the peer writes. `pull`: this agent reads.
             skip_blocks: blocks at the request's beginning that this side has already.
@@ -188,33 +280,21 @@ class Agent:
             NotConnected: no such peer. BlockOutOfRange, OverlappingBlocks, PlanError: the ids.
         """
         self._check_role("receive", "decode")
-        table = self._table(dst_block_ids)
+        table = check_block_ids(self.layout, dst_block_ids)
         if len(np.unique(table)) != len(table):
             raise OverlappingBlocks(
                 f"a destination block id of {request_id} is named twice", operation="receive"
             )
-        known = self._core.acquaintances.by_name(peer)
-        if known is None or known.read_plan is None:
-            raise NotConnected(
-                f"no prefill agent {peer!r} is connected: call connect() with its address",
-                peer=peer,
-                operation="receive",
-            )
-        handoff = Handoff(request_id, peer, "receive", partial(self._tell, "decode"))
         fields = {
-            "attempt": self._next_attempt(request_id),
             "mode": mode,
-            "imm": self.engine.new_imm(),
             "num_blocks": len(table),
-            "nbytes": known.read_plan.nbytes(len(table)),
             "timeout_s": float(timeout_s),
             "tables": (table.tobytes(),),
             "skip_blocks": skip_blocks,
             "start_token": 0,
             "stop_token": 0,
         }
-        self._soon(self._core.receive, handoff, known, fields)
-        return handoff
+        return self._receive(request_id, peer, fields)
 
     def receive_tokens(
         self,
@@ -240,29 +320,79 @@ class Agent:
             NotConnected: no such peer. PlanError: the tables.
         """
         self._check_role("receive", "decode")
-        known = self._core.acquaintances.by_name(peer)
-        if known is None or known.read_plan is None:
-            raise NotConnected(
-                f"no prefill agent {peer!r} that has something for this one is connected: call "
-                "connect() with its address",
-                peer=peer,
-                operation="receive",
-            )
         tables = pack_tables(dst_tables)
-        handoff = Handoff(request_id, peer, "receive", partial(self._tell, "decode"))
         fields = {
-            "attempt": self._next_attempt(request_id),
             "mode": mode,
-            "imm": self.engine.new_imm(),
             "num_blocks": count_blocks(tables),
-            "nbytes": expected_nbytes(known.read_plan, tables, start_token, num_tokens),
             "timeout_s": float(timeout_s),
             "tables": tables,
             "start_token": start_token,
             "stop_token": num_tokens,
         }
-        self._soon(self._core.receive, handoff, known, fields)
+        return self._receive(request_id, peer, fields)
+
+    def _receive(self, request_id: str, peer: str, fields: dict[str, Any]) -> Handoff:
+        """Asks a peer, after getting acquainted with it if it is a member only."""
+        known = self._core.acquaintances.by_name(peer)
+        handoff = Handoff(request_id, peer, "receive", partial(self._tell, "decode"))
+        if known is not None and known.read_plan is not None:
+            self._ask(handoff, known, fields)
+        else:
+            waiter: Future[str] = Future()
+            timeout_s = min(fields["timeout_s"], MEET_TIMEOUT_S)
+            self._meet_member(peer, timeout_s, waiter, "receive")
+            waiter.add_done_callback(partial(self._met, handoff, fields, time.monotonic()))
         return handoff
+
+    def _ask(self, handoff: Handoff, known: Acquaintance, fields: dict[str, Any]) -> None:
+        plan = known.read_plan
+        assert plan is not None
+        if fields["stop_token"]:
+            fields["nbytes"] = expected_nbytes(
+                plan, fields["tables"], fields["start_token"], fields["stop_token"]
+            )
+        else:
+            fields["nbytes"] = plan.nbytes(fields["num_blocks"])
+        fields["imm"] = self.engine.new_imm()
+        fields["attempt"] = self._next_attempt(handoff.request_id)
+        self._soon(self._core.receive, handoff, known, fields)
+
+    def _meet_member(
+        self, name: str, timeout_s: float, waiter: Future[str], operation: str
+    ) -> None:
+        """Gets acquainted with a member that the daemon told of."""
+        member = self.members.get(name)
+        if member is None or name == self.name:
+            raise NotConnected(
+                f"no prefill agent {name!r} that has something for this one is connected, and the "
+                "daemon knows none: call connect() with its address",
+                peer=name,
+                operation=operation,
+            )
+        there = member.registration
+        expected = (name, there.life)
+        self._soon(self._core.acquaintances.meet, there.address, timeout_s, waiter, expected)
+
+    def _met(
+        self, handoff: Handoff, fields: dict[str, Any], began_s: float, waiter: Future[str]
+    ) -> None:
+        """A handoff's peer is connected now, or cannot be. On the agent's thread."""
+        error = waiter.exception()
+        assert error is None or isinstance(error, Exception)
+        known = self._core.acquaintances.by_name(handoff.peer)
+        fields["timeout_s"] = max(fields["timeout_s"] - (time.monotonic() - began_s), 1e-3)
+        try:
+            if error is not None:
+                raise error
+            if known is None or known.read_plan is None:
+                raise NotConnected(
+                    f"{handoff.peer} is connected, and has nothing for this agent",
+                    peer=handoff.peer,
+                    operation="receive",
+                )
+            self._ask(handoff, known, fields)
+        except (ControlError, EngineError) as why:
+            refuse(handoff, why)
 
     def send(
         self, request_id: str, src_block_ids: BlockIds, *, timeout_s: float = DEFAULT_TIMEOUT_S
@@ -287,8 +417,10 @@ class Agent:
         tables: give them in a row.
         """
         self._check_role("send", "prefill")
-        one = len(self.layout.groups) == 1
-        tables = (self._table(src_block_ids).tobytes(),) if one else pack_tables(src_block_ids)
+        if len(self.layout.groups) == 1:
+            tables = (check_block_ids(self.layout, src_block_ids).tobytes(),)
+        else:
+            tables = pack_tables(src_block_ids)
         num_layers = self.layout.num_layers
         handoff = SendHandoff(request_id, num_layers, partial(self._tell, "prefill"))
         source = SourceOffered(tables, num_layers, float(timeout_s))
@@ -306,6 +438,8 @@ class Agent:
                 return
             self._closed = True
         all_back = threading.Event()
+        if self._enrolment is not None:
+            self._soon(self._enrolment.leave)
         self._core.mailbox.call_soon(partial(self._core.begin_close, all_back.set))
         all_back.wait(timeout_s)
         if self._owns_engine:
@@ -316,6 +450,9 @@ class Agent:
             self._cache.deregister()
 
     # Helpers
+
+    def _take_role(self, role: Role) -> None:
+        self.role = role
 
     def _soon(self, call: Any, *arguments: Any) -> None:
         self._core.mailbox.call_soon(partial(call, *arguments))
@@ -332,29 +469,6 @@ class Agent:
         if self.role not in (role, "both"):
             raise ValueError(f"{self.name} is {self.role}: only {role} agents {operation}")
 
-    def _table(self, block_ids: BlockIds) -> npt.NDArray[np.int32]:
-        """The ids, checked against the layout.
-
-        Raises:
-            BlockOutOfRange, PlanError: an id is not a block of the cache; these are no ids.
-        """
-        ids = np.asarray(block_ids)
-        if ids.size == 0:
-            return np.zeros(0, "<i4")
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise PlanError(
-                f"block ids must be one row of integers, not {ids.dtype} of shape {ids.shape}",
-                operation="plan",
-            )
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.layout.num_blocks:
-            raise BlockOutOfRange(
-                f"block id {low if low < 0 else high} is not in a cache of "
-                f"{self.layout.num_blocks} blocks",
-                operation="plan",
-            )
-        return ids.astype("<i4")
-
     def _next_attempt(self, request_id: str) -> int:
         with self._lock:
             attempt = self._attempts.pop(request_id, 0) + 1
@@ -362,20 +476,3 @@ class Agent:
             while len(self._attempts) > ATTEMPTS_REMEMBERED:
                 self._attempts.popitem(last=False)
         return attempt
-
-
-def _make_engine(
-    name: str, bind: str, transports: Sequence[str] | None, *, verify: bool, advertise_host: str
-) -> TransferEngine:
-    """An engine that listens where the agent does."""
-    host = "127.0.0.1"
-    if bind.startswith("tcp://"):
-        host = bind[len("tcp://") :].rpartition(":")[0] or host
-    host = "0.0.0.0" if host == "*" else host.strip("[]")
-    return TransferEngine(
-        name=name,
-        host=host,
-        advertise_host=advertise_host,
-        transports=tuple(transports or TRANSPORTS),
-        verify=verify,
-    )

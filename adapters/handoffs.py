@@ -48,6 +48,7 @@ class Handoff:
         self._outcome.add_done_callback(self._note_end)
         self._tell = tell
         self._key = 0  # of its machine; the agent's thread writes and reads it
+        self._withdrawn = ""  # why it was cancelled before it had one; likewise
 
     def __repr__(self) -> str:
         state = "pending" if not self.done() else repr(self.error) if self.error else "done"

@@ -16,7 +16,14 @@
     │   ├── PeerFailed         the peer says that it failed there
     │   ├── LinkLost           the link to the peer went down, or the peer restarted
     │   └── SendFailed         a message could not be queued for the peer
+    ├── DaemonError            the daemon could not, or would not
+    │   ├── DaemonTimeout      (also a TimeoutError) it did not answer
+    │   ├── DaemonDenied       it said no, and why
+    │   └── PlacementError     no pair of agents, or no policy, fits a request
+    ├── ConfigError            a setting that cannot be
+    │   └── InsecureAddress    (also a ValueError) an address beyond this machine, without keys
     ├── NotConnected           no peer of that name
+    ├── AgentDraining          the agent takes nothing new until it is restored
     └── AgentClosed            the agent was closed
 
 `retryable` says whether another attempt (with a new imm) can succeed.
@@ -141,6 +148,38 @@ class LinkLost(HandoffError, ConnectionError):
 
 class SendFailed(HandoffError):
     """A message could not be queued: the peer does not read, or is not there."""
+
+    retryable = True
+
+
+class DaemonError(ControlError):
+    """The daemon could not do what was asked, or would not."""
+
+
+class DaemonTimeout(DaemonError, TimeoutError):
+    """The daemon did not answer in time."""
+
+    retryable = True
+
+
+class DaemonDenied(DaemonError):
+    """The daemon denied a request; the message says why."""
+
+
+class PlacementError(DaemonError):
+    """No pair of agents, or no policy, fits a request."""
+
+
+class ConfigError(ControlError):
+    """A setting that cannot be: names it, where it came from, and what may stand there."""
+
+
+class InsecureAddress(ConfigError, ValueError):
+    """An address that others than this machine can reach, without keys."""
+
+
+class AgentDraining(ControlError):
+    """The agent is being drained, or is about to change its role: it takes nothing new."""
 
     retryable = True
 

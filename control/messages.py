@@ -1,4 +1,4 @@
-"""Every message that two agents exchange about a handoff. Version 1.
+"""Every message that two agents exchange about a handoff. Version 2.
 
 Each message is one MessagePack map with a `type` key, so any language's MessagePack can talk to
 us. Fields are named, and only ever appended, with a default: an older reader ignores what it does
@@ -17,8 +17,11 @@ Any of them may be lost, delayed or duplicated. Who repeats what, and why that i
 * `Sent`, `Failed`, `Done` and `Cancelled` are final answers: *no byte of this serial moves any
   more*. The side that gave one repeats it whenever it is asked about that serial again.
 
+Several messages for one peer may travel as the parts of one ZeroMQ message, in their order.
+
 Version history:
     1   the first
+    2   `Describe.token`; several messages in one ZeroMQ message
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from msgspec import Meta
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-VERSION = 1
+VERSION = 2
 
 MAX_BLOCK_IDS = 1 << 20  # a table: 16 Mi tokens at 16 a block
 MAX_TABLES = 64  # groups of layers with a block table each
@@ -100,12 +103,14 @@ class Describe(Message, frozen=True, tag_field="type", tag=str.lower):
     """The sender's cache and how its engine is reached; and the answer to it.
 
     `cache` is its layout with the descriptors of its regions, `engine` the engine's address: both
-    hold keys, so this message goes over a trusted network only.
+    hold keys, so this message goes over CURVE or stays on one machine. With `token` the reader may
+    open one link to the sender's engine, once.
     """
 
     layout_digest: Name
     cache: Opaque
     engine: Opaque
+    token: Annotated[bytes, Meta(max_length=32)] = b""
 
 
 class Welcome(Message, frozen=True, tag_field="type", tag=str.lower):

@@ -106,15 +106,24 @@ class Session:
     Attributes:
         number: the session number in every message; the side that connects chose it.
         dials: whether this side connects.
+        expected: name and generation that the peer has to have, if that is known beforehand.
         peer: the peer's `Hello`, once it came.
         state: where it is; `up` allows handoffs, `ended` is the last.
     """
 
     def __init__(
-        self, hello: Hello, describe: Describe, timing: Timing, *, dials: bool, timeout_s: float
+        self,
+        hello: Hello,
+        describe: Describe,
+        timing: Timing,
+        *,
+        dials: bool,
+        timeout_s: float,
+        expected: tuple[str, int] | None = None,
     ) -> None:
         self.number = hello.session
         self.dials = dials
+        self.expected = expected
         self.peer: Hello | None = None
         self.state = HELLO
         self._hello = hello
@@ -198,6 +207,9 @@ class Session:
         elif hello.role == ours.role != "both":
             detail = f"{ours.name} and {hello.name} both are {ours.role}: nothing to hand over"
             self._refuse("role", self._error(RoleMismatch, detail))
+        elif self.expected not in (None, (hello.name, hello.generation)):
+            detail = f"{hello.name} answers, in another life than the one that was looked for"
+            self._refuse("session", self._error(HelloRefused, detail))
         else:
             self.state = DESCRIBE
             if self.dials:

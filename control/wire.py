@@ -1,25 +1,28 @@
-"""Messages as bytes: one encoder and one decoder, for MessagePack frames.
+"""Messages as bytes: one encoder and one decoder for each family of messages, in MessagePack.
 
 The decoder takes bytes from anybody. Before msgspec sees them, `check_frame` walks the frame once
 without building anything: size, depth and number of items are bounded there, whatever a frame
-claims about itself. msgspec then checks every type and every limit of `messages.py`.
+claims about itself. msgspec then checks every type and every limit of the messages.
 """
 
 from __future__ import annotations
 
 import struct
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from .errors import ProtocolError
-from .messages import AnyMessage, Message
+from .messages import AnyMessage
+
+if TYPE_CHECKING:
+    from .messages import Message
 
 MAX_FRAME_NBYTES = 8 << 20  # a Request with 2^20 block ids takes 4 MiB
 MAX_DEPTH = 8  # ours use 3: map, handoff, its fields; the rest is room to append
 MAX_ITEMS = 1024  # ours use under 200, with 64 tables
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
 
 # Bytes after the first byte, for the items of fixed size from 0xC0 on; -1 is not MessagePack.
 _FIXED = {0xC0: 0, 0xC1: -1, 0xC2: 0, 0xC3: 0, 0xCA: 4, 0xCB: 8}
@@ -32,61 +35,91 @@ _SIZED.update({0xDB: (">I", 0), 0xC7: (">B", 1), 0xC8: (">H", 1), 0xC9: (">I", 1
 _NESTED = {0xDC: (">H", 1), 0xDD: (">I", 1), 0xDE: (">H", 2), 0xDF: (">I", 2)}
 
 
-def encode(message: Message) -> bytes:
-    """The frame for one message.
+class Codec:
+    """One encoder and one decoder for one family of messages.
 
-    Raises:
-        ProtocolError: a field breaks its limit, or the frame would be larger than any reader takes.
+    Args:
+        messages: the union of the family's types.
+        max_nbytes, max_items: bounds of a frame, checked before anything is built.
     """
-    try:
-        frame = _encoder.encode(message)
-        _decoder.decode(frame)  # 2.5 µs: what a reader would refuse is never sent
-    except (msgspec.MsgspecError, UnicodeError, OverflowError, TypeError) as error:
-        raise ProtocolError(
-            f"a {type(message).__name__} that no reader takes: {error}", fault="wrong type"
-        ) from error
-    if len(frame) > MAX_FRAME_NBYTES:
-        raise ProtocolError(
-            f"a {type(message).__name__} of {len(frame)} bytes, the limit is {MAX_FRAME_NBYTES}: "
-            "split the request",
-            fault="oversized",
-        )
-    return frame
+
+    def __init__(self, messages: Any, *, max_nbytes: int, max_items: int) -> None:
+        self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(messages)
+        self._max_nbytes = max_nbytes
+        self._max_items = max_items
+
+    def encode(self, message: msgspec.Struct) -> bytes:
+        """The frame for one message.
+
+        Raises:
+            ProtocolError: a field breaks its limit, or the frame would be larger than any reader
+                takes.
+        """
+        kind = type(message).__name__
+        try:
+            frame = _encoder.encode(message)
+            self._decoder.decode(frame)  # 2.5 µs: what a reader would refuse is never sent
+        except (msgspec.MsgspecError, UnicodeError, OverflowError, TypeError) as error:
+            raise ProtocolError(
+                f"a {kind} that no reader takes: {error}", fault="wrong type"
+            ) from error
+        if len(frame) > self._max_nbytes:
+            raise ProtocolError(
+                f"a {kind} of {len(frame)} bytes, the limit is {self._max_nbytes}: "
+                "split the request",
+                fault="oversized",
+            )
+        return frame
+
+    def decode(self, frame: bytes | memoryview, *, peer: str = "") -> Any:
+        """The message in one frame, all of it checked.
+
+        Raises:
+            ProtocolError: anything else than exactly one well-formed message; `fault` says what.
+        """
+        try:
+            check_frame(frame, max_nbytes=self._max_nbytes, max_items=self._max_items)
+            return self._decoder.decode(frame)
+        except ProtocolError as error:
+            error.peer = peer
+            raise
+        except msgspec.ValidationError as error:
+            unknown = "`$.type`" in str(error) or "required field `type`" in str(error)
+            fault = "unknown message" if unknown else "wrong type"
+            raise ProtocolError(
+                f"not a kvferry message: {error}", fault=fault, peer=peer
+            ) from error
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ProtocolError(
+                f"not a kvferry message: {error}", fault="malformed", peer=peer
+            ) from error
+
+
+_agents = Codec(AnyMessage, max_nbytes=MAX_FRAME_NBYTES, max_items=MAX_ITEMS)
+
+
+def encode(message: Message) -> bytes:
+    """The frame for one message between agents; see `Codec.encode`."""
+    return _agents.encode(message)
 
 
 def decode(frame: bytes | memoryview, *, peer: str = "") -> AnyMessage:
-    """The message in one frame, all of it checked.
-
-    Raises:
-        ProtocolError: anything else than exactly one well-formed message; `fault` says what.
-    """
-    try:
-        check_frame(frame)
-        return _decoder.decode(frame)
-    except ProtocolError as error:
-        error.peer = peer
-        raise
-    except msgspec.ValidationError as error:
-        unknown = "`$.type`" in str(error) or "required field `type`" in str(error)
-        fault = "unknown message" if unknown else "wrong type"
-        raise ProtocolError(f"not a kvferry message: {error}", fault=fault, peer=peer) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(
-            f"not a kvferry message: {error}", fault="malformed", peer=peer
-        ) from error
+    """The message of an agent in one frame; see `Codec.decode`."""
+    message: AnyMessage = _agents.decode(frame, peer=peer)
+    return message
 
 
-def check_frame(frame: bytes | memoryview) -> None:
+def check_frame(
+    frame: bytes | memoryview, *, max_nbytes: int = MAX_FRAME_NBYTES, max_items: int = MAX_ITEMS
+) -> None:
     """Checks that a frame is exactly one MessagePack map within the limits. Builds nothing.
 
     Raises:
         ProtocolError: truncated, oversized, deep or malformed.
     """
     end = len(frame)
-    if end > MAX_FRAME_NBYTES:
-        raise ProtocolError(
-            f"a frame of {end} bytes, the limit is {MAX_FRAME_NBYTES}", fault="oversized"
-        )
+    if end > max_nbytes:
+        raise ProtocolError(f"a frame of {end} bytes, the limit is {max_nbytes}", fault="oversized")
     at = 0
     items = 0
     open_items = [1]  # how many items each level still lacks
@@ -96,8 +129,8 @@ def check_frame(frame: bytes | memoryview) -> None:
             continue
         open_items[-1] -= 1
         items += 1
-        if items > MAX_ITEMS:
-            raise ProtocolError(f"more than {MAX_ITEMS} items in one message", fault="oversized")
+        if items > max_items:
+            raise ProtocolError(f"more than {max_items} items in one message", fault="oversized")
         if at >= end:
             raise ProtocolError(f"the frame ends after {end} bytes, inside", fault="truncated")
         first = frame[at]

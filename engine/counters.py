@@ -43,6 +43,8 @@ class _Counter:
     __slots__ = (
         "arrived_nbytes",
         "arrived_writes",
+        "by_origin",
+        "engine_id",
         "lost",
         "nbytes",
         "sources",
@@ -58,6 +60,19 @@ class _Counter:
         self.ticket: Ticket | None = None
         self.sources: set[object] = set()  # links that write to it: their loss fails it
         self.lost: EngineError | None = None  # a source ended before anybody expected this imm
+        self.engine_id = ""  # whose arrivals and aborts count; "": anybody's
+        self.by_origin: dict[str, tuple[int, int]] = {}  # bytes and writes, before it is expected
+
+    def narrow(self, engine_id: str) -> None:
+        """From now on only that engine counts, and of what came before only its own."""
+        self.engine_id = engine_id
+        if engine_id and set(self.by_origin) - {engine_id}:
+            self.arrived_nbytes, self.arrived_writes = self.by_origin.get(engine_id, (0, 0))
+            self.lost = None  # perhaps another's; the link's own end is told to whoever waits
+        self.by_origin.clear()
+
+    def takes(self, origin: str) -> bool:
+        return not self.engine_id or self.engine_id == origin
 
     def reached(self) -> bool:
         return (self.nbytes is None or self.arrived_nbytes >= self.nbytes) and (
@@ -72,15 +87,15 @@ class CounterTable:
         self._lock = threading.Lock()
         self._live: dict[int, _Counter] = {}
         self._unknown: dict[int, _Counter] = {}
-        self._aborted: OrderedDict[int, EngineError] = OrderedDict()
-        self._retired: OrderedDict[int, int] = (
-            OrderedDict()
-        )  # imm: bytes seen, but not yet announced
+        self._aborted: OrderedDict[int, dict[str, EngineError]] = OrderedDict()
+        # imm: bytes seen, but not yet announced
+        self._retired: OrderedDict[int, int] = OrderedDict()
         self._next_imm = itertools.count(1)
         self._max_unknown = max_unknown
         self._closed: EngineError | None = None
         self.late_writes = 0
         self.late_nbytes = 0
+        self.foreign_writes = 0
 
     def new_imm(self, busy: Callable[[int], bool] = lambda _: False) -> int:
         """An imm that no live, waiting or recently retired counter has, and that is not `busy`."""
@@ -105,8 +120,13 @@ class CounterTable:
         sources: Iterable[object],
         timeout_s: float,
         peer: str = "",
+        engine_id: str = "",
     ) -> Ticket:
         """A ticket that ends when `nbytes` bytes and `writes` writes have arrived under `imm`.
+
+        Args:
+            engine_id: the engine that writes: what others write or abort under this imm counts for
+                nothing, and is noted in `foreign_writes`. Anybody's counts if "".
 
         Raises:
             ImmInUse: somebody already waits on this imm. OutOfRange: it has more than 32 bits.
@@ -133,8 +153,10 @@ class CounterTable:
                     operation="expect",
                     imm=imm,
                 )
-            aborted = self._aborted.pop(imm, None)
+            aborts = self._aborted.pop(imm, {})
+            aborted = aborts.get(engine_id) if engine_id else next(iter(aborts.values()), None)
             counter = self._unknown.pop(imm, None) or _Counter()
+            counter.narrow(engine_id)
             self._retired.pop(imm, None)
             counter.nbytes, counter.writes, counter.ticket = nbytes, writes, ticket
             counter.sources.update(sources)
@@ -148,8 +170,8 @@ class CounterTable:
             ticket._finish(total)
         return ticket
 
-    def arrived(self, imm: int, nbytes: int, writes: int, source: object) -> None:
-        """Counts bytes that are already visible in memory.
+    def arrived(self, imm: int, nbytes: int, writes: int, source: object, origin: str = "") -> None:
+        """Counts bytes that are already visible in memory, from `source`, a link to `origin`.
 
         Raises:
             UnknownImmOverflow: too many imms that nobody expects; the caller closes the link.
@@ -179,6 +201,11 @@ class CounterTable:
                             imm=imm,
                         )
                     counter = self._unknown[imm] = _Counter()
+                before = counter.by_origin.get(origin, (0, 0))
+                counter.by_origin[origin] = (before[0] + nbytes, before[1] + writes)
+            elif not counter.takes(origin):
+                self.foreign_writes += writes
+                return
             counter.arrived_nbytes += nbytes
             counter.arrived_writes += writes
             counter.sources.add(source)
@@ -187,14 +214,21 @@ class CounterTable:
         if ticket is not None:
             ticket._finish(total)
 
-    def fail(self, imm: int, error: EngineError, *, remember: bool) -> None:
-        """Ends the counter with `error`; with `remember`, an `expect` still to come fails too."""
+    def fail(self, imm: int, error: EngineError, *, remember: bool, origin: str = "") -> None:
+        """Ends the counter with `error`, from the engine `origin`.
+
+        With `remember`, an `expect` still to come fails too.
+        """
         with self._lock:
             counter = self._live.get(imm)
+            if counter is not None and not counter.takes(origin):
+                self.foreign_writes += 1
+                return
             if counter is None:
-                self._unknown.pop(imm, None)
+                if set(self._unknown.get(imm, _Counter()).by_origin) <= {origin}:
+                    self._unknown.pop(imm, None)
                 if remember and imm not in self._retired:
-                    self._aborted[imm] = error
+                    self._aborted.setdefault(imm, {})[origin] = error
                     while len(self._aborted) > self._max_unknown:
                         self._aborted.popitem(last=False)
                 return

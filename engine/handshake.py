@@ -7,7 +7,7 @@
                                 ◀──────      Welcome (or a refusal in words)
 
 Both prove that they know the server's secret, which travels in its `EngineAddress` over the control
-plane and never over this socket. For `cma` each end also reads a random word from the other's
+plane and never over this socket; and, where the client names one, a one-time token (`admission.py`). For `cma` each end also reads a random word from the other's
 memory: permission is tried, not guessed.
 """
 
@@ -98,6 +98,7 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     nonce: Nonce
     probe: Uint63 = 0
     probe_word: bytes = b""
+    token_id: bytes = b""
 
 
 class Challenge(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -136,11 +137,13 @@ def connect(
     address: EngineAddress,
     hello: Callable[[bytes], Hello],
     check: Callable[[Challenge], str],
+    token: bytes = b"",
 ) -> Challenge:
     """The client's half, on a blocking socket whose timeout bounds all of it.
 
     Args:
         hello: makes the hello around a nonce.
+        token: what the server was told to expect, if it was; the hello names it.
         check: a reason to give up after the server has proven itself, or "".
 
     Raises:
@@ -150,13 +153,12 @@ def connect(
     deadline_s = _deadline_s(sock)
     nonce = secrets.token_bytes(NONCE_NBYTES)
     peer = address.identity.name
+    secret = address.secret + token
     _send(sock, hello(nonce))
     challenge = _receive(sock, Challenge, peer, deadline_s)
     if challenge.refused:
         raise TransportUnavailable(challenge.refused, operation="connect", peer=peer)
-    if not hmac.compare_digest(
-        challenge.proof, _proof(address.secret, b"server", nonce, challenge.nonce)
-    ):
+    if not hmac.compare_digest(challenge.proof, _proof(secret, b"server", nonce, challenge.nonce)):
         raise ProtocolError(
             "the engine at this address does not know its own secret: another process listens "
             "there now",
@@ -164,7 +166,7 @@ def connect(
             peer=peer,
         )
     refused = check(challenge)
-    _send(sock, Proof(refused, _proof(address.secret, b"client", nonce, challenge.nonce)))
+    _send(sock, Proof(refused, _proof(secret, b"client", nonce, challenge.nonce)))
     if refused:
         raise TransportUnavailable(refused, operation="connect", peer=peer)
     welcome = _receive(sock, Welcome, peer, deadline_s)
@@ -179,12 +181,14 @@ def accept(
     secret: bytes,
     probe: tuple[int, bytes],
     check: Callable[[Hello], str],
+    token_of: Callable[[Hello], tuple[bytes, str]] = lambda _: (b"", ""),
 ) -> Hello:
     """The server's half, on a blocking socket whose timeout bounds all of it.
 
     Args:
         probe: address and content of a word of this process that a `cma` client tries to read.
         check: a reason to refuse a client that has proven itself, or "".
+        token_of: the token that a client has to prove, too, and a reason to refuse it, or "".
 
     Raises:
         TransportUnavailable: refused by either end. ProtocolError, PeerLost: as for `connect`.
@@ -197,6 +201,9 @@ def accept(
         refused = f"link protocol {hello.version} is not {LINK_VERSION}: install equal versions"
     elif hello.server_engine_id != me.engine_id:
         refused = "this engine was restarted since its address was published: fetch the new one"
+    else:
+        token, refused = token_of(hello)
+        secret += token
     nonce = secrets.token_bytes(NONCE_NBYTES)
     _send(
         sock,

@@ -417,7 +417,7 @@ class Link:
     def count(self, imm: int, nbytes: int, writes: int) -> None:
         """Counts bytes of the peer's that are visible here."""
         try:
-            self.core.counters.arrived(imm, nbytes, writes, self)
+            self.core.counters.arrived(imm, nbytes, writes, self, self.peer.engine_id)
         except EngineError as error:
             error.peer = self.peer.name
             self.fail(error)
@@ -429,7 +429,7 @@ class Link:
         """Refuses part of a peer's write: both ends' tickets end."""
         if imm is not None:
             error.imm = imm
-            self.core.counters.fail(imm, error, remember=True)
+            self.core.counters.fail(imm, error, remember=True, origin=self.peer.engine_id)
         self.send(wire.Refuse(transfer, type(error).__name__, error.message, first))
 
     def refusal(self, transfer: Transfer, error: str, reason: str) -> EngineError:
@@ -1010,6 +1010,7 @@ class Link:
                     imm=message.imm,
                 ),
                 remember=True,
+                origin=self.peer.engine_id,
             )
         elif isinstance(message, wire.Claim) and self._path.peer_reaches_memory:
             self._grants.answer(message)

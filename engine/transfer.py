@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from . import handshake
+from .admission import Admissions, token_id
 from .copiers import Copiers
 from .core import EngineCore
 from .counters import CounterTable
@@ -85,6 +86,7 @@ class TransferEngine:
         paths: which pieces go direct and which through staging; the table that
             `kvferry bench paths --save` has saved, or defaults, if None.
         name: shown in errors and metrics.
+        require_tokens: refuse every link that does not prove a one-time token; see `admit`.
 
     Raises:
         TransportUnavailable: none of the transports works here.
@@ -104,6 +106,7 @@ class TransferEngine:
         max_programs: int | None = None,
         paths: Paths | None = None,
         name: str = "",
+        require_tokens: bool = False,
     ) -> None:
         unknown = set(transports) - set(TRANSPORTS)
         if unknown:
@@ -137,6 +140,7 @@ class TransferEngine:
         if unix_name:
             cma.permit_peers()
         self._secret = secrets.token_bytes(32)
+        self._admissions = Admissions(required=require_tokens)
         self._lock = threading.Condition()
         self._links: list[Link] = []
         self._pending: dict[str, _Pending] = {}
@@ -212,6 +216,11 @@ class TransferEngine:
         """Writes that arrived for an imm that had been given up; they completed nothing."""
         return self._core.counters.late_writes
 
+    @property
+    def foreign_writes(self) -> int:
+        """Writes and aborts under an imm that another engine was expected to write; not counted."""
+        return self._core.counters.foreign_writes
+
     def register(self, memory: Any) -> MemoryRegion:
         """Registers a CPU tensor, NumPy array or writable buffer. The region keeps it alive.
 
@@ -283,6 +292,7 @@ class TransferEngine:
         nbytes: int | None = None,
         writes: int | None = None,
         links: Iterable[Link] = (),
+        engine_id: str = "",
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Ticket:
         """A ticket that ends when so many bytes, or writes, have arrived under `imm`.
@@ -292,6 +302,7 @@ class TransferEngine:
         Args:
             links: who will write. If one of them ends, so does the ticket; so does it for any
                 link that has already written to this imm.
+            engine_id: the one engine whose writes and aborts count; anybody's if "".
             timeout_s: deadline.
 
         Raises:
@@ -308,6 +319,7 @@ class TransferEngine:
             sources=sources,
             timeout_s=timeout_s,
             peer=",".join(link.peer.name for link in sources),
+            engine_id=engine_id,
         )
         counters = self._core.device_counters
         if nbytes:
@@ -325,6 +337,7 @@ class TransferEngine:
         address: EngineAddress | bytes,
         *,
         transport: str | None = None,
+        token: bytes = b"",
         timeout_s: float = HANDSHAKE_TIMEOUT_S,
     ) -> Link:
         """Opens a link over the best transport that both ends have.
@@ -332,6 +345,7 @@ class TransferEngine:
         Args:
             address: the peer's `address`, or its encoded bytes.
             transport: take this one and no other.
+            token: the one-time token that the peer was told to `admit`, if it was.
 
         Raises:
             TransportUnavailable: none works; says why for each.
@@ -350,7 +364,7 @@ class TransferEngine:
                 reasons.append(f"{name}: {reason}")
                 continue
             try:
-                return self._connect(name, address, timeout_s)
+                return self._connect(name, address, token, timeout_s)
             except EngineError as error:
                 last = error
                 reasons.append(f"{name}: {error.message}")
@@ -362,6 +376,18 @@ class TransferEngine:
         raise TransportUnavailable(
             "; ".join(reasons), operation="connect", peer=address.identity.name
         ) from last
+
+    def admit(self, token: bytes, engine_id: str, timeout_s: float = HANDSHAKE_TIMEOUT_S) -> None:
+        """Lets the engine of that id open one link here with that one-time token.
+
+        Args:
+            token: 32 random bytes, which that engine gets over a channel that is trusted.
+
+        Raises:
+            OutOfRange: the token is not of 32 bytes.
+        """
+        self._check_open("admit")
+        self._admissions.expect(token, engine_id, timeout_s)
 
     def accept_link(self, engine_id: str, timeout_s: float = HANDSHAKE_TIMEOUT_S) -> Link:
         """The link to a peer that connects to this engine; waits until it is there.
@@ -498,7 +524,7 @@ class TransferEngine:
             return ""
         return "no GPU memory is registered in this engine yet"
 
-    def _connect(self, name: str, address: EngineAddress, timeout_s: float) -> Link:
+    def _connect(self, name: str, address: EngineAddress, token: bytes, timeout_s: float) -> Link:
         link_id = secrets.token_hex(16)
         num_rails = self._rails if name == "tcp" else 0
         socks: list[socket.socket] = []
@@ -523,8 +549,10 @@ class TransferEngine:
                         nonce=nonce,
                         probe=self._probe_word.ctypes.data,
                         probe_word=self._probe_word.tobytes(),
+                        token_id=token_id(token),
                     ),
                     partial(self._reachable, sock, name),
+                    token,
                 )
         except BaseException:
             _close_all(socks)
@@ -603,7 +631,8 @@ class TransferEngine:
                 self._core.identity,
                 self._secret,
                 (self._probe_word.ctypes.data, self._probe_word.tobytes()),
-                lambda hello: self._admit(sock, unix, hello),
+                lambda hello: self._admit(sock, unix, hello) or self._admissions.use(hello),
+                self._admissions.token_of,
             )
             with self._lock:
                 self._greeting[threading.current_thread()] = None  # `close` ends links otherwise

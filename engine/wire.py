@@ -10,7 +10,7 @@ import msgspec
 from .errors import ProtocolError
 from .fields import DECODE_ERRORS, Key, Uint32, Uint63
 
-LINK_VERSION = 1
+LINK_VERSION = 2  # 2: one-time tokens
 LENGTH_NBYTES = 4
 MAX_MESSAGE_NBYTES = 1 << 20
 

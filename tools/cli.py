@@ -22,6 +22,14 @@ lazy.add(
 )
 lazy.add(
     app,
+    "daemon",
+    "kvferry.tools.daemon",
+    "Run the daemon: who is there, and which pair takes a request.",
+)
+lazy.add(app, "keys", "kvferry.tools.keys", "Make key pairs for agents and daemons.")
+lazy.add(app, "agents", "kvferry.tools.agents", "List, drain, restore and flip agents.")
+lazy.add(
+    app,
     "bench",
     "kvferry.tools.bench.cli",
     "Measure transfers or kernels beside their baselines.",

@@ -101,9 +101,16 @@ class Commands:
     """What a test can make the agent do: every public method is a command."""
 
     def __init__(
-        self, name: str, role: str, transport: str, num_blocks: int = 64, **shape: int
+        self,
+        name: str,
+        role: str,
+        transport: str,
+        num_blocks: int = 64,
+        heads: int = 2,
+        tokens: int = TOKENS,
+        **options: Any,
     ) -> None:
-        self._cache = Cache(num_blocks, **shape)
+        self._cache = Cache(num_blocks, heads, tokens)
         self._gate = Gate()
         self._handoffs: list[Any] = []
         self._agent = Agent(
@@ -112,6 +119,7 @@ class Commands:
             layout=self._cache.layout,
             tensors=self._cache.layers,
             transports=(transport,),
+            **options,
         )
 
     def address(self) -> str:

@@ -322,7 +322,7 @@ def test_a_full_queue_is_an_error_not_a_drop(
     mailbox = decode.agent._core.mailbox
     full = "4096 messages wait already: the peer does not read"
     with monkeypatch.context() as patched:
-        patched.setattr(mailbox, "send", lambda route, frame: full)
+        patched.setattr(mailbox, "_hand_over", lambda route, frames: full)
         handoff = decode.agent.receive("r", "prefill-0", DST)
         with pytest.raises(SendFailed, match="4096 messages wait"):
             handoff.wait(WAIT_S)

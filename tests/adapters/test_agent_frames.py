@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import zmq
 
-from kvferry.adapters.mailbox import QUEUE_MESSAGES, Mailbox
+from kvferry.adapters.mailbox import QUEUE_MESSAGES, Mailbox, Route
 from kvferry.control.messages import (
+    VERSION,
     Cancel,
     Cancelled,
     Done,
@@ -106,7 +107,7 @@ def test_another_version_is_refused_by_name(stranger: tuple[Local, Stranger]) ->
     answer = speaker.ask(encode(Hello(5, 99, "decode-9", "decode", 1)))
     assert isinstance(answer, Refused)
     assert answer.reason == "version"
-    assert "prefill-0 speaks version 1, decode-9 99" in answer.detail
+    assert "prefill-0 speaks version 2, decode-9 99" in answer.detail
 
 
 def test_nobody_can_speak_for_another_session(
@@ -149,7 +150,8 @@ def test_strangers_cannot_fill_the_memory(
 ) -> None:
     _, speaker = stranger
     answers = [
-        speaker.ask(encode(Hello(number, 1, f"d{number}", "decode", 1))) for number in range(1, 300)
+        speaker.ask(encode(Hello(number, VERSION, f"d{number}", "decode", 1)))
+        for number in range(1, 300)
     ]
     assert isinstance(answers[0], Hello)
     assert isinstance(answers[-1], Refused)
@@ -158,12 +160,21 @@ def test_strangers_cannot_fill_the_memory(
 def test_a_queue_without_a_reader_fills_up_and_says_so() -> None:
     mailbox = Mailbox("tcp://127.0.0.1:*", lambda route, frame: None, "test")
     route = mailbox.dial("tcp://127.0.0.1:1")
-    reasons = [mailbox.send(route, b"x") for _ in range(QUEUE_MESSAGES + 1)]
-    assert reasons[:-1] == [""] * QUEUE_MESSAGES
-    assert "does not read" in reasons[-1]
+    reasons: list[str] = []
+
+    def say(to: Route) -> list[str]:
+        mailbox.send(to, b"x", reasons.append)
+        mailbox.flush()
+        while mailbox._calls:
+            mailbox._calls.popleft()()
+        return reasons
+
+    for _ in range(QUEUE_MESSAGES):
+        assert say(route) == []
+    assert "does not read" in say(route).pop()
     mailbox.hang_up(route)
-    assert "closed" in mailbox.send(route, b"x")
-    assert "not connected" in mailbox.send(route._replace(dealer=0, identity=b"nobody"), b"x")
+    assert "closed" in say(route).pop()
+    assert "not connected" in say(Route(0, b"nobody")).pop()
     mailbox.start()
     mailbox.close()
     mailbox.call_soon(lambda: None)  # late callers are harmless

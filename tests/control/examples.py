@@ -31,7 +31,7 @@ TABLES = (pack_block_ids([5, 70_000]),)
 
 EXAMPLES: dict[str, Message] = {
     "hello": Hello(SESSION, 1, "decode-0", "decode", 1 << 40),
-    "describe": Describe(SESSION, "d1", b"cache", b"engine"),
+    "describe": Describe(SESSION, "d1", b"cache", b"engine", b"token"),
     "welcome": Welcome(SESSION),
     "refused": Refused(SESSION, "layout", "axis head"),
     "bye": Bye(SESSION, "closed"),
@@ -51,8 +51,9 @@ GOLDEN: dict[str, str] = {
         "64652d30a4726f6c65a66465636f6465aa67656e65726174696f6ecf0000010000000000"
     ),
     "describe": (
-        "85a474797065a86465736372696265a773657373696f6e07ad6c61796f75745f646967657374a264"
-        "31a56361636865c4056361636865a6656e67696e65c406656e67696e65"
+        "86a474797065a86465736372696265a773657373696f6e07ad6c61796f75745f646967657374a264"
+        "31a56361636865c4056361636865a6656e67696e65c406656e67696e65a5746f6b656ec405746f6b"
+        "656e"
     ),
     "welcome": ("82a474797065a777656c636f6d65a773657373696f6e07"),
     "refused": (

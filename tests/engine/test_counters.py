@@ -143,3 +143,43 @@ def test_many_threads_count_right() -> None:
     assert not failures
     assert ticket.wait(0) == 48_000
     assert table.late_writes == 0
+
+
+class TestABoundImm:
+    """An imm that one engine is expected to write cannot be counted or aborted by another."""
+
+    def test_only_its_writer_counts(self) -> None:
+        table = CounterTable()
+        ticket = expect(table, 5, nbytes=10, engine_id="writer")
+        table.arrived(5, 10, 1, "link", "stranger")
+        assert not ticket.done()
+        assert table.foreign_writes == 1
+        table.arrived(5, 10, 1, "link", "writer")
+        assert ticket.wait(0) == 10
+
+    def test_only_its_writer_aborts(self) -> None:
+        table = CounterTable()
+        ticket = expect(table, 5, nbytes=10, engine_id="writer")
+        table.fail(5, PeerAborted("no"), remember=True, origin="stranger")
+        assert not ticket.done()
+        table.fail(5, PeerAborted("no"), remember=True, origin="writer")
+        with pytest.raises(PeerAborted):
+            ticket.wait(0)
+
+    def test_what_strangers_did_before_does_not_matter(self) -> None:
+        table = CounterTable()
+        table.fail(6, PeerAborted("no"), remember=True, origin="stranger")
+        table.arrived(6, 100, 1, "link", "stranger")
+        table.arrived(6, 4, 1, "link", "writer")
+        table.fail(6, PeerAborted("no"), remember=True, origin="stranger")
+        ticket = expect(table, 6, nbytes=10, engine_id="writer")
+        assert not ticket.done()
+        table.arrived(6, 6, 1, "link", "writer")
+        assert ticket.wait(0) == 10
+
+    def test_what_its_writer_aborted_before_fails_it(self) -> None:
+        table = CounterTable()
+        table.fail(6, PeerAborted("stranger"), remember=True, origin="stranger")
+        table.fail(6, PeerAborted("writer"), remember=True, origin="writer")
+        with pytest.raises(PeerAborted, match="writer"):
+            expect(table, 6, nbytes=10, engine_id="writer").wait(0)

@@ -1,0 +1,71 @@
+"""What an agent checks and works out before anything happens: ids, its cache in numbers, its engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..engine.errors import BlockOutOfRange, PlanError
+from ..engine.transfer import TRANSPORTS, TransferEngine
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+    from ..engine.layout import KVLayout
+
+    BlockIds = Sequence[int] | npt.NDArray[np.integer]
+
+
+def check_block_ids(layout: KVLayout, block_ids: BlockIds) -> npt.NDArray[np.int32]:
+    """The ids, checked against the layout.
+
+    Raises:
+        BlockOutOfRange, PlanError: an id is not a block of the cache; these are no ids.
+    """
+    ids = np.asarray(block_ids)
+    if ids.size == 0:
+        return np.zeros(0, "<i4")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise PlanError(
+            f"block ids must be one row of integers, not {ids.dtype} of shape {ids.shape}",
+            operation="plan",
+        )
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= layout.num_blocks:
+        raise BlockOutOfRange(
+            f"block id {low if low < 0 else high} is not in a cache of {layout.num_blocks} blocks",
+            operation="plan",
+        )
+    return ids.astype("<i4")
+
+
+def describe_cache(layout: KVLayout) -> dict[str, Any]:
+    """A cache in the numbers that placement reckons with, as fields of `Registration`."""
+    tokens = max((region.tokens_per_slot for region in layout.regions), default=0)
+    return {
+        "layout_digest": layout.digest()[:256],
+        "num_blocks": layout.num_blocks,
+        "tokens_per_block": tokens,
+        "token_nbytes": layout.block_nbytes // tokens if tokens else 0,
+    }
+
+
+def make_engine(
+    name: str, bind: str, transports: Sequence[str] | None, *, verify: bool, advertise_host: str
+) -> TransferEngine:
+    """An engine that listens where the agent does."""
+    host = "127.0.0.1"
+    if bind.startswith("tcp://"):
+        host = bind[len("tcp://") :].rpartition(":")[0] or host
+    host = "0.0.0.0" if host == "*" else host.strip("[]")
+    return TransferEngine(
+        name=name,
+        host=host,
+        advertise_host=advertise_host,
+        transports=tuple(transports or TRANSPORTS),
+        verify=verify,
+        require_tokens=True,
+    )

@@ -1,0 +1,247 @@
+"""What handoff machines ask of the transfer engine, carried out: writes, reads, counters, timers.
+
+Lives on the agent's thread. An engine's tickets end on its threads and come back as events.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..control import events
+from ..control.errors import BlocksMismatch, ControlError
+from ..engine.errors import Cancelled, EngineError, LinkError
+from .token_handoffs import read_tokens, write_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy.typing as npt
+
+    from ..control.events import Action, Event
+    from ..control.messages import Side
+    from ..engine.memory import RegisteredCache
+    from ..engine.tickets import Ticket
+    from ..engine.transfer import TransferEngine
+    from .acquaintances import Acquaintances
+    from .handoffs import Handoff
+    from .mailbox import Mailbox, Timer
+
+    Tell = Callable[[Side, int, Event], None]
+
+NEVER_S = 1e9  # the machines keep the time of a counter
+ENGINE_MARGIN_S = 10.0  # beyond a handoff's deadline, which the machines keep
+RATE_NBYTES = 1 << 20  # smaller transfers tell the latency, not the bandwidth
+RATE_WEIGHT = 0.2  # of the newest transfer in a pair's bandwidth
+MAX_RATES = 256
+
+log = logging.getLogger("kvferry.agent")
+
+
+class Work:
+    """What the agent's thread keeps for one handoff: its user's end, tickets and timers."""
+
+    def __init__(self) -> None:
+        self.handoff: Handoff | None = None
+        self.session = 0
+        self.nbytes = 0
+        self.request: dict[str, Any] | None = None  # decode: what was asked for
+        self.block_ids: npt.NDArray[np.int32] = np.zeros(0, np.int32)
+        self.tickets: dict[int, Ticket] = {}
+        self.counter: Ticket | None = None
+        self.timers: dict[str, Timer] = {}
+
+
+class Workbench:
+    """All handoffs' work. One owner: the agent's thread.
+
+    Attributes:
+        work: by side of the handoff and its machine's key.
+        rates: bytes a second, as measured with each peer.
+    """
+
+    def __init__(self, engine: TransferEngine, cache: RegisteredCache, name: str) -> None:
+        self.engine = engine
+        self.cache = cache
+        self.work: dict[tuple[Side, int], Work] = {}
+        self.rates: dict[str, float] = {}
+        self._name = name
+        self._tell: Tell
+        self._acquaintances: Acquaintances
+        self._mailbox: Mailbox
+
+    @property
+    def inflight_nbytes(self) -> int:
+        """Of the handoffs that are not over, as far as their size is known."""
+        return sum(work.nbytes for work in self.work.values())
+
+    def start(self, tell: Tell, acquaintances: Acquaintances, mailbox: Mailbox) -> None:
+        """Gives it whom to tell of events, and where peers and time are."""
+        self._tell, self._acquaintances, self._mailbox = tell, acquaintances, mailbox
+
+    def begin(self, side: Side, key: int, handoff: Handoff) -> Work:
+        """The work of a handoff whose user is known."""
+        work = self.work.setdefault((side, key), Work())
+        work.handoff = handoff
+        handoff._key = key
+        return work
+
+    def end(self, side: Side, key: int) -> None:
+        """The handoff is over."""
+        work = self.work.pop((side, key), None)
+        for timer in work.timers.values() if work is not None else ():
+            timer.cancel()
+
+    def act(self, side: Side, key: int, action: Action) -> None:
+        """Carries out what a machine asks for, except `Send`."""
+        work = self.work.setdefault((side, key), Work())
+        match action:
+            case events.SetTimer(kind=kind, seconds=seconds):
+                self._clear_timer(work, kind)
+                work.timers[kind] = self._mailbox.call_later(
+                    seconds, partial(self._tell, side, key, events.TimerFired(kind))
+                )
+            case events.ClearTimer(kind=kind):
+                self._clear_timer(work, kind)
+            case events.Expect(imm=imm, nbytes=nbytes):
+                # A handoff of no bytes is counted by its one empty write.
+                writes = None if nbytes else 1
+                try:
+                    peer = self._acquaintances.get(work.session)
+                    work.counter = self.engine.expect(
+                        imm,
+                        nbytes=nbytes,
+                        writes=writes,
+                        engine_id=peer.engine_id if peer is not None else "",
+                        timeout_s=NEVER_S,
+                    )
+                except EngineError as error:
+                    ended = events.CounterEnded(0, error)
+                    self._mailbox.call_soon(partial(self._tell, side, key, ended))
+                    return
+                work.counter.add_done_callback(partial(self._counter_ended, key))
+            case events.RetireCounter():
+                if work.counter is not None:
+                    work.counter.cancel()
+            case events.StartWrite():
+                work.session, work.nbytes = action.request.session, action.request.nbytes
+                self._start(side, key, work, action.op, partial(self._write, action))
+            case events.StartRead():
+                self._start(side, key, work, action.op, partial(self._read, work, action))
+            case events.CancelOperations():
+                for ticket in work.tickets.values():
+                    ticket.cancel()
+            case events.TearDownLink(session=number, reason=reason):
+                log.warning("%s: the link is torn down: %s", self._name, reason)
+                self._acquaintances.tear_down(number, reason)
+            case events.Quarantine(reason=reason):
+                log.warning("%s: blocks are kept in quarantine: %s", self._name, reason)
+            case events.ReleaseBlocks() if work.handoff is not None:
+                work.handoff.blocks_free._finish(0)
+            case events.Succeed(nbytes=nbytes) if work.handoff is not None:
+                work.handoff._outcome._finish(nbytes)
+            case events.Fail(error=error) if work.handoff is not None:
+                work.handoff._outcome._fail(error)
+
+    def _clear_timer(self, work: Work, kind: str) -> None:
+        timer = work.timers.pop(kind, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _start(
+        self, side: Side, key: int, work: Work, op: int, begin: Callable[[], Ticket | None]
+    ) -> None:
+        """Begins a write or a read; however it ends, the machine hears of it later."""
+        try:
+            ticket = begin()
+        except (EngineError, ControlError) as error:
+            ended: Event = events.OperationEnded(op, 0, error)
+            self._mailbox.call_soon(partial(self._tell, side, key, ended))
+            return
+        if ticket is None:
+            self._mailbox.call_soon(partial(self._tell, side, key, events.OperationEnded(op)))
+            return
+        work.tickets[op] = ticket
+        ticket.add_done_callback(
+            partial(self._operation_ended, side, key, op, work.session, time.monotonic())
+        )
+
+    def _write(self, action: events.StartWrite) -> Ticket | None:
+        request = action.request
+        peer = self._acquaintances.get(request.session)
+        if peer is None or peer.link is None or peer.write_plan is None:
+            raise LinkError("there is no link to write over", operation="write")
+        plan = peer.write_plan
+        if request.stop_token:
+            return write_tokens(peer.link, plan, action, self.cache.layout.layers)
+        nbytes = plan.nbytes(request.num_blocks)
+        if nbytes != request.nbytes:
+            raise BlocksMismatch(
+                f"decode expects {request.nbytes} bytes, prefill would write {nbytes}"
+            )
+        timeout_s = request.timeout_s + ENGINE_MARGIN_S
+        if not request.num_blocks:
+            return peer.link.signal(request.imm, timeout_s=timeout_s)
+        held = self.cache.layout.layers[slice(*action.layers)]
+        layers = [layer for layer in held if layer in plan.layers]
+        if not layers:
+            return None  # decode's rank holds other layers
+        return peer.link.write_blocks(
+            plan,
+            np.frombuffer(action.tables[0], np.int32),
+            np.frombuffer(request.tables[0], np.int32),
+            imm=request.imm,
+            layers=layers,
+            timeout_s=timeout_s,
+        )
+
+    def _read(self, work: Work, action: events.StartRead) -> Ticket | None:
+        peer = self._acquaintances.get(work.session)
+        if peer is None or peer.link is None or peer.read_plan is None:
+            raise LinkError("there is no link to read over", operation="read")
+        if work.request is not None and work.request["stop_token"]:
+            return read_tokens(peer.link, peer.read_plan, action, work.request)
+        if not action.ready.num_blocks:
+            return None
+        return peer.link.read_blocks(
+            peer.read_plan,
+            np.frombuffer(action.ready.tables[0], np.int32),
+            work.block_ids,
+            timeout_s=NEVER_S,
+        )
+
+    def _operation_ended(
+        self, side: Side, key: int, op: int, session: int, began_s: float, ticket: Ticket
+    ) -> None:
+        """On an engine thread."""
+        ended = events.OperationEnded(op, ticket.nbytes, ticket.exception())
+        took_s = time.monotonic() - began_s
+        self._mailbox.call_soon(partial(self._moved, side, key, ended, session, took_s))
+
+    def _moved(
+        self, side: Side, key: int, ended: events.OperationEnded, session: int, took_s: float
+    ) -> None:
+        peer = self._acquaintances.get(session)
+        if ended.error is None and ended.nbytes >= RATE_NBYTES and peer is not None:
+            name, rate = peer.session.name, ended.nbytes / max(took_s, 1e-9)
+            known = self.rates.get(name, rate)
+            if name in self.rates or len(self.rates) < MAX_RATES:
+                self.rates[name] = known + RATE_WEIGHT * (rate - known)
+        self._tell(side, key, ended)
+
+    def _counter_ended(self, key: int, ticket: Ticket) -> None:
+        """On an engine thread."""
+        if not isinstance(ticket.exception(), Cancelled):  # else the machine has retired it
+            self._mailbox.call_soon(partial(self._tell_counter, key, ticket))
+
+    def _tell_counter(self, key: int, ticket: Ticket) -> None:
+        work = self.work.get(("decode", key))
+        peer = self._acquaintances.get(work.session) if work is not None else None
+        error = ticket.exception()
+        if error is not None and peer is not None and peer.link is not None and peer.link.closed:
+            return  # `LinkDown` is on its way, and says more
+        self._tell("decode", key, events.CounterEnded(ticket.nbytes, error))

@@ -1,0 +1,224 @@
+"""A blocking client of the daemon, for tools and for whoever routes requests.
+
+An agent does not use it: `presence.py` is its side, on its own thread.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import zmq
+
+from .curve import protect_client
+from .daemon_messages import (
+    CHANGES_TOPIC,
+    LOADS_TOPIC,
+    Denied,
+    Done,
+    Drain,
+    Flip,
+    Look,
+    Place,
+    Placed,
+    Restore,
+    Snapshot,
+    answers,
+    requests,
+)
+from .errors import ConfigError, DaemonDenied, DaemonTimeout, PlacementError
+from .keys import split_address
+from .view import View
+
+if TYPE_CHECKING:
+    from .daemon_messages import AnyAnswer, Ask
+    from .keys import Keys
+    from .messages import Role
+
+DEFAULT_DAEMON = "tcp://127.0.0.1:7717"
+TIMEOUT_S = 2.0
+ASK_AGAIN_S = 0.5
+
+_T = TypeVar("_T")
+
+
+class DaemonClient:
+    """Asks the daemon at `address` (with `#` and its public key, if `keys` are given).
+
+    Raises:
+        ConfigError: the address is none, or has no key although there are keys.
+
+    Not thread-safe. Close it, or use it as a context manager.
+    """
+
+    def __init__(self, address: str = DEFAULT_DAEMON, keys: Keys | None = None) -> None:
+        self.address = address
+        self._keys = keys
+        endpoint, self._server_key = daemon_address(address, keys)
+        self._endpoint = endpoint
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._numbers = itertools.count(1)
+        self._socket = self._connect(zmq.DEALER, endpoint)
+
+    def __enter__(self) -> DaemonClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the sockets. Safe to call again."""
+        self._context.destroy(linger=0)
+
+    def look(self, *, loads: bool = True, timeout_s: float = TIMEOUT_S) -> Snapshot:
+        """Who is there."""
+        return self._ask(Look(next(self._numbers), loads), Snapshot, timeout_s)
+
+    def place(
+        self,
+        tokens: int,
+        *,
+        model: str = "",
+        cached: dict[str, int] | None = None,
+        exclude: tuple[str, ...] = (),
+        policy: str = "",
+        timeout_s: float = TIMEOUT_S,
+    ) -> Placed:
+        """Which pair takes a request; see `Place`.
+
+        Raises:
+            PlacementError: none fits.
+        """
+        ask = Place(next(self._numbers), tokens, model, cached or {}, exclude, policy)
+        return self._ask(ask, Placed, timeout_s)
+
+    def drain(self, name: str, timeout_s: float = TIMEOUT_S) -> None:
+        """Nothing more is placed on this agent; what is under way goes on."""
+        self._ask(Drain(next(self._numbers), name), Done, timeout_s)
+
+    def restore(self, name: str, timeout_s: float = TIMEOUT_S) -> None:
+        """Undoes `drain`."""
+        self._ask(Restore(next(self._numbers), name), Done, timeout_s)
+
+    def flip(self, name: str, role: Role, timeout_s: float = TIMEOUT_S) -> None:
+        """Drains this agent, which then takes another role."""
+        self._ask(Flip(next(self._numbers), name, role), Done, timeout_s)
+
+    def ask(self, ask: Ask, timeout_s: float = TIMEOUT_S) -> AnyAnswer:
+        """The daemon's answer, a denial too.
+
+        Raises:
+            DaemonTimeout: there is none.
+        """
+        frame = requests.encode(ask)
+        end_s = time.monotonic() + timeout_s
+        again_s = 0.0
+        while (now_s := time.monotonic()) < end_s:
+            if now_s >= again_s:  # every request may come twice
+                again_s = now_s + ASK_AGAIN_S
+                self._socket.send(frame)
+            if self._socket.poll(int((min(end_s, again_s) - now_s) * 1000) + 1):
+                answer: Any = answers.decode(self._socket.recv())
+                if answer.request in (ask.request, 0):
+                    return answer  # type: ignore[no-any-return]
+        raise DaemonTimeout(
+            f"the daemon at {self.address} did not answer in {timeout_s} s: is it running, and is "
+            "this key in its allow-list?",
+            operation=type(ask).__name__.lower(),
+        )
+
+    def watch(self) -> Watch:
+        """Follows the cluster."""
+        return Watch(self)
+
+    def _ask(self, ask: Ask, kind: type[_T], timeout_s: float) -> _T:
+        answer = self.ask(ask, timeout_s)
+        if isinstance(answer, kind):
+            return answer
+        operation = type(ask).__name__.lower()
+        if isinstance(answer, Denied):
+            if answer.reason == "nobody":
+                raise PlacementError(answer.detail, operation=operation, retryable=True)
+            raise DaemonDenied(answer.detail or answer.reason, operation=operation)
+        raise DaemonDenied(f"the daemon answered with {type(answer).__name__}", operation=operation)
+
+    def _connect(self, kind: int, endpoint: str) -> zmq.Socket[bytes]:
+        socket: zmq.Socket[bytes] = self._context.socket(kind)
+        socket.setsockopt(zmq.LINGER, 0)
+        protect_client(socket, self._keys, self._server_key)
+        try:
+            socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise ConfigError(f"{endpoint!r} is no address: {error.strerror}") from error
+        return socket
+
+
+class Watch:
+    """A `View` that keeps itself up to date while `poll` is called. Made by `DaemonClient.watch`.
+
+    Close it, or use it as a context manager.
+    """
+
+    def __init__(self, client: DaemonClient) -> None:
+        self.view = View()
+        self._client = client
+        snapshot = client.look()
+        self._publisher = publisher_endpoint(client._endpoint, snapshot.publisher)
+        self._socket = client._connect(zmq.SUB, self._publisher)
+        self._socket.subscribe(CHANGES_TOPIC)
+        self._socket.subscribe(LOADS_TOPIC)
+        self.view.hear(client.look())
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops following. Safe to call again."""
+        self._socket.close(0)
+
+    def poll(self, timeout_s: float) -> bool:
+        """Takes what has come, waiting up to `timeout_s` for it; whether the members changed.
+
+        Raises:
+            DaemonTimeout: a new snapshot was needed and did not come.
+        """
+        changed = False
+        if self._socket.poll(int(timeout_s * 1000)):
+            while True:
+                try:
+                    _, frame = self._socket.recv_multipart(zmq.NOBLOCK)
+                except zmq.Again:
+                    break
+                changed |= self.view.hear(answers.decode(frame))
+        if self.view.stale:
+            changed |= self.view.hear(self._client.look())
+        return changed
+
+
+def daemon_address(address: str, keys: Keys | None) -> tuple[str, bytes]:
+    """The endpoint and the key of a daemon (or an agent).
+
+    Raises:
+        ConfigError: there is a key on one side only.
+    """
+    endpoint, server_key = split_address(address)
+    if keys is not None and not server_key:
+        raise ConfigError(
+            f"{address!r} names no public key: append `#` and the key of whoever answers there"
+        )
+    if keys is None and server_key:
+        raise ConfigError(f"{address!r} asks for keys: give a key file that is allowed there")
+    return endpoint, server_key
+
+
+def publisher_endpoint(daemon: str, publisher: str) -> str:
+    """Where to follow a daemon that listens on every address: at the host that it was asked at."""
+    if not publisher.startswith("tcp://*:"):
+        return publisher
+    host = daemon[len("tcp://") :].rpartition(":")[0]
+    return f"tcp://{host}:{publisher.rpartition(':')[2]}"

@@ -1,0 +1,175 @@
+"""Key pairs, who is allowed in, and which addresses need neither.
+
+A key pair is a small TOML file that only its owner may read; an allow-list is a text file like
+OpenSSH's `authorized_keys`: one public key a line, in hexadecimal, then any label. The list is read
+again whenever it has changed.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import stat
+from pathlib import Path
+
+import msgspec
+
+from .errors import ConfigError, InsecureAddress
+from .toml import read_toml
+
+KEY_NBYTES = 32
+MAX_LIST_NBYTES = 8 << 20  # 80,000 keys
+
+
+class Keys(msgspec.Struct, frozen=True):
+    """A CURVE key pair, and the file of those who may speak to its owner."""
+
+    public: bytes
+    secret: bytes
+    allowed: str
+
+    def __repr__(self) -> str:
+        return f"<Keys {self.public.hex()[:12]}>"  # logs must not hold the secret
+
+    @classmethod
+    def load(cls, path: str | Path, allowed: str | Path = "") -> Keys:
+        """Reads a key file; the allow-list is `allowed_keys` beside it, unless another is named.
+
+        Raises:
+            ConfigError: a file is missing, is no key, or can be read by others.
+        """
+        path = Path(path)
+        table = read_toml(path)
+        keys = {}
+        for name in ("public", "secret"):
+            try:
+                keys[name] = bytes.fromhex(str(table[name]))
+            except (KeyError, ValueError):
+                keys[name] = b""
+            if len(keys[name]) != KEY_NBYTES:
+                raise ConfigError(
+                    f"{path} has no {name!r} of {KEY_NBYTES} bytes in hexadecimal: make a key "
+                    "pair with `kvferry keys new`"
+                )
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if mode & 0o077:
+            raise ConfigError(
+                f"{path} can be read by others (mode {mode:o}): run `chmod 600 {path}`"
+            )
+        chosen = Path(allowed) if allowed else path.with_name("allowed_keys")
+        if not chosen.is_file():
+            raise ConfigError(
+                f"there is no allow-list {chosen}: write the public keys of all who may connect "
+                "into it, one a line"
+            )
+        return cls(keys["public"], keys["secret"], str(chosen))
+
+
+def write_keys(path: Path, public: bytes, secret: bytes) -> None:
+    """Writes a key file that only its owner may read, and allows the key itself beside it.
+
+    Raises:
+        ConfigError: there is a file already, or none can be written.
+    """
+    text = (
+        f"# A kvferry key pair. Others get the public half only.\n"
+        f'public = "{public.hex()}"\nsecret = "{secret.hex()}"\n'
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError as error:
+        raise ConfigError(f"{path} is there already: a key is never overwritten") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+    with os.fdopen(fd, "w") as file:
+        file.write(text)
+    with path.with_name("allowed_keys").open("a") as file:
+        file.write(f"{public.hex()} {path.stem}\n")
+
+
+class AllowList:
+    """The public keys of one file, as it is now. Not thread-safe: one owner."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._seen: tuple[int, int] = (0, -1)
+        self._labels: dict[bytes, str] = {}
+
+    def label(self, key: bytes) -> str | None:
+        """What the list calls a key; None if it is not allowed. A file that is gone allows none."""
+        try:
+            status = os.stat(self._path)
+            if (status.st_mtime_ns, status.st_size) != self._seen:
+                self._seen = (status.st_mtime_ns, status.st_size)
+                with open(self._path, encoding="utf-8", errors="replace") as file:
+                    self._labels = _parse(file.read(MAX_LIST_NBYTES))
+        except OSError:
+            self._labels = {}
+        return self._labels.get(key)
+
+
+def _parse(text: str) -> dict[bytes, str]:
+    labels = {}
+    for line in text.splitlines():
+        word, _, label = line.partition("#")[0].strip().partition(" ")
+        try:
+            key = bytes.fromhex(word)
+        except ValueError:
+            continue  # a line of somebody's notes lets nobody in
+        if len(key) == KEY_NBYTES:
+            labels[key] = label.strip() or word[:12]
+    return labels
+
+
+def check_address(endpoint: str, keys: Keys | None, what: str) -> None:
+    """Checks that without keys an address is reachable from this machine only.
+
+    Raises:
+        InsecureAddress: it is not; names the fix.
+    """
+    if keys is None and not is_local(endpoint):
+        raise InsecureAddress(
+            f"{what} would be open to the network at {endpoint} without keys: make a key pair with "
+            "`kvferry keys new` and give it, or use an address of 127.0.0.0/8"
+        )
+
+
+def is_local(endpoint: str) -> bool:
+    """Whether only processes of this machine reach a ZeroMQ endpoint, or a bare host."""
+    scheme, separator, rest = endpoint.partition("://")
+    if separator and scheme in ("ipc", "inproc"):
+        return True
+    host = rest.rpartition(":")[0] if separator else endpoint
+    host = host.strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def join_address(endpoint: str, public: bytes) -> str:
+    """An endpoint and the key of whoever answers there: `tcp://host:port#key`."""
+    return f"{endpoint}#{public.hex()}" if public else endpoint
+
+
+def split_address(address: str) -> tuple[str, bytes]:
+    """The endpoint and the key (or none) of an address.
+
+    Raises:
+        ConfigError: what follows `#` is no key.
+    """
+    endpoint, separator, word = address.partition("#")
+    if not separator:
+        return endpoint, b""
+    try:
+        key = bytes.fromhex(word)
+    except ValueError:
+        key = b""
+    if len(key) != KEY_NBYTES:
+        raise ConfigError(
+            f"the address {address!r} ends in no public key of {KEY_NBYTES} bytes in hexadecimal"
+        )
+    return endpoint, key
