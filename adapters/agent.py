@@ -417,6 +417,7 @@ class Agent:
         tables: give them in a row.
         """
         self._check_role("send", "prefill")
+        tables: tuple[bytes, ...]
         if len(self.layout.groups) == 1:
             tables = (check_block_ids(self.layout, src_block_ids).tobytes(),)
         else:
