@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .memory import RegionTable
     from .progress import Progress
     from .stream_gate import StreamGate
+    from .transports.verbs_device import Nics
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class EngineCore:
         forget: called when a link has quiesced.
         device_counters: this engine's counters in GPU memory.
         gate: holds staged transfers back until the compute before them is done.
+        nics: the RDMA devices that it may use.
         max_programs: programs that a kernel may use at a time; no limit if None.
         paths: which pieces go direct, and which are staged.
     """
@@ -44,5 +46,6 @@ class EngineCore:
     forget: Callable[[Link], None]
     device_counters: DeviceCounters
     gate: StreamGate
+    nics: Nics
     max_programs: int | None = None
     paths: Paths = field(default_factory=Paths)

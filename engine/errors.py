@@ -21,7 +21,15 @@
         ├── PeerLost           the peer's process died, froze or became unreachable
         ├── PeerAborted        the peer gave up on an imm and said so
         ├── ChecksumMismatch   bytes that arrived are not the bytes that were sent
-        └── ProtocolError      bytes that are not kvferry's protocol
+        ├── ProtocolError      bytes that are not kvferry's protocol
+        └── RailError          one rail of a link broke; the link lives on with the others
+            ├── RemoteAccessError     the peer's device refused a key or a range
+            ├── RemoteOperationError  the peer's device refused or failed otherwise
+            ├── RetryExceeded         the peer's device does not answer
+            ├── ReceiverNotReady      the peer posted too few receives
+            ├── LocalAccessError      this side's device refused a work request
+            ├── LinkFlushed           never sent: the rail had broken before
+            └── DeviceLost            the device failed, or was unplugged
 
 `retryable` says whether the same handoff, with a new imm, may succeed.
 """
@@ -182,3 +190,58 @@ class ProtocolError(LinkError):
     """The peer sent bytes that are not kvferry's protocol; the link is closed."""
 
     retryable = False
+
+
+class RailError(LinkError):
+    """One rail of a link broke, and with it what was on its way there. The link lives on.
+
+    Attributes:
+        vendor_code: the device's own number for it; 0 if it gave none.
+        rail: the rail: its number and its device.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        operation: str = "",
+        peer: str = "",
+        imm: int | None = None,
+        vendor_code: int = 0,
+        rail: str = "",
+    ) -> None:
+        super().__init__(message, operation=operation, peer=peer, imm=imm)
+        self.vendor_code = vendor_code
+        self.rail = rail
+
+
+class RemoteAccessError(RailError):
+    """The peer's device refused a key or a range: nothing was written there."""
+
+    retryable = False
+
+
+class RemoteOperationError(RailError):
+    """The peer's device refused or failed an operation for another reason."""
+
+
+class RetryExceeded(RailError):
+    """The peer's device does not answer."""
+
+
+class ReceiverNotReady(RailError):
+    """The peer had no receive posted for a write with an imm."""
+
+
+class LocalAccessError(RailError):
+    """This side's device refused a work request."""
+
+    retryable = False
+
+
+class LinkFlushed(RailError):
+    """It was never sent: the rail had broken before."""
+
+
+class DeviceLost(RailError):
+    """The device failed, or was unplugged."""

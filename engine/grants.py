@@ -17,8 +17,10 @@ from . import wire
 from .errors import EngineError, OutOfRange
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .link import Link
-    from .memory import RegionDescriptor
+    from .memory import MemoryRegion, RegionDescriptor
     from .transports.base import Transfer
 
 
@@ -74,6 +76,7 @@ class Grants:
             waiting = [transfer for transfer, missing in self._parked if region in missing]
             granted = not answer.error and region.region_id not in revoked
             if granted:
+                self._link._path.granted(region, answer.keys)
                 self._granted.add(region)
                 for _, missing in self._parked:
                     missing.discard(region)
@@ -99,24 +102,33 @@ class Grants:
 
     # The end that owns the memory.
 
-    def answer(self, claim: wire.Claim) -> None:
-        """Checks what the peer holds in its hands, and answers."""
+    def answer(
+        self, claim: wire.Claim, register: Callable[[MemoryRegion], tuple[int, ...]]
+    ) -> None:
+        """Checks what the peer holds in its hands, and answers.
+
+        Args:
+            register: makes the region reachable, and returns the keys that the peer needs for it.
+        """
         table = self._link.core.regions
         try:
             region = table.admit(claim.region, claim.key)
             # Noted first: `deregister` closes the region, then asks whom it was lent to.
             self._lent.add(claim.region)
-            region.acquire()
-            region.release()
             if (region.address, region.nbytes) != (claim.address, claim.nbytes):
                 raise OutOfRange(
                     f"region {claim.region} is not where, or not as large as, the descriptor says",
                     operation="access",
                 )
+            region.acquire()
+            try:
+                keys = register(region)
+            finally:
+                region.release()
         except EngineError as error:
             answer = wire.Granted(claim.claim, type(error).__name__, error.message)
         else:
-            answer = wire.Granted(claim.claim)
+            answer = wire.Granted(claim.claim, keys=keys)
         self._link.send(answer)
 
     def lent(self, region_id: int) -> bool:

@@ -24,14 +24,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
-from .errors import LinkError, PeerLost, ProtocolError, TransportUnavailable
-from .fields import DECODE_ERRORS, Nonce, Pid, Port, Uint63
+from .errors import EngineError, LinkError, PeerLost, ProtocolError, TransportUnavailable
+from .fields import DECODE_ERRORS, Nonce, Pid, Port, Uint32, Uint63
 from .wire import LINK_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-MAX_HELLO_NBYTES = 16_384
+MAX_HELLO_NBYTES = 65_536  # the cards of 64 rails
 NONCE_NBYTES = 32
 
 _T = TypeVar("_T")
@@ -59,6 +59,7 @@ class EngineAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tcp_host: str
     tcp_port: Port
     unix_name: str
+    nics: Uint32 = 0  # RDMA devices that a verbs link may use; none: the engine offers no verbs
 
     def __repr__(self) -> str:
         return f"<EngineAddress of {self.identity.name}>"  # logs must not hold the secret
@@ -113,16 +114,19 @@ class Challenge(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The client's proof; `refused` in words if the client gives up."""
+    """The client's proof, and what of its end the transport needs; `refused` in words if the client
+    gives up."""
 
     refused: str
     proof: bytes
+    offer: bytes = b""
 
 
 class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The server's last word."""
+    """The server's last word, with its answer to the client's offer."""
 
     refused: str
+    answer: bytes = b""
 
 
 def host_id() -> str:
@@ -138,13 +142,18 @@ def connect(
     hello: Callable[[bytes], Hello],
     check: Callable[[Challenge], str],
     token: bytes = b"",
-) -> Challenge:
+    offer: bytes = b"",
+) -> tuple[Challenge, bytes]:
     """The client's half, on a blocking socket whose timeout bounds all of it.
 
     Args:
         hello: makes the hello around a nonce.
         token: what the server was told to expect, if it was; the hello names it.
         check: a reason to give up after the server has proven itself, or "".
+        offer: what of this end the transport needs at the other.
+
+    Returns:
+        The server's challenge, and its answer to the offer.
 
     Raises:
         TransportUnavailable: either end refused, in words.
@@ -166,13 +175,14 @@ def connect(
             peer=peer,
         )
     refused = check(challenge)
-    _send(sock, Proof(refused, _proof(secret, b"client", nonce, challenge.nonce)))
+    proof = _proof(secret, b"client", nonce, challenge.nonce)
+    _send(sock, Proof(refused, proof, offer))
     if refused:
         raise TransportUnavailable(refused, operation="connect", peer=peer)
     welcome = _receive(sock, Welcome, peer, deadline_s)
     if welcome.refused:
         raise TransportUnavailable(welcome.refused, operation="connect", peer=peer)
-    return challenge
+    return challenge, welcome.answer
 
 
 def accept(
@@ -182,6 +192,7 @@ def accept(
     probe: tuple[int, bytes],
     check: Callable[[Hello], str],
     token_of: Callable[[Hello], tuple[bytes, str]] = lambda _: (b"", ""),
+    answer: Callable[[Hello, bytes], bytes] = lambda hello, offer: b"",
 ) -> Hello:
     """The server's half, on a blocking socket whose timeout bounds all of it.
 
@@ -189,6 +200,7 @@ def accept(
         probe: address and content of a word of this process that a `cma` client tries to read.
         check: a reason to refuse a client that has proven itself, or "".
         token_of: the token that a client has to prove, too, and a reason to refuse it, or "".
+        answer: what of this end the transport needs, for a client that is not refused.
 
     Raises:
         TransportUnavailable: refused by either end. ProtocolError, PeerLost: as for `connect`.
@@ -218,7 +230,13 @@ def accept(
         )
         raise ProtocolError("a client failed its proof", operation="accept", peer=peer)
     refused = proof.refused or check(hello)
-    _send(sock, Welcome(refused))
+    answered = b""
+    if not refused:
+        try:
+            answered = answer(hello, proof.offer)
+        except EngineError as error:
+            refused = error.message
+    _send(sock, Welcome(refused, answered))
     if refused:
         raise TransportUnavailable(refused, operation="accept", peer=peer)
     return hello

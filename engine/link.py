@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from .handshake import Identity
     from .plan import BlockIds
     from .transfer_plan import TransferPlan
+    from .transports.base import RailState
     from .transports.cuda_graph import GraphWrite
     from .wire import LinkMessage
 
@@ -73,7 +74,7 @@ class Link:
 
     Attributes:
         peer: who is at the other end.
-        transport: `cuda_ipc`, `cma` or `tcp`.
+        transport: `cuda_ipc`, `cma`, `verbs` or `tcp`.
         down: a ticket that ends, with the error, when the link goes down.
         quiesced: a ticket that ends well once the peer can no longer reach this process's memory
             over this link: it said goodbye, its sockets are down, or its process is gone.
@@ -134,6 +135,11 @@ class Link:
     def closed(self) -> bool:
         """Whether the link is down."""
         return self._error is not None
+
+    @property
+    def rails(self) -> tuple[RailState, ...]:
+        """The rails of a `verbs` link, as they are now; empty for other transports."""
+        return self._path.rail_states()
 
     def write(
         self,
@@ -410,6 +416,10 @@ class Link:
         """The transfer of this number, if it has not ended."""
         return self._transfers.get(number)
 
+    def grant(self, claim: wire.Claim, register: Callable[[MemoryRegion], tuple[int, ...]]) -> None:
+        """Answers a peer that asks for leave to reach a region; `register` yields its keys."""
+        self._grants.answer(claim, register)
+
     def heard(self) -> None:
         """The peer gave a sign of life."""
         self._heard_s = time.monotonic()
@@ -438,6 +448,7 @@ class Link:
             "ChecksumMismatch": errors.ChecksumMismatch,
             "RegionGone": RegionGone,
             "OutOfRange": errors.OutOfRange,
+            "RailError": errors.RailError,
         }.get(error, RegionRefused)
         return kind(
             f"the peer refused: {reason}",
@@ -842,7 +853,7 @@ class Link:
         self._path.before(transfer, stream)
         if (
             (known and not self._revoked_here)
-            or not self._path.peer_reaches_memory
+            or not self._path.asks_leave
             or self._grants.admit(transfer)
         ):
             if start is not None:
@@ -1012,8 +1023,8 @@ class Link:
                 remember=True,
                 origin=self.peer.engine_id,
             )
-        elif isinstance(message, wire.Claim) and self._path.peer_reaches_memory:
-            self._grants.answer(message)
+        elif isinstance(message, wire.Claim) and self._path.asks_leave:
+            self.grant(message, lambda _: ())
         elif isinstance(message, wire.Granted):
             for transfer in self._grants.answered(message, self._revoked_here):
                 self._begin(transfer)
@@ -1026,6 +1037,7 @@ class Link:
                 event.set()
         elif isinstance(message, wire.Bye):
             self._peer_stopped = True
+            self._path.drain()
             why = f": {message.reason}" if message.reason else ""
             self.fail(PeerLost(f"the peer closed the link{why}", operation="link"))
             if self._halted:
@@ -1093,6 +1105,7 @@ class Link:
         self.core.progress.unwatch(self._pidfd)
         while not self._socket_closed and self._take():
             pass  # it may have finished its work, and said so, just before
+        self._path.drain()
         self._peer_stopped = True
         self.fail(
             PeerLost(

@@ -316,6 +316,7 @@ class RegionTable:
         self._regions: dict[int, MemoryRegion] = {}
         self._ids = itertools.count(1)
         self._revokers: list[Callable[[int, float], None]] = []
+        self._forgetters: list[Callable[[int], None]] = []
         # Handle and address of the engine's counters on a GPU.
         self.counters_on: Callable[[int], tuple[bytes, int]] = lambda _: (b"", 0)
 
@@ -377,6 +378,10 @@ class RegionTable:
         """`revoker(region_id, deadline)` returns once no peer uses the region any more."""
         self._revokers.append(revoker)
 
+    def on_forget(self, forgetter: Callable[[int], None]) -> None:
+        """`forgetter(region_id)` is called when nobody uses a deregistered region any more."""
+        self._forgetters.append(forgetter)
+
     def revoke(self, region: MemoryRegion, deadline: float) -> None:
         """Asks every peer to stop using the region."""
         for revoker in self._revokers:
@@ -384,6 +389,8 @@ class RegionTable:
 
     def forget(self, region: MemoryRegion) -> None:
         """Takes a deregistered region out of the table."""
+        for forgetter in self._forgetters:
+            forgetter(region.region_id)
         with self._lock:
             self._regions.pop(region.region_id, None)
 

@@ -43,7 +43,9 @@ from .progress import TICK_S, Progress
 from .stream_gate import StreamGate
 from .tickets import Ticket, all_of
 from .transfer_plan import TransferPlan
-from .transports import cma, cuda_ipc, tcp
+from .transports import cma, cuda_ipc, tcp, verbs
+from .transports.verbs_device import Nics
+from .transports.verbs_meeting import Meeting
 from .wire import LINK_VERSION
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
     from .memory import RegionDescriptor
     from .transports.base import Availability
 
-TRANSPORTS = ("cuda_ipc", "cma", "tcp")  # in order of preference
+TRANSPORTS = ("cuda_ipc", "cma", "verbs", "tcp")  # in order of preference
 LOCAL = ("cuda_ipc", "cma")  # between processes of one host, over a Unix socket
 HANDSHAKE_TIMEOUT_S = 5.0
 MAX_HANDSHAKES = 256  # connections that have not proven themselves yet
@@ -73,11 +75,13 @@ class TransferEngine:
     """Moves pieces between its registered memory and its peers'.
 
     Args:
-        transports: which to offer, out of `cuda_ipc`, `cma` and `tcp`; those that do not work here
+        transports: which to offer, out of `cuda_ipc`, `cma`, `verbs` and `tcp`; those that do not work here
             are left out, and `unavailable` says why.
         host: address to listen on, and to publish unless `advertise_host` is given.
         advertise_host: address that peers should use instead of `host`.
         rails: sockets of a tcp link that this engine opens.
+        nics: names of the RDMA devices to use; all that are active if None, or those that the
+            environment's `KVFERRY_NICS` names.
         verify: compare a checksum of every chunk that this engine writes or reads, before it is
             counted. Costs a pass over the bytes at each end.
         peer_timeout_s: silence after which a peer counts as frozen or unreachable.
@@ -101,6 +105,7 @@ class TransferEngine:
         host: str = "127.0.0.1",
         advertise_host: str = "",
         rails: int = tcp.DEFAULT_RAILS,
+        nics: Sequence[str] | None = None,
         verify: bool = False,
         peer_timeout_s: float = 1.5,
         max_programs: int | None = None,
@@ -119,6 +124,7 @@ class TransferEngine:
                 f"rails is {rails}: a tcp link has 1 to 64", operation="start"
             )
         self.unavailable: dict[str, str] = {}
+        self._nics = Nics(nics)
         self._transports = [t for t in TRANSPORTS if t in transports and self._works(t)]
         if not self._transports:
             raise TransportUnavailable(
@@ -135,8 +141,9 @@ class TransferEngine:
         )
         local = bool(set(LOCAL) & set(self._transports))
         unix_name = f"kvferry-{engine_id}" if local else ""
-        self._listeners = _listen(unix_name, host if "tcp" in self._transports else None)
-        tcp_port = self._listeners[-1].getsockname()[1] if "tcp" in self._transports else 0
+        remote = bool({"tcp", "verbs"} & set(self._transports))
+        self._listeners = _listen(unix_name, host if remote else None)
+        tcp_port = self._listeners[-1].getsockname()[1] if remote else 0
         if unix_name:
             cma.permit_peers()
         self._secret = secrets.token_bytes(32)
@@ -161,18 +168,21 @@ class TransferEngine:
             peer_timeout_s=peer_timeout_s,
             forget=self._forget,
             device_counters=DeviceCounters(),
+            nics=self._nics,
             max_programs=max_programs,
             gate=StreamGate(identity.name),
             paths=paths or load_paths(),
         )
         self._core.regions.counters_on = self._core.device_counters.array
         self._core.regions.on_revoke(self._revoke)
+        self._core.regions.on_forget(self._nics.forget)
         self._address = EngineAddress(
             identity=identity,
             secret=self._secret,
             tcp_host=advertise_host or host,
             tcp_port=tcp_port,
             unix_name=unix_name,
+            nics=len(self._nics.usable()) if "verbs" in self._transports else 0,
         )
         for listener in self._listeners:
             listener.setblocking(False)
@@ -360,6 +370,8 @@ class TransferEngine:
             reason = self._mismatch(name, address)
             if name == "cuda_ipc" and transport is None and not reason:
                 reason = self._no_gpu_memory()
+            if name == "verbs" and transport is None and not reason:
+                reason = self._gpu_memory()
             if reason:
                 reasons.append(f"{name}: {reason}")
                 continue
@@ -486,6 +498,7 @@ class TransferEngine:
         self._core.progress.stop()
         for link in links:
             link.discard()
+        self._nics.close()
         for thread in greeting:
             if thread is not threading.current_thread():
                 thread.join(HANDSHAKE_TIMEOUT_S)
@@ -496,6 +509,7 @@ class TransferEngine:
         probes: dict[str, Callable[[], Availability]] = {
             "cuda_ipc": cuda_ipc.available,
             "cma": cma.probe,
+            "verbs": lambda: verbs.ready(self._nics),
             "tcp": tcp.probe,
         }
         ok, reason = probes[name]()
@@ -514,8 +528,14 @@ class TransferEngine:
                 return "not enabled in the peer"
             if address.identity.host_id != self._core.identity.host_id:
                 return "the peer runs on another host, or in another process namespace"
-        elif not address.tcp_port:
+        elif not (address.nics if name == "verbs" else address.tcp_port):
             return "not enabled in the peer"
+        return ""
+
+    def _gpu_memory(self) -> str:
+        """Why `verbs` must not be taken, or ""."""
+        if any(region.device >= 0 for region in self._core.regions.all()):
+            return "it moves host memory, and GPU memory is registered in this engine"
         return ""
 
     def _no_gpu_memory(self) -> str:
@@ -529,13 +549,15 @@ class TransferEngine:
         num_rails = self._rails if name == "tcp" else 0
         socks: list[socket.socket] = []
         deadline_s = time.monotonic() + timeout_s
+        meeting = Meeting(self._nics, dialed=True) if name == "verbs" else None
         try:
+            offer = meeting.offer(address.nics) if meeting is not None else b""
             for rail in range(-1, num_rails):
                 left_s = max(0.01, deadline_s - time.monotonic())
                 sock = _dial(name, address, left_s)
                 socks.append(sock)
                 sock.settimeout(left_s)
-                challenge = handshake.connect(
+                challenge, answer = handshake.connect(
                     sock,
                     address,
                     lambda nonce, rail=rail: Hello(  # type: ignore[misc]
@@ -553,11 +575,16 @@ class TransferEngine:
                     ),
                     partial(self._reachable, sock, name),
                     token,
+                    offer,
                 )
+            if meeting is not None:
+                meeting.take(answer)
         except BaseException:
             _close_all(socks)
+            if meeting is not None:
+                meeting.close()
             raise
-        return self._open(socks[0], challenge.identity, name, socks[1:])
+        return self._open(socks[0], challenge.identity, name, socks[1:], meeting)
 
     def _reachable(self, sock: socket.socket, name: str, peer: Any) -> str:
         """Tries to read the peer's word; a reason to refuse, or ""."""
@@ -574,15 +601,26 @@ class TransferEngine:
         return "the engine at the other end of the socket is not the process that it seems to be"
 
     def _open(
-        self, control: socket.socket, peer: Identity, name: str, rails: list[socket.socket]
+        self,
+        control: socket.socket,
+        peer: Identity,
+        name: str,
+        rails: list[socket.socket],
+        meeting: Meeting | None = None,
     ) -> Link:
         with self._lock:
             if self._closed:
                 _close_all([control, *rails])
+                if meeting is not None:
+                    meeting.close()
                 raise LinkClosed("the engine was closed", operation="connect")
             if name in LOCAL:
                 make = cma.CmaPath if name == "cma" else cuda_ipc.CudaIpcPath
                 link = Link(self._core, control, peer, name, lambda it: make(it, peer.pid))
+            elif meeting is not None:
+                link = Link(
+                    self._core, control, peer, name, lambda it: verbs.VerbsPath(it, meeting)
+                )
             else:
                 link = Link(self._core, control, peer, name, lambda it: tcp.TcpPath(it, rails))
             link.start()
@@ -622,6 +660,14 @@ class TransferEngine:
     def _welcome(self, sock: socket.socket, unix: bool) -> None:
         """Serves one handshake, on a thread of its own: a slow client holds up nobody."""
         owned = False
+        meetings: list[Meeting] = []
+
+        def answer(hello: Hello, offer: bytes) -> bytes:
+            if hello.transport != "verbs":
+                return b""
+            meetings.append(Meeting(self._nics, dialed=False))
+            return meetings[0].answer(offer)
+
         try:
             sock.settimeout(HANDSHAKE_TIMEOUT_S)
             if not unix:
@@ -633,19 +679,22 @@ class TransferEngine:
                 (self._probe_word.ctypes.data, self._probe_word.tobytes()),
                 lambda hello: self._admit(sock, unix, hello) or self._admissions.use(hello),
                 self._admissions.token_of,
+                answer,
             )
             with self._lock:
                 self._greeting[threading.current_thread()] = None  # `close` ends links otherwise
-            if hello.transport in LOCAL:
-                self._open(sock, hello.identity, hello.transport, [])
-            else:
+            if hello.transport == "tcp":
                 self._file(sock, hello)
+            else:
+                self._open(sock, hello.identity, hello.transport, [], *meetings)
             owned = True
         except (EngineError, OSError) as error:
             log.debug("kvferry: a handshake failed: %s", error)  # the client was told why
         finally:
             if not owned:
                 sock.close()
+                for meeting in meetings:
+                    meeting.close()
             with self._lock:
                 del self._greeting[threading.current_thread()]
 
@@ -655,6 +704,8 @@ class TransferEngine:
             return f"transport {hello.transport!r} is not offered here"
         if hello.transport in LOCAL:
             return self._reachable(sock, hello.transport, hello)
+        if hello.transport == "verbs":
+            return "" if hello.rail < 0 else "a verbs link has one connection"
         with self._lock:
             if self._closed:
                 return "the engine is closing"

@@ -5,7 +5,10 @@ Bulk data never passes here. One message a transfer, not one a block.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 from .errors import ProtocolError
 from .fields import DECODE_ERRORS, Key, Uint32, Uint63
@@ -36,10 +39,11 @@ class Arrived(_Message, frozen=True, tag="arrived"):
 
 
 class Acknowledge(_Message, frozen=True, tag="ack"):
-    """These bytes of your transfer are placed and counted."""
+    """These bytes of your transfer are placed and counted; on verbs, they came in that slot."""
 
     transfer: Uint63
     nbytes: Uint63
+    slot: Uint32 | None = None
 
 
 class Refuse(_Message, frozen=True, tag="refuse"):
@@ -138,11 +142,15 @@ class Claim(_Message, frozen=True, tag="claim"):
 
 
 class Granted(_Message, frozen=True, tag="granted"):
-    """You may; or, with the name of a class of `engine.errors`, you may not."""
+    """You may; or, with the name of a class of `engine.errors`, you may not.
+
+    `keys` are the region's keys on each of my RDMA devices, where the transport has such.
+    """
 
     claim: Uint63
     error: str = ""
     reason: str = ""
+    keys: Annotated[tuple[Uint32, ...], Meta(max_length=64)] = ()
 
 
 class Revoke(_Message, frozen=True, tag="revoke"):
@@ -155,6 +163,57 @@ class Revoked(_Message, frozen=True, tag="revoked"):
     """I have stopped using that region of yours."""
 
     region: Uint32
+
+
+class SlotFree(_Message, frozen=True, tag="slot"):
+    """I have taken apart what you wrote into that staging slot of mine."""
+
+    slot: Uint32
+
+
+class Credits(_Message, frozen=True, tag="credits"):
+    """I have posted so many receives more on that queue pair (its number here) of mine."""
+
+    queue: Uint32
+    count: Uint32
+
+
+class RailDown(_Message, frozen=True, tag="raildown"):
+    """My end of that rail is stopped: stop yours. Nothing new goes over it."""
+
+    rail: Uint32
+    epoch: Uint32
+    reason: str
+
+
+class RailClosed(_Message, frozen=True, tag="railclosed"):
+    """I have dealt with everything that came over that rail, and given back its queue pairs."""
+
+    rail: Uint32
+    epoch: Uint32
+
+
+class RailOpen(_Message, frozen=True, tag="railopen"):
+    """Open that rail again: this is my end (`verbs_cards.Offer` of one rail)."""
+
+    rail: Uint32
+    offer: bytes
+
+
+class RailOpened(_Message, frozen=True, tag="railopened"):
+    """It is: this is mine; or, with a reason, it cannot be opened yet."""
+
+    rail: Uint32
+    epoch: Uint32
+    offer: bytes = b""
+    refused: str = ""
+
+
+class RailReady(_Message, frozen=True, tag="railready"):
+    """My end of that rail is connected: send."""
+
+    rail: Uint32
+    epoch: Uint32
 
 
 class Bye(_Message, frozen=True, tag="bye"):
@@ -183,6 +242,13 @@ LinkMessage = (
     | Granted
     | Revoke
     | Revoked
+    | SlotFree
+    | Credits
+    | RailDown
+    | RailClosed
+    | RailOpen
+    | RailOpened
+    | RailReady
     | Bye
     | ByeToo
 )

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from kvferry.engine import iovec
+from kvferry.engine import iovec, topology
 from kvferry.engine.handshake import EngineAddress
 from kvferry.engine.transfer import TransferEngine
+from kvferry.engine.transports import verbs, verbs_qp
+from kvferry.engine.transports.verbs_device import NICS_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -31,12 +33,23 @@ if TYPE_CHECKING:
     from kvferry.engine.link import Link
     from kvferry.engine.memory import MemoryRegion, RegionDescriptor
 
-# Each transport, and the functions of `engine.iovec` that move its writes' and its reads' bytes in
-# the process that asked for them: `Gate` holds transfers in flight there.
-TRANSPORTS = {
-    "cma": ("process_vm", "process_vm"),
-    "tcp": ("send", "receive"),
+# Each transport, and the functions that move its writes' and its reads' bytes in the process that
+# asked for them: `Gate` holds transfers in flight there.
+TRANSPORTS: dict[str, tuple[Any, str, str]] = {
+    "cma": (iovec, "process_vm", "process_vm"),
+    "tcp": (iovec, "send", "receive"),
 }
+NICS = [nic.name for nic in topology.nics() if nic.active]
+if verbs.available().ok:
+    TRANSPORTS["verbs"] = (verbs_qp, "post", "post")
+    os.environ.setdefault(NICS_VARIABLE, NICS[0])  # this process's; peers have the last one
+
+if TYPE_CHECKING:
+    from tests import shuffle
+else:
+    import shuffle  # beside this file: `pythonpath` in pyproject.toml
+
+shuffle.install()
 
 SENTINEL = 0xA5
 ANSWER_S = 30.0  # how long a peer may take for a command: reached only when something hangs
@@ -59,7 +72,9 @@ class Peer:
                     json.dumps(options),
                 ],
                 pass_fds=(theirs.fileno(),),
-                env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+                env=os.environ
+                | {"PYTHONPATH": str(ROOT / "src")}
+                | ({NICS_VARIABLE: NICS[-1]} if NICS else {}),
             )
         self._pipe = ours
         self.address = EngineAddress.decode(self.call("address"))
@@ -217,10 +232,11 @@ def hold(monkeypatch: pytest.MonkeyPatch, transport: str) -> Iterator[Callable[[
     gates: list[Gate] = []
 
     def close(operation: str) -> Gate:
-        name = TRANSPORTS[transport][operation == "read"]
+        module, *names = TRANSPORTS[transport]
+        name = names[operation == "read"]
         gate = Gate()
         gates.append(gate)
-        monkeypatch.setattr(iovec, name, gate.guard(getattr(iovec, name)))
+        monkeypatch.setattr(module, name, gate.guard(getattr(module, name)))
         return gate
 
     yield close

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
         RegisteredCache,
     )
     from kvferry.engine.tickets import Ticket
+    from tests import shuffle
+else:
+    import shuffle  # beside this file
 
 
 class Commands:
@@ -211,6 +214,7 @@ class Commands:
 
 
 def main() -> None:
+    shuffle.install()
     pipe: Connection[Any, Any] = Connection(int(sys.argv[1]))
     commands = Commands(json.loads(sys.argv[2]))
     while True:

@@ -14,7 +14,7 @@ from typing import Annotated, NamedTuple
 import typer
 
 # Each is a module of `kvferry.engine.transports` with a `probe()`.
-TRANSPORTS = ("cuda_ipc", "cma", "tcp")
+TRANSPORTS = ("cuda_ipc", "cma", "verbs", "tcp")
 
 INFINIBAND = Path("/sys/class/infiniband")
 PTRACE_SCOPE = Path("/proc/sys/kernel/yama/ptrace_scope")

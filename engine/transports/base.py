@@ -42,6 +42,23 @@ class Availability(NamedTuple):
     reason: str
 
 
+class RailState(NamedTuple):
+    """One rail of a link, at this moment.
+
+    Attributes:
+        up: it takes transfers.
+        sent_nbytes, received_nbytes: written by this end, and by the peer, over all its lives.
+        error: why it is out; None while it is up, or not yet.
+    """
+
+    number: int
+    device: str
+    up: bool
+    sent_nbytes: int
+    received_nbytes: int
+    error: EngineError | None
+
+
 class Transfer:
     """One write or read on its way, and who still touches its memory.
 
@@ -202,7 +219,11 @@ class DataPath(abc.ABC):
     """One link's bulk data, over one transport."""
 
     peer_reaches_memory = False
-    """Whether the peer can touch this process's memory without this process's help."""
+    """Whether the peer can touch this process's memory without this process's help, and nothing but
+    the end of its process stops it for certain."""
+
+    asks_leave = False
+    """Whether the owner of a region is asked before the peer first reaches it."""
 
     orders_streams = False
     """Whether it begins a transfer after the work of a CUDA stream."""
@@ -268,6 +289,16 @@ class DataPath(abc.ABC):
 
     def tick(self) -> None:  # noqa: B027 - most paths are told what happens
         """Looks at what nobody tells it; every 50 ms, on the progress thread."""
+
+    def granted(self, region: RegionDescriptor, keys: tuple[int, ...]) -> None:  # noqa: B027
+        """The peer lets this end reach a region, with these keys of its devices. Never blocks."""
+
+    def drain(self) -> None:  # noqa: B027 - only where arrivals are noticed by asking
+        """Counts what has arrived and is not counted: nothing more will be said about it."""
+
+    def rail_states(self) -> tuple[RailState, ...]:
+        """The link's rails, where the path has several that live and die by themselves."""
+        return ()
 
     def forget(self, region_id: int) -> None:  # noqa: B027 - most paths keep nothing of a region
         """The peer takes a region back and no transfer uses it. Never blocks."""

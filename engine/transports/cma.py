@@ -131,6 +131,7 @@ class CmaPath(DataPath):
 
     peer_reaches_memory = True
     kinds = frozenset({"host", "cuda"})
+    asks_leave = True
 
     def __init__(self, link: Link, pid: int) -> None:
         self._link = link

@@ -81,6 +81,7 @@ class CudaIpcPath(DataPath):
 
     peer_reaches_memory = True
     orders_streams = True
+    asks_leave = True
     kinds = frozenset({"host", "cuda"})
 
     def __init__(self, link: Link, pid: int) -> None:

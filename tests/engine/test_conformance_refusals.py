@@ -164,8 +164,8 @@ def test_a_descriptor_with_the_wrong_place_or_size_reaches_no_other_memory(pair:
             outcomes.append(error)
     assert (pair.peer.contents(neighbour) == SENTINEL).all()
     # tcp never looks at the address: a moved descriptor is as good as the right one there.
-    assert len(outcomes) == (2 if pair.link._path.peer_reaches_memory else 1)
-    if not pair.link._path.peer_reaches_memory:
+    assert len(outcomes) == (2 if pair.link._path.asks_leave else 1)
+    if not pair.link._path.asks_leave:
         pair.peer.call("poke", pair.dst.region_id, 0, bytes([SENTINEL]) * NBYTES)
     pair.unharmed()
 
@@ -388,7 +388,7 @@ def test_layouts_that_cannot_be_reconciled_name_the_axis(
 
 def test_connecting_says_why_it_cannot(engine: TransferEngine, peer: Peer) -> None:
     with pytest.raises(
-        TransportUnavailable, match="carrier-pigeon: unknown: use cuda_ipc or cma or tcp"
+        TransportUnavailable, match="carrier-pigeon: unknown: use cuda_ipc or cma or verbs or tcp"
     ):
         engine.connect(peer.address, transport="carrier-pigeon")
     with (

@@ -71,8 +71,14 @@ def test_only_what_may_pass_by_itself_is_retryable() -> None:
     assert {c.__name__ for c in CLASSES if c.retryable} == {
         "ChecksumMismatch",
         "DeadlineExceeded",
+        "DeviceLost",
         "LinkClosed",
         "LinkError",
+        "LinkFlushed",
         "PeerAborted",
         "PeerLost",
+        "RailError",
+        "ReceiverNotReady",
+        "RemoteOperationError",
+        "RetryExceeded",
     }

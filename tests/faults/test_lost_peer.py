@@ -18,10 +18,12 @@ from kvferry.engine.errors import (
     LinkError,
     NotRegistered,
     PeerLost,
+    RailError,
     RegionGone,
     TransportUnavailable,
 )
 from kvferry.engine.transfer import TransferEngine
+from kvferry.engine.transports import verbs_qp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -220,9 +222,10 @@ def test_errors_of_system_calls_become_the_engines(
         def fail(*_: object, **__: object) -> None:
             raise OSError(code, os.strerror(code))
 
-        for name in ("process_vm", "send"):
-            monkeypatch.setattr(iovec, name, fail)
-        with pytest.raises(kind if transport == "cma" else PeerLost) as caught:
+        for module, name in ((iovec, "process_vm"), (iovec, "send"), (verbs_qp, "post")):
+            monkeypatch.setattr(module, name, fail)
+        wanted: dict[str, type[EngineError]] = {"cma": kind, "tcp": PeerLost, "verbs": RailError}
+        with pytest.raises(wanted[transport]) as caught:
             link.write(mine, 0, theirs, 0, 10).wait(PATIENCE_S)
         assert caught.value.operation == "write"
         monkeypatch.undo()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from typer.testing import CliRunner
 
-from kvferry.engine.transports import cma, tcp
+from kvferry.engine.transports import cma, tcp, verbs
 from kvferry.engine.transports.base import Availability
 from kvferry.tools import doctor
 from kvferry.tools.cli import app
@@ -33,7 +33,7 @@ def test_a_table_shows_the_reason_of_a_refusal(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_exits_1_if_no_transport_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    for transport in (cma, tcp):
+    for transport in (cma, tcp, verbs):
         monkeypatch.setattr(transport, "probe", lambda: Availability(False, "no"))
     assert CliRunner().invoke(app, ["doctor", "--json"]).exit_code == 1
 

@@ -1,0 +1,258 @@
+"""The RDMA devices that an engine uses, opened once, and the memory registered with each.
+
+A region is registered with a device when a transfer or a peer first needs it there, and once,
+whatever the number of links; it is taken back when the engine's owner deregisters the region.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .. import topology
+from ..errors import NotRegistered, TransportUnavailable
+from . import verbs_gpu, verbs_library
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from ..memory import MemoryRegion
+    from ..topology import Gid, Nic
+
+NICS_VARIABLE = "KVFERRY_NICS"  # names of the devices to use, with commas between them
+_VERBS_CLASS = Path("/sys/class/infiniband_verbs")
+_CHANNEL_LINK = "anon_inode:[infinibandevent]"
+
+_descriptors = threading.Lock()
+
+
+class Keys(NamedTuple):
+    """What registering memory with a device yields: the key for this side, and for the peer."""
+
+    local: int
+    remote: int
+
+
+class Device:
+    """One port of an RDMA device, opened. Thread-safe.
+
+    Attributes:
+        nic: what sysfs says of it.
+        lost: the device is gone: unplugged, or its driver removed.
+        max_sge: scatter-gather entries that a work request may have.
+    """
+
+    def __init__(self, nic: Nic) -> None:
+        self.nic = nic
+        self.library = verbs_library.load()
+        enums = self.library.enums
+        self.access = (
+            enums.IBV_ACCESS_LOCAL_WRITE
+            | enums.IBV_ACCESS_REMOTE_WRITE
+            | enums.IBV_ACCESS_REMOTE_READ
+        )
+        self._node = _verbs_node(nic.name)
+        self._node_id = _inode(self._node)
+        self._lock = threading.Lock()
+        self._regions: dict[int, Any] = {}
+        self._users = 0
+        try:
+            self.context = self.library.device.Context(name=nic.name)
+            self.pd = self.library.pd.PD(self.context)
+            attributes = self.context.query_device()
+            self.mtu = int(self.context.query_port(nic.port).active_mtu)
+        except self.library.error as error:
+            raise TransportUnavailable(
+                f"RDMA device {nic.name} does not open: {error}", operation="start"
+            ) from error
+        self.max_sge = min(16, int(attributes.max_sge))
+        self.max_reads = min(16, int(attributes.max_qp_rd_atom))
+
+    @property
+    def name(self) -> str:
+        """The device's name."""
+        return self.nic.name
+
+    @property
+    def lost(self) -> bool:
+        """Whether the device that was opened is there no more."""
+        return _inode(self._node) != self._node_id
+
+    @property
+    def active(self) -> bool:
+        """Whether the port can send now."""
+        return not self.lost and any(
+            nic.active
+            for nic in topology.nics()
+            if (nic.name, nic.port) == (self.nic.name, self.nic.port)
+        )
+
+    def gids(self) -> list[Gid]:
+        """The port's addresses now."""
+        return topology.gids(self.nic)
+
+    def acquire(self) -> None:
+        """Begins one rail's use."""
+        with self._lock:
+            self._users += 1
+
+    def release(self) -> None:
+        """Ends one rail's use. A device that is gone closes with its last one: its driver waits."""
+        with self._lock:
+            self._users -= 1
+            left = self._users
+        if not left and self.lost:
+            self.close()
+
+    def register(self, region: MemoryRegion) -> Keys:
+        """The keys of a region, registered now or before. May take long: its pages are pinned.
+
+        Raises:
+            NotRegistered: the device does not take it; says why.
+        """
+        with self._lock:
+            entry = self._regions.get(region.region_id)
+            if entry is None:
+                entry = self._regions[region.region_id] = self._pin(region)
+        return Keys(entry.lkey, entry.rkey)
+
+    def pin(self, address: int, nbytes: int) -> Any:
+        """A memory region of the library over this host memory; the caller closes it.
+
+        Raises:
+            NotRegistered: the device does not take it; says why.
+        """
+        try:
+            return self.library.mr.MR(self.pd, nbytes, self.access, address=address)
+        except self.library.error as error:
+            raise NotRegistered(
+                f"RDMA device {self.name} does not register {nbytes} bytes ({error}): is there "
+                "room under `ulimit -l`?",
+                operation="register",
+            ) from error
+
+    def channel(self) -> tuple[Any, int]:
+        """A completion channel and its descriptor, which pyverbs 44 does not tell."""
+        with _descriptors:
+            before = _channels()
+            channel = self.library.cq.CompChannel(self.context)
+            own = getattr(channel, "fd", None)
+            fd = own if own is not None else next(iter(_channels() - before))
+        os.set_blocking(fd, False)
+        return channel, fd
+
+    def forget(self, region_id: int) -> None:
+        """Takes back a region's registration; no transfer and no peer uses it any more."""
+        with self._lock:
+            entry = self._regions.pop(region_id, None)
+        if entry is not None:
+            with contextlib.suppress(self.library.error):  # the device itself is gone
+                entry.close()
+
+    def close(self) -> None:
+        """Closes the device. Safe to call twice; no rail may be open on it."""
+        with self._lock:
+            regions, self._regions = self._regions, {}
+        for entry in (*regions.values(), self.pd, self.context):
+            with contextlib.suppress(self.library.error):
+                entry.close()
+
+    def _pin(self, region: MemoryRegion) -> Any:
+        if region.device < 0:
+            return self.pin(region.address, region.nbytes)
+        return verbs_gpu.register(self, region)
+
+
+class Nics:
+    """The devices of one engine. Thread-safe.
+
+    Attributes:
+        names: of those that it may use; all if empty.
+    """
+
+    def __init__(self, names: Sequence[str] | None = None) -> None:
+        wanted = os.environ.get(NICS_VARIABLE, "")
+        self.names = tuple(names) if names is not None else tuple(filter(None, wanted.split(",")))
+        self._lock = threading.Lock()
+        self._open: list[Device] = []
+
+    def usable(self) -> list[Nic]:
+        """The active ports that this engine may use."""
+        return [
+            nic
+            for nic in topology.nics()
+            if nic.active and (not self.names or nic.name in self.names)
+        ]
+
+    def devices(self) -> list[Device]:
+        """The usable devices, opened.
+
+        Raises:
+            TransportUnavailable: there is none, or one does not open.
+        """
+        nics = self.usable()
+        if not nics:
+            raise TransportUnavailable("no RDMA device is active", operation="start")
+        with self._lock:
+            self._open = [device for device in self._open if not device.lost]
+            known = {(device.nic.name, device.nic.port): device for device in self._open}
+            for nic in nics:
+                if (nic.name, nic.port) not in known:
+                    device = known[nic.name, nic.port] = Device(nic)
+                    self._open.append(device)
+            return [known[nic.name, nic.port] for nic in nics]
+
+    def forget(self, region_id: int) -> None:
+        """A region of the engine is deregistered."""
+        with self._lock:
+            devices = list(self._open)
+        for device in devices:
+            device.forget(region_id)
+
+    def close(self) -> None:
+        """Closes every device. No link may be up."""
+        with self._lock:
+            devices, self._open = self._open, []
+        for device in devices:
+            device.close()
+
+
+def absence(names: Iterable[str] = ()) -> str:
+    """Why there is no RDMA device to use, or ""."""
+    found = topology.nics()
+    if not found:
+        return f"no RDMA device in {topology.SYSFS / 'class' / 'infiniband'}"
+    if not Nics(tuple(names) or None).usable():
+        states = ", ".join(
+            f"{nic.name} port {nic.port} {'active' if nic.active else 'down'}" for nic in found
+        )
+        return f"no RDMA port that may be used is active ({states})"
+    return ""
+
+
+def _verbs_node(name: str) -> Path:
+    for node in _VERBS_CLASS.glob("uverbs*"):
+        with contextlib.suppress(OSError):
+            if (node / "ibdev").read_text().strip() == name:
+                return node
+    return _VERBS_CLASS / "none"
+
+
+def _inode(path: Path) -> int:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return 0
+
+
+def _channels() -> set[int]:
+    """The descriptors of this process that RDMA events come from."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{name}") == _CHANNEL_LINK:
+                found.add(int(name))
+    return found
