@@ -88,7 +88,7 @@ class Ranks:
         count = blocks_for(num_tokens, self.tokens)
         taken, self._free = self._free[:count], self._free[count:]
         assert len(taken) == count
-        return taken
+        return [int(block) for block in taken]
 
     def view(self, rank: int, layer: int) -> torch.Tensor:
         """`[plane, block, token, head, dim]` of a rank's pool."""
@@ -179,7 +179,10 @@ def run_decode(
 def main() -> None:
     pipe: Connection[Any, Any] = Connection(int(sys.argv[1]))
     side, *arguments = pipe.recv()
-    {"prefill": run_prefill, "decode": run_decode}[side](pipe, *arguments)
+    if side == "prefill":
+        run_prefill(pipe, *arguments)
+    else:
+        run_decode(pipe, *arguments)
 
 
 if __name__ == "__main__":
