@@ -59,7 +59,7 @@ def check_ids(plan: TransferPlan, src: Any, dst: Any, *, ordered: bool = True) -
     Raises:
         BlockOutOfRange, OverlappingBlocks, PlanError: as for `Plan.pieces`.
     """
-    if isinstance(src, UploadedIds):
+    if type(src) is UploadedIds:
         if dst is not None or src.plan is not plan:
             raise PlanError(
                 "uploaded ids stand for both lists, and for the plan they were uploaded for",
@@ -68,7 +68,7 @@ def check_ids(plan: TransferPlan, src: Any, dst: Any, *, ordered: bool = True) -
         return src._checked
     if dst is None:
         raise PlanError("destination block ids are missing", operation="plan")
-    if not getattr(src, "is_cuda", False) and not getattr(dst, "is_cuda", False):
+    if not (getattr(src, "is_cuda", False) or getattr(dst, "is_cuda", False)):
         rows_src, rows_dst = plan.plan.check_ids(src, dst, ordered=ordered)
         return CheckedIds(rows_src, rows_dst, False, len(rows_dst))
     return CheckedIds(src, dst, True, check_on_gpu(plan, src, dst))

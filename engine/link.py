@@ -117,7 +117,7 @@ class Link:
         # The regions of plans that have been checked and granted: looked at once, not each time.
         self._passed: dict[int, tuple[RegionDescriptor, ...]] = {}
         # Plans of GPU memory that were checked and granted: their blocks take the shortest way.
-        self._express: dict[int, TransferPlan] = {}
+        self._express: dict[tuple[int, tuple[int, ...] | None], Any] = {}
         self._path = make_path(self)
 
     def __repr__(self) -> str:
@@ -383,10 +383,11 @@ class Link:
         self._ask_leave(plan)
         ticket = Ticket("graph_write", peer=self.peer.name)
         transfer = self._new_transfer(ticket, plan, nbytes=1)  # which are never placed
-        self._admit(transfer, plan)
+        route = self._path.route(plan, layers)
+        self._admit(transfer, route)
         try:
             tensors = (src_block_ids, dst_block_ids, order)
-            write: GraphWrite = self._path.repeat_blocks(transfer, plan, tensors, layers)
+            write: GraphWrite = self._path.repeat_blocks(transfer, route, tensors)
         except BaseException:
             transfer.abandon(LinkClosed("a graph write was not made", operation="graph_write"))
             raise
@@ -632,11 +633,13 @@ class Link:
         stream: torch.cuda.Stream | None,
         timeout_s: float,
     ) -> Ticket:
-        if self._express.get(id(plan)) is plan and plan.writes == (operation == "write"):
-            return self._copy_on_gpu(operation, plan, ids, imm, layers, stream, timeout_s)
+        route = self._express.get((id(plan), None if layers is None else tuple(layers)))
+        if route is not None and plan.writes == (operation == "write"):
+            return self._copy_on_gpu(operation, route, ids, imm, stream, timeout_s)
         if self._takes_whole(operation, plan, stream):
             if self._path.orders_streams:
-                return self._copy_on_gpu(operation, plan, ids, imm, layers, stream, timeout_s)
+                route = self._path.route(plan, layers)
+                return self._copy_on_gpu(operation, route, ids, imm, stream, timeout_s)
             ids = check_block_ids(plan, *ids)
             nbytes = plan.nbytes(len(ids[1]), layers=layers)
             return self._submit(
@@ -728,10 +731,9 @@ class Link:
     def _copy_on_gpu(
         self,
         operation: str,
-        plan: TransferPlan,
+        route: Any,
         ids: tuple[Any, Any],
         imm: int | None,
-        layers: Sequence[int] | None,
         stream: torch.cuda.Stream | None,
         timeout_s: float,
     ) -> Ticket:
@@ -739,20 +741,17 @@ class Link:
         this and what the path does: every line counts."""
         if imm is not None:
             imm = check_imm(imm, operation)
+        plan: TransferPlan = route.plan
         src, dst = ids
-        if isinstance(src, UploadedIds) or getattr(src, "is_cuda", False):
-            checked = check_ids(plan, src, dst)
-        else:
-            finest = plan.plan.finest_nbytes(layers=layers)
-            checked = check_ids(plan, src, dst, ordered=finest < ORDERED_BELOW_NBYTES)
-        nbytes = plan.nbytes(checked.num_blocks, layers=layers)
+        ordered = route.finest_nbytes < ORDERED_BELOW_NBYTES
+        checked = check_ids(plan, src, dst, ordered=ordered)
         ticket = Ticket(operation, peer=self.peer.name, imm=imm, timeout_s=timeout_s)
-        transfer = self._new_transfer(ticket, plan, nbytes)
-        if self._admit(transfer, plan):
-            self._path.copy_on_gpu(transfer, plan, checked, layers, stream)
+        transfer = self._new_transfer(ticket, plan, checked.num_blocks * route.block_nbytes)
+        if self._admit(transfer, route):
+            self._path.copy_on_gpu(transfer, route, checked, stream)
             return ticket
         # On the progress thread nobody can be asked and waited for.
-        transfer.start = lambda it: self._path.copy_on_gpu(it, plan, checked, layers, None)
+        transfer.start = lambda it: self._path.copy_on_gpu(it, route, checked, None)
         self._path.before(transfer, stream)
         if self._grants.admit(transfer):
             self._begin(transfer)
@@ -773,18 +772,19 @@ class Link:
         ticket._stop_hook = transfer.stop
         return transfer
 
-    def _admit(self, transfer: Transfer, plan: TransferPlan) -> bool:
+    def _admit(self, transfer: Transfer, route: Any) -> bool:
         """Registers a transfer of blocks; False if the peer has not given leave yet.
 
         Raises:
             RegionGone, LinkError: it must not begin.
         """
+        plan: TransferPlan = route.plan
         plan.local.acquire()
         try:
             with self._lock:  # with `_revoked`
                 if self._error is not None:
                     raise self._down_error(transfer.ticket.operation)
-                granted = self._express.get(id(plan)) is plan
+                granted = self._express.get(route.key) is route
                 if not granted:
                     for region in plan.remote.regions:
                         if region.region_id in self._revoked_here:
@@ -793,7 +793,7 @@ class Link:
                             )
                     granted = self._grants.has(plan.remote.regions)
                     if granted:
-                        self._express[id(plan)] = plan
+                        self._express[route.key] = route
                 self._transfers[transfer.id] = transfer
         except EngineError:
             plan.local.release()
@@ -1064,9 +1064,9 @@ class Link:
         with self._lock:  # with `_submit`: a transfer is either seen here or refused there
             self._revoked_here.add(region_id)
             self._express = {
-                key: plan
-                for key, plan in self._express.items()
-                if all(region.region_id != region_id for region in plan.remote.regions)
+                key: route
+                for key, route in self._express.items()
+                if all(region.region_id != region_id for region in route.plan.remote.regions)
             }
         self._grants.drop(region_id)
         using = [

@@ -41,6 +41,19 @@ class GraphWords(NamedTuple):
     log: int
 
 
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_nbytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
 class _Loaded:
     """One compiled kernel, and the memory in which its arguments are handed to the driver."""
 
@@ -48,11 +61,13 @@ class _Loaded:
         self.block_chunks = block_chunks
         self.chunks = chunks
         self._compiled = compiled  # keeps the module loaded
-        self._launch = _cuda().cuLaunchKernel
+        self._launch = _cuda().cuLaunchKernelEx
         compiled._init_handles()
-        self._function = compiled.function
-        self._threads = 32 * compiled.metadata.num_warps
-        self._shared = compiled.metadata.shared
+        self._config = _Config((1, 1, 1), (32 * compiled.metadata.num_warps, 1, 1))
+        self._config.shared_nbytes = compiled.metadata.shared
+        self._grid = self._config.grid
+        self._reference = ctypes.byref(self._config)
+        self._function = ctypes.c_void_p(compiled.function)
         types = [kind for kind in compiled.src.signature.values() if kind != "constexpr"]
         sizes = _parameter_sizes(compiled.function)
         if any(size != 8 for size in sizes) or len(sizes) < len(types):
@@ -67,29 +82,20 @@ class _Loaded:
 
     def launch(self, stream: int, x: int, y: int) -> None:
         """Launches with the arguments that are in `words`; the driver copies them."""
-        code = self._launch(
-            self._function,
-            x,
-            y,
-            1,
-            self._threads,
-            1,
-            1,
-            self._shared,
-            stream,
-            self._pointers,
-            None,
-        )
+        grid = self._grid
+        grid[0] = x
+        grid[1] = y
+        self._config.stream = stream
+        code = self._launch(self._reference, self._function, self._pointers, None)
         if code:
-            raise LaunchError(f"cuLaunchKernel failed: error {code}", code=code)
+            raise LaunchError(f"cuLaunchKernelEx failed: error {code}", code=code)
 
 
 @functools.cache
 def _cuda() -> Any:
     """The driver that Triton has loaded. Calls give up the interpreter lock: a launch may wait."""
     library = ctypes.CDLL("libcuda.so.1")
-    word = ctypes.c_uint
-    library.cuLaunchKernel.argtypes = (ctypes.c_void_p, *(word,) * 7, *(ctypes.c_void_p,) * 3)
+    library.cuLaunchKernelEx.argtypes = (ctypes.POINTER(_Config), *(ctypes.c_void_p,) * 3)
     library.cuFuncGetParamInfo.argtypes = (ctypes.c_void_p, ctypes.c_size_t) + (
         ctypes.POINTER(ctypes.c_size_t),
     ) * 2

@@ -106,7 +106,7 @@ class Transfer:
     ) -> None:
         self.id = number
         self.write = write
-        self.take(pieces)
+        self.local, self.nbytes, self.remote_index, self.remote_offset, self.total_nbytes = pieces
         self.local_regions = local_regions
         self.remote_regions = remote_regions
         self.imm = imm
@@ -265,14 +265,12 @@ class DataPath(abc.ABC):
         are in host memory."""
         raise NotImplementedError
 
-    def copy_on_gpu(
-        self,
-        transfer: Transfer,
-        plan: TransferPlan,
-        ids: CheckedIds,
-        layers: Sequence[int] | None,
-        stream: Any,
-    ) -> None:
+    def route(self, plan: TransferPlan, layers: Sequence[int] | None) -> Any:
+        """What `copy_on_gpu` needs of a plan, made with the first call: it has `block_nbytes` and
+        `finest_nbytes`, of the smallest piece. Of paths that order streams."""
+        raise NotImplementedError
+
+    def copy_on_gpu(self, transfer: Transfer, route: Any, ids: CheckedIds, stream: Any) -> None:
         """`submit_blocks` for a path that orders streams, without a detour.
 
         Args:
@@ -281,9 +279,7 @@ class DataPath(abc.ABC):
         """
         raise NotImplementedError
 
-    def repeat_blocks(
-        self, transfer: Transfer, plan: TransferPlan, ids: Any, layers: Sequence[int] | None
-    ) -> Any:
+    def repeat_blocks(self, transfer: Transfer, route: Any, ids: Any) -> Any:
         """Makes a write that a CUDA graph repeats; the transfer ends when that is closed."""
         raise NotImplementedError
 

@@ -161,12 +161,14 @@ class CudaIpcPath(DataPath):
                 return False
         return self._reaches((plan.local,), plan.remote.regions)
 
+    def route(self, plan: TransferPlan, layers: Sequence[int] | None) -> CudaPlan:
+        return self._compiled(plan, layers, plan.local.device)
+
     def copy_on_gpu(
         self,
         transfer: Transfer,
-        plan: TransferPlan,
+        route: CudaPlan,
         ids: CheckedIds,
-        layers: Sequence[int] | None,
         stream: torch.cuda.Stream | None,
     ) -> None:
         """Moves blocks by one launch for each kind of piece in the plan.
@@ -174,26 +176,22 @@ class CudaIpcPath(DataPath):
         Ids in host memory are checked already; those on the GPU are checked by the kernel.
         """
         try:
-            compiled = self._plans.get((id(plan), None if layers is None else tuple(layers)))
-            if compiled is None:  # what is compiled was checked
-                self._prepare(transfer, {plan.local.kind, plan.remote_kind})
             if not transfer.total_nbytes:
                 self._host.submit(transfer)
                 return
-            device = plan.local.device
-            if compiled is None:
-                compiled = self._compiled(plan, layers, device)
-            raw_stream = counter = None
+            device = route.plan.local.device
+            raw_stream = None
             if transfer.after is None:
                 raw_stream = self._raw_stream(transfer, stream, device)
+            counter = 0
             if transfer.imm is not None and transfer.write:
-                counter = compiled.counters + slot_offset(transfer.imm)
+                counter = route.counters + slot_offset(transfer.imm)
                 transfer.on_placed = functools.partial(self._tell_placed, transfer)
             lane = self._lanes.get(device) or self._lane(device)
         except EngineError as error:
             transfer.stop(error)
             return
-        lane.copy_blocks(transfer, compiled.copies, ids, raw_stream, counter or 0)
+        lane.copy_blocks(transfer, route.copies, ids, raw_stream, counter)
 
     def _raw_stream(self, transfer: Transfer, stream: torch.cuda.Stream | None, device: int) -> int:
         """The caller's stream, or the device's current one: after what it has been given."""
@@ -255,16 +253,12 @@ class CudaIpcPath(DataPath):
             lane.try_out(compiled.copies, CheckedIds(nowhere, nowhere, True, 1), _MANY_IDS)
         lane.warm()
 
-    def repeat_blocks(
-        self, transfer: Transfer, plan: TransferPlan, ids: Any, layers: Sequence[int] | None
-    ) -> GraphWrite:
+    def repeat_blocks(self, transfer: Transfer, route: CudaPlan, ids: Any) -> GraphWrite:
         from .cuda_graph import GraphWrite
 
-        self._prepare(transfer, {plan.local.kind, plan.remote_kind})
-        device = plan.local.device
+        device = route.plan.local.device
         lane = self._lane(device)
-        compiled = self._compiled(plan, layers, device)
-        write = GraphWrite(self._link, transfer, compiled, ids, device)
+        write = GraphWrite(self._link, transfer, route, ids, device)
         with self._lock:
             if self._halting:
                 raise TransportUnavailable("the link is down", operation="graph_write")
@@ -292,6 +286,7 @@ class CudaIpcPath(DataPath):
     def _compiled(self, plan: TransferPlan, layers: Sequence[int] | None, device: int) -> CudaPlan:
         from .cuda_plan import compile_plan
 
+        self._check_kinds({plan.local.kind, plan.remote_kind}, [plan.local], "transfer")
         key = (id(plan), None if layers is None else tuple(layers))
         with self._lock:
             compiled = self._plans.get(key)
@@ -368,14 +363,21 @@ class CudaIpcPath(DataPath):
 
     def _prepare(self, transfer: Transfer, kinds: set[str]) -> None:
         """Refuses what this path cannot move; arranges the count of what it can."""
-        peer, operation = self._link.peer.name, transfer.ticket.operation
+        self._check_kinds(kinds, transfer.local_regions, transfer.ticket.operation)
+        if transfer.write and transfer.imm is not None and transfer.total_nbytes:
+            transfer.on_placed = functools.partial(self._tell_placed, transfer)
+
+    def _check_kinds(
+        self, kinds: set[str], local: Sequence[MemoryRegion | RegisteredCache], operation: str
+    ) -> None:
+        peer = self._link.peer.name
         if len(kinds) > 1 or kinds - {"cuda"}:
             raise NotRegistered(
                 "one end is host memory and the other GPU memory: stage it on one side first",
                 operation=operation,
                 peer=peer,
             )
-        devices = {region.device for region in transfer.local_regions}
+        devices = {region.device for region in local}
         if len(devices) > 1 or -1 in devices:
             raise NotRegistered(
                 "the local regions are on several GPUs: make one transfer for each",
@@ -388,10 +390,6 @@ class CudaIpcPath(DataPath):
                 operation=operation,
                 peer=peer,
             )
-        if transfer.write and transfer.imm is not None and transfer.total_nbytes:
-            nbytes = transfer.total_nbytes
-            arrived = Arrived(transfer.imm, nbytes, 1, device_nbytes=nbytes)
-            transfer.on_placed = functools.partial(self._link.send, arrived)
 
     def _tell_placed(self, transfer: Transfer) -> None:
         """Tells the peer's host what the kernel has added to its device's counter."""

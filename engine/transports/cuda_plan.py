@@ -29,14 +29,20 @@ class CudaPlan(NamedTuple):
     """All launches of a plan for some of its layers.
 
     Attributes:
+        key: by which it is found: the plan's id, and the layers.
         plan: kept, so that its id stays its own.
         copies: the launches.
         counters: address of the peer's counters, as kernels here see it.
+        block_nbytes: that one pair of blocks moves.
+        finest_nbytes: of the smallest piece.
     """
 
+    key: tuple[int, tuple[int, ...] | None]
     plan: TransferPlan
     copies: tuple[LoadedCopy, ...]
     counters: int
+    block_nbytes: int
+    finest_nbytes: int
 
 
 def compile_plan(
@@ -75,7 +81,10 @@ def compile_plan(
                 num_slots=NUM_SLOTS,
             )
         )
-    return CudaPlan(plan, tuple(copies), counters)
+    sizes = template.nbytes
+    finest = int(sizes.min()) if len(sizes) else 0
+    key = (id(plan), None if layers is None else tuple(layers))
+    return CudaPlan(key, plan, tuple(copies), counters, int(sizes.sum()), finest)
 
 
 def _side(
