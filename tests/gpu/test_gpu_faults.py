@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.gpu
 
 NBYTES = 64 << 20
-PEERS_A_ROUND = 5
+DRIVER_NBYTES = 2 << 20  # what the driver takes and gives back at a time, now and then
 
 
 def free_nbytes() -> int:
@@ -60,25 +60,26 @@ def lose(
 
 
 @pytest.mark.parametrize("writer_dies", [True, False], ids=["writer", "receiver"])
-@pytest.mark.parametrize("rounds", [2, pytest.param(10, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(("rounds", "peers"), [(2, 4), pytest.param(5, 10, marks=pytest.mark.soak)])
 def test_peers_die_in_mid_transfer_and_leave_nothing_behind(
     engine: TransferEngine,
     start_peer: Callable[..., GpuPeer],
     peer_device: int,
     rounds: int,
+    peers: int,
     writer_dies: bool,
 ) -> None:
-    """Five peers a round, and one round more, in which is allocated what is allocated once."""
+    """And one round more, in which is allocated what is allocated once."""
     mine = torch.zeros(NBYTES, dtype=torch.uint8, device="cuda")
     region = engine.register(mine)
     free = []
-    with ThreadPoolExecutor(PEERS_A_ROUND) as starters:
+    with ThreadPoolExecutor(peers) as starters:
         for _ in range(rounds + 1):
             # They start at the same time, and none is left when memory is looked at.
-            for victim in starters.map(start_peer, [peer_device] * PEERS_A_ROUND):
+            for victim in starters.map(start_peer, [peer_device] * peers):
                 lose(engine, victim, mine, region, writer_dies)
             free.append(free_nbytes())
-    assert free[1:] == [free[0]] * rounds
+    assert free[0] - free[-1] <= DRIVER_NBYTES, free
     survivor = start_peer(peer_device)
     theirs = survivor.call("pool", bytes(4096))
     link = engine.connect(survivor.address, transport="cuda_ipc")

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from kvferry.engine.cuda import driver
 from kvferry.engine.layout import KVLayout
 from kvferry.engine.transfer import TransferEngine
 
@@ -43,6 +44,8 @@ CAPS = (8, 16, 24, 32, 48, 64, 132, 264, 528)
 LATENCIES = ((4 << 10, 4 << 10), (1 << 20, 32 << 10), (8 << 20, 32 << 10), (64 << 20, 32 << 10))
 SWEEP = ((4, 4), (8, 4), (8, 8), (16, 4), (16, 8), (16, 16), (32, 8), (32, 16), (64, 32))
 REPEATS = 20
+HOST_BLOCKS = (1, 32, 256, 1024)  # of 1 MiB each: 32 pieces
+HOST_CALLS = 300
 PING_PONGS = 60
 
 
@@ -51,7 +54,8 @@ class Row:
     """One shape: medians.
 
     On the GPU, by events: one write, and one of several in flight. By the host's clock: one write
-    until its ticket ends, until the peer's host has counted it and answered, and its call alone.
+    until its ticket ends, until a thread of the peer that waits awake has seen its bytes and
+    answered, and its call alone. Block ids are uploaded before.
     """
 
     total_nbytes: int
@@ -65,13 +69,25 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
+class HostCost:
+    """What one call takes the host, after the one before has ended: microseconds."""
+
+    ids: str
+    num_blocks: int
+    p50_us: float
+    p99_us: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """What `--json` writes."""
 
     devices: list[str]
     versions: dict[str, str]
     ceiling_gb_per_s: float
+    mapped_gb_per_s: float  # one contiguous copy onto the other process's memory
     rows: list[Row]
+    host: list[HostCost]
     caps: list[tuple[int, float]]
     one_way_us: list[tuple[int, float]]
 
@@ -122,7 +138,7 @@ def peer_main(pipe: Connection[Any, Any], device: int) -> None:
             ]
             pipe.send([ticket.imm for ticket in tickets])
             for ticket in tickets:
-                ticket.wait(60)
+                ticket.wait(spin=True)
                 pipe.send(None)
         elif command == "sums":
             ids = torch.from_numpy(arguments[0]).to(device)
@@ -134,9 +150,10 @@ def peer_main(pipe: Connection[Any, Any], device: int) -> None:
             mine = [engine.new_imm() for _ in range(count)]
             plan = engine.plan(cache, remote)
             link.prepare(plan)
+            uploaded = (link.upload_ids(plan, src_ids, dst_ids),)
             tickets = [engine.expect(imm, nbytes=plan.nbytes(len(src_ids))) for imm in mine]
             pipe.send(mine)
-            _ping_pong(link, plan, (src_ids, dst_ids), imms, tickets, first=False)
+            _ping_pong(link, plan, uploaded, imms, tickets, first=False)
             pipe.send(None)
 
 
@@ -250,6 +267,7 @@ class Bench:
         link.prepare(plan)
         link.write_blocks(plan, *ids).wait()
         self.check(tensors, ids)
+        lists, ids = ids, (link.upload_ids(plan, *ids),)
         in_flight = 8 if nbytes > 1 << 24 else 50
         on_gpu, streamed = [], []
         for _ in range(5):
@@ -272,6 +290,7 @@ class Bench:
             arrived.append(time.perf_counter() - start_s)
         if self._profile and total == 1 << 20 and piece == 32 << 10:
             self._show_profile(link, plan, ids)
+        self.check(tensors, lists)
         alone_speed, speed = (nbytes / statistics.median(x) / 1e9 for x in (on_gpu, streamed))
         local.deregister()
         micros = [statistics.median(x) * 1e6 for x in (alone, arrived, enqueue)]
@@ -293,15 +312,78 @@ class Bench:
         link.prepare(plan)
         link.write_blocks(plan, *ids).wait()
         nbytes = plan.nbytes(len(ids[0]))
+        uploaded = (link.upload_ids(plan, *ids),)
         results = []
         for _ in range(3):  # the first compiles the peer's kernel
             imms = [engine.new_imm() for _ in range(PING_PONGS)]
             tickets = [engine.expect(imm, nbytes=nbytes) for imm in imms]
             theirs = self.call("ping-pong", local.descriptor, *ids, imms, PING_PONGS)
-            results.append(_ping_pong(link, plan, ids, theirs, tickets, first=True))
+            results.append(_ping_pong(link, plan, uploaded, theirs, tickets, first=True))
             self.pipe.recv()
         local.deregister()
         return min(results)
+
+    def mapped(self, link: Link, engine: TransferEngine) -> float:
+        """GB/s of one contiguous copy, by the copy engine, onto the other process's memory."""
+        tensors, local, plan, _ = self.shape(engine, 256 << 20, 32 << 10)
+        region = plan.remote.regions[0]
+        there = link._path._mappings.address(0, region)  # type: ignore[attr-defined]
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        seconds = []
+        for _ in range(REPEATS):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record(stream)
+            driver().copy(0, there, tensors[0].data_ptr(), region.nbytes, stream.cuda_stream)
+            end.record(stream)
+            stream.synchronize()
+            seconds.append(begin.elapsed_time(end) / 1e3)
+        local.deregister()
+        return float(region.nbytes / statistics.median(seconds) / 1e9)
+
+    def host(self, engine: TransferEngine, link: Link) -> list[HostCost]:
+        """What calls take the host, by kind of ids, and the replay of a graph."""
+        tensors, local, plan, _ = self.shape(engine, 1 << 30, 32 << 10)
+        link.prepare(plan)
+        num_blocks = int(tensors[0].shape[1])
+        costs = []
+        for count in HOST_BLOCKS:
+            random = np.random.default_rng(count)
+            lists = tuple(random.permutation(num_blocks)[:count] for _ in range(2))
+            rows = tuple(torch.from_numpy(side).to(0) for side in lists)
+            kinds: dict[str, Any] = {
+                "NumPy": lists,
+                "GPU": rows,
+                "uploaded": (link.upload_ids(plan, *lists),),
+            }
+            for kind, ids in kinds.items():
+                seconds = []
+                for _ in range(HOST_CALLS):
+                    imm = engine.new_imm()  # the peer expects none of them
+                    start_s = time.perf_counter()
+                    ticket = link.write_blocks(plan, *ids, imm=imm)
+                    seconds.append(time.perf_counter() - start_s)
+                    ticket.wait()
+                costs.append(_cost(kind, count, seconds))
+        order = torch.tensor([0, HOST_BLOCKS[-1]], device=0)
+        with link.graph_write(plan, rows[0], rows[1], order) as write:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                write.launch()
+            seconds = []
+            for _ in range(HOST_CALLS):
+                torch.cuda.synchronize()
+                start_s = time.perf_counter()
+                graph.replay()
+                seconds.append(time.perf_counter() - start_s)
+            torch.cuda.synchronize()
+            costs.append(_cost("graph", HOST_BLOCKS[-1], seconds))
+        local.deregister()
+        return costs
+
+
+def _cost(kind: str, count: int, seconds: list[float]) -> HostCost:
+    micros = sorted(second * 1e6 for second in seconds)
+    return HostCost(kind, count, statistics.median(micros), micros[len(micros) * 99 // 100])
 
 
 def measure(*, quick: bool = False, profile: bool = False) -> Report:
@@ -316,6 +398,9 @@ def measure(*, quick: bool = False, profile: bool = False) -> Report:
     rows, caps, latencies = [], [], []
     bench = Bench(profile=profile)
     with bench.engine() as (engine, link):
+        mapped = bench.mapped(link, engine)
+        print(f"contiguous copy onto the other process's memory: {mapped:.1f} GB/s", flush=True)
+        host = bench.host(engine, link)
         for total in TOTALS_NBYTES if not quick else (1 << 20, 256 << 20):
             for piece in PIECES_NBYTES:
                 rows.append(bench.row(engine, link, total, piece, top))
@@ -334,7 +419,7 @@ def measure(*, quick: bool = False, profile: bool = False) -> Report:
         "cuda": str(torch.version.cuda),
     }
     devices = [torch.cuda.get_device_name(i) for i in range(2)]
-    return Report(devices, versions, top, rows, caps, latencies)
+    return Report(devices, versions, top, mapped, rows, host, caps, latencies)
 
 
 def sweep() -> None:
@@ -360,6 +445,12 @@ def show(report: Report) -> None:
     """Prints the report as tables."""
     print(f"{' and '.join(report.devices)}; {report.versions}")
     print(f"ceiling, contiguous copy in one process: {report.ceiling_gb_per_s:.1f} GB/s")
+    print(f"the same onto the other process's memory: {report.mapped_gb_per_s:.1f} GB/s")
+    for cost in report.host:
+        print(
+            f"a call, {cost.ids} ids, {cost.num_blocks} blocks: p50 {cost.p50_us:.1f} us, "
+            f"p99 {cost.p99_us:.1f} us"
+        )
     print(
         f"{'bytes':>10} {'piece':>6} {'GB/s':>7} {'of top':>6} {'streamed':>8} {'alone us':>9} {'arrived us':>10} {'enqueue us':>10}"
     )
