@@ -97,7 +97,8 @@ class Ticket:
                 leaves the interpreter lock to others, and see the bytes some 5 us after they are
                 there. It keeps a core busy, so wait so only for what is on its way; a sleeping
                 thread takes 300 to 500 us to wake on the machines that were measured. Ignored
-                with `timeout_s`, and where there is nothing to look at.
+                with `timeout_s`, with `expect(engine_id=…)`, since bytes on a GPU do not say who
+                sent them, and where there is nothing to look at.
 
         Raises:
             DeadlineExceeded: `timeout_s` passed, or the operation's own deadline did.

@@ -335,7 +335,7 @@ class TransferEngine:
         if nbytes:
             counters.claim(ticket, nbytes)
         ticket._stream_wait = counters.wait
-        if nbytes and writes is None:
+        if nbytes and writes is None and not engine_id:  # a word does not say who has added to it
             ticket._look = partial(counters.spin, ticket, nbytes)
         for link in sources:
             if link.error is not None and not ticket.done():
