@@ -28,8 +28,9 @@ from .daemon_messages import (
     requests,
 )
 from .errors import ConfigError, PlacementError, ProtocolError
+from .fleet import Fleet
 from .membership import Membership
-from .placement import Fleet, place
+from .placement import place
 
 if TYPE_CHECKING:
     import msgspec

@@ -10,7 +10,8 @@ import pytest
 from kvferry.control import placement
 from kvferry.control.daemon_messages import Load, Member, Place, Registration, Topology
 from kvferry.control.errors import PlacementError
-from kvferry.control.placement import Decision, Fleet, bandwidth, place
+from kvferry.control.fleet import SHORTLIST, Fleet
+from kvferry.control.placement import Decision, bandwidth, place
 
 if TYPE_CHECKING:
     from kvferry.control.messages import Role
@@ -123,7 +124,7 @@ def test_the_estimate_is_the_least_of_all_pairs() -> None:
     rng = random.Random(3)
     for _ in range(50):
         members, loads = [], {}
-        for number in range(placement.SHORTLIST):
+        for number in range(SHORTLIST):
             for role, letter in (("prefill", "p"), ("decode", "d")):
                 name = f"{letter}{number}"
                 at = Topology(host=rng.choice("abc"), zone=rng.choice("xy"))

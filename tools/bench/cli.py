@@ -32,3 +32,9 @@ lazy.add(
     "kvferry.tools.bench.layouts",
     "Move blocks from GPU to GPU between caches that differ in layout or type, in one pass.",
 )
+lazy.add(
+    app,
+    "control",
+    "kvferry.tools.bench.control",
+    "Hand over small requests between two agents, and load a daemon with many.",
+)

@@ -1,0 +1,282 @@
+"""Measures the control plane: handoffs between two agents, and a daemon with many agents."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from multiprocessing import get_context
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import zmq
+
+from kvferry.adapters.agent import Agent
+from kvferry.control.client import DaemonClient
+from kvferry.control.daemon_messages import (
+    Heartbeat,
+    Load,
+    Member,
+    Place,
+    Register,
+    Registration,
+    answers,
+    requests,
+)
+from kvferry.control.fleet import Fleet
+from kvferry.control.placement import place
+from kvferry.engine.layout import KVLayout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.connection import Connection
+
+LEASE_S = 3.0
+NUM_BLOCKS = 256
+WAIT_S = 30.0
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """A sample of times, in microseconds."""
+
+    count: int
+    p50_us: float
+    p99_us: float
+    worst_us: float
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Spread:
+        p50, p99, worst = np.percentile(seconds, [50, 99, 100]) * 1e6
+        return cls(len(seconds), float(p50), float(p99), float(worst))
+
+
+def _new_agent(name: str, role: Any) -> Agent:
+    layers = [np.zeros((2, NUM_BLOCKS, 4, 2, 16), np.uint8)]
+    layout = KVLayout.from_tensors(layers, "plane block token head dim")
+    return Agent(name=name, role=role, layout=layout, tensors=layers)
+
+
+def _prefill(pipe: Connection[Any, Any]) -> None:
+    """The other process: offers one block a request, so many requests at a time as it is told."""
+    with _new_agent("prefill", "prefill") as agent:
+        pipe.send(agent.address)
+        while True:
+            command = pipe.recv()
+            if command is None:
+                return
+            first, count = command
+            sent = [agent.send(f"r{n}", [n % NUM_BLOCKS]) for n in range(first, first + count)]
+            pipe.send("offered")
+            for handoff in sent:
+                handoff.wait(WAIT_S)
+
+
+def measure_handoffs(latencies: int, burst: int, bursts: int) -> tuple[Spread, float]:
+    """One-block handoffs of two processes: one after the other, then `burst` at a time.
+
+    Returns:
+        From the call of `receive` to its end, all bytes there; and handoffs a second.
+    """
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_prefill, args=(theirs,), daemon=True)
+    process.start()
+    try:
+        with _new_agent("decode", "decode") as agent:
+            agent.connect(ours.recv())
+            seconds = []
+            number = 0
+            chunk = 100
+            for _ in range(latencies // chunk + 1):  # the first one warms up
+                ours.send((number, chunk))
+                ours.recv()
+                for n in range(number, number + chunk):
+                    began_s = time.perf_counter()
+                    agent.receive(f"r{n}", "prefill", [n % NUM_BLOCKS]).wait(WAIT_S)
+                    seconds.append(time.perf_counter() - began_s)
+                number += chunk
+            rates = []
+            for _ in range(bursts):
+                ours.send((number, burst))
+                ours.recv()
+                began_s = time.perf_counter()
+                handoffs = [
+                    agent.receive(f"r{n}", "prefill", [n % NUM_BLOCKS])
+                    for n in range(number, number + burst)
+                ]
+                for handoff in handoffs:
+                    handoff.wait(WAIT_S)
+                rates.append(burst / (time.perf_counter() - began_s))
+                number += burst
+            ours.send(None)
+            return Spread.of(seconds[chunk:]), float(np.median(rates))
+    finally:
+        process.join(5.0)
+        process.kill()
+
+
+class DaemonProcess:
+    """A daemon on free ports, whose CPU seconds and memory are read from /proc."""
+
+    def __init__(self) -> None:
+        self.address = self.publisher = ""
+        self.start()
+
+    def start(self) -> None:
+        """Starts it; again where it was before."""
+        bind, publish = (a or "tcp://127.0.0.1:*" for a in (self.address, self.publisher))
+        began_s = time.perf_counter()
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "kvferry.control", "--log-level", "error"),
+                *("--bind", bind, "--publish", publish),
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        words = self.process.stdout.readline().split()
+        self.start_s = time.perf_counter() - began_s
+        self.address, self.publisher = words[4].rstrip(","), words[7].rstrip(",")
+
+    def cpu_s(self) -> float:
+        """CPU seconds so far, of all its threads."""
+        with open(f"/proc/{self.process.pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def memory_mib(self) -> float:
+        """Resident memory."""
+        with open(f"/proc/{self.process.pid}/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.kill()
+        self.process.communicate()
+
+
+class Heartbeats(msgspec.Struct, frozen=True):
+    """What a daemon needs for many agents."""
+
+    agents: int
+    seconds: float
+    cores: float
+    memory_mib: float
+    lost: int
+    answers: int
+
+
+def measure_heartbeats(daemon: DaemonProcess, agents: int, seconds: float) -> Heartbeats:
+    """Agents that each beat once a second, over a socket of their own, spread over the second."""
+    context = zmq.Context()
+    context.set(zmq.MAX_SOCKETS, agents + 100)
+    poller = zmq.Poller()
+    sockets = []
+    for number in range(agents):
+        socket = context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(daemon.address)
+        there = Registration(f"a{number}", "prefill", 1, "tcp://127.0.0.1:1", num_blocks=1000)
+        socket.send(requests.encode(Register(1, 1, there, LEASE_S)))
+        poller.register(socket, zmq.POLLIN)
+        sockets.append(socket)
+    generations = [answers.decode(socket.recv()).generation for socket in sockets]
+    cpu_s, began_s = daemon.cpu_s(), time.perf_counter()
+    heard = sent = 0
+    while (now_s := time.perf_counter() - began_s) < seconds:
+        while sent < now_s * agents:
+            number = sent % agents
+            beat = Heartbeat(2, f"a{number}", generations[number], Load(free_blocks=sent % 1000))
+            sockets[number].send(requests.encode(beat))
+            sent += 1
+        for socket, _ in poller.poll(5):
+            heard += answers.decode(socket.recv()).__class__.__name__ == "Beat"
+    cores = (daemon.cpu_s() - cpu_s) / (time.perf_counter() - began_s)
+    with DaemonClient(daemon.address) as client:
+        left = sum(member.name.startswith("a") for member in client.look().members)
+    context.destroy(linger=0)
+    return Heartbeats(agents, seconds, cores, daemon.memory_mib(), agents - left, heard)
+
+
+def measure_placement(agents: int, count: int) -> Spread:
+    """Placing requests over agents of random loads, half of them prefill, on 8 hosts each."""
+    rng = np.random.default_rng(1)
+    fleet = Fleet()
+    for number in range(agents):
+        name = f"a{number}"
+        role: Any = ("prefill", "decode")[number % 2]
+        fleet.put(
+            Member(
+                Registration(
+                    name, role, 1, "tcp://127.0.0.1:1", num_blocks=10_000, tokens_per_block=16
+                ),
+                number,
+            )
+        )
+        fleet.load(name, Load(queued_tokens=int(rng.integers(10_000)), free_blocks=10_000))
+    seconds = []
+    for number in range(count):
+        ask = Place(number, int(rng.integers(1, 8192)))
+        began_s = time.perf_counter()
+        decision = place(fleet, ask)
+        seconds.append(time.perf_counter() - began_s)
+        fleet.reserve(decision, ask.tokens)
+    return Spread.of(seconds)
+
+
+def measure_comebacks(daemon: DaemonProcess, rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds from an agent's death until a peer is told; and from a daemon's start until its view
+    of four agents is complete again."""
+    deaths, returns = [], []
+    context = get_context("spawn")
+    with DaemonClient(daemon.address) as client:
+        for _ in range(rounds):
+            process = context.Process(target=_member, args=(daemon.address, "doomed"), daemon=True)
+            process.start()
+            with client.watch() as watch:
+                _until(lambda: "doomed" in watch.view.members, watch.poll)
+                process.kill()
+                began_s = time.perf_counter()
+                _until(lambda: "doomed" not in watch.view.members, watch.poll)
+                deaths.append(time.perf_counter() - began_s)
+    names = {f"m{number}" for number in range(4)}
+    members = [
+        context.Process(target=_member, args=(daemon.address, name), daemon=True) for name in names
+    ]
+    for process in members:
+        process.start()
+    try:
+        for _ in range(rounds):
+            with DaemonClient(daemon.address) as client, client.watch() as watch:
+                _until(lambda: names <= set(watch.view.members), watch.poll)
+            daemon.kill()
+            daemon.start()
+            began_s = time.perf_counter()
+            with DaemonClient(daemon.address) as client, client.watch() as watch:
+                _until(lambda: names <= set(watch.view.members), watch.poll)
+            returns.append(time.perf_counter() - began_s)
+    finally:
+        for process in members:
+            process.kill()
+    return deaths, returns
+
+
+def _member(daemon: str, name: str) -> None:
+    """A process with an agent in it, until it is killed."""
+    layers = [np.zeros((2, 4, 4, 2, 16), np.uint8)]
+    layout = KVLayout.from_tensors(layers, "plane block token head dim")
+    with Agent(
+        name=name, role="decode", layout=layout, tensors=layers, daemon=daemon, lease_s=LEASE_S
+    ):
+        time.sleep(600)
+
+
+def _until(condition: Callable[[], bool], poll: Callable[[float], object]) -> None:
+    end_s = time.monotonic() + 60.0
+    while not condition():
+        poll(0.01)
+        if time.monotonic() > end_s:
+            raise TimeoutError("the daemon's view does not become what it should")
