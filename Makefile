@@ -28,7 +28,7 @@ bench: venv ## the transfer benchmark beside its baselines
 	@$(BIN)/kvferry bench transfer $(ARGS)
 
 test-gpu: venv ## the tests that need CUDA devices; each skip says why
-	@$(BIN)/pytest -m gpu -rs $(ARGS)
+	@$(BIN)/pytest -m "gpu and not soak" -rs $(ARGS)
 
 soak: venv ## the tests that take minutes
 	@$(BIN)/pytest -m soak $(ARGS)

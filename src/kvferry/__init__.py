@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         receive_from_ranks,
         send_to_ranks,
     )
+    from .engine.block_ids import UploadedIds
     from .engine.errors import EngineError
     from .engine.handshake import EngineAddress
     from .engine.join import join_groups, join_planes
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .engine.tickets import Ticket
     from .engine.transfer import TransferEngine
     from .engine.transfer_plan import TransferPlan
+    from .engine.transports.cuda_graph import GraphWrite
 
 _HOMES = {
     "Agent": "adapters.agent",
@@ -36,6 +38,7 @@ _HOMES = {
     "CacheDescriptor": "engine.memory",
     "EngineAddress": "engine.handshake",
     "EngineError": "engine.errors",
+    "GraphWrite": "engine.transports.cuda_graph",
     "GroupLayout": "engine.layout",
     "Handoff": "adapters.handoffs",
     "HandoffSet": "adapters.ranks",
@@ -50,6 +53,7 @@ _HOMES = {
     "Ticket": "engine.tickets",
     "TransferEngine": "engine.transfer",
     "TransferPlan": "engine.transfer_plan",
+    "UploadedIds": "engine.block_ids",
     "connect_ranks": "adapters.ranks",
     "join_groups": "engine.join",
     "join_planes": "engine.join",
@@ -64,6 +68,7 @@ __all__ = [
     "CacheDescriptor",
     "EngineAddress",
     "EngineError",
+    "GraphWrite",
     "GroupLayout",
     "Handoff",
     "HandoffSet",
@@ -78,6 +83,7 @@ __all__ = [
     "Ticket",
     "TransferEngine",
     "TransferPlan",
+    "UploadedIds",
     "connect_ranks",
     "join_groups",
     "join_planes",

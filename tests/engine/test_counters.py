@@ -64,6 +64,18 @@ def test_a_late_write_completes_nothing() -> None:
     assert not expect(table, 3, nbytes=10).done()
 
 
+def test_news_of_bytes_that_were_seen_before_is_no_late_write() -> None:
+    """A thread that looks at GPU memory ends the ticket before the peer's message comes."""
+    table = CounterTable()
+    ticket = expect(table, 7, nbytes=150)
+    table.arrived(7, 50, 1, "link")
+    ticket._finish(150)
+    table.arrived(7, 100, 1, "link")
+    assert table.late_writes == 0
+    table.arrived(7, 1, 1, "link")  # more than was seen
+    assert table.late_writes == 1
+
+
 def test_new_imms_avoid_what_is_live_waiting_or_lately_retired() -> None:
     table = CounterTable()
     live = table.new_imm()

@@ -210,3 +210,21 @@ def test_an_opaque_axis_may_not_change() -> None:
     Plan(ours, ours)
     with pytest.raises(LayoutError, match="axis 'token' is opaque in codec 'cpu_attn/vec'"):
         Plan(ours, theirs)
+
+
+@pytest.mark.parametrize("num_blocks", [100, 1_000_000], ids=["marked", "sorted"])
+def test_ids_that_need_no_order_are_checked_all_the_same(num_blocks: int) -> None:
+    layout = KVLayout.from_tensors([np.zeros((num_blocks, 1), np.uint8)], "block dim")
+    plan = Plan(layout, layout)
+    src, dst = np.arange(50), np.arange(50)[::-1].copy()
+    ids = plan.check_ids(src, dst, ordered=False)
+    assert dict(zip(ids[1].tolist(), ids[0].tolist(), strict=True)) == {
+        i: 49 - i for i in range(50)
+    }
+    dst[7] = 3
+    with pytest.raises(OverlappingBlocks, match="block id 3 is named twice"):
+        plan.check_ids(src, dst, ordered=False)
+    for bad in (-1, num_blocks):
+        dst[7] = bad
+        with pytest.raises(BlockOutOfRange, match=f"block id {bad} is not"):
+            plan.check_ids(src, dst, ordered=False)
