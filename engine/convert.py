@@ -57,3 +57,27 @@ def convert_bytes(
     out = cast_reference(x, torch.from_numpy(factor)[:, None], there)
     converted: npt.NDArray[np.uint8] = out.view(torch.uint8).numpy()
     return converted
+
+
+def real_maxima(
+    data: npt.NDArray[np.uint8], factor: npt.NDArray[np.float32], src_dtype: str
+) -> npt.NDArray[np.float32]:
+    """The largest magnitude of the real numbers in each row; NaN does not count."""
+    import torch
+
+    x = torch.from_numpy(np.ascontiguousarray(data)).view(getattr(torch, src_dtype))
+    real = (x.to(torch.float32) * torch.from_numpy(factor)[:, None]).abs()
+    largest: npt.NDArray[np.float32] = torch.nan_to_num(real, nan=0.0).amax(dim=1).numpy()
+    return largest
+
+
+def scales_for(largest: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.float32]:
+    """The scales with which these magnitudes become the largest that a type can hold."""
+    import torch
+
+    from ..kernels.cast import LIMITS
+
+    limit = np.float32(1.0 / LIMITS[getattr(torch, dtype)])
+    finite = np.isfinite(largest) & (largest * limit > 0)
+    scales: npt.NDArray[np.float32] = np.where(finite, largest * limit, 1.0).astype(np.float32)
+    return scales

@@ -20,6 +20,7 @@ import numpy as np
 from . import errors, wire
 from .block_ids import UploadedIds, check_ids, check_on_gpu
 from .bound_pieces import NO_PIECES, BoundPieces, bind
+from .converting import Converting
 from .counters import check_imm
 from .errors import (
     EngineError,
@@ -35,7 +36,7 @@ from .errors import (
 from .grants import Grants
 from .memory import MemoryRegion, RegionDescriptor, RegisteredCache, check_ranges
 from .tickets import Ticket
-from .token_move import Converting, TokenMove, as_tables, bind_tokens, check_move
+from .token_move import TokenMove, as_tables, bind_tokens, check_move
 from .transfer_plan import check_block_ids
 from .transports.base import DataPath, Transfer
 

@@ -12,6 +12,7 @@ import itertools
 from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
+from .block_scales import is_scale
 from .errors import LayoutError
 from .reblock import TokenPlan
 
@@ -57,6 +58,9 @@ class RankPlan:
         _check_replicas("source", self.src)
         _check_replicas("destination", self.dst)
         held = [_held(side) for side in (self.src, self.dst)]
+        for mine, theirs in (held, held[::-1]):
+            for key in [key for key in mine if key not in theirs and is_scale((key[1],))]:
+                del mine[key]  # made, or used up, where numbers are converted
         _check_sets(held[0], held[1])
         keys: dict[tuple[int, int], list[Key]] = defaultdict(list)
         for cell in _cells(held[0], held[1]):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from .block_scales import SCALE_NBYTES
 from .errors import BlockOutOfRange, LayoutError, OverlappingBlocks, PlanError
 from .plan import Pieces
 from .reconcile import reconcile
@@ -34,12 +35,16 @@ if TYPE_CHECKING:
     Ids = npt.NDArray[np.int64]
 
 
+_NONE = np.zeros(0, np.int64)
+
+
 class Rows(NamedTuple):
     """Pieces of one unit that move alike, as columns; at unit 0 of block 0 on both sides.
 
     Attributes:
         elements: of each piece.
         factor: what its numbers are multiplied by; None where bits are moved.
+        entry, head: of the bundle, where numbers are converted.
     """
 
     bundle: Bundle
@@ -49,6 +54,8 @@ class Rows(NamedTuple):
     dst_offset: Ids
     elements: Ids
     factor: npt.NDArray[np.float32] | None
+    entry: Ids
+    head: Ids
 
 
 class Stretch(NamedTuple):
@@ -67,11 +74,16 @@ class Moves(NamedTuple):
         pieces: with the destination's `nbytes`.
         bundle: says which types.
         factor: of each piece; None where bits are moved.
+        entry, head, src_block, dst_block: of each piece, where scales differ from block to block.
     """
 
     pieces: Pieces
     bundle: Bundle
     factor: npt.NDArray[np.float32] | None
+    entry: Ids
+    head: Ids
+    src_block: Ids
+    dst_block: Ids
 
 
 class TokenPlan:
@@ -250,6 +262,7 @@ class TokenPlan:
         for bundle in self.pairs[pair].bundles:
             entries = len(bundle.layer) if layers is None else int(bundle.chosen(layers).sum())
             found[bundle.token is None] += entries * bundle.run_nbytes
+            found[1] += entries * bundle.scales_per_block * SCALE_NBYTES
         return found[0], found[1]
 
     def _template(
@@ -371,8 +384,9 @@ def _make_rows(bundles: list[Bundle], low: int, high: int, layers: tuple[int, ..
     """The pieces of one unit for bundles whose blocks and tokens lie alike."""
     tables = []
     factors: list[npt.NDArray[np.float32]] = []
+    entry = head = np.zeros(0, np.int64)
     for bundle in bundles:
-        inner, head = _inner(bundle, low, high)
+        inner, of_head = _inner(bundle, low, high)
         chosen = slice(None) if layers is None else bundle.chosen(layers)
         starts = np.stack(
             [bundle.src_region, bundle.src_start, bundle.dst_region, bundle.dst_start], axis=1
@@ -385,7 +399,11 @@ def _make_rows(bundles: list[Bundle], low: int, high: int, layers: tuple[int, ..
         tables.append(table.reshape(-1, 5))
         if bundle.factors is not None:
             of_entry = bundle.factors[chosen]
-            factors.append(of_entry[:, head if of_entry.shape[1] > 1 else head * 0].ravel())
+            wide = of_entry.shape[1] > 1
+            factors.append(of_entry[:, of_head if wide else of_head * 0].ravel())
+            numbers = np.arange(len(bundle.layer))[chosen]
+            entry = np.repeat(numbers, len(inner))
+            head = np.tile(of_head, len(numbers))
     whole = np.concatenate(tables)
     order = np.lexsort((whole[:, 3], whole[:, 1], whole[:, 2], whole[:, 0]))
     whole = whole[order]
@@ -401,6 +419,8 @@ def _make_rows(bundles: list[Bundle], low: int, high: int, layers: tuple[int, ..
         whole[:, 3].copy(),
         whole[:, 4].copy(),
         factor,
+        entry if factor is None else entry[order],
+        head if factor is None else head[order],
     )
 
 
@@ -413,7 +433,7 @@ def _inner(bundle: Bundle, low: int, high: int) -> tuple[Ids, Ids]:
         src_start, dst_start = low * token.src_stride, low * token.dst_stride
         steps.append(token._replace(size=high - low))
     steps.sort(key=lambda step: (step.src_stride, step.dst_stride))
-    by_head = bundle.factors is not None and bundle.factors.shape[1] > 1
+    by_head = bundle.by_head
     count = bundle.elements
     rest: list[Step] = []
     for step in steps:
@@ -469,6 +489,14 @@ def _spread(
     if bundle.token is not None:
         src = src + np.asarray(src_tokens) * bundle.token.src_stride
         dst = dst + np.asarray(dst_tokens) * bundle.token.dst_stride
+    if bundle.src_scales is not None or bundle.dst_scales is not None:
+        units, each = len(src), len(rows.elements)
+        return _product(rows, src, dst, None)._replace(
+            entry=np.repeat(rows.entry, units),
+            head=np.repeat(rows.head, units),
+            src_block=np.tile(src_blocks, each),
+            dst_block=np.tile(dst_blocks, each),
+        )
     if rows.factor is not None or len(src) < 2:
         return _product(rows, src, dst, None)
     parts = []
@@ -476,9 +504,9 @@ def _spread(
         same = _where(rows, rows.elements == elements)
         parts.append(_product(same, *_runs(src, dst, elements * bundle.src_elem)).pieces)
     if len(parts) == 1:
-        return Moves(parts[0], bundle, None)
+        return Moves(parts[0], bundle, None, _NONE, _NONE, _NONE, _NONE)
     together = Pieces(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-    return Moves(together, bundle, None)
+    return Moves(together, bundle, None, _NONE, _NONE, _NONE, _NONE)
 
 
 def _where(rows: Rows, chosen: npt.NDArray[np.bool_]) -> Rows:
@@ -514,7 +542,7 @@ def _product(rows: Rows, src: Ids, dst: Ids, lengths: Ids | None) -> Moves:
         nbytes.ravel(),
     )
     factor = None if rows.factor is None else np.repeat(rows.factor, units)
-    return Moves(pieces, rows.bundle, factor)
+    return Moves(pieces, rows.bundle, factor, _NONE, _NONE, _NONE, _NONE)
 
 
 def _check_bounds(plan: TokenPlan, pair: TablePair) -> None:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .convert import QUANTISED, factors, has_conversion
+from .block_scales import SCALE_SUFFIX, BlockScales, is_scale, needs_scale, scale_shape
+from .convert import factors, has_conversion
 from .errors import LayoutError
 from .layout import WHOLE_KINDS
 
@@ -23,12 +24,11 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from .block_scales import ScaleShape
     from .layout import GroupLayout, KVLayout, RegionLayout
 
     Key = tuple[int, str]  # layer, plane
     _Scales = tuple[dict[Key, tuple[float, ...]], dict[Key, tuple[float, ...]]]
-
-SCALE_SUFFIX = "_scale"
 
 
 class Step(NamedTuple):
@@ -54,6 +54,8 @@ class Bundle:
         src_elem, dst_elem: bytes of an element.
         src_dtype, dst_dtype: names.
         factors: `[entry, 1 or heads]` that numbers are multiplied by on their way; None for bits.
+        src_scales: also multiplied by these, of the source's blocks.
+        dst_scales: divided by these, which are found and written for each destination's block.
     """
 
     layer: npt.NDArray[np.int64]
@@ -71,6 +73,23 @@ class Bundle:
     src_dtype: str
     dst_dtype: str
     factors: npt.NDArray[np.float32] | None = None
+    src_scales: BlockScales | None = None
+    dst_scales: BlockScales | None = None
+
+    @property
+    def by_head(self) -> bool:
+        """Whether a run must not hold numbers of several heads: their scales may differ."""
+        shapes = [scales.shape for scales in (self.src_scales, self.dst_scales) if scales]
+        wide = self.factors is not None and self.factors.shape[1] > 1
+        return wide or any(shape.head_stride for shape in shapes)
+
+    @property
+    def scales_per_block(self) -> int:
+        """How many scales an entry writes beside each block of the destination."""
+        if self.dst_scales is None:
+            return 0
+        heads = [step.size for step in self.steps if step.name == "head"]
+        return heads[0] if heads and self.dst_scales.shape.head_stride else 1
 
     @property
     def converts(self) -> bool:
@@ -114,6 +133,73 @@ class TablePair:
     aligned: str = ""
 
 
+class _BlockScaled:
+    """The planes of scales beside the planes of two layouts."""
+
+    def __init__(self, src: KVLayout, dst: KVLayout, places: list[dict[Key, _Place]]) -> None:
+        self._layouts = (src, dst)
+        self._places = places
+        self._static = _scales(src), _scales(dst)
+
+    def _dtypes(self, key: Key) -> tuple[str, str]:
+        one, other = (
+            layout.region_dtype(places[key].region)
+            for layout, places in zip(self._layouts, self._places, strict=True)
+        )
+        return one, other
+
+    def travels_as_scale(self, key: Key) -> bool:
+        """Whether a plane of scales is made anew, since its numbers are converted."""
+        data = (key[0], key[1].removesuffix(SCALE_SUFFIX))
+        if not key[1].endswith(SCALE_SUFFIX) or not all(data in side for side in self._places):
+            return False
+        return len(set(self._dtypes(data))) > 1
+
+    def shapes(
+        self, key: Key, heads: tuple[int, int] | None
+    ) -> tuple[ScaleShape | None, ScaleShape | None]:
+        """How the scales of a plane that is converted lie on each side; None where there are none.
+
+        Raises:
+            LayoutError: they are none that can be converted, or one side of bits lacks them.
+        """
+        dtypes = self._dtypes(key)
+        scale = (key[0], key[1] + SCALE_SUFFIX)
+        found: list[ScaleShape | None] = []
+        for side, name in enumerate(("source", "destination")):
+            place = self._places[side].get(scale)
+            static = key in self._static[side]
+            if dtypes[0] == dtypes[1]:
+                held = [scale in places for places in self._places]
+                if held[0] != held[1] and needs_scale(dtypes[0]):
+                    differ(f"whether plane {key[1]!r} has scales a block", *held)
+                place = None
+            if place is None or static or not needs_scale(dtypes[side]):
+                found.append(None)
+                continue
+            data = self._places[side][key]
+            if place.group != data.group:
+                raise LayoutError(
+                    f"planes {key[1]!r} and {scale[1]!r} of the {name} are in two groups: join them "
+                    "with join_planes",
+                    operation="plan",
+                )
+            layout = self._layouts[side]
+            found.append(scale_shape(name, layout, place.region, data.region, heads or (0, 1)))
+        return found[0], found[1]
+
+    def columns(self, side: int, keys: list[Key], shape: ScaleShape | None) -> BlockScales | None:
+        """Where the scales of these planes lie."""
+        if shape is None:
+            return None
+        places = [self._places[side][layer, plane + SCALE_SUFFIX] for layer, plane in keys]
+        return BlockScales(
+            np.array([place.region for place in places], np.int64),
+            np.array([place.start + shape.offset for place in places], np.int64),
+            shape,
+        )
+
+
 class _Place(NamedTuple):
     """Where one side holds a plane of a layer."""
 
@@ -137,6 +223,8 @@ def reconcile(
     places = [_places(layout) for layout in (src, dst)]
     common = [key for key in places[0] if key in places[1] and (keys is None or key in keys)]
     _check_common(src, dst, places, keys, common)
+    blocked = _BlockScaled(src, dst, places)
+    common = [key for key in common if not blocked.travels_as_scale(key)]
     scales = _scales(src), _scales(dst)
     by_tables: dict[tuple[int, int], dict[Any, list[tuple[Key, _Place, _Place]]]] = {}
     signatures: dict[tuple[int, int], Any] = {}
@@ -146,7 +234,12 @@ def reconcile(
         if pair not in signatures:
             signatures[pair] = _signature(src, dst, *pair)
         tables = by_tables.setdefault((here.group, there.group), {})
-        signature = (signatures[pair], tuple(len(side.get(key, ())) for side in scales))
+        per_block = blocked.shapes(key, signatures[pair][8])
+        signature = (
+            signatures[pair],
+            tuple(len(side.get(key, ())) for side in scales),
+            per_block,
+        )
         tables.setdefault(signature, []).append((key, here, there))
     dst_groups = [dst_group for _, dst_group in by_tables]
     for group in dst_groups:
@@ -156,7 +249,10 @@ def reconcile(
                 "several groups of the source",
                 operation="plan",
             )
-    pairs = (_table_pair(src, dst, scales, *groups, found) for groups, found in by_tables.items())
+    pairs = (
+        _table_pair(src, dst, scales, blocked, *groups, found)
+        for groups, found in by_tables.items()
+    )
     return tuple(sorted(pairs, key=lambda pair: pair.dst_group))
 
 
@@ -274,7 +370,7 @@ def _signature(src: KVLayout, dst: KVLayout, left: int, right: int) -> tuple[Any
     if not blocks[0] or not blocks[1]:
         differ("block size in tokens", *blocks)
     whole = not any(token) or "token" in src.opaque
-    if whole and blocks[0] != blocks[1] and not _is_scale(one):
+    if whole and blocks[0] != blocks[1] and not is_scale(one.planes):
         why = (
             f"axis 'token' is opaque in codec {src.codec!r}"
             if "token" in src.opaque
@@ -284,7 +380,7 @@ def _signature(src: KVLayout, dst: KVLayout, left: int, right: int) -> tuple[Any
             f"{why}, so the block size cannot change from {blocks[0]} to {blocks[1]} tokens",
             operation="plan",
         )
-    if _is_scale(one) and blocks[0] % max(1, blocks[1]):
+    if is_scale(one.planes) and blocks[0] % max(1, blocks[1]):
         raise LayoutError(
             f"plane {one.planes[0]!r} has a scale a block of {blocks[0]} tokens at the source and "
             f"of {blocks[1]} at the destination: several scales cannot become one without "
@@ -317,14 +413,11 @@ def _signature(src: KVLayout, dst: KVLayout, left: int, right: int) -> tuple[Any
     )
 
 
-def _is_scale(region: RegionLayout) -> bool:
-    return all(plane.endswith(SCALE_SUFFIX) for plane in region.planes)
-
-
 def _table_pair(
     src: KVLayout,
     dst: KVLayout,
     scales: _Scales,
+    blocked: _BlockScaled,
     src_group: int,
     dst_group: int,
     found: dict[Any, list[tuple[Key, _Place, _Place]]],
@@ -335,9 +428,12 @@ def _table_pair(
     blocks = _tokens(src, one), _tokens(dst, other)
     state = one.kind in WHOLE_KINDS
     bundles = tuple(
-        _bundle(scales, signature, entries, state=state) for signature, entries in found.items()
+        _bundle(scales, blocked, signature, entries, state=state)
+        for signature, entries in found.items()
     )
     aligned = ""
+    if any(bundle.dst_scales is not None for bundle in bundles):
+        aligned = "its scales are one a block"
     if any(bundle.token is None for bundle in bundles) and not state:
         aligned = (
             f"axis 'token' is opaque in codec {src.codec!r}"
@@ -369,6 +465,7 @@ def _tokens(layout: KVLayout, group: GroupLayout) -> int:
 
 def _bundle(
     scales: _Scales,
+    blocked: _BlockScaled,
     signature: Any,
     entries: list[tuple[Key, _Place, _Place]],
     *,
@@ -420,7 +517,8 @@ def _bundle(
     keys = [key for key, _, _ in entries]
     scaled = None
     if src_dtype != dst_dtype:
-        scaled = _factors(keys, held, (src_dtype, dst_dtype))
+        per_block = [shape is not None for shape in signature[2]]
+        scaled = _factors(keys, held, (src_dtype, dst_dtype), per_block)
     else:
         _check_equal_scales(keys, held, high - low)
     return Bundle(
@@ -439,6 +537,8 @@ def _bundle(
         src_dtype=src_dtype,
         dst_dtype=dst_dtype,
         factors=scaled,
+        src_scales=blocked.columns(0, keys, signature[2][0]),
+        dst_scales=blocked.columns(1, keys, signature[2][1]),
     )
 
 
@@ -453,7 +553,10 @@ def _held(
 
 
 def _factors(
-    keys: list[Key], held: list[list[tuple[float, ...] | None]], dtypes: tuple[str, str]
+    keys: list[Key],
+    held: list[list[tuple[float, ...] | None]],
+    dtypes: tuple[str, str],
+    per_block: list[bool],
 ) -> npt.NDArray[np.float32]:
     """What each entry's numbers are multiplied by, for all heads or each."""
     rows = []
@@ -461,14 +564,16 @@ def _factors(
         sides: list[tuple[float, ...]] = []
         for side, dtype in enumerate(dtypes):
             values = held[side][row]
-            if values is None and dtype in QUANTISED:
+            if per_block[side]:
+                values = (1.0,)
+            if values is None and needs_scale(dtype):
                 raise LayoutError(
                     f"scales of plane {key[1]!r} of layer {key[0]} are missing at the "
                     f"{('source', 'destination')[side]}: dtype is {dtypes[0]} at the source and "
                     f"{dtypes[1]} at the destination, and {dtype} needs scales (1.0 is one)",
                     operation="plan",
                 )
-            sides.append(values if values is not None and dtype in QUANTISED else (1.0,))
+            sides.append(values if values is not None and needs_scale(dtype) else (1.0,))
         rows.append(factors(*sides))
     width = max(len(row) for row in rows)
     return np.stack([np.broadcast_to(row, width) for row in rows])

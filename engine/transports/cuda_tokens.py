@@ -15,6 +15,7 @@ import torch
 from ...kernels.relayout import End, Relayout, Walk, relayout
 from ...kernels.signal import Signal
 from ...kernels.tiles import default_tuning
+from ..errors import PlanError
 from ..reblock import window_start
 from .cuda_lane import Launched
 
@@ -66,6 +67,12 @@ def compile_tokens(
             chosen = np.ones(len(bundle.layer), bool) if layers is None else bundle.chosen(layers)
             if not chosen.any():
                 continue
+            if bundle.src_scales is not None or bundle.dst_scales is not None:
+                raise PlanError(
+                    "scales that differ from block to block are converted in host memory alone: "
+                    "give the layout fixed scales, or both caches one dtype",
+                    operation="plan",
+                )
             src = src_addresses[bundle.src_region[chosen]] + bundle.src_start[chosen]
             dst = dst_addresses[bundle.dst_region[chosen]] + bundle.dst_start[chosen]
             factors = None if bundle.factors is None else bundle.factors[chosen]
