@@ -21,7 +21,14 @@ import numpy as np
 
 from ..control.client import daemon_address
 from ..control.daemon_messages import Load, Registration, Topology
-from ..control.errors import AgentClosed, ControlError, DaemonTimeout, HelloTimeout, NotConnected
+from ..control.errors import (
+    AgentClosed,
+    ControlError,
+    DaemonTimeout,
+    HelloTimeout,
+    LinkLost,
+    NotConnected,
+)
 from ..control.events import SourceOffered
 from ..control.handoff import Timing
 from ..control.keys import check_address, join_address
@@ -392,7 +399,15 @@ class Agent:
                 )
             self._ask(handoff, known, fields)
         except (ControlError, EngineError) as why:
-            refuse(handoff, why)
+            lost = LinkLost(
+                f"{handoff.peer} could not be connected to: {why}",
+                handoff=handoff.request_id,
+                peer=handoff.peer,
+                operation="receive",
+                retryable=why.retryable,
+            )
+            lost.__cause__ = why
+            refuse(handoff, lost)
 
     def send(
         self, request_id: str, src_block_ids: BlockIds, *, timeout_s: float = DEFAULT_TIMEOUT_S

@@ -20,7 +20,7 @@ import secrets
 import socket
 import struct
 import time
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -81,7 +81,7 @@ class EngineAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ProtocolError: it is not an engine address.
         """
         try:
-            return msgspec.msgpack.decode(data, type=cls)
+            return _address_decoder.decode(data)
         except DECODE_ERRORS as error:
             raise ProtocolError(f"not an engine address: {error}", operation="connect") from error
 
@@ -127,6 +127,14 @@ class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     refused: str
     answer: bytes = b""
+
+
+# Made here and not where it is used: msgspec works a type out when it first meets it, and two threads
+# that do so at once take the process down (msgspec 0.22: segmentation fault).
+_address_decoder = msgspec.msgpack.Decoder(EngineAddress)
+_decoders: dict[type[Any], msgspec.msgpack.Decoder[Any]] = {
+    kind: msgspec.msgpack.Decoder(kind) for kind in (Identity, Hello, Challenge, Proof, Welcome)
+}
 
 
 def host_id() -> str:
@@ -285,11 +293,12 @@ def _receive(sock: socket.socket, kind: type[_T], peer: str, deadline_s: float) 
             raise
         raise _lost(error, peer) from error
     try:
-        return msgspec.msgpack.decode(body, type=kind)
+        message: _T = _decoders[kind].decode(body)
     except DECODE_ERRORS as error:
         raise ProtocolError(
             f"a {kind.__name__} does not decode: {error}", operation="handshake", peer=peer
         ) from error
+    return message
 
 
 def _lost(error: OSError, peer: str) -> PeerLost:

@@ -82,7 +82,7 @@ class CacheDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             LayoutError: it does not decode, or contradicts itself.
         """
         try:
-            cache = msgspec.msgpack.decode(data, type=cls)
+            cache = _cache_decoder.decode(data)
         except DECODE_ERRORS as error:
             raise LayoutError(f"not a cache descriptor: {error}", operation="hello") from error
         cache.check()
@@ -115,6 +115,11 @@ class CacheDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     f"region {number} has {region.nbytes} bytes, its layout needs {shape.nbytes}",
                     operation="hello",
                 )
+
+
+# Made here and not where it is used: msgspec works a type out when it first meets it, and two threads
+# that do so at once take the process down (msgspec 0.22: segmentation fault).
+_cache_decoder = msgspec.msgpack.Decoder(CacheDescriptor)
 
 
 class MemoryRegion:

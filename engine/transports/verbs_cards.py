@@ -82,9 +82,14 @@ class Offer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ProtocolError: it is no offer.
         """
         try:
-            return msgspec.msgpack.decode(data, type=cls)
+            return _offer_decoder.decode(data)
         except DECODE_ERRORS as error:
             raise ProtocolError(f"not an offer of rails: {error}", operation="connect") from error
+
+
+# Made here and not where it is used: msgspec works a type out when it first meets it, and two threads
+# that do so at once take the process down (msgspec 0.22: segmentation fault).
+_offer_decoder = msgspec.msgpack.Decoder(Offer)
 
 
 class Route(NamedTuple):

@@ -128,6 +128,9 @@ class Commands:
     def connect(self, address: str) -> str:
         return self._agent.connect(address)
 
+    def wait_for_member(self, name: str) -> None:
+        self._agent.wait_for_member(name, WAIT_S)
+
     def fill(self, block_ids: list[int], seed: int) -> None:
         self._cache.fill(block_ids, seed)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvferry.control.client import DaemonClient
-from kvferry.control.errors import DaemonTimeout, NotConnected
+from kvferry.control.errors import DaemonTimeout, LinkLost, NotConnected
 from tests.daemon_process import DaemonProcess
 
 from .agent_process import WAIT_S, Cache
@@ -187,7 +187,7 @@ def test_another_life_at_the_address_is_refused(
         client.ask(Register(1, 1, there, 60.0), WAIT_S)
     decode.agent.wait_for_member("prefill-0", WAIT_S)
     handoff = decode.agent.receive("r", "prefill-0", DST)
-    with pytest.raises(Exception, match="another life"):
+    with pytest.raises(LinkLost, match="another life"):
         handoff.wait(WAIT_S)
     handoff.blocks_free.wait(WAIT_S)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import mmap
+import subprocess
+import sys
 import threading
 import weakref
 from typing import Any
@@ -220,3 +222,28 @@ def test_ranges(array_limit: bool) -> None:
     for offset, nbytes in ((-1, 1), (0, -1), (0, 101), (100, 1), (top, 1), (1, top), (top, top)):
         with pytest.raises(OutOfRange, match=r"local range .* leaves a region of 100 bytes"):
             check_ranges(np.array([offset]), np.array([nbytes]), limit, "local")
+
+
+def test_threads_may_decode_their_first_descriptors_at_once() -> None:
+    """In a fresh interpreter: msgspec works out a type once, and not on two threads at a time."""
+    script = """
+import sys, threading
+sys.setswitchinterval(1e-6)
+from kvferry.engine.errors import EngineError
+from kvferry.engine.handshake import EngineAddress
+from kvferry.engine.memory import CacheDescriptor
+start = threading.Barrier(8)
+def decode(kind):
+    start.wait()
+    try:
+        kind.decode(b"\\x80")
+    except EngineError:
+        pass
+threads = [threading.Thread(target=decode, args=(k,)) for k in [CacheDescriptor, EngineAddress] * 4]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
