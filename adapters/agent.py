@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy.typing as npt
+    import torch
 
     from ..control.daemon_messages import Member
     from ..control.events import Event
@@ -278,7 +279,8 @@ class Agent:
         Args:
             request_id: what the prefill agent calls it, too.
             peer: name of a connected agent, or of a member: it is connected to first.
-            dst_block_ids: where its blocks go, in order; each of them once.
+            dst_block_ids: where its blocks go, in order; each of them once. In GPU memory no kernel
+                may be using them any more, nor be enqueued to.
             mode: `push`: the peer writes. `pull`: this agent reads.
             skip_blocks: blocks at the request's beginning that this side has already.
             timeout_s: deadline, counted from here, for all of it.
@@ -410,17 +412,24 @@ class Agent:
             refuse(handoff, lost)
 
     def send(
-        self, request_id: str, src_block_ids: BlockIds, *, timeout_s: float = DEFAULT_TIMEOUT_S
+        self,
+        request_id: str,
+        src_block_ids: BlockIds,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        stream: torch.cuda.Stream | None = None,
     ) -> Handoff:
         """Hands over a request whose blocks are computed, to the agent that asks. Does not block.
 
-        The blocks belong to the handoff until `blocks_free` is done, or `wait` returns.
+        The blocks belong to the handoff until `blocks_free` is done, or `wait` returns. In GPU
+        memory they count as computed when `stream` (the device's current one if None) has done what
+        it has been given so far.
 
         Raises:
             BlockOutOfRange, PlanError: the ids.
         """
         handoff = self.open_send(request_id, src_block_ids, timeout_s=timeout_s)
-        handoff.finish()
+        handoff.finish(stream=stream)
         return handoff
 
     def open_send(
@@ -438,7 +447,9 @@ class Agent:
         else:
             tables = pack_tables(src_block_ids)
         num_layers = self.layout.num_layers
-        handoff = SendHandoff(request_id, num_layers, partial(self._tell, "prefill"))
+        tell = partial(self._tell, "prefill")
+        device = self._cache.device
+        handoff = SendHandoff(request_id, num_layers, tell, self.engine, device)
         source = SourceOffered(tables, num_layers, float(timeout_s))
         self._soon(self._core.offer, handoff, source)
         return handoff

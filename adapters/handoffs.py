@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..control.errors import HandoffTimeout
 from ..control.events import SourceFinished, SourceReady, UserCancelled
 from ..engine.errors import DeadlineExceeded
 from ..engine.tickets import Ticket
+from .compute_order import ComputeOrder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
+    import torch
+
     from ..control.events import Event
+    from ..engine.transfer import TransferEngine
 
 
 class Handoff:
@@ -104,18 +109,26 @@ class SendHandoff(Handoff):
     """A handoff whose layers go out while later ones are being computed. One writer."""
 
     def __init__(
-        self, request_id: str, num_layers: int, tell: Callable[[Handoff, Event], None]
+        self,
+        request_id: str,
+        num_layers: int,
+        tell: Callable[[Handoff, Event], None],
+        engine: TransferEngine,
+        device: int,
     ) -> None:
         super().__init__(request_id, "", "send", tell)
+        self._order = ComputeOrder(engine, device, lambda error: self.cancel(error.message))
         self._num_layers = num_layers
         self._next_layer = 0
         self._complete = False
 
-    def write_layers(self, layers: range) -> None:
+    def write_layers(self, layers: range, *, stream: torch.cuda.Stream | None = None) -> None:
         """The next layers are computed: they go out, once the request is known. Does not block.
 
         Args:
             layers: positions in the layout's `layers`; they follow on those named before.
+            stream: for GPU memory, the stream that computes them: they go out when what it has been
+                given so far is done. The device's current one if None.
 
         Raises:
             ValueError: layers are left out, named twice or not there.
@@ -129,10 +142,14 @@ class SendHandoff(Handoff):
             raise ValueError(f"{layers} ends after the last of {self._num_layers} layers")
         if len(layers):
             self._next_layer = layers.stop
-            self._tell(self, SourceReady((layers.start, layers.stop)))
+            ready = SourceReady((layers.start, layers.stop))
+            self._order.after(stream, partial(self._tell, self, ready))
 
-    def finish(self) -> None:
-        """All layers are computed; those that were not named yet go now. Does not block."""
+    def finish(self, *, stream: torch.cuda.Stream | None = None) -> None:
+        """All layers are computed; those that were not named yet go now. Does not block.
+
+        `stream` as for `write_layers`.
+        """
         if not self._complete:
             self._complete = True
-            self._tell(self, SourceFinished())
+            self._order.after(stream, partial(self._tell, self, SourceFinished()))

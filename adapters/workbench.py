@@ -15,6 +15,7 @@ import numpy as np
 from ..control import events
 from ..control.errors import BlocksMismatch, ControlError
 from ..engine.errors import Cancelled, EngineError, LinkError
+from .compute_order import idle_stream
 from .token_handoffs import read_tokens, write_tokens
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Workbench:
         self.work: dict[tuple[Side, int], Work] = {}
         self.rates: dict[str, float] = {}
         self._name = name
+        self._stream = idle_stream(cache.device)
         self._tell: Tell
         self._acquaintances: Acquaintances
         self._mailbox: Mailbox
@@ -196,6 +198,7 @@ class Workbench:
             np.frombuffer(request.tables[0], np.int32),
             imm=request.imm,
             layers=layers,
+            stream=self._stream,
             timeout_s=timeout_s,
         )
 
@@ -211,6 +214,7 @@ class Workbench:
             peer.read_plan,
             np.frombuffer(action.ready.tables[0], np.int32),
             work.block_ids,
+            stream=self._stream,
             timeout_s=NEVER_S,
         )
 

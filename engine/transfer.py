@@ -51,6 +51,8 @@ from .wire import LINK_VERSION
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
+    import torch
+
     from .layout import KVLayout
     from .memory import RegionDescriptor
     from .transports.base import Availability
@@ -341,6 +343,16 @@ class TransferEngine:
             if link.error is not None and not ticket.done():
                 ticket._fail(link._counter_error(imm))
         return ticket
+
+    def when_computed(
+        self,
+        event: torch.cuda.Event,
+        then: Callable[[], None],
+        failed: Callable[[EngineError], None],
+    ) -> None:
+        """Calls `then` once a CUDA event has passed: at once if it has, else on a thread of this
+        engine. Calls `failed` instead if the GPU has failed. Neither may block."""
+        self._core.gate.when(event, then, failed)
 
     def connect(
         self,

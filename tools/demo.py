@@ -11,18 +11,27 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from kvferry.tools import demo_run
+from kvferry.tools import demo_devices, demo_run
 from kvferry.tools.demo_events import Options
 from kvferry.tools.demo_progress import DemoProgress
 from kvferry.tools.demo_report import Collector
 
-TRANSPORTS = ("cma", "tcp")
+TRANSPORTS = ("cma", "tcp")  # between host memories; with GPUs, cuda_ipc before them
+
+
+class DeviceChoice(str, enum.Enum):
+    """What `--device` takes."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 class TransportChoice(str, enum.Enum):
     """What `--transport` takes."""
 
     all = "all"
+    cuda_ipc = "cuda_ipc"
     cma = "cma"
     tcp = "tcp"
 
@@ -31,6 +40,10 @@ def demo(
     transport: Annotated[
         TransportChoice, typer.Option(help="Which transports carry the handoffs.")
     ] = TransportChoice.all,
+    device: Annotated[
+        DeviceChoice,
+        typer.Option(help="Where the models compute; by itself on GPUs, if there are any."),
+    ] = DeviceChoice.auto,
     prompts: Annotated[int, typer.Option(min=1, max=1024, help="How many prompts.")] = 64,
     tokens: Annotated[int, typer.Option(min=1, max=1024, help="Greedy tokens a prompt.")] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -43,17 +56,28 @@ def demo(
 ) -> None:
     """Hand a real model's KV cache from one process to another and compare the tokens.
 
+    With one GPU both processes use it, with more each has its own.
+
     Exits 0 only if every token is that of the reference, which one process generates alone.
     """
     everything = transport is TransportChoice.all
+    console = Console(stderr=True)
+    try:
+        devices = demo_devices.choose(device.value)
+    except demo_devices.NoGpu as error:
+        _print_problem(console, str(error))
+        raise typer.Exit(1) from None
+    on_gpus = devices[0] != "cpu"
     options = Options(
-        transports=TRANSPORTS if everything else (transport.value,),
+        transports=(("cuda_ipc",) if on_gpus else ()) + TRANSPORTS
+        if everything
+        else (transport.value,),
+        devices=devices,
         skip_unavailable=everything,
         num_prompts=prompts,
         num_tokens=tokens,
         corrupt=corrupt,
     )
-    console = Console(stderr=True)
     collector = Collector(options)
     started_s = time.monotonic()
     try:

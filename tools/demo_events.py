@@ -16,6 +16,7 @@ class Options:
         corrupt: flip bits of one received block a transport: the tokens must notice.
         silence_s: how long both workers may tell nothing before they count as stuck.
         deadline_s: how long one worker waits for the other, which may be computing.
+        devices: where prefill and decode compute and keep their pools.
     """
 
     transports: tuple[str, ...]
@@ -25,6 +26,7 @@ class Options:
     corrupt: bool = False
     silence_s: float = 60.0
     deadline_s: float = 600.0
+    devices: tuple[str, str] = ("cpu", "cpu")
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,11 @@ one 2.5 GHz core), which is 30 s for 64 prompts of 32 tokens; by sixteens it is 
 _MODEL_SEED, _PROMPT_SEED = 20, 21
 
 
-def make_model() -> Any:
-    """The demo's `LlamaForCausalLM`, in bf16 on the CPU; takes no file and no network."""
+def make_model(device: str = "cpu") -> Any:
+    """The demo's `LlamaForCausalLM`, in bf16; takes no file and no network.
+
+    The weights are drawn on the CPU, so that they are the same everywhere.
+    """
     from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 
     settings: dict[str, Any] = {
@@ -45,7 +48,7 @@ def make_model() -> Any:
     }
     torch.manual_seed(_MODEL_SEED)
     model: Any = LlamaForCausalLM(LlamaConfig(**settings))
-    return model.to(torch.bfloat16).eval()
+    return model.to(device, torch.bfloat16).eval()
 
 
 def make_prompts(num_prompts: int) -> list[list[int]]:
@@ -69,7 +72,8 @@ def batches(num_prompts: int) -> list[range]:
 def prefill(model: Any, prompt: Sequence[int]) -> DynamicCache:
     """Runs one prompt through the model; the cache holds every token of it."""
     cache = DynamicCache(config=model.config)
-    model(input_ids=torch.tensor([prompt]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    ids = torch.tensor([prompt], device=model.device)
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache
 
 
@@ -90,9 +94,10 @@ def generate(
     batch = _left_padded(caches, [len(prompt) - 1 for prompt in prompts], model.config)
     longest = max(len(prompt) for prompt in prompts) - 1
     mask = torch.tensor(
-        [[0] * (longest - len(prompt) + 1) + [1] * (len(prompt) - 1) for prompt in prompts]
+        [[0] * (longest - len(prompt) + 1) + [1] * (len(prompt) - 1) for prompt in prompts],
+        device=model.device,
     )
-    last = torch.tensor([[prompt[-1]] for prompt in prompts])
+    last = torch.tensor([[prompt[-1]] for prompt in prompts], device=model.device)
     one = torch.ones_like(last)
     generated = []
     for _ in range(num_tokens):
@@ -118,7 +123,7 @@ def _left_padded(caches: Sequence[Any], lengths: Sequence[int], config: Any) -> 
     batch = DynamicCache(config=config)
     for number, layer in enumerate(caches[0].layers):
         _, heads, _, dim = layer.keys.shape
-        keys = torch.zeros(len(caches), heads, longest, dim, dtype=layer.keys.dtype)
+        keys = layer.keys.new_zeros(len(caches), heads, longest, dim)
         values = torch.zeros_like(keys)
         for row, (cache, length) in enumerate(zip(caches, lengths, strict=True)):
             keys[row, :, longest - length :] = cache.layers[number].keys[0, :, :length]

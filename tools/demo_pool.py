@@ -31,11 +31,11 @@ class FragmentedPool:
     of a request's blocks could be moved as one piece. Not thread-safe.
     """
 
-    def __init__(self, config: Any, num_blocks: int, *, seed: int) -> None:
+    def __init__(self, config: Any, num_blocks: int, *, seed: int, device: str = "cpu") -> None:
         """Poisons `num_blocks` blocks for a model's layers and KV heads; owns their memory."""
         shape = (2, num_blocks, TOKENS_PER_BLOCK, config.num_key_value_heads, config.head_dim)
         self.tensors = [
-            torch.full(shape, POISON, dtype=torch.int16).view(torch.bfloat16)
+            torch.full(shape, POISON, dtype=torch.int16, device=device).view(torch.bfloat16)
             for _ in range(config.num_hidden_layers)
         ]
         self.layout = KVLayout.from_tensors(self.tensors, POOL_DIMS)
@@ -89,7 +89,7 @@ class FragmentedPool:
         ids = sorted(self._free)
         touched = torch.zeros(len(ids), dtype=torch.bool)
         for layer in self.tensors:
-            touched |= (layer.view(torch.int16)[:, ids] != POISON).flatten(2).any(2).any(0)
+            touched |= (layer.view(torch.int16)[:, ids] != POISON).flatten(2).any(2).any(0).cpu()
         return int(touched.sum())
 
     def flip_bits(self, block: int, layer: int) -> None:

@@ -129,6 +129,7 @@ class Collector:
             "prefill_s": sum(self.prefill_s.values()),
             "distinct_tokens_an_answer": self.distinct_tokens,
             "pools": {role: dataclasses.asdict(pool) for role, pool in self.finished.items()},
+            "devices": list(self.options.devices),
             "corrupted_on_purpose": self.options.corrupt,
             "problems": self.problems(),
             "wall_s": wall_s,
@@ -173,7 +174,9 @@ class Collector:
             f"{role} {pool.num_free} of {pool.num_blocks}" for role, pool in self.finished.items()
         )
         strays = sum(pool.stray_blocks for pool in self.finished.values())
+        prefill, decode = self.options.devices
         return [
+            f"prefill on {prefill}, decode on {decode}",
             f"prefill: {len(self.prefill_s)} prompts, {self.prompt_tokens:,} tokens in "
             f"{sum(self.prefill_s.values()):.1f} s",
             f"answers: {self.options.num_tokens} tokens, {self.distinct_tokens:.1f} of them "

@@ -79,6 +79,9 @@ def _run(
         import torch
 
         torch.set_num_threads(1)
+        device = options.devices[role == "decode"]
+        if device != "cpu":
+            torch.cuda.set_device(device)
         body(options, parent, peer)
     except Exception as error:
         with contextlib.suppress(OSError):  # the parent may be gone: then nobody is left to tell
@@ -99,10 +102,13 @@ def _prefill(options: Options, parent: Connection, peer: Connection) -> None:
     from kvferry.adapters.transformers import export_cache
     from kvferry.tools import demo_model
 
-    model = demo_model.make_model()
+    device = options.devices[0]
+    model = demo_model.make_model(device)
     prompts = demo_model.make_prompts(options.num_prompts)
     batches = demo_model.batches(options.num_prompts)
-    pool = _make_pool(model, max(_num_blocks(prompts, batch) for batch in batches), seed=1)
+    pool = _make_pool(
+        model, max(_num_blocks(prompts, batch) for batch in batches), seed=1, device=device
+    )
     agents, unavailable = _make_agents("prefill", options, pool)
     parent.send(Ready("prefill"))
     peer.send(Addresses({name: agent.address for name, agent in agents.items()}, unavailable))
@@ -113,6 +119,7 @@ def _prefill(options: Options, parent: Connection, peer: Connection) -> None:
         for prompt in batch:
             started_s = time.perf_counter()
             cache = demo_model.prefill(model, prompts[prompt])
+            _synchronize(device)
             prefill_s = time.perf_counter() - started_s
             ids = pool.allocate(len(prompts[prompt]))
             export_cache(cache, pool.tensors, ids)
@@ -142,9 +149,11 @@ def _decode(options: Options, parent: Connection, peer: Connection) -> None:
     from kvferry.adapters.transformers import import_cache
     from kvferry.tools import demo_model
 
-    model = demo_model.make_model()
+    device = options.devices[1]
+    model = demo_model.make_model(device)
     prompts = demo_model.make_prompts(options.num_prompts)
-    pool = _make_pool(model, _num_blocks(prompts, range(len(prompts) - 1, len(prompts))), seed=2)
+    longest = _num_blocks(prompts, range(len(prompts) - 1, len(prompts)))
+    pool = _make_pool(model, longest, seed=2, device=device)
     agents, unavailable = _make_agents("decode", options, pool)
     parent.send(Ready("decode"))
     addresses: Addresses = _receive(peer, Addresses, options)
@@ -160,6 +169,7 @@ def _decode(options: Options, parent: Connection, peer: Connection) -> None:
         for prompt in batch:
             for name in peers:
                 ids = pool.allocate(len(prompts[prompt]))
+                _synchronize(device)  # the poison is in the blocks before anything else is
                 started_s = time.perf_counter()
                 handoff = agents[name].receive(
                     f"{name}-{prompt}", peers[name], ids, timeout_s=options.deadline_s
@@ -261,11 +271,19 @@ def _connect(
     return peers
 
 
-def _make_pool(model: Any, blocks_in_use: int, *, seed: int) -> FragmentedPool:
+def _make_pool(model: Any, blocks_in_use: int, *, seed: int, device: str) -> FragmentedPool:
     """A pool with room to scatter: three times the blocks that are ever held together."""
     from kvferry.tools.demo_pool import FragmentedPool
 
-    return FragmentedPool(model.config, 3 * blocks_in_use, seed=seed)
+    return FragmentedPool(model.config, 3 * blocks_in_use, seed=seed, device=device)
+
+
+def _synchronize(device: str) -> None:
+    """Waits for what this process has enqueued on its GPU, if it has one."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.synchronize(device)
 
 
 def _num_blocks(prompts: list[list[int]], batch: range) -> int:
