@@ -22,12 +22,6 @@ lazy.add(
 )
 lazy.add(
     app,
-    "gpu",
-    "kvferry.tools.bench.gpu",
-    "Move blocks from GPU to GPU between two processes, beside one contiguous copy.",
-)
-lazy.add(
-    app,
     "layouts",
     "kvferry.tools.bench.layouts",
     "Move blocks from GPU to GPU between caches that differ in layout or type, in one pass.",

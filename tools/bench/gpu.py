@@ -1,46 +1,108 @@
-"""`kvferry bench gpu`: a cache's blocks from one GPU to another, between two processes."""
+"""`kvferry bench transfer --gpu`: a cache's blocks from GPU memory to GPU memory, over every path."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
-from pathlib import Path  # noqa: TC003 - typer reads it at run time
-from typing import Annotated
+import platform
+import subprocess
+from typing import TYPE_CHECKING, Any
 
-import torch
-import typer
+if TYPE_CHECKING:
+    from pathlib import Path
 
-from kvferry.tools.bench import gpu_measure
+SCHEMA = "kvferry.bench.transfer-gpu/1"
+NIXL_TIMEOUT_S = 180.0
+VERSIONS = ("torch", "triton", "numpy", "msgspec", "kvferry")
 
 
-def gpu(
-    quick: Annotated[bool, typer.Option("--quick", help="Two sizes, no curve.")] = False,
-    profile: Annotated[
-        bool, typer.Option("--profile", help="Also where the time of a call goes.")
-    ] = False,
-    sweep: Annotated[
-        bool, typer.Option("--sweep", help="Instead: several tunings of the kernel.")
-    ] = False,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write a JSON report.")
-    ] = None,
-) -> None:
-    """Move blocks from GPU 0 to GPU 1 between two processes, beside one contiguous copy.
+class GpuBenchError(RuntimeError):
+    """The benchmark could not run, or bytes arrived wrong; one sentence says which."""
 
-    Blocks are random and scattered on both sides; the pool is four times what moves. Results are
-    compared first. Exits 1 if bytes arrived wrong, or if there are no two GPUs.
+
+def measure(*, quick: bool, nixl_python: str | None) -> dict[str, Any]:
+    """Runs everything that this machine can; the report as plain types.
+
+    Args:
+        nixl_python: an interpreter that has NIXL, or None to leave it out.
+
+    Raises:
+        GpuBenchError: no GPU, or wrong bytes.
     """
-    if torch.cuda.device_count() < 2:
-        typer.echo("kvferry bench gpu: two GPUs are needed", err=True)
-        raise typer.Exit(1)
-    if sweep:
-        gpu_measure.sweep()
-        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise GpuBenchError("torch sees no CUDA device; kvferry doctor says more")
+    from kvferry.tools.bench import gpu_measure, gpu_staged
+
+    count = torch.cuda.device_count()
+    report: dict[str, Any] = {
+        "schema": SCHEMA,
+        "devices": [torch.cuda.get_device_name(i) for i in range(min(2, count))],
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in VERSIONS},
+        "left_out": {},
+    }
     try:
-        report = gpu_measure.measure(quick=quick, profile=profile)
-    except gpu_measure.WrongBytes:
-        typer.echo("kvferry bench gpu: bytes arrived wrong", err=True)
-        raise typer.Exit(1) from None
-    gpu_measure.show(report)
+        if count > 1:
+            direct = gpu_measure.measure(quick=quick)
+            gpu_measure.show(direct)
+            report["direct"] = dataclasses.asdict(direct)
+        else:
+            report["left_out"]["direct"] = "one GPU: from GPU to GPU needs two"
+        staged = gpu_staged.measure(quick=quick)
+    except (gpu_measure.WrongBytes, gpu_staged.WrongBytes):
+        raise GpuBenchError("bytes arrived wrong") from None
+    gpu_staged.show(staged)
+    report["staged"] = dataclasses.asdict(staged)
+    if nixl_python is not None and count > 1:
+        _add_nixl(report, nixl_python)
+    return report
+
+
+def _add_nixl(report: dict[str, Any], python: str) -> None:
+    """Runs NIXL in a process of its own, by the interpreter that has it."""
+    command = [python, "-m", "kvferry.tools.bench.gpu_nixl"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=NIXL_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        report["left_out"]["nixl"] = str(error)
+        return
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not rows:
+        said = done.stderr.strip().splitlines()
+        report["left_out"]["nixl"] = said[-1] if said else f"exit status {done.returncode}"
+        return
+    report["nixl"] = rows
+    for row in rows:
+        speed = row["total_nbytes"] / row["us"] / 1e3
+        print(
+            f"NIXL, {row['total_nbytes'] >> 20} MiB of {row['piece_nbytes'] >> 10} KiB: "
+            f"{row['us']:.0f} us, {speed:.1f} GB/s{'' if row['right'] else ', WRONG BYTES'}"
+        )
+
+
+def run(*, quick: bool, nixl_python: str | None, json_path: Path | None, plot: Path | None) -> None:
+    """Measures, prints and writes. Raises GpuBenchError."""
+    if plot is not None:
+        importlib.import_module("matplotlib")
+    report = measure(quick=quick, nixl_python=nixl_python)
+    for name, reason in report["left_out"].items():
+        print(f"left out: {name}: {reason}")
     if json_path is not None:
-        json_path.write_text(json.dumps(dataclasses.asdict(report), indent=1), encoding="utf-8")
+        json_path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    if plot is not None:
+        from kvferry.tools.bench import gpu_plot
+
+        gpu_plot.save(report, plot)
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.import_module("importlib.metadata").version(name)  # type: ignore[no-any-return]
+    except ImportError:
+        return ""

@@ -22,6 +22,10 @@ def transfer(
     quick: Annotated[
         bool, typer.Option("--quick", help="A minute at most; rough figures.")
     ] = False,
+    gpu: Annotated[
+        bool,
+        typer.Option("--gpu", help="Between GPUs instead: direct, and staged through host memory."),
+    ] = False,
     compare: Annotated[
         str,
         typer.Option(
@@ -52,6 +56,9 @@ def transfer(
     installed. Exits 1 if bytes arrived wrong.
     """
     console = Console(stderr=True)
+    if gpu:
+        _between_gpus(console, quick, compare, peer_python, json_path, plot_path)
+        return
     options = transfer_measure.Options(
         settings=Settings(
             seconds=seconds or (QUICK_SECONDS if quick else SECONDS),
@@ -90,6 +97,26 @@ def transfer(
         )
     if report.wrong:
         raise typer.Exit(1)
+
+
+def _between_gpus(
+    console: Console,
+    quick: bool,
+    compare: str,
+    peer_python: Path,
+    json_path: Path | None,
+    plot_path: Path | None,
+) -> None:
+    from kvferry.tools.bench import gpu
+
+    nixl_python = str(peer_python) if "nixl" in compare.split(",") else None
+    try:
+        gpu.run(quick=quick, nixl_python=nixl_python, json_path=json_path, plot=plot_path)
+    except ImportError as error:
+        raise typer.BadParameter(f"{error}; pip install kvferry[plot]") from error
+    except gpu.GpuBenchError as error:
+        console.print(f"kvferry bench transfer --gpu: {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
 
 
 def _rails(text: str) -> tuple[int, ...]:

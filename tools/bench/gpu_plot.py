@@ -1,0 +1,111 @@
+"""Pictures of a report of `kvferry bench transfer --gpu`.
+
+GB/s against piece size with the ceilings drawn, GB/s against programs, and latency against bytes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+COLORS = ("#1f6f8b", "#4fa3a5", "#8fb339", "#d9a441", "#8a5a9e", "#5b6770")
+CEILING = "#c8553d"
+
+
+def save(report: dict[str, Any], path: Path) -> None:
+    """Draws what the report (as `--json` writes it) holds, as PNG."""
+    figures: Any = importlib.import_module("matplotlib.figure")
+    panels = [draw for key, draw in _PANELS if _has(report, key)]
+    figure = figures.Figure(figsize=(8, 3.2 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for panel, draw in zip(axes, panels, strict=True):
+        draw(panel, report)
+        panel.tick_params(labelsize=7)
+        for side in ("top", "right"):
+            panel.spines[side].set_visible(False)
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    figure.suptitle(f"{' and '.join(report['devices'])}; {versions}", fontsize=7)
+    figure.savefig(path, dpi=150, format="png")
+
+
+def _has(report: dict[str, Any], key: str) -> bool:
+    found: Any = report
+    for part in key.split("."):
+        found = found.get(part) if found else None
+    return bool(found)
+
+
+def _direct(panel: Any, report: dict[str, Any]) -> None:
+    direct = report["direct"]
+    totals = sorted({row["total_nbytes"] >> 20 for row in direct["rows"]})
+    for color, total in zip(COLORS, totals, strict=False):
+        rows = [row for row in direct["rows"] if row["total_nbytes"] >> 20 == total]
+        _line(
+            panel,
+            [row["piece_nbytes"] / 1024 for row in rows],
+            [row["gb_per_s"] for row in rows],
+            f"cuda_ipc, {total} MiB",
+            color,
+        )
+    top = direct["ceiling_gb_per_s"]
+    panel.axhline(top, color=CEILING, linewidth=1.2, label=f"one contiguous copy, {top:.0f}")
+    _finish(panel, "From GPU to GPU, scattered blocks", "block, KiB", "GB/s")
+
+
+def _staged(panel: Any, report: dict[str, Any]) -> None:
+    staged = report["staged"]
+    rows = [row for row in staged["rows"] if row["total_nbytes"] == 1 << 30]
+    labels = [f"{row['path']}, {row['piece_nbytes'] >> 10} KiB blocks" for row in rows][::-1]
+    bars = panel.barh(labels, [row["gb_per_s"] for row in rows][::-1], color=COLORS[0])
+    panel.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
+    for name, speed in staged["ceilings_gb_per_s"].items():
+        if "pinned" in name:
+            panel.axvline(speed, color=CEILING, linewidth=1.2, label=f"{name}, {speed:.1f}")
+    _finish(panel, "Staged through pinned host memory, 1 GiB", "GB/s", "")
+
+
+def _caps(panel: Any, report: dict[str, Any]) -> None:
+    caps = report["direct"]["caps"]
+    _line(panel, [cap for cap, _ in caps], [speed for _, speed in caps], "cuda_ipc", COLORS[0])
+    top = report["direct"]["ceiling_gb_per_s"]
+    panel.axhline(0.9 * top, color=CEILING, linewidth=1.2, label="0.9 of one contiguous copy")
+    panel.set_ylim(0, 1.05 * top)
+    _finish(panel, "256 MiB of 32 KiB blocks, by programs at a time", "programs", "GB/s")
+
+
+def _latency(panel: Any, report: dict[str, Any]) -> None:
+    one_way = report["direct"]["one_way_us"]
+    sizes = [nbytes / 1024 for nbytes, _ in one_way]
+    _line(panel, sizes, [micros for _, micros in one_way], "stream to stream, one way", COLORS[0])
+    rows = [row for row in report["direct"]["rows"] if row["piece_nbytes"] == 32 << 10]
+    sizes = [row["total_nbytes"] / 1024 for row in rows]
+    _line(panel, sizes, [row["alone_us"] for row in rows], "the host's clock", COLORS[3])
+    nixl = report.get("nixl") or []
+    if nixl:
+        sizes = [row["total_nbytes"] / 1024 for row in nixl]
+        _line(panel, sizes, [row["us"] for row in nixl], "NIXL, the host's clock", COLORS[5])
+    panel.set_yscale("log")
+    _finish(panel, "Latency of one handoff", "KiB", "µs")
+
+
+def _line(panel: Any, x: list[float], y: list[float], label: str, color: str) -> None:
+    panel.plot(x, y, marker="o", markersize=3, linewidth=1.4, label=label, color=color)
+    panel.set_xscale("log", base=2)
+
+
+def _finish(panel: Any, title: str, x: str, y: str) -> None:
+    panel.set_title(title, fontsize=9, loc="left")
+    panel.set_xlabel(x, fontsize=8)
+    panel.set_ylabel(y, fontsize=8)
+    panel.legend(fontsize=7, frameon=False)
+
+
+_PANELS = (
+    ("direct.rows", _direct),
+    ("direct.caps", _caps),
+    ("direct.one_way_us", _latency),
+    ("staged.rows", _staged),
+)
