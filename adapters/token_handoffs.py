@@ -12,6 +12,7 @@ from ..engine.token_move import TokenMove, as_tables, check_move, states_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+    import torch
 
     from ..control.events import StartRead, StartWrite
     from ..engine.link import Link
@@ -62,9 +63,15 @@ def expected_nbytes(
 
 
 def write_tokens(
-    link: Link, plan: TransferPlan, action: StartWrite, held: tuple[int, ...]
+    link: Link,
+    plan: TransferPlan,
+    action: StartWrite,
+    held: tuple[int, ...],
+    stream: torch.cuda.Stream | None,
 ) -> Ticket | None:
     """Writes what a request wants of some layers; None if decode's rank holds others.
+
+    `stream` is what GPU memory has to wait for.
 
     Raises:
         BlocksMismatch: decode counts on other bytes than these. EngineError: from the engine.
@@ -87,19 +94,25 @@ def write_tokens(
         stop=move.stop,
         imm=request.imm,
         layers=layers,
+        stream=stream,
         timeout_s=request.timeout_s + MARGIN_S,
     )
 
 
 def read_tokens(
-    link: Link, plan: TransferPlan, action: StartRead, fields: dict[str, Any]
+    link: Link,
+    plan: TransferPlan,
+    action: StartRead,
+    fields: dict[str, Any],
+    stream: torch.cuda.Stream | None,
 ) -> Ticket:
-    """Reads what was asked for out of the blocks that prefill has named."""
+    """Reads what was asked for out of the blocks that prefill has named; `stream` as above."""
     return link.read_tokens(
         plan,
         _unpack(action.ready.tables),
         _unpack(fields["tables"]),
         start=fields["start_token"],
         stop=fields["stop_token"],
+        stream=stream,
         timeout_s=NEVER_S,
     )

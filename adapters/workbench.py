@@ -179,7 +179,8 @@ class Workbench:
             raise LinkError("there is no link to write over", operation="write")
         plan = peer.write_plan
         if request.stop_token:
-            return write_tokens(peer.link, plan, action, self.cache.layout.layers)
+            held = self.cache.layout.layers
+            return write_tokens(peer.link, plan, action, held, self._stream)
         nbytes = plan.nbytes(request.num_blocks)
         if nbytes != request.nbytes:
             raise BlocksMismatch(
@@ -207,7 +208,9 @@ class Workbench:
         if peer is None or peer.link is None or peer.read_plan is None:
             raise LinkError("there is no link to read over", operation="read")
         if work.request is not None and work.request["stop_token"]:
-            return read_tokens(peer.link, peer.read_plan, action, work.request)
+            return read_tokens(
+                peer.link, peer.read_plan, action, work.request, self._stream
+            )
         if not action.ready.num_blocks:
             return None
         return peer.link.read_blocks(
