@@ -85,7 +85,7 @@ class TransferEngine:
         nics: names of the RDMA devices to use; all that are active if None, or those that the
             environment's `KVFERRY_NICS` names.
         verify: compare a checksum of every chunk that this engine writes or reads, before it is
-            counted. Costs a pass over the bytes at each end.
+            counted. Costs a pass over the bytes at each end, and GPU memory is staged for it.
         peer_timeout_s: silence after which a peer counts as frozen or unreachable.
         max_programs: programs that a kernel of a transfer between GPUs may use at a time, to leave
             multiprocessors to a model; no limit if None.

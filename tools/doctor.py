@@ -113,6 +113,25 @@ def check_memlock() -> Check:
     )
 
 
+def check_paths() -> Check:
+    """Where the table of direct and staged paths comes from."""
+    name = "paths"
+    try:
+        from kvferry.engine import paths
+        from kvferry.engine.errors import PlanError
+    except ImportError as error:
+        return Check(name, ok=False, detail=f"cannot be loaded: {error}")
+    file = paths.table_file()
+    if not file.exists():
+        return Check(name, ok=None, detail=f"defaults; kvferry bench paths --save makes {file}")
+    try:
+        table = paths.load(file)
+    except PlanError as error:
+        return Check(name, ok=False, detail=error.message)
+    limits = ", ".join(f"{t} from {n}" for t, n in sorted(table.direct_from_nbytes.items()))
+    return Check(name, ok=None, detail=f"direct, in bytes a piece: {limits} ({file})")
+
+
 def examine() -> tuple[list[Check], list[Check]]:
     """Returns the transports' checks and the machine's."""
     transports = [check_transport(name) for name in TRANSPORTS]
@@ -126,6 +145,7 @@ def examine() -> tuple[list[Check], list[Check]]:
         check_rdma_devices(),
         check_ptrace_scope(),
         check_memlock(),
+        check_paths(),
     ]
     return transports, machine
 

@@ -212,7 +212,7 @@ def test_verify_checks_staged_bytes(
     from kvferry.engine import iovec
 
     careful = start_peer(peer_device, name="careful", verify=True)
-    with TransferEngine(name="here", paths=STAGED, verify=True) as engine:
+    with TransferEngine(name="here", verify=True) as engine:  # which stages by itself
         mine = torch.arange(1000, dtype=torch.int32, device="cuda")
         region = engine.register(mine)
         theirs = careful.call("pool", bytes(4000))

@@ -32,3 +32,9 @@ lazy.add(
     "kvferry.tools.bench.control",
     "Hand over small requests between two agents, and load a daemon with many.",
 )
+lazy.add(
+    app,
+    "paths",
+    "kvferry.tools.bench.paths",
+    "From which piece size a transport is faster without staging; can save that for engines.",
+)

@@ -1,0 +1,181 @@
+"""`kvferry bench paths`: from which piece size each transport is faster without staging."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import platform
+import time
+from pathlib import Path  # noqa: TC003 - typer reads it at run time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+
+from kvferry.engine.errors import EngineError
+from kvferry.engine.paths import NEVER_DIRECT, Paths
+from kvferry.engine.transfer import TRANSPORTS, TransferEngine
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+SIZES_NBYTES = (64, 128, 256, 512, 1 << 10, 4 << 10, 16 << 10, 64 << 10)
+TOTAL_NBYTES = 16 << 20
+MOST_PIECES = 16 << 10
+POOL_FACTOR = 4
+REPEATS = 7
+BETTER = 0.97  # direct wins unless staging gains more than the noise of a run
+WAYS = (0, NEVER_DIRECT)  # direct, staged
+
+
+def paths(
+    save: Annotated[
+        bool, typer.Option("--save", help="Write the table where engines look for it.")
+    ] = False,
+    file: Annotated[
+        Path | None, typer.Option(help="Write it there instead.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Measure pieces of many sizes, direct and staged, over every transport that works here.
+
+    Both ends are processes of this machine. GPU memory is measured over cuda_ipc if there is any;
+    over the other transports it is always staged. Exits 1 if nothing could be measured.
+    """
+    table: dict[str, int] = {}
+    for transport in TRANSPORTS:
+        try:
+            speeds = measure(transport)
+        except (EngineError, Missing) as error:
+            typer.echo(f"{transport}: left out: {error}")
+            continue
+        table[transport] = crossover(speeds)
+        typer.echo(f"{transport}:  piece    direct    staged  GB/s")
+        for nbytes, (direct, staged) in speeds.items():
+            typer.echo(f"{nbytes:>12} {direct:9.2f} {staged:9.2f}")
+        typer.echo(f"  direct from {table[transport]} bytes")
+    if not table:
+        raise typer.Exit(1)
+    if save or file is not None:
+        where = f"{platform.node()}, {platform.machine()}, {platform.release()}"
+        saved = Paths(direct_from_nbytes=table, measured_on=where).save(file)
+        typer.echo(f"saved in {saved}")
+
+
+class Missing(RuntimeError):
+    """What a transport is measured with is not here."""
+
+
+def crossover(speeds: dict[int, tuple[float, float]]) -> int:
+    """The smallest piece from which on direct is at least as fast as staged, up to noise."""
+    limit = NEVER_DIRECT
+    for nbytes, (direct, staged) in sorted(speeds.items(), reverse=True):
+        if direct < BETTER * staged:
+            break
+        limit = nbytes
+    return 0 if limit == min(speeds) else limit
+
+
+def measure(transport: str) -> dict[int, tuple[float, float]]:
+    """GB/s, direct and staged, by piece size.
+
+    Raises:
+        EngineError: the transport does not work here. Missing: there is no GPU for it.
+    """
+    on_gpu = transport == "cuda_ipc"
+    if on_gpu:
+        _check_gpu()
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, transport), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        return _speeds(pipe, transport, _pool(on_gpu, 0))
+    except EOFError:
+        raise Missing("the other process ended") from None
+    finally:
+        pipe.close()
+        process.join(5)
+        process.kill()
+
+
+def _check_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise Missing("torch sees no CUDA device")
+
+
+def _pool(on_gpu: bool, device: int) -> Any:
+    nbytes = POOL_FACTOR * TOTAL_NBYTES
+    if not on_gpu:
+        return np.ones(nbytes, np.uint8)
+    import torch
+
+    return torch.ones(nbytes, dtype=torch.uint8, device=f"cuda:{device}")
+
+
+def _engines(transport: str, stack: contextlib.ExitStack) -> list[TransferEngine]:
+    """One for each way."""
+    return [
+        stack.enter_context(
+            TransferEngine(
+                transports=(transport,), paths=Paths(direct_from_nbytes={transport: limit})
+            )
+        )
+        for limit in WAYS
+    ]
+
+
+def _serve(pipe: Connection[Any, Any], transport: str) -> None:
+    """The receiving process."""
+    on_gpu = transport == "cuda_ipc"
+    device = 0
+    if on_gpu:
+        import torch
+
+        device = min(1, torch.cuda.device_count() - 1)
+        torch.cuda.set_device(device)
+    pool = _pool(on_gpu, device)
+    with contextlib.ExitStack() as stack:
+        try:
+            engines = _engines(transport, stack)
+        except EngineError as error:
+            pipe.send(error)
+            return
+        pipe.send([(each.address.encode(), each.register(pool).descriptor) for each in engines])
+        with contextlib.suppress(EOFError):
+            pipe.recv()  # until the other process has had enough
+
+
+def _speeds(
+    pipe: Connection[Any, Any], transport: str, pool: Any
+) -> dict[int, tuple[float, float]]:
+    """Both ways in turn, so that what disturbs the machine disturbs both; the best of each."""
+    answer = pipe.recv()
+    if isinstance(answer, EngineError):
+        raise answer
+    speeds = {}
+    random = np.random.default_rng(1)
+    with contextlib.ExitStack() as stack:
+        ends = []
+        for engine, (address, remote) in zip(_engines(transport, stack), answer, strict=True):
+            region = engine.register(pool)
+            link = stack.enter_context(
+                contextlib.closing(engine.connect(address, transport=transport))
+            )
+            ends.append((link, region, remote))
+        for size in SIZES_NBYTES:
+            count = min(MOST_PIECES, TOTAL_NBYTES // size)
+            slots = POOL_FACTOR * TOTAL_NBYTES // size
+            src = random.permutation(slots)[:count] * size
+            dst = np.sort(random.permutation(slots)[:count]) * size
+            best_s = [float("inf")] * len(ends)
+            for _ in range(REPEATS + 1):
+                for way, (link, region, remote) in enumerate(ends):
+                    start_s = time.perf_counter()
+                    link.write(region, src, remote, dst, size).wait()
+                    best_s[way] = min(best_s[way], time.perf_counter() - start_s)
+            direct, staged = (count * size / each / 1e9 for each in best_s)
+            speeds[size] = (direct, staged)
+    return speeds
