@@ -208,9 +208,7 @@ class Workbench:
         if peer is None or peer.link is None or peer.read_plan is None:
             raise LinkError("there is no link to read over", operation="read")
         if work.request is not None and work.request["stop_token"]:
-            return read_tokens(
-                peer.link, peer.read_plan, action, work.request, self._stream
-            )
+            return read_tokens(peer.link, peer.read_plan, action, work.request, self._stream)
         if not action.ready.num_blocks:
             return None
         return peer.link.read_blocks(
