@@ -33,7 +33,7 @@ def paths(
         bool, typer.Option("--save", help="Write the table where engines look for it.")
     ] = False,
     file: Annotated[
-        Path | None, typer.Option(help="Write it there instead.", metavar="FILE")
+        Path | None, typer.Option("--file", help="Write it there instead.", metavar="FILE")
     ] = None,
 ) -> None:
     """Measure pieces of many sizes, direct and staged, over every transport that works here.
