@@ -1,0 +1,73 @@
+"""What the scheduler side of the vLLM connector orders the worker side to do, one step at a time.
+
+Plain data: vLLM pickles it to every worker. Block ids are those of vLLM's block manager.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class SendOrder:
+    """This step computes the last of a prompt: hand its blocks over, layer by layer.
+
+    Attributes:
+        req_id: vLLM's name for the request, in this engine.
+        handoff_id: what decode will ask for.
+        block_ids: all blocks of the prompt, in order.
+        num_tokens: of the prompt.
+    """
+
+    req_id: str
+    handoff_id: str
+    block_ids: list[int]
+    num_tokens: int
+
+
+@dataclass
+class ReceiveOrder:
+    """Load what prefill has of a prompt into blocks of this engine.
+
+    Attributes:
+        req_id, handoff_id: as in `SendOrder`.
+        peer: the engine that has it.
+        addresses: of that engine's agents, one for each rank.
+        block_ids: where the prompt goes, from the first block that is not here already.
+        num_tokens: of the prompt.
+        num_local_tokens: of it that are here already; whole blocks.
+        awaited: whether the request waits for it; if not, prefill is only told to free its blocks.
+    """
+
+    req_id: str
+    handoff_id: str
+    peer: str
+    addresses: list[str]
+    block_ids: list[int]
+    num_tokens: int
+    num_local_tokens: int
+    awaited: bool = True
+
+
+@dataclass
+class Orders:
+    """One step's orders.
+
+    Attributes:
+        sends, receives: what begins.
+        finished_sends: requests that ended: their blocks are freed when they are handed over.
+        cancelled_sends: requests that were aborted: the same, but nothing more is written.
+        preempted_sends: requests whose blocks are taken away before this step's forward pass.
+        refused: handoffs that decode may ask for and that will never have blocks.
+        cancelled_receives: requests that were aborted while they were being loaded.
+        idle: whether this step computes nothing.
+    """
+
+    sends: list[SendOrder] = field(default_factory=list)
+    receives: list[ReceiveOrder] = field(default_factory=list)
+    finished_sends: list[str] = field(default_factory=list)
+    cancelled_sends: list[str] = field(default_factory=list)
+    preempted_sends: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    cancelled_receives: list[str] = field(default_factory=list)
+    idle: bool = True

@@ -1,0 +1,250 @@
+"""The scheduler side of the vLLM connector: follows requests, and orders the workers what to do.
+
+It does no I/O. What it learns from vLLM's scheduler it turns into one `Orders` a step.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from . import vllm_params
+from .vllm_orders import Orders, ReceiveOrder, SendOrder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from .vllm_params import Params
+    from .vllm_settings import Settings
+
+# Requests are vLLM's `Request`, outputs its `SchedulerOutput`; both are read by attribute alone.
+Request = Any
+SchedulerOutput = Any
+BlockTables = tuple[list[int], ...]
+
+log = logging.getLogger("kvferry.vllm")
+
+
+@dataclass
+class _Prefilling:
+    """A request whose prompt another engine waits for."""
+
+    handoff_id: str
+    num_tokens: int
+    block_ids: list[int] = field(default_factory=list)
+    opened: bool = False
+
+
+class SchedulerSide:
+    """One engine's scheduler side. Not thread-safe: vLLM's scheduler calls it.
+
+    Args:
+        engine_id: what decode engines know this one by.
+        settings: see there.
+        block_size: tokens of a block of vLLM's block manager.
+        tp_size, pp_size: of this engine.
+    """
+
+    def __init__(
+        self, engine_id: str, settings: Settings, *, block_size: int, tp_size: int, pp_size: int
+    ) -> None:
+        self.engine_id = engine_id
+        self._settings = settings
+        self._block_size = block_size
+        self._tp_size = tp_size
+        self._pp_size = pp_size
+        self._addresses: list[str] = []
+        self._prefilling: dict[str, _Prefilling] = {}
+        self._receiving: set[str] = set()
+        self._sending: set[str] = set()
+        self._orders = Orders()
+
+    @property
+    def addresses(self) -> list[str]:
+        """Of this engine's agents, one for each rank."""
+        return self._addresses
+
+    @addresses.setter
+    def addresses(self, addresses: list[str]) -> None:
+        self._addresses = addresses
+
+    # Requests come
+
+    def new_request(self, request: Request) -> None:
+        """A request arrived."""
+        params = request.kv_transfer_params
+        if vllm_params.wants_remote_decode(params):
+            name = vllm_params.handoff_id(params, request.request_id)
+            self._prefilling[request.request_id] = _Prefilling(name, request.num_prompt_tokens)
+
+    def num_remote_tokens(self, request: Request, num_local_tokens: int) -> int:
+        """How many tokens beyond those here another engine has. Changes nothing."""
+        params = request.kv_transfer_params
+        if not vllm_params.wants_remote_prefill(params):
+            return 0
+        if self._problem(params, request.num_prompt_tokens):
+            return 0
+        return int(max(0, request.num_prompt_tokens - num_local_tokens))
+
+    def blocks_allocated(
+        self, request: Request, tables: BlockTables, num_remote_tokens: int
+    ) -> None:
+        """The request has blocks; orders the load. May be called again, and then does nothing."""
+        params = request.kv_transfer_params
+        if not vllm_params.wants_remote_prefill(params):
+            return
+        params["do_remote_prefill"] = False
+        problem = self._problem(params, request.num_prompt_tokens)
+        if problem:
+            log.warning(
+                "request %s is computed here: its kv_transfer_params have %s",
+                request.request_id,
+                problem,
+            )
+        elif num_remote_tokens:
+            local = request.num_prompt_tokens - num_remote_tokens
+            blocks = tables[0][local // self._block_size :]
+            self._order_receive(request, blocks, local, awaited=True)
+            self._receiving.add(request.request_id)
+        else:
+            self._order_release(request)
+
+    # Steps
+
+    def take_orders(self, output: SchedulerOutput) -> Orders:
+        """What the workers have to do in this step."""
+        if self._prefilling:
+            self._follow(output)
+        orders, self._orders = self._orders, Orders()
+        orders.idle = not output.total_num_scheduled_tokens
+        return orders
+
+    def _follow(self, output: SchedulerOutput) -> None:
+        """Notes the blocks of prompts, and opens those that this step completes."""
+        for req_id in output.preempted_req_ids or ():
+            prefilling = self._prefilling.get(req_id)
+            if prefilling is not None and prefilling.opened:
+                prefilling.opened = False
+                self._orders.preempted_sends.append(req_id)
+        for new in output.scheduled_new_reqs:
+            prefilling = self._prefilling.get(new.req_id)
+            if prefilling is not None:
+                prefilling.block_ids = list(new.block_ids[0])
+                self._open_if_completed(new.req_id, new.num_computed_tokens, output)
+        cached = output.scheduled_cached_reqs
+        for req_id, tables, computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            prefilling = self._prefilling.get(req_id)
+            if prefilling is None:
+                continue
+            if req_id in cached.resumed_req_ids:
+                prefilling.block_ids = []
+            if tables is not None:
+                prefilling.block_ids += tables[0]
+            self._open_if_completed(req_id, computed, output)
+
+    def _open_if_completed(self, req_id: str, num_computed: int, output: SchedulerOutput) -> None:
+        prefilling = self._prefilling[req_id]
+        reached = num_computed + output.num_scheduled_tokens.get(req_id, 0)
+        if not prefilling.opened and reached >= prefilling.num_tokens:
+            prefilling.opened = True
+            self._orders.sends.append(
+                SendOrder(
+                    req_id,
+                    prefilling.handoff_id,
+                    prefilling.block_ids[: self._blocks_of(prefilling.num_tokens)],
+                    prefilling.num_tokens,
+                )
+            )
+
+    def transfers_ended(self, sent: Iterable[str], received: Iterable[str]) -> None:
+        """The workers say that nobody touches these requests' blocks any more."""
+        self._sending.difference_update(sent)
+        self._receiving.difference_update(received)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether vLLM must go on stepping, though it may have no request."""
+        orders = self._orders
+        return bool(self._sending or orders.receives or orders.refused)
+
+    # Requests end
+
+    def request_ended(
+        self, request: Request, tables: BlockTables, *, completed: bool
+    ) -> tuple[bool, Params | None]:
+        """A request ended. Says whether its blocks are kept, and what the router is to learn.
+
+        Args:
+            completed: it ended by itself, not by an abort or an error.
+        """
+        params, req_id = request.kv_transfer_params, request.request_id
+        if vllm_params.wants_remote_prefill(params):  # it was never scheduled
+            params["do_remote_prefill"] = False
+            if not self._problem(params, 0):
+                self._order_release(request)
+            return False, None
+        if req_id in self._receiving:  # vLLM keeps the blocks until `transfers_ended`
+            self._orders.cancelled_receives.append(req_id)
+            return False, None
+        prefilling = self._prefilling.pop(req_id, None)
+        if prefilling is None:
+            return False, None
+        if not prefilling.opened:
+            if params.get("transfer_id"):  # decode may be waiting for it already
+                self._orders.refused.append(prefilling.handoff_id)
+            return False, None
+        self._sending.add(req_id)
+        if not completed:
+            self._orders.cancelled_sends.append(req_id)
+            return True, None
+        self._orders.finished_sends.append(req_id)
+        return True, vllm_params.describe(
+            engine_id=self.engine_id,
+            handoff=prefilling.handoff_id,
+            addresses=self._addresses,
+            block_ids=tables,
+            num_tokens=prefilling.num_tokens,
+            tp_size=self._tp_size,
+            pp_size=self._pp_size,
+            mode=self._settings.mode,
+        )
+
+    # Helpers
+
+    def _problem(self, params: Params, num_tokens: int) -> str:
+        """Why these parameters are no way to a request's KV; "" if they are one."""
+        remote = vllm_params.find_remote(params)
+        if isinstance(remote, str):
+            return remote
+        there = params.get("remote_num_tokens")
+        if there is not None and there < num_tokens:
+            return f"remote_num_tokens {there}, but the prompt has {num_tokens} tokens here"
+        return ""
+
+    def _order_release(self, request: Request) -> None:
+        """Tells prefill that nothing of its blocks is needed."""
+        self._order_receive(request, [], request.num_prompt_tokens, awaited=False)
+
+    def _order_receive(
+        self, request: Request, blocks: list[int], num_local_tokens: int, *, awaited: bool
+    ) -> None:
+        remote = vllm_params.find_remote(request.kv_transfer_params)
+        assert not isinstance(remote, str), remote
+        self._orders.receives.append(
+            ReceiveOrder(
+                req_id=request.request_id,
+                handoff_id=remote.handoff_id,
+                peer=remote.engine_id,
+                addresses=remote.addresses,
+                block_ids=blocks[: self._blocks_of(request.num_prompt_tokens - num_local_tokens)],
+                num_tokens=request.num_prompt_tokens,
+                num_local_tokens=num_local_tokens,
+                awaited=awaited,
+            )
+        )
+
+    def _blocks_of(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)

@@ -1,0 +1,78 @@
+"""What a user sets for the vLLM connector, in `kv_connector_extra_config`, with its defaults."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..engine.transfer import TRANSPORTS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Mode = Literal["push", "pull"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One engine's settings.
+
+    Attributes:
+        mode: `push`: prefill writes, each layer as its forward pass ends it; `pull`: decode reads
+            when all is computed. The decode engine's setting counts.
+        host: the address that other engines reach this one by. `$KVFERRY_HOST` is its default.
+        port: of rank 0's agent, rank 1 has the next, and so on; 0 takes free ones, which only a
+            router that calls prefill first can do with. `$KVFERRY_PORT` is its default.
+        transports: which to offer; all that work here if empty.
+        timeout_s: how long a decode request may wait for its KV.
+        lease_s: how long prefill keeps the KV of a finished request that nobody asks for.
+        verify: compare a checksum of everything moved.
+    """
+
+    mode: Mode = "push"
+    host: str = "127.0.0.1"
+    port: int = 0
+    transports: tuple[str, ...] = ()
+    timeout_s: float = 120.0
+    lease_s: float = 120.0
+    verify: bool = False
+
+    @classmethod
+    def read(cls, extra: Mapping[str, Any]) -> Settings:
+        """Reads `kv_connector_extra_config`; keys of other connectors are ignored.
+
+        Raises:
+            ValueError: a value makes no sense; names the key.
+        """
+        mode = extra.get("mode", cls.mode)
+        if mode not in ("push", "pull"):
+            raise ValueError(f"kv_connector_extra_config: mode is {mode!r}: use 'push' or 'pull'")
+        transports = extra.get("transports", ())
+        if isinstance(transports, str) or not set(transports) <= set(TRANSPORTS):
+            raise ValueError(
+                f"kv_connector_extra_config: transports is {transports!r}: give a list out of "
+                f"{', '.join(TRANSPORTS)}"
+            )
+        numbers = {}
+        for key, fallback in (
+            ("port", os.environ.get("KVFERRY_PORT", cls.port)),
+            ("timeout_s", cls.timeout_s),
+            ("lease_s", cls.lease_s),
+        ):
+            value = extra.get(key, fallback)
+            try:
+                numbers[key] = float(value)
+            except (TypeError, ValueError):
+                numbers[key] = -1.0
+            if numbers[key] < 0:
+                raise ValueError(f"kv_connector_extra_config: {key} is {value!r}: give a number")
+        return cls(
+            mode=mode,
+            host=str(extra.get("host") or os.environ.get("KVFERRY_HOST") or cls.host),
+            port=int(numbers["port"]),
+            transports=tuple(transports),
+            timeout_s=numbers["timeout_s"],
+            lease_s=numbers["lease_s"],
+            verify=bool(extra.get("verify", False)),
+        )

@@ -1,0 +1,380 @@
+"""The worker side of the vLLM connector: one agent for each rank, driven by the scheduler's orders.
+
+    before the forward pass   sends are opened, those of preempted requests ended
+    after each layer          its blocks go out
+    after the forward pass    what is left goes out; receives begin
+    at the end of the step    what has ended is reported, once
+
+A request is reported only when nobody can touch its blocks any more: vLLM reuses them at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..control.errors import ControlError, HelloRefused, NotConnected
+from ..engine.errors import EngineError
+from .agent import Agent
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import numpy.typing as npt
+
+    from ..engine.layout import KVLayout
+    from .handoffs import Handoff, SendHandoff
+    from .vllm_orders import Orders, ReceiveOrder, SendOrder
+    from .vllm_settings import Settings
+
+CONNECT_TIMEOUT_S = 5.0
+PREEMPT_TIMEOUT_S = 10.0  # beyond what an agent needs to drain a write, or to cut its link
+REFUSAL_S = 10.0  # how long a refused handoff waits for who asks for it
+# Without a forward pass vLLM sleeps 1 ms and asks again, through two processes. Waiting here instead
+# saves those rounds: a load is seen when it ends, often in the step that began it. New requests wait
+# as long at worst.
+IDLE_WAIT_S = 0.002
+
+log = logging.getLogger("kvferry.vllm")
+
+
+class _Send:
+    """One request's blocks on their way out.
+
+    Attributes:
+        next_layer: the position of the layer that goes out next.
+        reportable: whether the scheduler waits for its end.
+    """
+
+    def __init__(self, order: SendOrder, handoff: SendHandoff) -> None:
+        self.order = order
+        self.handoff = handoff
+        self.next_layer = 0
+        self.reportable = False
+
+
+class _Receive:
+    """One request's blocks on their way in."""
+
+    def __init__(self, order: ReceiveOrder) -> None:
+        self.order = order
+        self.handoff: Handoff | None = None
+        self.error: Exception | None = None
+        self.cancelled = ""
+        self.retried = False
+        self.started_s = time.monotonic()
+
+
+class Results:
+    """What a step reports: requests by how they ended, and what loading them took."""
+
+    def __init__(self) -> None:
+        self.sent: set[str] = set()
+        self.received: set[str] = set()
+        self.failed: set[str] = set()
+        self.loads: list[tuple[float, int]] = []
+
+
+class WorkerSide:
+    """One rank's worker. Called by vLLM's thread; agents report from threads of their own.
+
+    Args:
+        engine_id, rank: name this rank's agent.
+        role: `prefill`, `decode` or `both`.
+        settings: see there.
+        layout, caches: see `vllm_layout.describe_caches`; the caches by position in the layout.
+        positions: of the layers, by vLLM's name.
+        blocks_split: cache blocks that one block of vLLM's block manager stands for.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine_id: str,
+        rank: int,
+        role: Any,
+        settings: Settings,
+        layout: KVLayout,
+        caches: list[Any],
+        positions: dict[str, int],
+        blocks_split: int = 1,
+    ) -> None:
+        self._settings = settings
+        self._rank = rank
+        self._positions = positions
+        self._split = blocks_split
+        self._tokens = layout.regions[0].tokens_per_slot
+        self._num_layers = layout.num_layers
+        self._changed = threading.Condition()
+        self._streaming: list[_Send] = []
+        self._sends: dict[str, _Send] = {}
+        self._receives: dict[str, _Receive] = {}
+        self._ended_sends: set[str] = set()
+        self._ended_receives: set[str] = set()
+        self._peers: dict[str, str] = {}
+        self._connecting: dict[str, list[_Receive]] = {}
+        port = str(settings.port + rank) if settings.port else "*"
+        self.agent = Agent(
+            name=agent_name(engine_id, rank),
+            role=role,
+            layout=layout,
+            tensors=caches,
+            bind=f"tcp://{'127.0.0.1' if settings.host == '127.0.0.1' else '*'}:{port}",
+            transports=settings.transports or None,
+            verify=settings.verify,
+            advertise_host=settings.host,
+        )
+
+    def close(self) -> None:
+        """Ends everything."""
+        self.agent.close()
+
+    # A step, in order
+
+    def end_preempted(self, orders: Orders) -> None:
+        """Before the blocks of preempted requests are given to others.
+
+        Raises:
+            RuntimeError: a peer still reads them.
+        """
+        for req_id in orders.preempted_sends:
+            self._end_preempted(req_id)
+
+    def before_forward(self, orders: Orders) -> None:
+        """Ends what must not be read any more, and opens what this step computes."""
+        for req_id in orders.cancelled_sends:
+            self._finish_send(req_id, cancel="the request was aborted")
+        for req_id in orders.finished_sends:
+            self._finish_send(req_id)
+        for handoff_id in orders.refused:
+            self.agent.send(handoff_id, [], timeout_s=REFUSAL_S)
+        for order in orders.sends:
+            self._open_send(order)
+
+    def layer_computed(self, name: str) -> None:
+        """A layer of this step's forward pass is done."""
+        position = self._positions.get(name)
+        for send in self._streaming if position is not None else ():
+            if send.next_layer == position:
+                send.next_layer += 1
+                send.handoff.write_layers(range(position, position + 1))
+
+    def after_forward(self) -> None:
+        """The forward pass is done, all layers of it."""
+        for send in self._streaming:
+            send.handoff.finish()
+        self._streaming.clear()
+
+    def begin_receives(self, orders: Orders) -> None:
+        """Begins to load, and ends loads that nobody waits for any more."""
+        for order in orders.receives:
+            receive = _Receive(order)
+            if order.awaited:
+                self._receives[order.req_id] = receive
+            self._begin_receive(receive)
+        for req_id in orders.cancelled_receives:
+            self._cancel_receive(req_id)
+
+    def take_results(self, *, idle: bool) -> Results:
+        """What has ended since the last call. Waits a little if the step has nothing else to do."""
+        results = Results()
+        with self._changed:
+            if idle and (self._receives or self._sends) and not self._something_to_report():
+                self._changed.wait_for(self._something_to_report, IDLE_WAIT_S)
+            for req_id in [r for r in self._ended_sends if self._sends[r].reportable]:
+                self._ended_sends.discard(req_id)
+                self._note_sent(self._sends.pop(req_id))
+                results.sent.add(req_id)
+            for req_id in self._ended_receives:
+                self._note_received(self._receives.pop(req_id), results)
+            self._ended_receives.clear()
+        return results
+
+    def _something_to_report(self) -> bool:
+        return bool(self._ended_receives) or any(
+            self._sends[req_id].reportable for req_id in self._ended_sends
+        )
+
+    # Sending
+
+    def _open_send(self, order: SendOrder) -> None:
+        blocks = self._cache_blocks(order.block_ids, 0, order.num_tokens)
+        handoff = self.agent.open_send(
+            order.handoff_id, blocks, timeout_s=self._settings.lease_s + self._settings.timeout_s
+        )
+        send = self._sends[order.req_id] = _Send(order, handoff)
+        self._streaming.append(send)
+        handoff.blocks_free.add_done_callback(lambda _: self._send_ended(send))
+        handoff.add_done_callback(lambda _: self._send_ended(send))
+
+    def _send_ended(self, send: _Send) -> None:
+        """On an agent's thread."""
+        with self._changed:
+            if _at_rest(send.handoff) and self._sends.get(send.order.req_id) is send:
+                self._ended_sends.add(send.order.req_id)
+                self._changed.notify_all()
+
+    def _finish_send(self, req_id: str, cancel: str = "") -> None:
+        send = self._sends.get(req_id)
+        if send is None:
+            return
+        with self._changed:
+            send.reportable = True
+        if cancel:
+            send.handoff.cancel(cancel)
+
+    def _end_preempted(self, req_id: str) -> None:
+        """The blocks go to others in this very step: nothing may read them from here on."""
+        send = self._sends.get(req_id)
+        if send is None:
+            return
+        send.handoff.cancel("the request was preempted")
+        with self._changed:
+            ended = self._changed.wait_for(lambda: req_id in self._ended_sends, PREEMPT_TIMEOUT_S)
+            self._ended_sends.discard(req_id)
+            del self._sends[req_id]
+        if not ended:
+            raise RuntimeError(
+                f"the blocks of preempted request {req_id} are still being read after "
+                f"{PREEMPT_TIMEOUT_S} s, and vLLM is about to overwrite them: stop the decode "
+                "engine that does not answer"
+            )
+
+    def _note_sent(self, send: _Send) -> None:
+        error = send.handoff.error
+        if error is not None:
+            log.warning("KV of request %s was not handed over: %s", send.order.req_id, error)
+
+    # Receiving
+
+    def _begin_receive(self, receive: _Receive) -> None:
+        order = receive.order
+        if len(order.addresses) <= self._rank:
+            ranks = len(order.addresses)
+            why = f"prefill has {ranks} ranks, this one is number {self._rank}: use equal numbers"
+            self._refuse(receive, HelloRefused(why, peer=order.peer, operation="receive"))
+            return
+        address = order.addresses[self._rank]
+        name = self._peers.get(address)
+        if name is None:
+            self._connect_first(receive, address)
+            return
+        wanted = agent_name(order.peer, self._rank)
+        if name != wanted:
+            why = f"{address} is {name} now, not {wanted}: the prefill engine was restarted"
+            self._refuse(receive, HelloRefused(why, peer=name, operation="receive"))
+            return
+        skip = -(-order.num_local_tokens // self._tokens)
+        try:
+            handoff = self.agent.receive(
+                order.handoff_id,
+                name,
+                self._cache_blocks(order.block_ids, skip, order.num_tokens),
+                mode=self._settings.mode,
+                skip_blocks=skip,
+                timeout_s=self._settings.timeout_s,
+            )
+        except NotConnected as error:
+            self._peers.pop(address, None)  # the link went down; the peer may be back
+            if receive.retried:
+                self._refuse(receive, error)
+                return
+            receive.retried = True
+            self._connect_first(receive, address)
+            return
+        except (ControlError, EngineError) as error:
+            self._refuse(receive, error)
+            return
+        receive.handoff = handoff
+        handoff.blocks_free.add_done_callback(lambda _: self._receive_ended(receive))
+        handoff.add_done_callback(lambda _: self._receive_ended(receive))
+        if receive.cancelled:
+            handoff.cancel(receive.cancelled)
+
+    def _connect_first(self, receive: _Receive, address: str) -> None:
+        with self._changed:
+            waiting = self._connecting.setdefault(address, [])
+            waiting.append(receive)
+            first = len(waiting) == 1
+        if first:
+            threading.Thread(
+                target=self._connect, args=(address,), name="kvferry-connect", daemon=True
+            ).start()
+
+    def _connect(self, address: str) -> None:
+        """On a thread of its own: gets acquainted, then begins what waits for it."""
+        error: Exception | None = None
+        try:
+            self._peers[address] = self.agent.connect(address, CONNECT_TIMEOUT_S)
+        except (ControlError, EngineError) as failure:
+            error = failure
+        with self._changed:
+            waiting = self._connecting.pop(address)
+        for receive in waiting:
+            if error is not None:
+                self._refuse(receive, error)
+            elif receive.cancelled and receive.order.awaited:
+                self._refuse(receive, NotConnected(receive.cancelled, operation="receive"))
+            else:
+                self._begin_receive(receive)
+
+    def _refuse(self, receive: _Receive, error: Exception) -> None:
+        """Ends a receive that never began."""
+        receive.error = error
+        if not receive.order.awaited:
+            log.warning("prefill still holds blocks of %s: %s", receive.order.handoff_id, error)
+        self._note_end(receive)
+
+    def _receive_ended(self, receive: _Receive) -> None:
+        """On an agent's thread."""
+        assert receive.handoff is not None
+        if _at_rest(receive.handoff):
+            receive.error = receive.handoff.error
+            self._note_end(receive)
+
+    def _note_end(self, receive: _Receive) -> None:
+        with self._changed:
+            if self._receives.get(receive.order.req_id) is receive:
+                self._ended_receives.add(receive.order.req_id)
+                self._changed.notify_all()
+
+    def _cancel_receive(self, req_id: str) -> None:
+        receive = self._receives.get(req_id)
+        if receive is not None:
+            receive.cancelled = "the request was aborted"
+            if receive.handoff is not None:
+                receive.handoff.cancel(receive.cancelled)
+
+    def _note_received(self, receive: _Receive, results: Results) -> None:
+        req_id = receive.order.req_id
+        results.received.add(req_id)
+        if receive.error is None and receive.handoff is not None:
+            took_s = receive.handoff.finished_s - receive.started_s
+            results.loads.append((took_s, receive.handoff.nbytes))
+            return
+        results.failed.add(req_id)
+        if not receive.cancelled:
+            log.warning("KV of request %s was not loaded: %s", req_id, receive.error)
+
+    def _cache_blocks(
+        self, block_ids: Iterable[int], skip: int, num_tokens: int
+    ) -> npt.NDArray[np.int64]:
+        """The cache's blocks for a list of vLLM's, which begins after `skip` of the cache's."""
+        ids = np.asarray(list(block_ids), np.int64)
+        if self._split > 1:
+            ids = (ids[:, None] * self._split + np.arange(self._split)).ravel()
+        return ids[: max(0, -(-num_tokens // self._tokens) - skip)]
+
+
+def agent_name(engine_id: str, rank: int) -> str:
+    """What the agent of an engine's rank is called."""
+    return f"{engine_id}/{rank}"
+
+
+def _at_rest(handoff: Handoff) -> bool:
+    """Whether it ended and nobody can touch its blocks."""
+    return handoff.done() and handoff.blocks_free.done()
