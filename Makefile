@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench test-gpu soak clean
+.PHONY: help venv demo test check bench test-gpu test-vllm soak clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ bench: venv ## the transfer benchmark beside its baselines
 
 test-gpu: venv ## the tests that need CUDA devices; each skip says why
 	@$(BIN)/pytest -m "gpu and not soak" -rs $(ARGS)
+
+test-vllm: venv ## the vLLM connector on pairs of real engines, all of them (minutes)
+	@$(BIN)/pytest -rs tests/adapters/test_vllm_*.py $(ARGS)
 
 soak: venv ## the tests that take minutes
 	@$(BIN)/pytest -m soak $(ARGS)

@@ -221,7 +221,11 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._worker is None:
             return KVConnectorTransferResults()
         results = self._worker.take_results(idle=self._step.idle)
-        return KVConnectorTransferResults(results.sent, results.received, results.failed)
+        return KVConnectorTransferResults(
+            finished_sending=results.sent,
+            finished_recving=results.received,
+            failed_recving=results.failed,
+        )
 
     def shutdown(self) -> None:
         if self._worker is not None:

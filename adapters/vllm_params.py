@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from ..control.keys import split_address
+
 Params = dict[str, Any]
 
 
@@ -72,7 +74,8 @@ def describe(
     mode: str,
 ) -> Params:
     """What prefill tells decode, by way of the router."""
-    host, _, port = addresses[0].removeprefix("tcp://").rpartition(":")
+    endpoint, _ = split_address(addresses[0])
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
     return {
         "do_remote_prefill": True,
         "do_remote_decode": False,

@@ -28,6 +28,7 @@ class Settings:
         timeout_s: how long a decode request may wait for its KV.
         lease_s: how long prefill keeps the KV of a finished request that nobody asks for.
         verify: compare a checksum of everything moved.
+        keys: a key file (`kvferry keys new`); needed where `host` is no address of this machine.
     """
 
     mode: Mode = "push"
@@ -37,6 +38,7 @@ class Settings:
     timeout_s: float = 120.0
     lease_s: float = 120.0
     verify: bool = False
+    keys: str = ""
 
     @classmethod
     def read(cls, extra: Mapping[str, Any]) -> Settings:
@@ -75,4 +77,5 @@ class Settings:
             timeout_s=numbers["timeout_s"],
             lease_s=numbers["lease_s"],
             verify=bool(extra.get("verify", False)),
+            keys=str(extra.get("keys") or os.environ.get("KVFERRY_KEYS") or ""),
         )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..control.errors import ControlError, HelloRefused, NotConnected
+from ..control.keys import Keys, is_local
 from ..engine.errors import EngineError
 from .agent import Agent
 
@@ -118,15 +119,17 @@ class WorkerSide:
         self._peers: dict[str, str] = {}
         self._connecting: dict[str, list[_Receive]] = {}
         port = str(settings.port + rank) if settings.port else "*"
+        host = settings.host if is_local(settings.host) else "*"
         self.agent = Agent(
             name=agent_name(engine_id, rank),
             role=role,
             layout=layout,
             tensors=caches,
-            bind=f"tcp://{'127.0.0.1' if settings.host == '127.0.0.1' else '*'}:{port}",
+            bind=f"tcp://{host}:{port}",
             transports=settings.transports or None,
             verify=settings.verify,
             advertise_host=settings.host,
+            keys=Keys.load(settings.keys) if settings.keys else None,
         )
 
     def close(self) -> None:

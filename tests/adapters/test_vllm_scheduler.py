@@ -1,0 +1,191 @@
+"""The scheduler side of the vLLM connector, told what vLLM's scheduler tells it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvferry.adapters.vllm_scheduler import SchedulerSide
+from kvferry.adapters.vllm_settings import Settings
+
+BLOCK = 16
+REMOTE = {
+    "do_remote_prefill": True,
+    "remote_engine_id": "p",
+    "remote_host": "127.0.0.1",
+    "remote_port": 7000,
+    "remote_request_id": "r-1234",
+}
+TO_PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
+
+
+@pytest.fixture
+def side() -> SchedulerSide:
+    made = SchedulerSide("me", Settings(), block_size=BLOCK, tp_size=1, pp_size=1)
+    made.addresses = ["tcp://10.0.0.1:7000"]
+    return made
+
+
+def request(name: str, num_tokens: int, params: Any) -> Any:
+    return SimpleNamespace(
+        request_id=name, num_prompt_tokens=num_tokens, kv_transfer_params=dict(params)
+    )
+
+
+def step(
+    scheduled: dict[str, int] | None = None,
+    new: Any = (),
+    cached: Any = (),
+    resumed: Any = (),
+    preempted: Any = (),
+) -> Any:
+    """A `SchedulerOutput`; new and cached are `(name, blocks, computed)`."""
+    scheduled = scheduled or {}
+    return SimpleNamespace(
+        num_scheduled_tokens=scheduled,
+        total_num_scheduled_tokens=sum(scheduled.values()),
+        preempted_req_ids=set(preempted),
+        scheduled_new_reqs=[
+            SimpleNamespace(req_id=name, block_ids=(blocks,), num_computed_tokens=computed)
+            for name, blocks, computed in new
+        ],
+        scheduled_cached_reqs=SimpleNamespace(
+            req_ids=[name for name, _, _ in cached],
+            new_block_ids=[(blocks,) if blocks is not None else None for _, blocks, _ in cached],
+            num_computed_tokens=[computed for _, _, computed in cached],
+            resumed_req_ids=set(resumed),
+        ),
+    )
+
+
+def test_a_prompt_in_chunks_is_opened_by_the_step_that_completes_it(side: SchedulerSide) -> None:
+    side.new_request(request("a", 40, TO_PREFILL))
+    assert not side.take_orders(step({"a": 16}, new=[("a", [5], 0)])).sends
+    assert not side.take_orders(step({"a": 16}, cached=[("a", [9], 16)])).sends
+    (send,) = side.take_orders(step({"a": 8}, cached=[("a", [2], 32)])).sends
+    assert (send.handoff_id, send.block_ids, send.num_tokens) == ("a", [5, 9, 2], 40)
+    assert not side.take_orders(step({"a": 1}, cached=[("a", None, 40)])).sends
+
+
+def test_blocks_beyond_the_prompt_stay_here(side: SchedulerSide) -> None:
+    side.new_request(request("a", 32, TO_PREFILL))
+    (send,) = side.take_orders(step({"a": 32}, new=[("a", [5, 6, 7], 0)])).sends
+    assert send.block_ids == [5, 6]
+
+
+def test_a_finished_prompt_keeps_its_blocks_and_tells_the_router(side: SchedulerSide) -> None:
+    side.new_request(prompt := request("a", 20, TO_PREFILL))
+    side.take_orders(step({"a": 20}, new=[("a", [5, 6], 0)]))
+    kept, params = side.request_ended(prompt, ([5, 6],), completed=True)
+    assert kept
+    assert params is not None
+    assert params["remote_host"] == "10.0.0.1"
+    assert params["remote_port"] == 7000
+    assert params["remote_request_id"] == "a"
+    assert params["remote_num_tokens"] == 20
+    assert params["do_remote_prefill"]
+    assert side.has_work
+    assert side.take_orders(step()).finished_sends == ["a"]
+    side.transfers_ended(["a"], [])
+    assert not side.has_work
+
+
+def test_an_abort_after_the_first_layer_keeps_the_blocks_until_nobody_reads_them(
+    side: SchedulerSide,
+) -> None:
+    side.new_request(prompt := request("a", 20, TO_PREFILL))
+    side.take_orders(step({"a": 20}, new=[("a", [5, 6], 0)]))
+    assert side.request_ended(prompt, ([5, 6],), completed=False) == (True, None)
+    assert side.take_orders(step()).cancelled_sends == ["a"]
+
+
+def test_an_abort_before_that_frees_them_and_tells_who_waits(side: SchedulerSide) -> None:
+    side.new_request(prompt := request("a", 40, TO_PREFILL | {"transfer_id": "t"}))
+    side.take_orders(step({"a": 16}, new=[("a", [5], 0)]))
+    assert side.request_ended(prompt, ([5],), completed=False) == (False, None)
+    assert side.take_orders(step()).refused == ["t"]
+
+
+def test_a_preempted_prompt_is_ended_and_opened_again(side: SchedulerSide) -> None:
+    side.new_request(request("a", 20, TO_PREFILL))
+    side.take_orders(step({"a": 20}, new=[("a", [5, 6], 0)]))
+    assert side.take_orders(step(preempted=["a"])).preempted_sends == ["a"]
+    (send,) = side.take_orders(step({"a": 20}, cached=[("a", [8, 3], 0)], resumed=["a"])).sends
+    assert send.block_ids == [8, 3]
+
+
+def test_decode_loads_what_it_has_not(side: SchedulerSide) -> None:
+    asked = request("d", 40, REMOTE)
+    assert side.num_remote_tokens(asked, 16) == 24
+    assert side.num_remote_tokens(asked, 16) == 24, "asking changes nothing"
+    side.blocks_allocated(asked, ([1, 2, 3, 4],), 24)
+    side.blocks_allocated(asked, ([1, 2, 3, 4],), 0)
+    (receive,) = side.take_orders(step()).receives
+    assert receive.block_ids == [2, 3]
+    assert (receive.num_local_tokens, receive.num_tokens) == (16, 40)
+    assert receive.addresses == ["tcp://127.0.0.1:7000"]
+    assert receive.awaited
+    assert side.num_remote_tokens(asked, 0) == 0, "a preempted request is computed here"
+
+
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_decode_tells_prefill_when_it_needs_nothing(side: SchedulerSide, scheduled: bool) -> None:
+    asked = request("d", 40, REMOTE)
+    if scheduled:
+        side.blocks_allocated(asked, ([1, 2, 3],), 0)
+    else:
+        assert side.request_ended(asked, ([],), completed=False) == (False, None)
+    assert side.has_work
+    (receive,) = side.take_orders(step()).receives
+    assert not receive.awaited
+    assert receive.block_ids == []
+
+
+def test_an_abort_while_loading_is_passed_on(side: SchedulerSide) -> None:
+    asked = request("d", 40, REMOTE)
+    side.blocks_allocated(asked, ([1, 2, 3],), 40)
+    side.take_orders(step())
+    assert side.request_ended(asked, ([1, 2, 3],), completed=False) == (False, None)
+    assert side.take_orders(step()).cancelled_receives == ["d"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"remote_request_id": None},
+        {"remote_host": ""},
+        {"remote_port": 0},
+        {"remote_num_tokens": 39},
+    ],
+)
+def test_params_that_lead_nowhere_mean_computing_here(
+    side: SchedulerSide, change: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = request("d", 40, REMOTE | change)
+    assert side.num_remote_tokens(asked, 0) == 0
+    side.blocks_allocated(asked, ([1, 2, 3],), 0)
+    assert not side.take_orders(step()).receives
+    assert next(iter(change)) in caplog.text
+    assert "request d is computed here" in caplog.text
+
+
+def test_a_step_without_a_forward_pass_is_idle(side: SchedulerSide) -> None:
+    assert side.take_orders(step()).idle
+    assert not side.take_orders(step({"x": 1})).idle
+
+
+@pytest.mark.parametrize(
+    ("extra", "word"),
+    [
+        ({"mode": "both"}, "mode"),
+        ({"transports": "cma"}, "transports"),
+        ({"transports": ["rdma"]}, "transports"),
+        ({"port": "x"}, "port"),
+        ({"timeout_s": -1}, "timeout_s"),
+    ],
+)
+def test_a_wrong_setting_is_named(extra: dict[str, Any], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        Settings.read(extra)

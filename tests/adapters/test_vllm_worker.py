@@ -1,0 +1,237 @@
+"""The worker side of the vLLM connector: real agents, caches shaped as vLLM's, orders by hand."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from kvferry.adapters.vllm_layout import Backend, describe_caches, heads_of_rank
+from kvferry.adapters.vllm_orders import Orders, ReceiveOrder, SendOrder
+from kvferry.adapters.vllm_settings import Settings
+from kvferry.adapters.vllm_worker import Results, WorkerSide
+from kvferry.engine.errors import LayoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+LAYERS, BLOCKS, HEADS, TOKENS, CONTENT = 3, 12, 2, 4, 16
+WAIT_S = 30.0
+CPU = Backend("CPU_ATTN", "vec", "0.32.0")
+NAMES = [f"model.layers.{number}.self_attn.attn" for number in range(LAYERS)]
+SENTINEL = -7
+
+
+def make_caches(seed: int | None, tokens: int = TOKENS, blocks: int = BLOCKS) -> dict[str, Any]:
+    """A cache a layer; all of one value if there is no seed."""
+    shape = (blocks, HEADS, tokens, CONTENT)
+    if seed is None:
+        return {name: torch.full(shape, SENTINEL, dtype=torch.bfloat16) for name in NAMES}
+    torch.manual_seed(seed)
+    return {name: torch.randn(shape, dtype=torch.bfloat16) for name in NAMES}
+
+
+@pytest.fixture
+def start(transport: str) -> Iterator[Callable[..., WorkerSide]]:
+    """Starts the worker of one rank."""
+    workers: list[WorkerSide] = []
+
+    def make(engine_id: str, role: str, caches: dict[str, Any], **options: Any) -> WorkerSide:
+        backend = options.pop("backend", CPU)
+        split = options.pop("split", 1)
+        layout, positions = describe_caches(caches, backend, heads_of_rank(HEADS, 1, 0))
+        worker = WorkerSide(
+            engine_id=engine_id,
+            rank=0,
+            role=role,
+            settings=Settings(transports=(transport,), timeout_s=10, lease_s=10, **options),
+            layout=layout,
+            caches=list(caches.values()),
+            positions=positions,
+            blocks_split=split,
+        )
+        workers.append(worker)
+        return worker
+
+    yield make
+    for worker in workers:
+        worker.close()
+
+
+def step(worker: WorkerSide, orders: Orders, *, computes: bool = False) -> Results:
+    """One step, as vLLM's model runner makes it."""
+    worker.end_preempted(orders)
+    worker.before_forward(orders)
+    for name in NAMES if computes else ():
+        worker.layer_computed(name)
+    worker.begin_receives(orders)
+    worker.after_forward()
+    return worker.take_results(idle=not computes)
+
+
+def until_reported(worker: WorkerSide, orders: Orders | None = None) -> Results:
+    """A step with these orders, then steps without any, until one reports something."""
+    deadline_s = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline_s:
+        results = step(worker, orders or Orders())
+        orders = None
+        if results.sent or results.received:
+            return results
+    raise AssertionError("nothing was reported")
+
+
+def ask(prefill: WorkerSide, blocks: list[int], num_tokens: int, local: int = 0) -> Orders:
+    address = prefill.agent.address
+    order = ReceiveOrder("d", "r", "p", [address], blocks, num_tokens, local)
+    return Orders(receives=[order])
+
+
+@pytest.mark.parametrize("mode", ["push", "pull"])
+@pytest.mark.parametrize("decode_first", [False, True])
+def test_a_prompt_arrives_whole_and_nothing_else_does(
+    start: Callable[..., WorkerSide], mode: str, decode_first: bool
+) -> None:
+    src, dst = make_caches(1), make_caches(None)
+    prefill, decode = start("p", "prefill", src), start("d", "decode", dst, mode=mode)
+    send = Orders(sends=[SendOrder("a", "r", [7, 2, 9], 11)])
+    wanted = ask(prefill, [4, 0, 5], 11)
+    if decode_first:
+        assert not step(decode, wanted).received, "there is nothing yet"
+        step(prefill, send, computes=True)
+        results = until_reported(decode)
+    else:
+        step(prefill, send, computes=True)
+        results = until_reported(decode, wanted)
+    assert (results.received, results.failed) == ({"d"}, set())
+    assert len(results.loads) == 1
+    for name in NAMES:
+        assert torch.equal(dst[name][[4, 0, 5]], src[name][[7, 2, 9]])
+        others = [1, 2, 3, *range(6, BLOCKS)]
+        assert bool((dst[name][others] == SENTINEL).all())
+    assert step(prefill, Orders()).sent == set(), "nobody said yet that the request ended"
+    assert until_reported(prefill, Orders(finished_sends=["a"])).sent == {"a"}
+
+
+def test_only_what_decode_has_not_is_moved(start: Callable[..., WorkerSide]) -> None:
+    src, dst = make_caches(1), make_caches(None)
+    prefill, decode = start("p", "prefill", src), start("d", "decode", dst)
+    step(prefill, Orders(sends=[SendOrder("a", "r", [7, 2, 9], 11)]), computes=True)
+    results = until_reported(decode, ask(prefill, [0, 5], 11, local=TOKENS))
+    assert (results.received, results.failed) == ({"d"}, set())
+    for name in NAMES:
+        assert torch.equal(dst[name][[0, 5]], src[name][[2, 9]])
+        assert bool((dst[name][[1, 2, 3, 4]] == SENTINEL).all())
+
+
+def test_prefill_is_told_when_nothing_is_needed(start: Callable[..., WorkerSide]) -> None:
+    prefill = start("p", "prefill", make_caches(1))
+    decode = start("d", "decode", dst := make_caches(None))
+    step(prefill, Orders(sends=[SendOrder("a", "r", [7, 2, 9], 11)]), computes=True)
+    orders = ask(prefill, [], 11, local=11)
+    orders.receives[0].awaited = False
+    step(decode, orders)
+    assert until_reported(prefill, Orders(finished_sends=["a"])).sent == {"a"}
+    assert all(bool((cache == SENTINEL).all()) for cache in dst.values())
+
+
+@pytest.mark.parametrize("mode", ["push", "pull"])
+def test_other_block_sizes_of_an_opaque_cache_are_refused_by_name(
+    start: Callable[..., WorkerSide], mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    prefill = start("p", "prefill", make_caches(1))
+    decode = start("d", "decode", dst := make_caches(None, 2 * TOKENS), mode=mode)
+    step(prefill, Orders(sends=[SendOrder("a", "r", [7, 2, 9], 11)]), computes=True)
+    with caplog.at_level(logging.WARNING):
+        results = until_reported(decode, ask(prefill, [0, 5], 11))
+    assert results.failed == {"d"}
+    assert "block size cannot change from 4 to 8 tokens" in caplog.text
+    assert "'token' is opaque in codec 'vllm/CPU_ATTN/vec/0.32.0'" in caplog.text
+    assert all(bool((cache == SENTINEL).all()) for cache in dst.values())
+
+
+def test_another_instruction_set_is_refused_by_name(
+    start: Callable[..., WorkerSide], caplog: pytest.LogCaptureFixture
+) -> None:
+    prefill = start("p", "prefill", make_caches(1))
+    other = Backend("CPU_ATTN", "amx", "0.32.0")
+    decode = start("d", "decode", make_caches(None), backend=other)
+    step(prefill, Orders(sends=[SendOrder("a", "r", [7], 4)]), computes=True)
+    assert until_reported(decode, ask(prefill, [0], 4)).failed == {"d"}
+    assert "codec differs" in caplog.text
+    assert "amx" in caplog.text
+
+
+def test_a_block_of_vllm_may_be_several_of_the_cache(start: Callable[..., WorkerSide]) -> None:
+    src, dst = make_caches(1), make_caches(None)
+    prefill = start("p", "prefill", src, split=2)
+    decode = start("d", "decode", dst, split=3)
+    step(prefill, Orders(sends=[SendOrder("a", "r", [4, 1], 11)]), computes=True)  # 8 9 2
+    results = until_reported(decode, ask(prefill, [2], 11))  # 6 7 8
+    assert (results.received, results.failed) == ({"d"}, set())
+    for name in NAMES:
+        assert torch.equal(dst[name][[6, 7, 8]], src[name][[8, 9, 2]])
+        assert bool((dst[name][[0, 1, 2, 3, 4, 5, 9, 10, 11]] == SENTINEL).all())
+
+
+def test_a_prefill_engine_that_is_not_there_fails_the_load(
+    start: Callable[..., WorkerSide], caplog: pytest.LogCaptureFixture
+) -> None:
+    prefill, decode = start("p", "prefill", make_caches(1)), start("d", "decode", make_caches(2))
+    orders = ask(prefill, [0], 4)
+    orders.receives[0].peer = "another"
+    assert until_reported(decode, orders).failed == {"d"}
+    assert "is p/0 now, not another/0: the prefill engine was restarted" in caplog.text
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_preempted_prompt_is_not_read_any_more(
+    start: Callable[..., WorkerSide], asked: bool
+) -> None:
+    prefill, decode = start("p", "prefill", make_caches(1)), start("d", "decode", make_caches(2))
+    send = Orders(sends=[SendOrder("a", "r", [7, 2, 9], 11)])
+    if asked:
+        assert not step(decode, ask(prefill, [0, 1, 2], 11)).received
+    prefill.before_forward(send)
+    prefill.layer_computed(NAMES[0])
+    prefill.end_preempted(Orders(preempted_sends=["a"]))
+    prefill.after_forward()
+    if asked:
+        assert until_reported(decode).failed == {"d"}
+    step(prefill, Orders(sends=[SendOrder("a", "r", [1, 3, 5], 11)]), computes=True)
+    assert not until_reported(decode, ask(prefill, [0, 1, 2], 11)).failed
+
+
+def test_aborts_on_either_side_end_both(start: Callable[..., WorkerSide]) -> None:
+    prefill, decode = start("p", "prefill", make_caches(1)), start("d", "decode", make_caches(2))
+    step(decode, ask(prefill, [0, 1, 2], 11))
+    assert until_reported(decode, Orders(cancelled_receives=["d"])).received == {"d"}
+    step(prefill, Orders(sends=[SendOrder("a", "s", [7, 2, 9], 11)]), computes=True)
+    assert until_reported(prefill, Orders(cancelled_sends=["a"])).sent == {"a"}
+
+
+def test_a_refused_handoff_fails_at_once(start: Callable[..., WorkerSide]) -> None:
+    prefill, decode = start("p", "prefill", make_caches(1)), start("d", "decode", make_caches(2))
+    step(prefill, Orders(refused=["r"]))
+    assert until_reported(decode, ask(prefill, [0, 1, 2], 11)).failed == {"d"}
+
+
+@pytest.mark.parametrize("name", ["model.norm", "model.layers.1.experts.2.attn"])
+def test_a_layer_has_one_number(name: str) -> None:
+    with pytest.raises(LayoutError, match="numbers in its name"):
+        describe_caches({name: make_caches(1)[NAMES[0]]}, CPU, heads_of_rank(2, 1, 0))
+
+
+def test_state_space_caches_are_refused() -> None:
+    with pytest.raises(LayoutError, match="only paged attention caches of 4 dimensions"):
+        describe_caches({NAMES[0]: torch.zeros(3, 5)}, CPU, heads_of_rank(2, 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "rank", "want"),
+    [(1, 0, (0, 8, False)), (4, 3, (6, 8, False)), (16, 5, (2, 8, True))],
+)
+def test_heads_of_a_rank(tp_size: int, rank: int, want: tuple[int, int, bool]) -> None:
+    assert tuple(heads_of_rank(8, tp_size, rank)) == want

@@ -1,0 +1,231 @@
+"""Runs checks on a prefill and a decode engine and writes down what came out.
+
+Usage: pair.py SPEC.json RESULT.json
+
+The spec has `model`, the `options` of both engines, those of each in `prefill` and `decode`, and the
+names of `checks`. The result has an entry for each check, or, under `error`, why there is none.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(ROOT))
+
+from tests.adapters.vllm_engines.engine import Engine, tokens  # noqa: E402
+
+NUM_TOKENS = 16
+FIRST, LAST = 3, 258  # ids of the model's ordinary tokens
+TO_PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
+
+
+class Pair:
+    """Two engines, prompts, and what one engine alone makes of them."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        common = {"model": spec["model"]} | spec.get("options", {})
+        self.prefill = Engine("prefill", common | spec["prefill"])
+        self.decode = Engine("decode", common | spec["decode"])
+        self._random = random.Random(1)
+        self._count = 0
+
+    def prompt(self, num_tokens: int) -> list[int]:
+        return [self._random.randint(FIRST, LAST) for _ in range(num_tokens)]
+
+    def alone(self, prompt: list[int]) -> list[int]:
+        """The reference: decode's engine computes everything; its cache is emptied after it."""
+        output = tokens(self.decode.generate(prompt, NUM_TOKENS))
+        assert self.decode.forget_prefixes()
+        return output
+
+    def prefilled(self, prompt: list[int]) -> dict[str, Any]:
+        """The parameters that prefill answers with."""
+        params = self.prefill.generate(prompt, 1, dict(TO_PREFILL)).kv_transfer_params
+        assert params, "prefill gave no kv_transfer_params"
+        return dict(params)
+
+    def one_after_the_other(self, prompt: list[int]) -> Any:
+        return self.decode.generate(prompt, NUM_TOKENS, self.prefilled(prompt))
+
+    def router_params(self, first: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a router that calls both at once tells prefill and decode."""
+        self._count += 1
+        name = f"transfer-{self._count}"
+        address = {key: first[key] for key in ("remote_engine_id", "remote_host", "remote_port")}
+        return (
+            TO_PREFILL | {"transfer_id": name},
+            {"do_remote_prefill": True, "transfer_id": name} | address,
+        )
+
+
+def check_tokens(pair: Pair) -> Any:
+    """Prompts of less than a block, of whole blocks, of several chunks."""
+    result = []
+    for length in (17, 64, 129, 300, 700):
+        prompt = pair.prompt(length)
+        want = pair.alone(prompt)
+        got = pair.one_after_the_other(prompt)
+        result.append([length, want, tokens(got)])
+        assert pair.decode.forget_prefixes(), "blocks leaked on decode"
+    assert pair.prefill.forget_prefixes(), "blocks leaked on prefill"
+    return result
+
+
+def check_both_at_once(pair: Pair) -> Any:
+    """Decode has the request before prefill, and at the same time."""
+    first = pair.prefilled(warm := pair.prompt(40))
+    pair.decode.generate(warm, 1, first)
+    result = []
+    for length, wait_s in ((129, 0.2), (300, 0.0), (700, 0.0)):
+        prompt = pair.prompt(length)
+        want = pair.alone(prompt)
+        to_prefill, to_decode = pair.router_params(first)
+        _, got = pair.decode.submit(prompt, NUM_TOKENS, to_decode)
+        time.sleep(wait_s)  # which of the two comes first must not matter
+        pair.prefill.generate(prompt, 1, to_prefill)
+        result.append([length, want, tokens(got.result(60))])
+        assert pair.decode.forget_prefixes(), "blocks leaked on decode"
+    assert pair.prefill.forget_prefixes(), "blocks leaked on prefill"
+    return result
+
+
+def check_many(pair: Pair) -> Any:
+    """Eight requests at a time."""
+    prompts = [pair.prompt(50 + 30 * number) for number in range(8)]
+    together = [pair.decode.submit(prompt, NUM_TOKENS)[1] for prompt in prompts]
+    wants = [tokens(each.result(60)) for each in together]
+    assert pair.decode.forget_prefixes()
+    one_by_one = [pair.alone(prompt) for prompt in prompts]
+    assert wants == one_by_one, "this model's tokens depend on what else is computed"
+    made = [pair.prefill.submit(prompt, 1, dict(TO_PREFILL))[1] for prompt in prompts]
+    got = [
+        pair.decode.submit(prompt, NUM_TOKENS, output.result(60).kv_transfer_params)[1]
+        for prompt, output in zip(prompts, made, strict=True)
+    ]
+    outputs = [tokens(each.result(60)) for each in got]
+    assert pair.decode.forget_prefixes(), "blocks leaked on decode"
+    assert pair.prefill.forget_prefixes(), "blocks leaked on prefill"
+    return [[len(p), want, out] for p, want, out in zip(prompts, wants, outputs, strict=True)]
+
+
+def check_corrupted(pair: Pair) -> Any:
+    """The control: zeros in prefill's cache must change the tokens, or nothing was loaded."""
+    prompt = pair.prompt(300)
+    want = pair.alone(prompt)
+    params = pair.prefilled(prompt)
+    pair.prefill.zero_caches()
+    got = pair.decode.generate(prompt, NUM_TOKENS, params)
+    assert pair.prefill.forget_prefixes()
+    assert pair.decode.forget_prefixes()
+    return [300, want, tokens(got)]
+
+
+def check_prefix(pair: Pair) -> Any:
+    """Decode has the first 128 tokens; zeros in prefill's blocks of those must change nothing."""
+    prompt = pair.prompt(300)
+    want = pair.alone(prompt)
+    pair.decode.generate(prompt[:128], 1)
+    got = pair.one_after_the_other(prompt)
+    assert pair.decode.forget_prefixes()
+    pair.decode.generate(prompt[:128], 1)
+    assert pair.prefill.forget_prefixes()
+    params = pair.prefilled(prompt)
+    pair.prefill.call(
+        lambda llm: llm.collective_rpc(_zero_blocks, args=(params["remote_block_ids"][0][:4],))
+    )
+    zeroed = pair.decode.generate(prompt, NUM_TOKENS, params)
+    assert pair.decode.forget_prefixes()
+    assert pair.prefill.forget_prefixes()
+    return [[300, want, tokens(got)], [300, want, tokens(zeroed)]]
+
+
+def _zero_blocks(worker: Any, block_ids: list[int]) -> None:
+    for cache in worker.model_runner.kv_caches:
+        cache[block_ids] = 0
+
+
+def check_unreachable(pair: Pair) -> Any:
+    """Nobody is where decode was told to look: recomputed, or an error, as configured."""
+    prompt = pair.prompt(129)
+    want = pair.alone(prompt)
+    params = pair.prefilled(prompt)
+    wrong = params | {"remote_engine_id": "another", "remote_host": "127.0.0.1"}
+    got = pair.decode.generate(prompt, NUM_TOKENS, wrong)
+    reason = got.outputs[0].finish_reason
+    pair.decode.generate(prompt, 1, params)  # so that prefill frees its blocks
+    assert pair.decode.forget_prefixes()
+    assert pair.prefill.forget_prefixes()
+    return {"want": want, "got": tokens(got), "finish_reason": reason}
+
+
+def check_aborts(pair: Pair) -> Any:
+    """Requests are aborted at every moment of their lives; the next one is right, nothing leaks."""
+    first = pair.prefilled(warm := pair.prompt(40))
+    pair.decode.generate(warm, 1, first)
+    aborted = 0
+    for delay_s in (0.0, 0.002, 0.01, 0.03, 0.1, 0.3):
+        for both in (False, True):
+            prompt = pair.prompt(700)
+            if both:  # prefill is aborted while it computes, decode waits for it
+                to_prefill, to_decode = pair.router_params(first)
+                name, computed = pair.prefill.submit(prompt, 1, to_prefill)
+                loading, output = pair.decode.submit(prompt, NUM_TOKENS, to_decode)
+                time.sleep(delay_s)  # the moment of the abort is what is varied
+                pair.prefill.abort(name)
+                computed.result(60)
+            else:
+                params = pair.prefilled(prompt)
+                loading, output = pair.decode.submit(prompt, NUM_TOKENS, params)
+                time.sleep(delay_s)
+            pair.decode.abort(loading)
+            aborted += output.result(60) is None
+    assert pair.decode.forget_prefixes(), "blocks leaked on decode"
+    assert pair.prefill.forget_prefixes(), "blocks leaked on prefill"
+    prompt = pair.prompt(129)
+    return {
+        "aborted": aborted,
+        "after": [129, pair.alone(prompt), tokens(pair.one_after_the_other(prompt))],
+    }
+
+
+def check_preempted(pair: Pair) -> Any:
+    """More requests than prefill has blocks for; some are preempted and computed again."""
+    prompts = [pair.prompt(400) for _ in range(8)]
+    wants = [pair.alone(prompt) for prompt in prompts]
+    outputs = []
+    made = [pair.prefill.submit(prompt, 1, dict(TO_PREFILL))[1] for prompt in prompts]
+    for prompt, output in zip(prompts, made, strict=True):
+        params = output.result(60).kv_transfer_params
+        outputs.append(tokens(pair.decode.generate(prompt, NUM_TOKENS, params)))
+    assert pair.decode.forget_prefixes(), "blocks leaked on decode"
+    assert pair.prefill.forget_prefixes(), "blocks leaked on prefill"
+    return [[400, want, got] for want, got in zip(wants, outputs, strict=True)]
+
+
+def main(spec_file: str, result_file: str) -> None:
+    """Runs the checks in order; one that fails does not stop the others."""
+    spec = json.loads(Path(spec_file).read_text())
+    results: dict[str, Any] = {}
+    try:
+        pair = Pair(spec)
+        for name in spec["checks"]:
+            started_s = time.monotonic()
+            try:
+                results[name] = globals()[f"check_{name}"](pair)
+            except BaseException:
+                results[name] = {"error": traceback.format_exc()}
+            print(f"== {name} {time.monotonic() - started_s:.1f} s", flush=True)
+    except BaseException:
+        results["error"] = traceback.format_exc()
+    Path(result_file).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
