@@ -151,6 +151,8 @@ class PrefillHandoff(Draining, Recalling):
             first, last = self._next_layer, self.source.num_layers
             self._source_finished = True
         if first < last:
+            if self._layers:  # nobody has asked yet: all of it is one write then
+                first, _ = self._layers.pop()
             self._layers.append((first, last))
             self._next_layer = last
         if self.state == WRITING:

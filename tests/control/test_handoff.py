@@ -214,13 +214,13 @@ def test_prefill_writes_layers_as_they_come_and_then_says_so() -> None:
     assert {ReleaseBlocks, Succeed} <= kinds(steps)
 
 
-def test_the_layers_of_an_early_source_wait_for_the_request() -> None:
+def test_the_layers_of_an_early_source_wait_for_the_request_and_go_at_once() -> None:
     desk = prefilling()
     key, _ = desk.offer("r", SourceOffered(SRC, 2, 30.0))
     desk.handle(key, SourceReady((0, 1)))
     desk.handle(key, SourceFinished())
     writes = [a for _, a in desk.receive(request()) if isinstance(a, StartWrite)]
-    assert [write.layers for write in writes] == [(0, 1), (1, 2)]
+    assert [write.layers for write in writes] == [(0, 2)]
 
 
 def test_skipped_blocks_are_not_written() -> None:
