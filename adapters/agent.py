@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
     from ..control.daemon_messages import Member
     from ..control.events import Event
+    from ..control.http import HttpServer
     from ..control.keys import Keys
     from ..control.messages import Role, Side
     from ..engine.layout import KVLayout
@@ -83,6 +84,7 @@ class Agent:
             and go: agents that know each other never wait for it.
         model, topology, tokens_per_s: what the daemon places by; see `Registration`.
         lease_s: how long after its last sign of life the daemon still counts on this agent.
+        http: `host:port` for /metrics, /healthz and /readyz; not served if "".
         ranks: the layouts of all ranks of this engine, where the model's cache is spread over
             several; this agent is one of them. See `ranks.py`.
         rank: which.
@@ -116,6 +118,7 @@ class Agent:
         topology: Topology | None = None,
         tokens_per_s: float = 0.0,
         lease_s: float = DEFAULT_LEASE_S,
+        http: str = "",
         ranks: Sequence[KVLayout] = (),
         rank: int = 0,
     ) -> None:
@@ -152,6 +155,13 @@ class Agent:
                 self.engine.close()
             raise
         self._enrolment: Enrolment | None = None
+        self._http: HttpServer | None = None
+        if http:
+            try:
+                self._http = self._serve(http)
+            except BaseException:
+                self.close()
+                raise
         if daemon:
             registration = Registration(
                 name=name,
@@ -186,6 +196,11 @@ class Agent:
         if self._advertise_host and endpoint.startswith("tcp://"):
             endpoint = f"tcp://{self._advertise_host}:{endpoint.rpartition(':')[2]}"
         return join_address(endpoint, self._keys.public if self._keys is not None else b"")
+
+    @property
+    def http_address(self) -> str:
+        """Where /metrics is served; "" if it is not."""
+        return self._http.address if self._http is not None else ""
 
     @property
     def members(self) -> dict[str, Member]:
@@ -465,6 +480,8 @@ class Agent:
                 return
             self._closed = True
         all_back = threading.Event()
+        if self._http is not None:
+            self._http.close()
         if self._enrolment is not None:
             self._soon(self._enrolment.leave)
         self._core.mailbox.call_soon(partial(self._core.begin_close, all_back.set))
@@ -477,6 +494,22 @@ class Agent:
             self._cache.deregister()
 
     # Helpers
+
+    def _serve(self, address: str) -> HttpServer:
+        from .agent_metrics import AgentMetrics
+
+        self._core.workbench.metrics = AgentMetrics(self._core)
+        return self._core.workbench.metrics.serve(address, self._unready)
+
+    def _unready(self) -> str:
+        """Why nothing new should come here, or ""."""
+        if self._closed:
+            return "closed"
+        if self.draining:
+            return "draining"
+        if self._enrolment is not None and not self._enrolment.registered:
+            return f"not registered: {self._enrolment.reason}"
+        return ""
 
     def _take_role(self, role: Role) -> None:
         self.role = role

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..engine.tickets import Ticket
     from ..engine.transfer import TransferEngine
     from .acquaintances import Acquaintances
+    from .agent_metrics import AgentMetrics
     from .handoffs import Handoff
     from .mailbox import Mailbox, Timer
 
@@ -63,6 +64,7 @@ class Workbench:
     Attributes:
         work: by side of the handoff and its machine's key.
         rates: bytes a second, as measured with each peer.
+        metrics: whom to tell how handoffs end, if anybody.
     """
 
     def __init__(self, engine: TransferEngine, cache: RegisteredCache, name: str) -> None:
@@ -70,6 +72,7 @@ class Workbench:
         self.cache = cache
         self.work: dict[tuple[Side, int], Work] = {}
         self.rates: dict[str, float] = {}
+        self.metrics: AgentMetrics | None = None
         self._name = name
         self._stream = idle_stream(cache.device)
         self._tell: Tell
@@ -145,9 +148,19 @@ class Workbench:
             case events.ReleaseBlocks() if work.handoff is not None:
                 work.handoff.blocks_free._finish(0)
             case events.Succeed(nbytes=nbytes) if work.handoff is not None:
+                self._note(side, work, nbytes, None)
                 work.handoff._outcome._finish(nbytes)
             case events.Fail(error=error) if work.handoff is not None:
+                self._note(side, work, 0, error)
                 work.handoff._outcome._fail(error)
+
+    def _note(self, side: Side, work: Work, nbytes: int, error: Exception | None) -> None:
+        """For the figures, before the user hears of it."""
+        if self.metrics is not None and work.handoff is not None:
+            peer = self._acquaintances.get(work.session)
+            transport = peer.link.transport if peer is not None and peer.link is not None else ""
+            seconds = time.monotonic() - work.handoff.started_s
+            self.metrics.ended(side, transport, seconds, nbytes, error)
 
     def _clear_timer(self, work: Work, kind: str) -> None:
         timer = work.timers.pop(kind, None)

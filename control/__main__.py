@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: daemon.stop())
     print(
         f"kvferry daemon: listening on {daemon.endpoint}, changes on {daemon.publisher}, "
+        f"{'http on ' + daemon.http.address + ', ' if daemon.http is not None else ''}"
         f"{'keys required' if keys is not None else 'this machine only'}",
         flush=True,
     )

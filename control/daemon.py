@@ -28,6 +28,7 @@ from .daemon_messages import (
     requests,
 )
 from .errors import ConfigError, PlacementError, ProtocolError
+from .figures import DaemonFigures
 from .fleet import Fleet
 from .membership import Membership
 from .placement import place
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     import msgspec
 
     from .daemon_messages import AnyAnswer, AnyRequest
+    from .http import HttpServer
     from .keys import Keys
     from .settings import Settings
 
@@ -91,6 +93,17 @@ class Daemon:
         self._poller.register(self._wake_fd, zmq.POLLIN)
         self._stopping = False
         self._read_s = time.monotonic()
+        self.figures = self._look()
+        self.http: HttpServer | None = None
+        if settings.http:
+            # Imported here: the metrics library takes 6 MiB, which a daemon without it saves.
+            from .daemon_metrics import serve_daemon
+
+            try:
+                self.http = serve_daemon(settings.http, lambda: self.figures)
+            except BaseException:
+                self.close()
+                raise
         self._flush_due_s = self._tick_due_s = self._loads_due_s = 0.0
 
     def stop(self) -> None:
@@ -124,6 +137,8 @@ class Daemon:
 
     def close(self) -> None:
         """Closes the sockets. Once."""
+        if self.http is not None:
+            self.http.close()
         self._context.destroy(linger=LINGER_MS)
         os.close(self._wake_fd)
 
@@ -229,6 +244,8 @@ class Daemon:
             self._publish(CHANGES_TOPIC, self.membership.tick())
         if now_s >= self._loads_due_s:
             self._loads_due_s = now_s + LOADS_S
+            if self.http is not None:
+                self.figures = self._look()
             loads = self.membership.flush_loads()
             if loads is not None:
                 for name, load in loads.loads.items():
@@ -259,8 +276,20 @@ class Daemon:
         with contextlib.suppress(zmq.ZMQError):  # slow watchers miss it, and notice the gap
             self._publisher.send_multipart([topic, answers.encode(message)], zmq.NOBLOCK)
 
+    def _look(self) -> DaemonFigures:
+        return DaemonFigures(
+            time.monotonic(),
+            self.membership.members,
+            self.membership.loads,
+            self.requests_served,
+            self.requests_denied,
+            self.membership.sequence,
+            self._stopping,
+        )
+
     def _drain(self) -> None:
         """Answers what waits, and publishes the last changes."""
+        self.figures = self._look()
         end_s = time.monotonic() + DRAIN_S
         while time.monotonic() < end_s and self._take(time.monotonic()):
             pass

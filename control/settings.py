@@ -25,6 +25,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     publish: str = "tcp://127.0.0.1:7718"
     keys: str = ""
     allowed: str = ""
+    http: str = ""
     log_level: str = "info"
 
 
@@ -33,6 +34,7 @@ HELP = {
     "publish": "ZeroMQ endpoint for changes",
     "keys": "key file, from `kvferry keys new`; without one, loopback addresses only",
     "allowed": "allow-list of public keys; `allowed_keys` beside the key file if not given",
+    "http": "host:port for /metrics, /healthz and /readyz; not served if empty",
     "log_level": "debug, info, warning or error",
 }
 LOG_LEVELS = ("debug", "info", "warning", "error")

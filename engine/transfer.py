@@ -229,6 +229,11 @@ class TransferEngine:
         return self._core.counters.late_writes
 
     @property
+    def counters_pending(self) -> int:
+        """Counters that somebody waits for."""
+        return self._core.counters.pending
+
+    @property
     def foreign_writes(self) -> int:
         """Writes and aborts under an imm that another engine was expected to write; not counted."""
         return self._core.counters.foreign_writes

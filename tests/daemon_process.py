@@ -21,7 +21,7 @@ class DaemonProcess:
         self.arguments = list(arguments)
         self.address = ""
         self.publisher = ""
-        self.key = ""
+        self.key = self.http = ""
         self.start()
 
     def start(self) -> None:
@@ -42,6 +42,7 @@ class DaemonProcess:
         assert line.startswith("kvferry daemon: listening on "), line
         self.address = line.split()[4].rstrip(",")
         self.publisher = line.split()[7].rstrip(",")
+        self.http = line.partition("http on ")[2].partition(",")[0]
 
     def kill(self) -> None:
         """SIGKILL; also ends a frozen process."""

@@ -1,0 +1,19 @@
+"""One look at a daemon, for whoever shows it to people."""
+
+from __future__ import annotations
+
+import msgspec
+
+from .daemon_messages import Load, Member  # noqa: TC001 - msgspec reads them
+
+
+class DaemonFigures(msgspec.Struct, frozen=True):
+    """One look at a daemon, by its own loop: replaced as a whole, so any thread may read it."""
+
+    at_s: float
+    members: tuple[Member, ...]
+    loads: dict[str, Load]
+    served: int
+    denied: int
+    sequence: int
+    draining: bool
