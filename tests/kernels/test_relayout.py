@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kvferry.engine.reblock import TokenPlan
 from kvferry.engine.transports.cuda_tokens import compile_tokens, span_of
@@ -16,7 +18,7 @@ from kvferry.kernels.errors import ShapeError
 from kvferry.kernels.relayout import relayout
 from kvferry.kernels.signal import Signal
 from kvferry.kernels.tiles import Tuning
-from tests.engine.caches import PagedPool, expect_tokens
+from tests.engine.caches import AXES, PagedPool, expect_tokens
 
 from .conftest import need_cuda
 
@@ -65,7 +67,7 @@ def launch(
 ) -> tuple[int, PagedPool]:
     """Moves tokens on `device`; returns the bytes and the destination afterwards."""
     plan = TokenPlan(src.layout, dst.layout)
-    here, there = ([t.to(device) for t in pool.tensors] for pool in (src, dst))
+    here, there = ([t.to(device, copy=True) for t in pool.tensors] for pool in (src, dst))
     addresses = [np.array([t.data_ptr() for t in side], np.int64) for side in (here, there)]
     tables = [torch.from_numpy(shuffled(pool)).to(device) for pool in (src, dst)]
     moved = 0
@@ -96,6 +98,28 @@ def test_tokens_land_and_nothing_else(
     src, dst = pair_of(case)
     _, after = launch(src, dst, span, kernel_device, max_programs=max_programs, tuning=SMALL)
     assert after.equals(expected(src, dst, span))
+
+
+@settings(
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    orders=st.tuples(*[st.permutations(AXES[:-1]).map(lambda order: (*order, "dim"))] * 2),
+    tokens=st.tuples(*[st.sampled_from([1, 2, 3, 4, 6])] * 2),
+    heads=st.tuples(*[st.sampled_from([(0, 4), (0, 2), (1, 3), (1, 2)])] * 2),
+    dim=st.sampled_from([1, 4, 8, 20]),
+    span=st.tuples(st.integers(0, 11), st.integers(0, 11)).map(sorted),
+)
+def test_any_layout_to_any_layout(
+    kernel_device: str, orders: Any, tokens: Any, heads: Any, dim: int, span: list[int]
+) -> None:
+    src, dst = pair_of((orders[0], tokens[0], heads[0], orders[1], tokens[1], heads[1], dim))
+    _, after = launch(src, dst, (span[0], span[1]), kernel_device, tuning=SMALL)
+    assert after.equals(expected(src, dst, (span[0], span[1])))
 
 
 EXACT = [
