@@ -59,7 +59,8 @@ if TYPE_CHECKING:
 
 TRANSPORTS = ("cuda_ipc", "cma", "verbs", "tcp")  # in order of preference
 LOCAL = ("cuda_ipc", "cma")  # between processes of one host, over a Unix socket
-HANDSHAKE_TIMEOUT_S = 5.0
+# A slow machine may need longer: an emulated one takes seconds for the first handshake.
+HANDSHAKE_TIMEOUT_S = float(os.environ.get("KVFERRY_HANDSHAKE_TIMEOUT_S", "5"))
 MAX_HANDSHAKES = 256  # connections that have not proven themselves yet
 
 log = logging.getLogger(__name__)

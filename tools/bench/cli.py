@@ -38,3 +38,9 @@ lazy.add(
     "kvferry.tools.bench.paths",
     "From which piece size a transport is faster without staging; can save that for engines.",
 )
+lazy.add(
+    app,
+    "verbs",
+    "kvferry.tools.bench.verbs",
+    "Write blocks between two RDMA devices, direct and staged, beside perftest.",
+)

@@ -82,9 +82,10 @@ def run(
 def _script(command: Sequence[str], environment: Mapping[str, str]) -> str:
     kept = {name: os.environ[name] for name in KEPT if name in os.environ}
     # 9p answers slowly: nothing is compiled twice, and no byte code is written to a lost overlay.
+    slow = {"PYTHONDONTWRITEBYTECODE": "1", "KVFERRY_HANDSHAKE_TIMEOUT_S": "60"}
     lines = [
         f"export {name}={shlex.quote(value)}"
-        for name, value in {**kept, "PYTHONDONTWRITEBYTECODE": "1", **environment}.items()
+        for name, value in {**kept, **slow, **environment}.items()
     ]
     lines += [f"cd {shlex.quote(os.getcwd())}", f"exec {shlex.join(command)}"]
     return "\n".join(lines) + "\n"

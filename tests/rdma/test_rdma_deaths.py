@@ -1,0 +1,90 @@
+"""A peer that is killed at any moment of a stream, thirty times: named, bounded, and no byte astray.
+
+Its process is forked from one that has everything imported, so that thirty lives take seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvferry.engine.errors import EngineError, PeerLost
+from kvferry.engine.transfer import TransferEngine
+
+MIB = 1 << 20
+SENTINEL = 0xA5
+PATIENCE_S = 120.0
+ROUNDS = 30
+
+
+def victim(pipe: Any, survivor: bytes, target: Any, nbytes: int) -> None:
+    """Writes into the survivor's memory, and takes what it writes, until it is killed."""
+    with TransferEngine(name="victim", nics=("rxe1",), transports=("verbs",)) as engine:
+        inbox = engine.register(np.zeros(nbytes, np.uint8))
+        outbox = engine.register(np.full(nbytes, 2, np.uint8))
+        link = engine.connect(survivor, transport="verbs", timeout_s=PATIENCE_S)
+        pipe.send((engine.engine_id, inbox.descriptor))
+        with contextlib.suppress(EngineError):
+            while True:
+                link.write(outbox, 0, target, 0, nbytes, imm=1).wait(PATIENCE_S)
+        os._exit(0)
+
+
+def test_a_peer_may_be_killed_at_any_of_thirty_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))  # the forked ones import this file
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kvferry.engine.transfer", __name__])
+    chance = random.Random(4)
+    nbytes = 2 * MIB
+    whole = np.full(nbytes + 8192, SENTINEL, np.uint8)
+    window = whole[4096:-4096]
+    with TransferEngine(name="survivor", nics=("rxe0",), transports=("verbs",)) as engine:
+        mine = engine.register(np.ones(nbytes, np.uint8))
+        census = None
+        for _ in range(ROUNDS):
+            into = engine.register(window)
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=victim, args=(theirs, engine.address.encode(), into.descriptor, nbytes)
+            )
+            process.start()
+            theirs.close()
+            engine_id, inbox = ours.recv()
+            link = engine.accept_link(engine_id, PATIENCE_S)
+            waiting = engine.expect(engine.new_imm(), nbytes=1, links=[link], timeout_s=PATIENCE_S)
+            tickets = [waiting]
+            fate = threading.Timer(chance.uniform(0, 0.3), process.kill)
+            fate.start()
+            try:
+                while True:
+                    tickets.append(link.write(mine, 0, inbox, 0, nbytes, imm=1))
+                    if len(tickets) > 3:
+                        tickets[-2].wait(PATIENCE_S)
+            except PeerLost:
+                pass
+            fate.join()
+            process.join()
+            for ticket in tickets:
+                try:
+                    ticket.wait(PATIENCE_S)
+                except EngineError as error:
+                    assert isinstance(error, PeerLost), error  # noqa: PT017
+            assert isinstance(waiting.exception(), PeerLost)
+            assert link.quiesced.wait(PATIENCE_S) == 0
+            into.deregister()
+            assert (whole[:4096] == SENTINEL).all()
+            assert (whole[-4096:] == SENTINEL).all()
+            assert mine._uses == 0
+            ours.close()
+            process.close()
+            now = (threading.active_count(), len(os.listdir("/proc/self/fd")))
+            assert census in (None, now)
+            census = now

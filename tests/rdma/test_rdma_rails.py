@@ -1,0 +1,109 @@
+"""Rails: even shares, unequal numbers of devices, credits, and registration once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from kvferry.engine.transports import verbs_device, verbs_frames, verbs_qp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("piece", [0, 65536, 4096])
+@pytest.mark.parametrize(
+    ("here", "there"), [(("rxe0", "rxe1"), ("rxe1", "rxe0")), (("rxe0",), ("rxe1", "rxe0"))]
+)
+def test_two_rails_share_the_bytes_evenly(
+    make_pair: Callable[..., Any], here: tuple[str, ...], there: tuple[str, ...], piece: int
+) -> None:
+    """Also where one end has two devices and the other one."""
+    pair = make_pair(here=here, there=there)
+    memory = pair.memory(4 * MIB)
+    memory.write(piece=piece).wait()
+    memory.arrived()
+    for sent, received in zip(pair.link.rails, pair.back.rails, strict=True):
+        print(sent, received)
+        assert sent.sent_nbytes == received.received_nbytes
+        assert abs(sent.sent_nbytes - memory.nbytes / 2) < 0.05 * memory.nbytes
+    assert [rail.device for rail in pair.link.rails] == [*here, *here][:2]
+
+
+def test_a_fast_sender_never_meets_a_receiver_without_receives(pair: Any) -> None:
+    """More writes with an imm than receives are ever posted; without credits the rail would break."""
+    memory = pair.memory(MIB)
+    count = 3 * verbs_qp.RECEIVE_DEPTH
+    offsets = np.arange(count) * 2
+    imm = pair.there.new_imm()
+    ticket = pair.there.expect(imm, nbytes=count, writes=count, timeout_s=120.0)
+    for offset in offsets.tolist():
+        pair.link.write(memory.here, offset, memory.there.descriptor, offset, 1, imm=imm)
+    assert ticket.wait() == count
+    assert (memory.dst[offsets] == memory.src[offsets]).all()
+    memory.dst[offsets] = 0xA5
+    assert (memory.dst == 0xA5).all()
+    assert all(rail.up for rail in pair.link.rails)
+
+
+def test_a_region_is_registered_once_whatever_the_links(
+    pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned = []
+    pin = verbs_device.Device.pin
+
+    def noted(device: Any, address: int, nbytes: int) -> Any:
+        pinned.append((address, nbytes))
+        return pin(device, address, nbytes)
+
+    monkeypatch.setattr(verbs_device.Device, "pin", noted)
+    memory = pair.memory(65536)
+    second = pair.connect()
+    for link in (pair.link, second, pair.link):
+        memory.write(link).wait()
+        memory.arrived()
+        memory.clear()
+    ours = (memory.here.address, memory.nbytes)
+    theirs = (memory.there.address, memory.nbytes)
+    assert (pinned.count(ours), pinned.count(theirs)) == (1, 1)
+    memory.there.deregister()
+    memory.here.deregister()
+    second.close()
+
+
+def test_a_read_of_small_and_of_large_pieces(pair: Any) -> None:
+    for piece in (4096, 65536):
+        memory = pair.memory(MIB)
+        memory.dst[:] = memory.src
+        memory.src[:] = 0
+        order = np.random.default_rng(1).permutation(MIB // piece) * piece
+        ticket = pair.link.read(memory.here, order, memory.there.descriptor, order, piece)
+        assert ticket.wait() == MIB
+        assert np.array_equal(memory.src, memory.dst)
+        memory.unharmed()
+
+
+def test_a_lying_frame_reaches_nothing(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The receiver believes no table: a wrong key is refused, and the link serves on."""
+    memory = pair.memory(MIB)
+    memory.write(piece=4096).wait()
+    memory.arrived()
+    memory.clear()
+    rows = verbs_frames.tables.region_rows
+
+    def forged(regions: Any) -> Any:
+        table = rows(regions)
+        table["key"] = 0
+        return table
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verbs_frames.tables, "region_rows", forged)
+        error = pair.failure(memory.write(piece=4096))
+    assert "not registered here under that key" in str(error)
+    assert (memory.whole == 0xA5).all()
+    memory.write(piece=4096).wait()
+    memory.arrived()
