@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench test-gpu test-vllm soak clean
+.PHONY: help venv demo test check bench test-gpu test-vllm test-rdma soak clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ test-gpu: venv ## the tests that need CUDA devices; each skip says why
 
 test-vllm: venv ## the vLLM connector on pairs of real engines, all of them (minutes)
 	@$(BIN)/pytest -rs tests/adapters/test_vllm_*.py $(ARGS)
+
+test-rdma: venv ## the verbs suite, in a virtual machine with RDMA devices
+	@$(BIN)/pytest -q -rs tests/tools/test_rdma_suite.py $(ARGS)
 
 soak: venv ## the tests that take minutes
 	@$(BIN)/pytest -m soak $(ARGS)

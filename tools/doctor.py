@@ -13,10 +13,13 @@ from typing import Annotated, NamedTuple
 
 import typer
 
+from kvferry.engine import topology
+
 # Each is a module of `kvferry.engine.transports` with a `probe()`.
 TRANSPORTS = ("cuda_ipc", "cma", "verbs", "tcp")
 
-INFINIBAND = Path("/sys/class/infiniband")
+SYSFS = Path("/sys")
+INFINIBAND = SYSFS / "class" / "infiniband"
 PTRACE_SCOPE = Path("/proc/sys/kernel/yama/ptrace_scope")
 PTRACE_SCOPES = {
     "0": "0: processes of one user may reach each other",
@@ -91,6 +94,39 @@ def check_rdma_devices(root: Path = INFINIBAND) -> Check:
     return Check(name, ok=True, detail="; ".join(found))
 
 
+def check_pyverbs() -> Check:
+    """Which pyverbs is found, and the rdma-core that it must fit."""
+    from kvferry.engine.transports import verbs_library
+
+    found, core = verbs_library.find(), verbs_library.core_version()
+    if found is None:
+        return Check("pyverbs", ok=False, detail=verbs_library.absence())
+    return Check("pyverbs", ok=True, detail=f"{found.text}; rdma-core {core or 'not installed'}")
+
+
+def check_nearest_nics(root: Path = SYSFS) -> Check:
+    """The RDMA devices that are nearest to each GPU, by PCI bridges and NUMA node."""
+    name = "NICs by GPU"
+    nics, gpus = topology.nics(root), topology.gpus(root)
+    active = [nic for nic in nics if nic.active]
+    if not gpus or not active:
+        return Check(name, ok=None, detail=f"{len(gpus)} GPUs, {len(active)} active RDMA ports")
+    parts = []
+    for number, gpu in enumerate(gpus):
+        near = topology.nearest(gpu, active)
+        how = topology.distance(gpu, near[0]).name
+        parts.append(f"GPU {number} ({gpu.address}): {', '.join(nic.name for nic in near)} ({how})")
+    return Check(name, ok=None, detail="; ".join(parts))
+
+
+def check_gpu_over_rdma() -> Check:
+    """How an RDMA device would reach GPU memory here."""
+    from kvferry.engine.transports import verbs_gpu
+
+    how, why = verbs_gpu.choose()
+    return Check("GPU memory over RDMA", ok=None, detail=f"{how}: {why}")
+
+
 def check_ptrace_scope(path: Path = PTRACE_SCOPE) -> Check:
     """Yama's setting, which rules whether `cma` may reach a sibling process."""
     name = "Yama ptrace_scope"
@@ -141,8 +177,10 @@ def examine() -> tuple[list[Check], list[Check]]:
         check_package("triton", "pip install triton (Linux only)"),
         check_package("cuda-bindings", "pip install kvferry[cuda]"),
         check_cuda_devices(),
-        check_package("pyverbs", "pip install kvferry[rdma], or apt install python3-pyverbs"),
+        check_pyverbs(),
         check_rdma_devices(),
+        check_nearest_nics(),
+        check_gpu_over_rdma(),
         check_ptrace_scope(),
         check_memlock(),
         check_paths(),

@@ -11,13 +11,15 @@ import os
 import random
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pytest
 
 from kvferry.engine.errors import EngineError, PeerLost
 from kvferry.engine.transfer import TransferEngine
+
+if TYPE_CHECKING:
+    import pytest
 
 MIB = 1 << 20
 SENTINEL = 0xA5

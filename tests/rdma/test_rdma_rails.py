@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from kvferry.engine.transports import verbs_device, verbs_frames, verbs_qp
+from kvferry.engine import tables
+from kvferry.engine.transports import verbs_device, verbs_qp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,7 +94,7 @@ def test_a_lying_frame_reaches_nothing(pair: Any, monkeypatch: pytest.MonkeyPatc
     memory.write(piece=4096).wait()
     memory.arrived()
     memory.clear()
-    rows = verbs_frames.tables.region_rows
+    rows = tables.region_rows
 
     def forged(regions: Any) -> Any:
         table = rows(regions)
@@ -101,7 +102,7 @@ def test_a_lying_frame_reaches_nothing(pair: Any, monkeypatch: pytest.MonkeyPatc
         return table
 
     with monkeypatch.context() as patch:
-        patch.setattr(verbs_frames.tables, "region_rows", forged)
+        patch.setattr(tables, "region_rows", forged)
         error = pair.failure(memory.write(piece=4096))
     assert "not registered here under that key" in str(error)
     assert (memory.whole == 0xA5).all()

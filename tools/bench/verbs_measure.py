@@ -86,13 +86,13 @@ def measure(near: str, far: str, rounds: int) -> Report:
             # In turns, so that a disturbance hits all of them.
             figures: dict[str, list[float]] = {}
             for _ in range(rounds):
-                for name, run in (
-                    ("perftest_1m", lambda: _perftest(near, far, MIB, 64)),
-                    ("staged_4k", lambda: sender.run(4096)),
-                    ("perftest_64k", lambda: _perftest(near, far, 65536, 512)),
-                    ("direct_64k", lambda: sender.run(65536)),
+                for name, value in (
+                    ("perftest_1m", _perftest(near, far, MIB, 64)),
+                    ("staged_4k", sender.run(4096)),
+                    ("perftest_64k", _perftest(near, far, 65536, 512)),
+                    ("direct_64k", sender.run(65536)),
                 ):
-                    figures.setdefault(name, []).append(run())
+                    figures.setdefault(name, []).append(value)
             crossover = {
                 size: (sender.run(size, staged_below=0), sender.run(size, staged_below=MIB))
                 for size in (4096, 8192, 16384, 32768, 65536)

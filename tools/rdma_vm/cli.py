@@ -10,7 +10,7 @@ import typer
 
 from kvferry.tools import lazy
 from kvferry.tools.rdma_vm import image, machine
-from kvferry.tools.rdma_vm.missing import missing
+from kvferry.tools.rdma_vm.missing import PACKAGES, missing
 
 CANNOT = 69  # EX_UNAVAILABLE: the machine cannot run here; a command's own status is its own
 BROKEN = 70  # EX_SOFTWARE: the machine ended without the command's status
@@ -52,6 +52,12 @@ def check() -> None:
     """Say whether the machine can run here; exits 69 if not."""
     _check()
     _say("can run here")
+
+
+@app.command()
+def packages() -> None:
+    """Print the Debian packages that it needs."""
+    print(" ".join(PACKAGES))
 
 
 def _check() -> None:

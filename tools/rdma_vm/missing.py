@@ -6,6 +6,8 @@ import platform
 import shutil
 from pathlib import Path
 
+from kvferry.engine.transports import verbs_library
+
 # Programs that build and run the machine, and the Debian packages that have them. Those of the guest
 # are the host's too: it runs on the host's files.
 PROGRAMS = {
@@ -44,4 +46,4 @@ def missing() -> str:
         return "it boots Debian's kernel, which apt-get fetches: this host has no apt-get"
     if lacking:
         return f"missing here: apt-get install {' '.join(sorted(lacking))}"
-    return ""
+    return verbs_library.absence()
