@@ -34,7 +34,7 @@ test-vllm: venv ## the vLLM connector on pairs of real engines, all of them (min
 	@$(BIN)/pytest -rs tests/adapters/test_vllm_*.py $(ARGS)
 
 test-rdma: venv ## the verbs suite, in a virtual machine with RDMA devices
-	@$(BIN)/pytest -q -rs tests/tools/test_rdma_suite.py $(ARGS)
+	@KVFERRY_REQUIRE_RDMA=1 $(BIN)/pytest -q tests/tools/test_rdma_suite.py $(ARGS)
 
 soak: venv ## the tests that take minutes
 	@$(BIN)/pytest -m soak $(ARGS)

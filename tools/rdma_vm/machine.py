@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 MEMORY_MIB = 4096
 MAX_MTU = 9000  # of the veth pairs: 4,096 bytes of payload a packet, the most that RDMA has
-KEPT = ("PATH", "PYTHONPATH", "VIRTUAL_ENV", "LANG", "PYTEST_ADDOPTS")
+KEPT = ("PATH", "PYTHONPATH", "VIRTUAL_ENV", "LANG", "PYTEST_DISABLE_PLUGIN_AUTOLOAD")
 _PR_SET_PDEATHSIG = 1
 
 
