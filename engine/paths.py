@@ -25,8 +25,9 @@ NEVER_DIRECT = 1 << 62
 VARIABLE = "KVFERRY_PATHS"
 
 # The smallest piece that goes direct. cuda_ipc: with ids in order of destination, direct is best at
-# every size over NVLink (decision 0006). cma: decision 0003. tcp: decision 0003, both ends on two
-# cores of a 2.5 GHz Xeon, 128 B 0.31 : 0.39 GB/s, 256 B 0.55 : 0.43.
+# every size over NVLink (decision 0006). cma: staging gains below 256 to 1,024 bytes, and costs memory
+# (decision 0017). tcp: decision 0003, both ends on two cores of a 2.5 GHz Xeon, 128 B 0.31 : 0.39 GB/s,
+# 256 B 0.55 : 0.43.
 DEFAULTS: Mapping[str, int] = {"cuda_ipc": 0, "cma": 0, "tcp": 256}
 
 
