@@ -26,6 +26,7 @@ lazy.add(
     "kvferry.tools.daemon",
     "Run the daemon: who is there, and which pair takes a request.",
 )
+lazy.add(app, "top", "kvferry.tools.top", "A live view of agents, handoffs and bandwidths.")
 lazy.add(app, "keys", "kvferry.tools.keys", "Make key pairs for agents and daemons.")
 lazy.add(app, "agents", "kvferry.tools.agents", "List, drain, restore and flip agents.")
 lazy.add(
