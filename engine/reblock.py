@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from .block_scales import SCALE_NBYTES
-from .errors import BlockOutOfRange, LayoutError, OverlappingBlocks, PlanError
+from .block_tables import block_table, check_distinct, check_ids, state_ids
+from .errors import LayoutError, PlanError
 from .plan import Pieces
 from .reconcile import reconcile
 
@@ -228,10 +229,10 @@ class TokenPlan:
         Raises:
             BlockOutOfRange, OverlappingBlocks, PlanError: naming the side and the id.
         """
-        src_ids = _table("source", src_tables, pair.src_group)
-        dst_ids = _table("destination", dst_tables, pair.dst_group)
+        src_ids = block_table("source", src_tables, pair.src_group)
+        dst_ids = block_table("destination", dst_tables, pair.dst_group)
         if not pair.unit:
-            return _state_ids(pair, src_ids, dst_ids)
+            return state_ids(pair, src_ids, dst_ids)
         if not 0 <= start <= stop:
             raise PlanError(f"tokens [{start}, {stop}) are no range", operation="plan")
         first = window_start(pair, start, stop)
@@ -251,9 +252,9 @@ class TokenPlan:
                     f"{len(ids)} {side} blocks of {tokens} tokens do not hold token {stop - 1}",
                     operation="plan",
                 )
-            _check_ids(side, used, slots, null)
+            check_ids(side, used, slots, null)
             if side == "destination":
-                _check_distinct(used)
+                check_distinct(used)
         return src_ids, dst_ids
 
     def _nbytes_of(self, pair: int, layers: tuple[int, ...] | None) -> tuple[int, int]:
@@ -311,70 +312,6 @@ def stretches(start: int, stop: int, unit: int) -> list[Stretch]:
 
 def _layer_key(layers: Sequence[int] | None) -> tuple[int, ...] | None:
     return None if layers is None else tuple(sorted({int(layer) for layer in layers}))
-
-
-# Checks of block tables.
-
-
-def _table(side: str, tables: Sequence[BlockTable], group: int) -> Ids:
-    if group >= len(tables):
-        raise PlanError(
-            f"{len(tables)} {side} block tables, but group {group} is to be moved: give one for "
-            "each group of the layout",
-            operation="plan",
-        )
-    ids = np.asarray(tables[group])
-    if ids.size == 0:
-        return np.zeros(0, np.int64)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise PlanError(
-            f"{side} block table {group} must be one row of integers, not {ids.dtype} of shape "
-            f"{ids.shape}",
-            operation="plan",
-        )
-    return ids.astype(np.int64, copy=False)
-
-
-def _state_ids(pair: TablePair, src_ids: Ids, dst_ids: Ids) -> tuple[Ids, Ids]:
-    """The pages of state to move, without the null slots."""
-    if len(src_ids) != len(dst_ids):
-        raise PlanError(
-            f"{len(src_ids)} source pages of {pair.kind} state but {len(dst_ids)} destination "
-            "pages",
-            operation="plan",
-        )
-    keep = np.ones(len(src_ids), bool)
-    if pair.src_null is not None and pair.dst_null is not None:
-        keep = (src_ids != pair.src_null) | (dst_ids != pair.dst_null)
-    src_ids, dst_ids = src_ids[keep], dst_ids[keep]
-    _check_ids("source", src_ids, pair.src_slots, pair.src_null)
-    _check_ids("destination", dst_ids, pair.dst_slots, pair.dst_null)
-    _check_distinct(dst_ids)
-    return src_ids, dst_ids
-
-
-def _check_ids(side: str, ids: Ids, num_slots: int, null: int | None) -> None:
-    if not len(ids):
-        return
-    if null is not None and bool((ids == null).any()):
-        raise BlockOutOfRange(
-            f"{side} block id {null} stands for no block, but tokens in it are to be moved",
-            operation="plan",
-        )
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= num_slots:
-        raise BlockOutOfRange(
-            f"{side} block id {low if low < 0 else high} is not in a cache of {num_slots} blocks",
-            operation="plan",
-        )
-
-
-def _check_distinct(ids: Ids) -> None:
-    ordered = np.sort(ids)
-    same = ordered[1:] == ordered[:-1]
-    if bool(same.any()):
-        twice = int(ordered[1:][same][0])
-        raise OverlappingBlocks(f"destination block id {twice} is named twice", operation="plan")
 
 
 # Templates.
