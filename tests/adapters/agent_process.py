@@ -108,9 +108,10 @@ class Commands:
         num_blocks: int = 64,
         heads: int = 2,
         tokens: int = TOKENS,
+        dim: int = DIM,
         **options: Any,
     ) -> None:
-        self._cache = Cache(num_blocks, heads, tokens)
+        self._cache = Cache(num_blocks, heads, tokens, dim)
         self._gate = Gate()
         self._handoffs: list[Any] = []
         self._agent = Agent(
