@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import DeviceLost, EngineError, LinkError, LinkFlushed, NotRegistered, RailError
+from ..errors import (
+    DeviceLost,
+    EngineError,
+    LinkError,
+    LinkFlushed,
+    NotRegistered,
+    RailError,
+    RetryExceeded,
+)
 from ..wire import (
     Acknowledge,
     Arrived,
@@ -415,6 +423,14 @@ class VerbsPath(DataPath):
             completion.status, completion.vendor_err, rail=rail.name, peer=self.link.peer.name
         )
         culprit = None
+        if not rail.device.lost and not rail.device.active:
+            # Devices blame whatever their send ran into; what helps is to know this.
+            error = RetryExceeded(
+                f"the port of {rail.device.name} is down: {error.message}",
+                peer=self.link.peer.name,
+                rail=rail.name,
+                vendor_code=error.vendor_code,
+            )
         if receive:
             error = LinkFlushed(
                 f"a write of the peer broke the rail, which this side's device refused: {error.message}",

