@@ -60,8 +60,8 @@ if TYPE_CHECKING:
     from .verbs_meeting import Meeting
     from .verbs_rail import Rail
 
-# Where one work request takes longer than its bytes need, frames are faster: measured by
-# `kvferry bench verbs`, figures in docs/benchmarks.md.
+# Where one work request takes longer than its bytes need, frames are faster. Provisional: `kvferry
+# bench verbs` measures the crossover, and no quiet run of it is on record.
 STAGED_BELOW_NBYTES = 32 << 10
 STAGED_FROM_REQUESTS = 8  # a few work requests are posted sooner than a frame is put together
 BATCH = 32  # work requests a doorbell: a long transfer stops soon, and others come in between

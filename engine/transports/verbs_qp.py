@@ -1,7 +1,7 @@
 """One reliable connected queue pair: connected once, posted to in batches, stopped once.
 
 Work requests are posted through the library's extended calls, which fill the device's queue in
-place: no object a work request. Measured beside the classic chain in docs/benchmarks.md.
+place: no object a work request. `kvferry bench verbs` measures both ways.
 """
 
 from __future__ import annotations
