@@ -42,6 +42,7 @@ from .token_handoffs import expected_nbytes, pack_tables
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     import numpy.typing as npt
     import torch
@@ -216,6 +217,14 @@ class Agent:
     def draining(self) -> bool:
         """Whether nothing new is to be placed on this agent."""
         return self._enrolment is not None and self._enrolment.draining
+
+    def write_trace(self, path: Path) -> int:
+        """Writes the last handoffs' timelines for `kvferry trace`; returns how many.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        return self._core.workbench.recorder.write(path)
 
     def report(self, *, queued_tokens: int = 0, free_blocks: int = 0) -> None:
         """Tells, with the next heartbeat, what placement should know of the engine's load."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..control import events
 from ..control.errors import BlocksMismatch, ControlError
+from ..control.recorder import Recorder
 from ..engine.errors import Cancelled, EngineError, LinkError
 from .compute_order import idle_stream
 from .token_handoffs import read_tokens, write_tokens
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from ..control.events import Action, Event
     from ..control.messages import Side
+    from ..control.recorder import Timeline
     from ..engine.memory import RegisteredCache
     from ..engine.tickets import Ticket
     from ..engine.transfer import TransferEngine
@@ -40,6 +42,7 @@ ENGINE_MARGIN_S = 10.0  # beyond a handoff's deadline, which the machines keep
 RATE_NBYTES = 1 << 20  # smaller transfers tell the latency, not the bandwidth
 RATE_WEIGHT = 0.2  # of the newest transfer in a pair's bandwidth
 MAX_RATES = 256
+TIMELINES = 1024  # handoffs that the recorder remembers; half a KB each
 
 log = logging.getLogger("kvferry.agent")
 
@@ -50,6 +53,7 @@ class Work:
     def __init__(self) -> None:
         self.handoff: Handoff | None = None
         self.session = 0
+        self.timeline: Timeline | None = None
         self.nbytes = 0
         self.request: dict[str, Any] | None = None  # decode: what was asked for
         self.block_ids: npt.NDArray[np.int32] = np.zeros(0, np.int32)
@@ -64,6 +68,7 @@ class Workbench:
     Attributes:
         work: by side of the handoff and its machine's key.
         rates: bytes a second, as measured with each peer.
+        recorder: the last handoffs' timelines.
         metrics: whom to tell how handoffs end, if anybody.
     """
 
@@ -72,6 +77,7 @@ class Workbench:
         self.cache = cache
         self.work: dict[tuple[Side, int], Work] = {}
         self.rates: dict[str, float] = {}
+        self.recorder = Recorder(TIMELINES)
         self.metrics: AgentMetrics | None = None
         self._name = name
         self._stream = idle_stream(cache.device)
@@ -93,6 +99,10 @@ class Workbench:
         work = self.work.setdefault((side, key), Work())
         work.handoff = handoff
         handoff._key = key
+        work.timeline = self.recorder.begin(
+            handoff.request_id, side, self._name, handoff.peer, handoff.started_s
+        )
+        work.timeline.mark("asked" if side == "decode" else "offered")
         return work
 
     def end(self, side: Side, key: int) -> None:
@@ -134,8 +144,10 @@ class Workbench:
                     work.counter.cancel()
             case events.StartWrite():
                 work.session, work.nbytes = action.request.session, action.request.nbytes
+                _mark(work, "on wire")
                 self._start(side, key, work, action.op, partial(self._write, action))
             case events.StartRead():
+                _mark(work, "on wire")
                 self._start(side, key, work, action.op, partial(self._read, work, action))
             case events.CancelOperations():
                 for ticket in work.tickets.values():
@@ -146,6 +158,7 @@ class Workbench:
             case events.Quarantine(reason=reason):
                 log.warning("%s: blocks are kept in quarantine: %s", self._name, reason)
             case events.ReleaseBlocks() if work.handoff is not None:
+                _mark(work, "free")
                 work.handoff.blocks_free._finish(0)
             case events.Succeed(nbytes=nbytes) if work.handoff is not None:
                 self._note(side, work, nbytes, None)
@@ -156,6 +169,10 @@ class Workbench:
 
     def _note(self, side: Side, work: Work, nbytes: int, error: Exception | None) -> None:
         """For the figures, before the user hears of it."""
+        if work.timeline is not None:
+            work.timeline.mark("failed" if error is not None else "ready")
+            work.timeline.nbytes = nbytes
+            work.timeline.error = type(error).__name__ if error is not None else ""
         if self.metrics is not None and work.handoff is not None:
             peer = self._acquaintances.get(work.session)
             transport = peer.link.transport if peer is not None and peer.link is not None else ""
@@ -244,6 +261,9 @@ class Workbench:
         self, side: Side, key: int, ended: events.OperationEnded, session: int, took_s: float
     ) -> None:
         peer = self._acquaintances.get(session)
+        work = self.work.get((side, key))
+        if work is not None:
+            _mark(work, "written" if side == "prefill" else "read")
         if ended.error is None and ended.nbytes >= RATE_NBYTES and peer is not None:
             name, rate = peer.session.name, ended.nbytes / max(took_s, 1e-9)
             known = self.rates.get(name, rate)
@@ -263,3 +283,8 @@ class Workbench:
         if error is not None and peer is not None and peer.link is not None and peer.link.closed:
             return  # `LinkDown` is on its way, and says more
         self._tell("decode", key, events.CounterEnded(ticket.nbytes, error))
+
+
+def _mark(work: Work, name: str) -> None:
+    if work.timeline is not None:
+        work.timeline.mark(name)

@@ -27,6 +27,7 @@ lazy.add(
     "Run the daemon: who is there, and which pair takes a request.",
 )
 lazy.add(app, "top", "kvferry.tools.top", "A live view of agents, handoffs and bandwidths.")
+lazy.add(app, "trace", "kvferry.tools.trace", "Show recorded handoffs in Perfetto.")
 lazy.add(app, "keys", "kvferry.tools.keys", "Make key pairs for agents and daemons.")
 lazy.add(app, "agents", "kvferry.tools.agents", "List, drain, restore and flip agents.")
 lazy.add(
