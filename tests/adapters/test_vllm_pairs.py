@@ -7,7 +7,6 @@ reason where it cannot be. Each pair of engines runs several checks, in `vllm_en
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +40,7 @@ def vllm_python() -> str:
 @pytest.fixture(scope="session")
 def model(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
-    run([vllm_python, str(HERE / "models.py"), str(folder)], folder / "log.txt")
+    run([vllm_python, "-m", "kvferry.tools.vllm_cpu.models", str(folder)], folder / "log.txt")
     return str(folder)
 
 
@@ -91,13 +90,12 @@ def run_pair(
 def run(command: list[str], log: Path) -> None:
     with log.open("wb") as output:
         done = subprocess.run(
-            command,
+            ["nice", "-n", "5", *command],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environ() | {"HF_HOME": str(log.parent)},
             cwd=log.parent,
             timeout=PAIR_TIMEOUT_S,
-            preexec_fn=lambda: os.nice(5),
         )
     assert done.returncode == 0, log.read_text()[-4000:]
 

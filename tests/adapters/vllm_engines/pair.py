@@ -16,10 +16,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[3]
-sys.path.insert(0, str(ROOT))
-
-from tests.adapters.vllm_engines.engine import Engine, tokens  # noqa: E402
+from kvferry.tools.vllm_cpu.engine import Engine, tokens
 
 NUM_TOKENS = 16
 FIRST, LAST = 3, 258  # ids of the model's ordinary tokens

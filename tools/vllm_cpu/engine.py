@@ -1,4 +1,4 @@
-"""A real vLLM engine for tests and measurements; runs in vLLM's own environment, not in pytest's.
+"""A real vLLM engine for tests and measurements; runs in vLLM's own environment.
 
 Every engine is two more processes (scheduler and worker), as in production; only HTTP is left out.
 """

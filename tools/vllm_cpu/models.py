@@ -1,6 +1,6 @@
 """Tiny random models for real engines; runs in vLLM's environment.
 
-Usage: models.py FOLDER
+python -m kvferry.tools.vllm_cpu.models FOLDER
 """
 
 from __future__ import annotations
