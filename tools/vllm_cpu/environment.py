@@ -68,7 +68,7 @@ def _make(home: Path, python: Path) -> None:
     if free < NEEDED_BYTES:
         raise CannotInstall(f"{home.parent} has {free >> 30} GiB free, {NEEDED_BYTES >> 30} needed")
     print(f"kvferry: vLLM for CPUs in {home} (minutes, once)", file=sys.stderr, flush=True)
-    venv.create(home, with_pip=True, clear=True)
+    venv.create(home, with_pip=True)  # what a run that was cut short has installed stays
     log = home / "kvferry-install.log"
     for extra in (["-r", str(PINS[0])], ["--no-deps", "-r", str(PINS[1])]):
         with open(log, "ab") as output:
