@@ -200,15 +200,3 @@ def test_the_other_modes_and_transports(
     assert all_equal(got(result, "many"))
     _, want, tokens = got(result, "corrupted")
     assert want != tokens
-
-
-@pytest.mark.soak
-def test_prompts_that_prefill_preempts(run_pair: Callable[..., dict[str, Any]]) -> None:
-    result = run_pair(
-        ["preempted"],
-        mode="push",
-        transport="cma",
-        policy="recompute",
-        prefill={"num_gpu_blocks_override": 40},
-    )
-    assert all_equal(got(result, "preempted"))

@@ -192,20 +192,6 @@ def check_aborts(pair: Pair) -> Any:
     }
 
 
-def check_preempted(pair: Pair) -> Any:
-    """More requests than prefill has blocks for; some are preempted and computed again."""
-    prompts = [pair.prompt(400) for _ in range(8)]
-    wants = [pair.alone(prompt) for prompt in prompts]
-    outputs = []
-    made = [pair.prefill.submit(prompt, 1, dict(TO_PREFILL))[1] for prompt in prompts]
-    for prompt, output in zip(prompts, made, strict=True):
-        params = output.result(60).kv_transfer_params
-        outputs.append(tokens(pair.decode.generate(prompt, NUM_TOKENS, params)))
-    assert pair.decode.forget_prefixes(), "blocks leaked on decode"
-    assert pair.prefill.forget_prefixes(), "blocks leaked on prefill"
-    return [[400, want, got] for want, got in zip(wants, outputs, strict=True)]
-
-
 def main(spec_file: str, result_file: str) -> None:
     """Runs the checks in order; one that fails does not stop the others."""
     spec = json.loads(Path(spec_file).read_text())
