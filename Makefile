@@ -31,7 +31,7 @@ test-gpu: venv ## the tests that need CUDA devices; each skip says why
 	@$(BIN)/pytest -m "gpu and not soak" -rs $(ARGS)
 
 test-vllm: venv ## the vLLM connector on pairs of real engines, all of them (minutes)
-	@$(BIN)/pytest -rs tests/adapters/test_vllm_*.py $(ARGS)
+	@$(BIN)/pytest -rs -m "soak or not soak" tests/adapters/test_vllm_*.py $(ARGS)
 
 test-rdma: venv ## the verbs suite, in a virtual machine with RDMA devices
 	@KVFERRY_REQUIRE_RDMA=1 $(BIN)/pytest -q tests/tools/test_rdma_suite.py $(ARGS)

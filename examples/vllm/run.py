@@ -138,9 +138,12 @@ def main() -> None:
         pass
     finally:
         for server in servers.values():
-            os.killpg(server.pid, signal.SIGTERM)
+            server.terminate()  # it ends its own processes
         for server in servers.values():
-            server.wait(30)
+            try:
+                server.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":
