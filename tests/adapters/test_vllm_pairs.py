@@ -56,9 +56,11 @@ def run_pair(
         mode: str,
         transport: str,
         policy: str = "fail",
+        patience_s: float = 60,
         **options: dict[str, Any],
     ) -> dict[str, Any]:
-        extra = {"mode": mode, "transports": [transport], "timeout_s": 60, "lease_s": 60}
+        extra: dict[str, Any] = {"mode": mode, "transports": [transport], "timeout_s": patience_s}
+        extra["lease_s"] = patience_s
         connector = CONNECTOR | {"kv_connector_extra_config": extra}
         spec = {
             "model": model,
@@ -183,6 +185,7 @@ def test_other_block_sizes_are_refused_by_name_and_never_wrong(
         mode="push",
         transport="cma",
         policy="recompute",
+        patience_s=5,  # a decode engine that was refused cannot tell prefill to free its blocks
         prefill={"block_size": prefill},
         decode={"block_size": decode},
     )
