@@ -5,6 +5,7 @@ After each refusal the destination still holds its sentinels, the link is up and
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -245,6 +246,9 @@ def test_the_largest_and_the_smallest_imm_work(link: Link, peer: Peer) -> None:
         assert peer.call("wait", ticket) == 0
 
 
+@pytest.mark.skipif(
+    "KVFERRY_TEST_SHUFFLE" in os.environ, reason="says which arrival is the one too many"
+)
 def test_imms_that_nobody_expects_are_kept_up_to_a_bound(
     transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
