@@ -238,7 +238,7 @@ class Acquaintances:
         for other in list(self._all.values()):
             same_name = other is not known and other.up and other.session.name == name
             if same_name and other.session.peer.generation != peer.generation:  # type: ignore[union-attr]
-                self._part(other, "session", f"{name} was restarted")
+                self._depose(other, f"{name} was restarted")
         self._core.came_up(known)
         self._by_name[name] = known
         if known.waiter is not None and not known.waiter.done():
@@ -262,7 +262,7 @@ class Acquaintances:
         for known in list(self._all.values()):
             peer = known.session.peer
             if known.up and peer is not None and peer.name == name and peer.generation != life:
-                self._part(known, "session", f"{name} was replaced by another life")
+                self._depose(known, f"{name} was replaced by another life")
 
     def say_goodbye(self, reason: str) -> None:
         """Tells every peer that this agent leaves; each then closes its links, or else we do.
@@ -275,6 +275,12 @@ class Acquaintances:
                 self._core.mailbox.call_later(FAREWELL_S, partial(self._close_links, known))
             if known.waiter is not None and not known.waiter.done():
                 known.waiter.set_exception(AgentClosed(reason, operation="connect"))
+
+    def _depose(self, known: Acquaintance, detail: str) -> None:
+        """Parts from an earlier life of a name, here and now: it may be alive, and what it says when
+        it notices comes too late."""
+        self._part(known, "session", detail)
+        self._link_down(known)
 
     def _part(self, known: Acquaintance, reason: Reason, detail: str) -> None:
         error = HelloRefused(detail, peer=known.session.name, operation="link")
