@@ -54,7 +54,7 @@ class SharedSlots:
         Raises:
             TransportUnavailable: the kernel does not let this process open them.
             ProtocolError: they are not what the peer says.
-            FileNotFoundError: the peer has closed them, or has ended.
+            FileNotFoundError, ProcessLookupError: the peer has closed them, or has ended.
         """
         if not (num_slots and slot_nbytes and num_slots * slot_nbytes <= MAX_NBYTES):
             raise ProtocolError(
@@ -62,7 +62,7 @@ class SharedSlots:
             )
         try:
             mine = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
             raise
         except OSError as error:
             raise TransportUnavailable(

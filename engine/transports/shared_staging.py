@@ -86,6 +86,7 @@ class SharedStaging:
         self._named: tuple[object, bytes] = (None, b"")
         self._mine: SharedSlots | None = None
         self._theirs: SharedSlots | None = None
+        self._closed = False  # by the peer before we could open it; what it has said is still coming
         self._movers: dict[tuple[str, int], Mover] = {}
         self._threads: dict[str, threading.Thread] = {}
         self._running = 0
@@ -108,8 +109,9 @@ class SharedStaging:
     def handle(self, message: LinkMessage) -> bool:
         """Handles a control message on the progress thread; False if it is not for staging."""
         if isinstance(message, Staged):
-            self._start("in", self._take_in)
-            self._in.put(message)
+            if not self._closed:
+                self._start("in", self._take_in)
+                self._in.put(message)
         elif isinstance(message, Unstaged):
             self._unstaged(message.slot)
         elif isinstance(message, OpenStaging):
@@ -481,7 +483,8 @@ class SharedStaging:
             self._theirs = SharedSlots.open(
                 self._pid, message.descriptor, message.num_slots, message.slot_nbytes
             )
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
+            self._closed = True
             self._link.suspect()  # its process has ended, or it has just closed the link
         except EngineError as error:
             self._link.fail(error)
