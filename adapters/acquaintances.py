@@ -3,8 +3,9 @@
 A session (`control/session.py`) decides; here its wishes are carried out. Plans are made and links
 are opened and closed on short-lived threads, since all of these may block.
 
-Every link of one peer's engine stands and falls together: both sides may have dialled, and neither
-knows which of two links the other writes over. So a peer can reach nothing only once all are down.
+A session has a link of its own, which its one-time token ties to it: where both sides have dialled,
+or have met anew in other roles, each handoff's bytes take the link of the session that it belongs to,
+and the end of one session is not the end of another.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ from ..engine.admission import TOKEN_NBYTES
 from ..engine.errors import EngineError, LinkClosed
 from ..engine.handshake import EngineAddress
 from ..engine.memory import CacheDescriptor
-from ..engine.tickets import all_of
 from .acquaintance import Acquaintance
 from .rank_plans import plan_between
 
@@ -216,7 +216,7 @@ class Acquaintances:
                     describe.engine, token=describe.token, timeout_s=LINK_TIMEOUT_S
                 )
             else:
-                link = engine.accept_link(known.engine_id, timeout_s=LINK_TIMEOUT_S)
+                link = engine.accept_link(known.engine_id, LINK_TIMEOUT_S, token=known.token)
         except EngineError as error:
             known.failure = error
             self._core.mailbox.call_soon(partial(self._tell, known, LinkOpened(error.message)))
@@ -226,7 +226,7 @@ class Acquaintances:
     def _link_opened(self, known: Acquaintance, link: Link) -> None:
         known.link = link
         if known.session.state == ENDED:
-            self._close_links(known)  # too late: nobody waits for it any more
+            self._close_link(known)  # too late: nobody waits for it any more
             return
         self._tell(known, LinkOpened())
         link.down.add_done_callback(
@@ -247,7 +247,7 @@ class Acquaintances:
     # Parting
 
     def tear_down(self, number: int, reason: str) -> None:
-        """Takes the link of a session down, with all others to the same engine."""
+        """Takes the link of a session down."""
         known = self._all.get(number)
         if known is not None:
             self._part(known, "link", reason)
@@ -272,7 +272,7 @@ class Acquaintances:
         for known in list(self._all.values()):
             if known.session.state != ENDED:
                 self._core.send(known.route, Bye(known.session.number, reason))
-                self._core.mailbox.call_later(FAREWELL_S, partial(self._close_links, known))
+                self._core.mailbox.call_later(FAREWELL_S, partial(self._close_link, known))
             if known.waiter is not None and not known.waiter.done():
                 known.waiter.set_exception(AgentClosed(reason, operation="connect"))
 
@@ -285,7 +285,7 @@ class Acquaintances:
     def _part(self, known: Acquaintance, reason: Reason, detail: str) -> None:
         error = HelloRefused(detail, peer=known.session.name, operation="link")
         self._carry_out(known, known.session.refuse(reason, error))
-        self._close_links(known)
+        self._close_link(known)
 
     def _ended(self, known: Acquaintance, error: Exception) -> None:
         known.parting = known.parting or str(error)
@@ -296,17 +296,14 @@ class Acquaintances:
         if known.link is None:
             self._forget(known)
         elif known.patient:
-            self._core.mailbox.call_later(PATIENCE_S, partial(self._close_links, known))
+            self._core.mailbox.call_later(PATIENCE_S, partial(self._close_link, known))
         else:
-            self._close_links(known)
+            self._close_link(known)
 
-    def _links(self, known: Acquaintance) -> list[Link]:
-        links = [x for x in self._core.engine.links if x.peer.engine_id == known.engine_id]
-        return links + ([known.link] if known.link is not None and known.link not in links else [])
-
-    def _close_links(self, known: Acquaintance) -> None:
-        for link in self._links(known) if known.link is not None else ():
-            link.fail(LinkClosed(known.parting or "the agent closed the link", operation="close"))
+    def _close_link(self, known: Acquaintance) -> None:
+        if known.link is not None:
+            reason = known.parting or "the agent closed the link"
+            known.link.fail(LinkClosed(reason, operation="close"))
 
     def _link_down(self, known: Acquaintance) -> None:
         """The link of a session that was up, or about to be, is down."""
@@ -316,21 +313,19 @@ class Acquaintances:
         name, reason = known.session.name, known.parting or str(known.link.error)
         if self._by_name.get(name) is known:
             del self._by_name[name]
-        links = self._links(known)
-        self._close_links(known)
-        known.quiesced = all(_at_rest(link.quiesced) for link in links)
+        self._close_link(known)
+        known.quiesced = _at_rest(known.link.quiesced)
         self._core.went_down(known, reason)
         self._part(known, "link", reason)
         if not known.quiesced:
-            quiesced = all_of([link.quiesced for link in links])
-            quiesced.add_done_callback(
+            known.link.quiesced.add_done_callback(
                 lambda ticket: self._core.mailbox.call_soon(
-                    partial(self._all_quiesced, known, ticket)
+                    partial(self._link_quiesced, known, ticket)
                 )
             )
         self._forget_old()
 
-    def _all_quiesced(self, known: Acquaintance, ticket: Ticket) -> None:
+    def _link_quiesced(self, known: Acquaintance, ticket: Ticket) -> None:
         if not _at_rest(ticket):
             return  # the engine was closed first: nobody knows any more
         known.quiesced = True

@@ -76,6 +76,7 @@ class Link:
     Attributes:
         peer: who is at the other end.
         transport: `cuda_ipc`, `cma`, `verbs` or `tcp`.
+        token_id: names the one-time token that opened it (`admission.py`); b"" without one.
         down: a ticket that ends, with the error, when the link goes down.
         quiesced: a ticket that ends well once the peer can no longer reach this process's memory
             over this link: it said goodbye, its sockets are down, or its process is gone.
@@ -92,6 +93,7 @@ class Link:
         self.core = core
         self.peer = peer
         self.transport = transport
+        self.token_id = b""
         self.quiesced = Ticket("quiesce", peer=peer.name)
         self.down = Ticket("link", peer=peer.name)
         self._sock = sock

@@ -419,17 +419,24 @@ class TransferEngine:
         self._check_open("admit")
         self._admissions.expect(token, engine_id, timeout_s)
 
-    def accept_link(self, engine_id: str, timeout_s: float = HANDSHAKE_TIMEOUT_S) -> Link:
+    def accept_link(
+        self, engine_id: str, timeout_s: float = HANDSHAKE_TIMEOUT_S, *, token: bytes = b""
+    ) -> Link:
         """The link to a peer that connects to this engine; waits until it is there.
+
+        Args:
+            token: of several links from that peer, the one that this token opened; any if b"".
 
         Raises:
             DeadlineExceeded: it did not connect.
         """
         deadline_s = time.monotonic() + timeout_s
+        opener = token_id(token)
         with self._lock:
             while True:
                 for link in self._links:
-                    if link.peer.engine_id == engine_id and not link.closed:
+                    meant = link.peer.engine_id == engine_id and opener in (b"", link.token_id)
+                    if meant and not link.closed:
                         return link
                 left_s = deadline_s - time.monotonic()
                 if left_s <= 0 or not self._lock.wait(left_s):
@@ -602,7 +609,7 @@ class TransferEngine:
             if meeting is not None:
                 meeting.close()
             raise
-        return self._open(socks[0], challenge.identity, name, socks[1:], meeting)
+        return self._open(socks[0], challenge.identity, name, socks[1:], meeting, token_id(token))
 
     def _reachable(self, sock: socket.socket, name: str, peer: Any) -> str:
         """Tries to read the peer's word; a reason to refuse, or ""."""
@@ -625,6 +632,7 @@ class TransferEngine:
         name: str,
         rails: list[socket.socket],
         meeting: Meeting | None = None,
+        opener: bytes = b"",
     ) -> Link:
         with self._lock:
             if self._closed:
@@ -641,6 +649,7 @@ class TransferEngine:
                 )
             else:
                 link = Link(self._core, control, peer, name, lambda it: tcp.TcpPath(it, rails))
+            link.token_id = opener
             link.start()
             self._links.append(link)
             self._lock.notify_all()
@@ -704,7 +713,8 @@ class TransferEngine:
             if hello.transport == "tcp":
                 self._file(sock, hello)
             else:
-                self._open(sock, hello.identity, hello.transport, [], *meetings)
+                meeting = meetings[0] if meetings else None
+                self._open(sock, hello.identity, hello.transport, [], meeting, hello.token_id)
             owned = True
         except (EngineError, OSError) as error:
             log.debug("kvferry: a handshake failed: %s", error)  # the client was told why
@@ -753,7 +763,8 @@ class TransferEngine:
                 return
             del self._pending[hello.link_id]
         control, *rails = (sock for _, sock in sorted(pending.socks.items()))
-        self._open(control, pending.hello.identity, "tcp", rails)
+        first = pending.hello
+        self._open(control, first.identity, "tcp", rails, opener=first.token_id)
 
     # Housekeeping.
 

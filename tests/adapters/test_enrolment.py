@@ -171,6 +171,7 @@ def test_a_flipped_agent_finishes_and_takes_its_new_role(
         )
     with pytest.raises(ValueError, match="one is decode"):
         one.agent.send("s", SRC)
+    hand_over(two, one, "s")
 
 
 def test_another_life_at_the_address_is_refused(

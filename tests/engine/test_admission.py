@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvferry.engine.admission import token_id
-from kvferry.engine.errors import OutOfRange, TransportUnavailable
+from kvferry.engine.errors import DeadlineExceeded, OutOfRange, TransportUnavailable
 from kvferry.engine.transfer import TransferEngine
 
 if TYPE_CHECKING:
@@ -36,6 +36,24 @@ def test_a_token_opens_one_link(guarded: TransferEngine, client: TransferEngine)
     with pytest.raises(TransportUnavailable, match="used"):
         client.connect(guarded.address, token=TOKEN)
     assert not link.closed
+
+
+def test_of_several_links_a_token_finds_the_one_that_it_opened(
+    guarded: TransferEngine, client: TransferEngine
+) -> None:
+    tokens = [secrets.token_bytes(32) for _ in range(3)]
+    dialled = []
+    for token in tokens:
+        guarded.admit(token, client.engine_id)
+        dialled.append(client.connect(guarded.address, token=token))
+    accepted = [guarded.accept_link(client.engine_id, token=token) for token in tokens]
+    assert len(set(accepted)) == 3
+    accepted[1].close()
+    dialled[1].quiesced.wait(10)
+    assert [link.closed for link in dialled] == [False, True, False]
+    assert guarded.accept_link(client.engine_id, token=tokens[2]) is accepted[2]
+    with pytest.raises(DeadlineExceeded):
+        guarded.accept_link(client.engine_id, 0.0, token=tokens[1])
 
 
 def test_the_address_alone_admits_nobody(guarded: TransferEngine, client: TransferEngine) -> None:
