@@ -60,6 +60,9 @@ if TYPE_CHECKING:
 
 DEFAULT_TIMEOUT_S = 30.0
 DEFAULT_LEASE_S = 3.0
+CONNECT_TIMEOUT_S = (
+    15.0  # both sides make plans first: seconds, for a large cache or on a busy host
+)
 MEET_TIMEOUT_S = 5.0  # for a member that a handoff has to connect to first
 CLOSE_TIMEOUT_S = 2.0
 ATTEMPTS_REMEMBERED = 4096  # requests whose next attempt gets the next number
@@ -263,7 +266,7 @@ class Agent:
         """Frames that came and were no message, or of no session."""
         return self._core.frames_refused
 
-    def connect(self, address: str, timeout_s: float = 5.0) -> str:
+    def connect(self, address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> str:
         """Gets acquainted with the agent at `address` and opens a link; returns its name.
 
         `address` may be the name of a member, too. One call serves both directions; an agent that

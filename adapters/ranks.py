@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..control.errors import NotConnected
 from ..engine.tickets import Ticket, all_of
+from .agent import CONNECT_TIMEOUT_S, Agent
 from .rank_plans import rank_plan_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
     from ..engine.ranks import RankPlan
-    from .agent import Agent
     from .handoffs import Handoff
 
 DEFAULT_TIMEOUT_S = 30.0
@@ -120,7 +120,9 @@ class HandoffSet:
             self._outcome._finish(sum(part.nbytes for part in self.parts))
 
 
-def connect_ranks(agent: Agent, addresses: Sequence[str], timeout_s: float = 5.0) -> RankPeers:
+def connect_ranks(
+    agent: Agent, addresses: Sequence[str], timeout_s: float = CONNECT_TIMEOUT_S
+) -> RankPeers:
     """Connects a decode rank to the prefill ranks that it needs.
 
     Args:
