@@ -8,11 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
-import subprocess
-import sys
 import threading
-from multiprocessing import Pipe
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +42,10 @@ if verbs.available().ok:
 
 if TYPE_CHECKING:
     from tests import shuffle
-else:
-    import shuffle  # beside this file: `pythonpath` in pyproject.toml
+    from tests.child import Child
+else:  # beside this file: `pythonpath` in pyproject.toml
+    import shuffle
+    from child import Child
 
 shuffle.install()
 
@@ -58,62 +56,23 @@ ANSWER_S = 150.0 if "verbs" in TRANSPORTS else 30.0
 ROOT = Path(__file__).parent.parent
 
 
-class Peer:
+class Peer(Child):
     """A transfer engine in another process, and that process's fate."""
 
     def __init__(self, *, launcher: Sequence[str] = (), **options: Any) -> None:
         """Starts the peer, by way of the command `launcher`, with these options of its engine."""
-        ours, theirs = Pipe()
-        with theirs:
-            self.process = subprocess.Popen(
-                [
-                    *launcher,
-                    sys.executable,
-                    str(ROOT / "tests" / "peer_process.py"),
-                    str(theirs.fileno()),
-                    json.dumps(options),
-                ],
-                pass_fds=(theirs.fileno(),),
-                env=os.environ
-                | {"PYTHONPATH": str(ROOT / "src")}
-                | ({NICS_VARIABLE: NICS[-1]} if NICS else {}),
-            )
-        self._pipe = ours
+        super().__init__(
+            ROOT / "tests" / "peer_process.py",
+            json.dumps(options),
+            answer_s=ANSWER_S,
+            launcher=launcher,
+            environment={NICS_VARIABLE: NICS[-1]} if NICS else {},
+        )
         self.address = EngineAddress.decode(self.call("address"))
 
     @property
     def engine_id(self) -> str:
         return self.address.engine_id
-
-    def call(self, command: str, *arguments: Any, **options: Any) -> Any:
-        """Runs a command of `tests/peer_process.py` there; raises what it raised."""
-        self._pipe.send((command, arguments, options))
-        assert self._pipe.poll(ANSWER_S), f"the peer does not answer {command}"
-        ok, value = self._pipe.recv()
-        if not ok:
-            raise value
-        return value
-
-    def freeze(self) -> None:
-        """SIGSTOP, and until the kernel says that it has stopped."""
-        self.process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
-
-    def thaw(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
-
-    def kill(self) -> None:
-        """SIGKILL; also ends a frozen process."""
-        self.process.kill()
-        self.process.wait()
-
-    def end(self) -> None:
-        """Closes its engine and ends the process."""
-        with contextlib.suppress(OSError, EOFError):
-            if self.process.poll() is None:
-                self.call("close")
-        self.kill()
-        self._pipe.close()
 
     def contents(self, region: RegionDescriptor) -> npt.NDArray[np.uint8]:
         return np.frombuffer(self.call("peek", region.region_id), np.uint8)

@@ -12,7 +12,6 @@ import resource
 import sys
 import threading
 import time
-from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,8 +31,10 @@ if TYPE_CHECKING:
     )
     from kvferry.engine.tickets import Ticket
     from tests import shuffle
-else:
-    import shuffle  # beside this file
+    from tests.child import pipe_of_child, serve
+else:  # beside this file
+    import shuffle
+    from child import pipe_of_child, serve
 
 
 class Commands:
@@ -215,18 +216,7 @@ class Commands:
 
 def main() -> None:
     shuffle.install()
-    pipe: Connection[Any, Any] = Connection(int(sys.argv[1]))
-    commands = Commands(json.loads(sys.argv[2]))
-    while True:
-        try:
-            name, arguments, options = pipe.recv()
-        except EOFError:
-            os._exit(0)  # the test process is gone
-        try:
-            answer = (True, getattr(commands, name)(*arguments, **options))
-        except Exception as error:
-            answer = (False, error)
-        pipe.send(answer)
+    serve(pipe_of_child(), Commands(json.loads(sys.argv[2])))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,7 @@ options, then `(command, arguments, options)`; answers `(ok, value or exception)
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
-from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +21,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kvferry.adapters.handoffs import Handoff
+    from tests.child import pipe_of_child, serve
+else:
+    from child import pipe_of_child, serve  # in the folder above
 
 NUM_LAYERS = 3
 TOKENS, DIM = 4, 16
@@ -183,7 +183,7 @@ class Commands:
 
 
 def main() -> None:
-    pipe: Connection[Any, Any] = Connection(int(sys.argv[1]))
+    pipe = pipe_of_child()
     try:
         commands = Commands(**pipe.recv())
     except EOFError:
@@ -192,16 +192,7 @@ def main() -> None:
         pipe.send((False, error))
         raise
     pipe.send((True, None))
-    while True:
-        try:
-            name, arguments, options = pipe.recv()
-        except EOFError:
-            os._exit(0)  # the test process is gone
-        try:
-            answer = (True, getattr(commands, name)(*arguments, **options))
-        except Exception as error:
-            answer = (False, error)
-        pipe.send(answer)
+    serve(pipe, commands)
 
 
 if __name__ == "__main__":

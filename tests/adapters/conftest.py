@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import subprocess
-import sys
-from multiprocessing import Pipe
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +14,11 @@ from .agent_process import Cache, Gate
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from tests.child import Child
+else:
+    from child import Child  # in the folder above: `pythonpath` in pyproject.toml
+
 ANSWER_S = 60.0  # reached only when something hangs
-ROOT = Path(__file__).parents[2]
 
 
 class Local:
@@ -39,71 +36,21 @@ class Local:
         )
 
 
-class Process:
-    """A process that will hold an agent; it can be started long before it is needed."""
+class Remote(Child):
+    """An agent of another process, and that process's fate; it can be started long before it is
+    needed."""
+
+    farewell = ("open_gate", "close")
 
     def __init__(self) -> None:
-        self.pipe, theirs = Pipe()
-        with theirs:
-            self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    str(Path(__file__).with_name("agent_process.py")),
-                    str(theirs.fileno()),
-                ],
-                pass_fds=(theirs.fileno(),),
-                env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
-            )
+        super().__init__(Path(__file__).with_name("agent_process.py"), answer_s=ANSWER_S)
+        self.address = ""
 
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.pipe.close()
-
-
-class Remote:
-    """An agent of another process, and that process's fate."""
-
-    def __init__(self, held: Process, **options: Any) -> None:
-        self.process = held.process
-        self._pipe = held.pipe
-        self._pipe.send(options)
-        self._answer("start")
-        self.address: str = self.call("address")
-
-    def call(self, command: str, *arguments: Any, **options: Any) -> Any:
-        """Runs a command of `agent_process.py` there; raises what it raised."""
-        self._pipe.send((command, arguments, options))
-        return self._answer(command)
-
-    def freeze(self) -> None:
-        """SIGSTOP, and until the kernel says that it has stopped."""
-        self.process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
-
-    def thaw(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
-
-    def kill(self) -> None:
-        """SIGKILL; also ends a frozen process."""
-        self.process.kill()
-        self.process.wait()
-
-    def end(self) -> None:
-        """Closes its agent and ends the process."""
-        with contextlib.suppress(OSError, EOFError):
-            if self.process.poll() is None:
-                self.call("open_gate")
-                self.call("close")
-        self.kill()
-        self._pipe.close()
-
-    def _answer(self, command: str) -> Any:
-        assert self._pipe.poll(ANSWER_S), f"the remote agent does not answer {command}"
-        ok, value = self._pipe.recv()
-        if not ok:
-            raise value
-        return value
+    def begin(self, **options: Any) -> None:
+        """Makes its agent."""
+        self.pipe.send(options)
+        self.answer("start")
+        self.address = self.call("address")
 
 
 @pytest.fixture(params=["cma", "tcp"])
@@ -131,23 +78,24 @@ def new_agent(transport: str) -> Iterator[Callable[..., Local]]:
 
 
 @pytest.fixture(scope="session")
-def spare() -> Iterator[list[Process]]:
+def spare() -> Iterator[list[Remote]]:
     """A process that starts while the test before runs: a start takes longer than most tests."""
-    processes = [Process()]
-    yield processes
-    for process in processes:
-        process.end()
+    waiting = [Remote()]
+    yield waiting
+    for remote in waiting:
+        remote.kill()
+        remote.pipe.close()
 
 
 @pytest.fixture
-def start_agent(transport: str, spare: list[Process]) -> Iterator[Callable[..., Remote]]:
+def start_agent(transport: str, spare: list[Remote]) -> Iterator[Callable[..., Remote]]:
     """Starts agents of other processes, which a test may freeze or kill."""
     started: list[Remote] = []
 
     def start(name: str, role: str, **options: Any) -> Remote:
-        process = spare.pop()
-        spare.append(Process())
-        started.append(Remote(process, name=name, role=role, transport=transport, **options))
+        started.append(spare.pop())
+        spare.append(Remote())
+        started[-1].begin(name=name, role=role, transport=transport, **options)
         return started[-1]
 
     yield start

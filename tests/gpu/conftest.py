@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import subprocess
-import sys
-from multiprocessing import Pipe
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,50 +16,25 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from kvferry.engine.link import Link
+    from tests.child import Child
+else:
+    from child import Child  # in the folder above: `pythonpath` in pyproject.toml
 
 ANSWER_S = 90.0  # how long a peer may take: kernels are compiled in it
-ROOT = Path(__file__).parent.parent.parent
 
 
-class GpuPeer:
+class GpuPeer(Child):
     """A transfer engine with GPU memory in another process."""
 
     def __init__(self, device: int, environment: dict[str, str], **options: Any) -> None:
-        ours, theirs = Pipe()
-        with theirs:
-            self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    str(ROOT / "tests" / "gpu" / "gpu_peer.py"),
-                    str(theirs.fileno()),
-                    str(device),
-                    json.dumps(options),
-                ],
-                pass_fds=(theirs.fileno(),),
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
-            )
-        self._pipe = ours
+        super().__init__(
+            Path(__file__).with_name("gpu_peer.py"),
+            str(device),
+            json.dumps(options),
+            answer_s=ANSWER_S,
+            environment=environment,
+        )
         self.address = EngineAddress.decode(self.call("address"))
-
-    def call(self, command: str, *arguments: Any, **options: Any) -> Any:
-        """Runs a command of `gpu_peer.py` there; raises what it raised."""
-        self._pipe.send((command, arguments, options))
-        assert self._pipe.poll(ANSWER_S), f"the peer does not answer {command}"
-        ok, value = self._pipe.recv()
-        if not ok:
-            raise value
-        return value
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def end(self) -> None:
-        with contextlib.suppress(OSError, EOFError):
-            if self.process.poll() is None:
-                self.call("close")
-        self.kill()
-        self._pipe.close()
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,8 @@ options as JSON. Takes `(command, arguments, options)` and answers `(ok, value o
 from __future__ import annotations
 
 import json
-import os
 import sys
 import threading
-from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +22,9 @@ if TYPE_CHECKING:
     from kvferry.engine.link import Link
     from kvferry.engine.memory import CacheDescriptor, RegionDescriptor, RegisteredCache
     from kvferry.engine.tickets import Ticket
+    from tests.child import pipe_of_child, serve
+else:
+    from child import pipe_of_child, serve  # in the folder above
 
 MAX_NBYTES = 1 << 20
 
@@ -154,18 +155,7 @@ class Commands:
 
 
 def main() -> None:
-    pipe: Connection[Any, Any] = Connection(int(sys.argv[1]))
-    commands = Commands(int(sys.argv[2]), json.loads(sys.argv[3]))
-    while True:
-        try:
-            name, arguments, options = pipe.recv()
-        except EOFError:
-            os._exit(0)  # the test process is gone
-        try:
-            answer = (True, getattr(commands, name)(*arguments, **options))
-        except Exception as error:
-            answer = (False, error)
-        pipe.send(answer)
+    serve(pipe_of_child(), Commands(int(sys.argv[2]), json.loads(sys.argv[3])))
 
 
 if __name__ == "__main__":
