@@ -26,6 +26,7 @@
             ├── RemoteAccessError     the peer's device refused a key or a range
             ├── RemoteOperationError  the peer's device refused or failed otherwise
             ├── RetryExceeded         the peer's device does not answer
+            ├── RailStalled           this side's device does not give up what goes nowhere
             ├── ReceiverNotReady      the peer posted too few receives
             ├── LocalAccessError      this side's device refused a work request
             ├── LinkFlushed           never sent: the rail had broken before
@@ -227,6 +228,10 @@ class RemoteOperationError(RailError):
 
 class RetryExceeded(RailError):
     """The peer's device does not answer."""
+
+
+class RailStalled(RailError):
+    """What was posted neither completed nor failed for too long."""
 
 
 class ReceiverNotReady(RailError):

@@ -48,6 +48,7 @@ from .base import Availability, DataPath, RailState, Transfer
 from .verbs_frames import Frames
 from .verbs_qp import REPLENISH, Batch, QueuePair, imm_of
 from .verbs_reopen import Reopener
+from .verbs_watch import Watch
 from .verbs_work import Pieces, Share, pieces_of, split, starts_of_requests
 
 if TYPE_CHECKING:
@@ -64,9 +65,10 @@ if TYPE_CHECKING:
 # bench verbs` measures the crossover, and no quiet run of it is on record.
 STAGED_BELOW_NBYTES = 32 << 10
 STAGED_FROM_REQUESTS = 8  # a few work requests are posted sooner than a frame is put together
-BATCH = 32  # work requests a doorbell: a long transfer stops soon, and others come in between
 POLLS_BEFORE_SLEEP = 4  # looks at empty queues while something is in flight; a sleep costs 2 calls
-LOOK_AROUND_S = 0.5  # an idle thread looks whether its devices are still there
+LOOK_AROUND_S = 0.5  # how often the thread looks whether its devices are there and get on
+
+PASSES_BEFORE_LOOK = 256  # a thread that never sleeps looks around, too
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +115,8 @@ class VerbsPath(DataPath):
         self._meeting = meeting
         self._frames = Frames(self, meeting.slots)
         self._reopener = Reopener(self)
+        self._watch = Watch()
+        self._look_s = 0.0
         self._inbox: deque[Callable[[], None]] = deque()
         self._keys: dict[int, tuple[int, ...]] = {}
         self._waiting: deque[Transfer] = deque()  # no rail is up
@@ -316,7 +320,7 @@ class VerbsPath(DataPath):
         while pair.queue and rail.up:
             share = pair.queue[0]
             transfer = share.transfer
-            count = min(BATCH, share.left, pair.room)
+            count = min(share.batch, share.left, pair.room)
             counted = transfer.write and transfer.imm is not None
             if counted:
                 count = min(count, pair.credits)
@@ -521,7 +525,7 @@ class VerbsPath(DataPath):
         self._tear_down()
 
     def _loop(self) -> None:
-        idle = 0
+        idle = passes = 0
         while True:
             while self._inbox:
                 self._inbox.popleft()()
@@ -529,6 +533,9 @@ class VerbsPath(DataPath):
                 return
             if self._poll_all():
                 idle = 0
+                passes += 1
+                if passes % PASSES_BEFORE_LOOK == 0:
+                    self._look_around()
                 continue
             idle += 1
             if idle <= POLLS_BEFORE_SLEEP and self._in_flight():
@@ -559,6 +566,19 @@ class VerbsPath(DataPath):
                 os.eventfd_read(fd)
             elif fd in self._watched:
                 self._watched[fd].take_event()
+        self._look_around()
+
+    def _look_around(self) -> None:
+        now_s = time.monotonic()
+        if now_s >= self._look_s:
+            self._look_s = now_s + LOOK_AROUND_S
+            self._look_at_devices()
+            for rail, batch, error in self._watch.look(self.rails, now_s):
+                error.peer = self.link.peer.name
+                self._take_out(rail, error, batch)
+        self._reopener.look(now_s)
+
+    def _look_at_devices(self) -> None:
         for rail in self.rails:
             if rail.open and rail.device.lost:
                 gone = DeviceLost(
@@ -567,7 +587,6 @@ class VerbsPath(DataPath):
                     rail=rail.name,
                 )
                 self._take_out(rail, gone, None)
-        self._reopener.look(time.monotonic())
 
     def _guarded_copy(self, task: Callable[[], None]) -> None:
         try:

@@ -63,7 +63,7 @@ class Device:
             self.context = self.library.device.Context(name=nic.name)
             self.pd = self.library.pd.PD(self.context)
             attributes = self.context.query_device()
-            self.mtu = int(self.context.query_port(nic.port).active_mtu)
+            self._mtu = int(self.context.query_port(nic.port).active_mtu)
         except self.library.error as error:
             raise TransportUnavailable(
                 f"RDMA device {nic.name} does not open: {error}", operation="start"
@@ -89,6 +89,13 @@ class Device:
             for nic in topology.nics()
             if (nic.name, nic.port) == (self.nic.name, self.nic.port)
         )
+
+    @property
+    def mtu(self) -> int:
+        """The verbs' code of the largest packet that the port takes now, 1 to 5."""
+        with contextlib.suppress(self.library.error):  # it is gone: what it last took
+            self._mtu = int(self.context.query_port(self.nic.port).active_mtu)
+        return self._mtu
 
     def gids(self) -> list[Gid]:
         """The port's addresses now."""

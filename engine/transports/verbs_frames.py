@@ -27,6 +27,7 @@ from .verbs_staging import (
     gather,
     scatter,
 )
+from .verbs_work import MIN_SHARE_NBYTES, cuts
 
 if TYPE_CHECKING:
     from .base import Transfer
@@ -85,7 +86,8 @@ class Frames:
     def submit(self, transfer: Transfer) -> None:
         """Starts a transfer."""
         _cut(transfer)
-        limit_nbytes = FRAME_NBYTES - PIECE_NBYTES
+        rails = sum(rail.up for rail in self._path.rails)
+        limit_nbytes = even_limit(transfer.total_nbytes, rails)
         for part in iovec.chunks(transfer.nbytes, limit_nbytes, FRAME_PIECES):
             if transfer.write:
                 self._waiting.append(Part(transfer, part))
@@ -367,6 +369,15 @@ class Frames:
         transfer.end(0 if wrong else self_nbytes)
 
 
+def even_limit(total_nbytes: int, rails: int) -> int:
+    """At most how many bytes a frame of a transfer has, so that every rail carries as much."""
+    limit_nbytes = FRAME_NBYTES - PIECE_NBYTES  # a frame ends with the piece that reaches it
+    if rails < 2 or total_nbytes <= MIN_SHARE_NBYTES:
+        return limit_nbytes
+    rounds = -(-total_nbytes // (rails * limit_nbytes))
+    return -(-total_nbytes // (rails * rounds))
+
+
 def _check_size(nbytes: int, announced_nbytes: int) -> None:
     if nbytes != announced_nbytes:
         raise ProtocolError(
@@ -378,10 +389,7 @@ def _cut(transfer: Transfer) -> None:
     """Cuts a transfer's pieces to what a frame takes. Nothing of it has begun."""
     if int(transfer.nbytes.max()) <= PIECE_NBYTES:
         return
-    parts = -(-transfer.nbytes // PIECE_NBYTES)
-    row = np.repeat(np.arange(len(parts)), parts)
-    begin = (np.arange(len(row)) - (np.cumsum(parts) - parts)[row]) * PIECE_NBYTES
-    nbytes = np.minimum(transfer.nbytes[row] - begin, PIECE_NBYTES)
+    row, begin, nbytes = cuts(transfer.nbytes, PIECE_NBYTES)
     transfer.local = iovec.make(transfer.local[row, 0].astype(np.int64) + begin, nbytes)
     transfer.nbytes = nbytes
     transfer.remote_index = transfer.remote_index[row]

@@ -52,6 +52,7 @@ class QueuePair:
         room: work requests that may still be posted.
         credits: how many of them may carry an imm: the peer's receives that are left.
         posted: receives that are posted here.
+        oldest, waited_s: `verbs_watch`'s: the oldest batch at its last look, and for how long.
     """
 
     def __init__(self, device: Device, completions: Any, *, pad: tuple[int, int]) -> None:
@@ -85,6 +86,8 @@ class QueuePair:
         self.room = SEND_DEPTH
         self.credits = 0
         self.posted = 0
+        self.oldest = -1
+        self.waited_s = 0.0
         self._used = 0
         self._next = 0
         self._stopped = False

@@ -32,6 +32,7 @@ class Rail:
         nic: position of its device among this end's.
         device: which it is.
         up: both ends are connected.
+        mtu: the verbs' code of the packets that the two ends agreed on.
         error: why it is out; None while it is not.
         staged, direct: its queue pairs.
         sent_nbytes, received_nbytes: over all its lives.
@@ -44,6 +45,7 @@ class Rail:
         self.epoch = 0
         self.up = False
         self.error: RailError | None = None
+        self.mtu = 1
         self.peer_nic = 0
         self.peer_slots = (0, 0)
         self.sent_nbytes = 0
@@ -132,6 +134,7 @@ class Rail:
             raise TransportUnavailable(
                 f"rail {self.name} does not connect: {error}", operation="connect"
             ) from error
+        self.mtu = way.mtu
         self.peer_nic = theirs.nic
         self.peer_slots = (theirs.slots, theirs.slots_key)
 

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 SHARE_ALIGN_NBYTES = 8 << 10
 MIN_SHARE_NBYTES = 64 << 10  # less is not worth a second queue
+# A device takes 2 GiB at most; shorter ones let a long transfer stop soon, and others come in between.
+MAX_REQUEST_NBYTES = 4 << 20
+BATCH = 32  # work requests a doorbell
+BATCH_NBYTES = 16 << 20
 MAX_JOINED_NBYTES = 64 << 10  # longer pieces gain nothing from sharing a work request
 
 
@@ -43,7 +47,29 @@ def pieces_of(transfer: Transfer) -> Pieces:
     bases = np.array([region.address for region in transfer.remote_regions], np.int64)
     remote = bases[transfer.remote_index] + transfer.remote_offset
     source = _regions_of(transfer, local)
-    return Pieces(local, remote, transfer.nbytes, transfer.remote_index, source)
+    return _short(Pieces(local, remote, transfer.nbytes, transfer.remote_index, source))
+
+
+def _short(pieces: Pieces) -> Pieces:
+    """The same bytes in pieces that a work request may have."""
+    if int(pieces.nbytes.max()) <= MAX_REQUEST_NBYTES:
+        return pieces
+    row, begin, nbytes = cuts(pieces.nbytes, MAX_REQUEST_NBYTES)
+    return Pieces(
+        pieces.local[row] + begin,
+        pieces.remote[row] + begin,
+        nbytes,
+        pieces.owner[row],
+        pieces.source[row],
+    )
+
+
+def cuts(nbytes: Ints, limit_nbytes: int) -> tuple[Ints, Ints, Ints]:
+    """Pieces cut to a limit: for each part which piece it is of, where in it it begins, its bytes."""
+    parts = -(-nbytes // limit_nbytes)
+    row = np.repeat(np.arange(len(parts)), parts)
+    begin = (np.arange(len(row)) - (np.cumsum(parts) - parts)[row]) * limit_nbytes
+    return row, begin, np.minimum(nbytes[row] - begin, limit_nbytes)
 
 
 def _regions_of(transfer: Transfer, local: Ints) -> Ints:
@@ -116,7 +142,11 @@ def _cut(pieces: Pieces, row: int, inside: int, stop: int, until: int) -> Pieces
 
 
 class Share:
-    """One queue's part of a transfer: work requests, of which the first `done` are posted."""
+    """One queue's part of a transfer: work requests, of which the first `done` are posted.
+
+    Attributes:
+        batch: how many of them may be posted at once.
+    """
 
     def __init__(
         self, transfer: Transfer, pieces: Pieces, max_entries: int, keys: tuple[Ints, Ints]
@@ -134,6 +164,8 @@ class Share:
             local_keys[pieces.source],
         )
         self.count = len(self.starts) - 1
+        longest_nbytes = int(np.diff(self.ends[self.starts]).max())
+        self.batch = max(1, min(BATCH, BATCH_NBYTES // longest_nbytes))
         self.done = 0
 
     @property

@@ -78,6 +78,7 @@ def test_only_what_may_pass_by_itself_is_retryable() -> None:
         "PeerAborted",
         "PeerLost",
         "RailError",
+        "RailStalled",
         "ReceiverNotReady",
         "RemoteOperationError",
         "RetryExceeded",

@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.engine.transports.verbs_work import (
+    MAX_REQUEST_NBYTES,
     SHARE_ALIGN_NBYTES,
     Pieces,
     Share,
+    cuts,
     pieces_of,
     split,
     starts_of_requests,
@@ -115,3 +117,49 @@ def test_each_piece_finds_its_region(nested: bool) -> None:
     pieces = pieces_of(transfer)
     assert pieces.source.tolist() == ([0, 0, 1] if nested else [1, 1, 0])
     assert pieces.remote.tolist() == [1 << 20, (1 << 20) + 1000, (1 << 20) + 2000]
+
+
+@given(
+    st.lists(st.integers(1, 3 * MAX_REQUEST_NBYTES), min_size=1, max_size=6),
+    st.integers(1, MAX_REQUEST_NBYTES),
+)
+def test_cuts_have_every_byte_once_and_none_too_long(sizes: list[int], limit: int) -> None:
+    limit = max(limit, 1000)
+    nbytes = np.array(sizes, np.int64)
+    row, begin, parts = cuts(nbytes, limit)
+    assert parts.min() > 0
+    assert parts.max() <= limit
+    assert np.array_equal(np.bincount(row, parts).astype(np.int64), nbytes)
+    for number, size in enumerate(sizes):
+        mine = row == number
+        assert begin[mine].tolist() == list(range(0, size, limit))
+
+
+def test_a_piece_longer_than_a_device_takes_is_cut_into_work_requests() -> None:
+    total = 5 << 30  # only addresses: nothing of it is touched
+    region = SimpleNamespace(address=1 << 40, nbytes=total)
+    transfer: Any = SimpleNamespace(
+        local=np.array([[1 << 40, total]], np.uint64),
+        nbytes=np.array([total]),
+        remote_index=np.array([0]),
+        remote_offset=np.array([64]),
+        remote_regions=(SimpleNamespace(address=1 << 50),),
+        local_regions=(region,),
+    )
+    pieces = pieces_of(transfer)
+    assert pieces.nbytes.max() == MAX_REQUEST_NBYTES
+    assert pieces.nbytes.sum() == total
+    assert (pieces.local - (1 << 40) == pieces.remote - (1 << 50) - 64).all()
+    share = Share(TRANSFER, pieces, 16, KEYS)
+    assert share.batch * MAX_REQUEST_NBYTES <= 16 << 20
+    posted = 0
+    while share.left:
+        rows, nbytes = share.take(min(share.batch, share.left))
+        assert nbytes <= 16 << 20
+        posted += sum(row[3] for row in rows)
+    assert posted == total
+
+
+def test_a_batch_of_small_pieces_is_as_many_as_a_doorbell_takes() -> None:
+    pieces = columns([(at << 20, at << 21, 4096, 0, 0) for at in range(100)])
+    assert Share(TRANSFER, pieces, 16, KEYS).batch == 32

@@ -70,8 +70,8 @@ class Wire:
         for name in ADDRESSES:
             subprocess.run(("tc", "qdisc", "del", "dev", name, "root"), capture_output=True)
 
-    def mtu(self, nbytes: int) -> None:
-        for name in ADDRESSES:
+    def mtu(self, nbytes: int, *names: str) -> None:
+        for name in names or ADDRESSES:
             run("ip", "link", "set", name, "mtu", str(nbytes))
 
 

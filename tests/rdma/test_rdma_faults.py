@@ -16,6 +16,7 @@ from kvferry.engine.errors import (
     LinkFlushed,
     PeerAborted,
     RailError,
+    RailStalled,
     ReceiverNotReady,
     RegionGone,
     RemoteAccessError,
@@ -177,18 +178,22 @@ def test_a_registration_that_vanishes_under_a_transfer(pair: Any) -> None:
     serves(pair, other)
 
 
-def test_packets_larger_than_the_wire_takes_are_named(pair: Any, wire: Any) -> None:
+@pytest.mark.parametrize(("end", "kind"), [("v0", RailStalled), ("v1", RetryExceeded)])
+def test_packets_larger_than_the_wire_takes_are_named(
+    pair: Any, wire: Any, end: str, kind: type[RailError]
+) -> None:
+    """This end's interface takes none of them, for ever; or the other's drops what comes."""
     memory = pair.memory(MIB)
     memory.write().wait()
     memory.arrived()
-    wire.mtu(1500)  # the rails agreed on 4,096 bytes when they were opened
+    memory.clear()
+    wire.mtu(1500, end)  # the rails agreed on 4,096 bytes when they were opened
     error = pair.failure(memory.write())
-    assert isinstance(error, (RetryExceeded, LinkFlushed))
-    assert isinstance(pair.link.rails[0].error, RailError) or pair.link.rails[0].up
+    assert isinstance(error, kind), error
+    assert "MTU" in str(error)
+    assert error.retryable
     memory.unharmed()
-    wire.mtu(9000)
-    wire.introduce()
-    serves(pair, memory)
+    serves(pair, memory)  # the rail opens again, with packets that pass
 
 
 def test_a_receiver_without_receives_is_named(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
