@@ -48,7 +48,7 @@ from .base import Availability, DataPath, RailState, Transfer
 from .verbs_frames import Frames
 from .verbs_qp import REPLENISH, Batch, QueuePair, imm_of
 from .verbs_reopen import Reopener
-from .verbs_watch import Watch
+from .verbs_watch import Watch, why_too_small
 from .verbs_work import Pieces, Share, pieces_of, split, starts_of_requests
 
 if TYPE_CHECKING:
@@ -435,6 +435,10 @@ class VerbsPath(DataPath):
                 rail=rail.name,
                 vendor_code=error.vendor_code,
             )
+        elif isinstance(error, RetryExceeded):
+            shrunk = why_too_small(rail)
+            if shrunk:
+                error.message = f"{shrunk}: {error.message}"
         if receive:
             error = LinkFlushed(
                 f"a write of the peer broke the rail, which this side's device refused: {error.message}",

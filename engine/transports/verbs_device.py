@@ -56,9 +56,10 @@ class Device:
         )
         self._node = _verbs_node(nic.name)
         self._node_id = _inode(self._node)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._regions: dict[int, Any] = {}
         self._users = 0
+        self._closing = self._closed = False
         try:
             self.context = self.library.device.Context(name=nic.name)
             self.pd = self.library.pd.PD(self.context)
@@ -93,7 +94,9 @@ class Device:
     @property
     def mtu(self) -> int:
         """The verbs' code of the largest packet that the port takes now, 1 to 5."""
-        with contextlib.suppress(self.library.error):  # it is gone: what it last took
+        with self._lock, contextlib.suppress(self.library.error):  # it is gone: what it last took
+            if self._closed:
+                return self._mtu
             self._mtu = int(self.context.query_port(self.nic.port).active_mtu)
         return self._mtu
 
@@ -102,16 +105,24 @@ class Device:
         return topology.gids(self.nic)
 
     def acquire(self) -> None:
-        """Begins one rail's use."""
+        """Begins one rail's use: the device stays open until it ends.
+
+        Raises:
+            TransportUnavailable: the device is closed.
+        """
         with self._lock:
+            if self._closing:
+                raise TransportUnavailable(
+                    f"RDMA device {self.name} is closed in this engine", operation="connect"
+                )
             self._users += 1
 
     def release(self) -> None:
         """Ends one rail's use. A device that is gone closes with its last one: its driver waits."""
         with self._lock:
             self._users -= 1
-            left = self._users
-        if not left and self.lost:
+            last = not self._users and self._closing
+        if last or self.lost:
             self.close()
 
     def register(self, region: MemoryRegion) -> Keys:
@@ -124,7 +135,7 @@ class Device:
             entry = self._regions.get(region.region_id)
             if entry is None:
                 entry = self._regions[region.region_id] = self._pin(region)
-        return Keys(entry.lkey, entry.rkey)
+            return Keys(entry.lkey, entry.rkey)
 
     def pin(self, address: int, nbytes: int) -> Any:
         """A memory region of the library over this host memory; the caller closes it.
@@ -133,7 +144,9 @@ class Device:
             NotRegistered: the device does not take it; says why.
         """
         try:
-            return self.library.mr.MR(self.pd, nbytes, self.access, address=address)
+            with self._lock:
+                self._check_open()
+                return self.library.mr.MR(self.pd, nbytes, self.access, address=address)
         except self.library.error as error:
             raise NotRegistered(
                 f"RDMA device {self.name} does not register {nbytes} bytes ({error}): is there "
@@ -160,12 +173,24 @@ class Device:
                 entry.close()
 
     def close(self) -> None:
-        """Closes the device. Safe to call twice; no rail may be open on it."""
+        """Closes the device: now, or when the last rail that is open on it ends its use. A rail whose
+        link goes down slowly may outlive its engine's patience. Safe to call twice."""
         with self._lock:
+            self._closing = True
+            if self._users or self._closed:
+                return
+            self._closed = True
             regions, self._regions = self._regions, {}
         for entry in (*regions.values(), self.pd, self.context):
             with contextlib.suppress(self.library.error):
                 entry.close()
+
+    def _check_open(self) -> None:
+        """What is closed must not be named to the library: it would not refuse, but crash."""
+        if self._closed:
+            raise NotRegistered(
+                f"RDMA device {self.name} is closed in this engine", operation="register"
+            )
 
     def _pin(self, region: MemoryRegion) -> Any:
         if region.device < 0:

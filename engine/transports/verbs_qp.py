@@ -25,9 +25,10 @@ RECEIVE_DEPTH = 512
 REPLENISH = 128  # receives posted at once, in one call, and credits given back at once
 RECEIVE_ID = 1 << 62  # marks the completions of receives, whose other fields an error leaves open
 
-# 268 ms a try and eight tries: a peer that is gone is noticed in about two seconds, and an emulated
-# processor that stands still for 200 ms is not taken for one.
-ACK_TIMEOUT, RETRIES = 16, 7
+# 268 ms a try and seven tries: a peer that is gone is noticed in about two seconds, and an emulated
+# processor that stands still for 200 ms is not taken for one. Not 7 retries: software RoCE (Linux 6.1)
+# takes that to mean for ever.
+ACK_TIMEOUT, RETRIES = 16, 6
 RNR_TIMER, RNR_RETRIES = 12, 6  # 0.64 ms each; 7 would mean for ever
 
 

@@ -1,7 +1,8 @@
 """Notices a rail that completes nothing of what is posted: a device that tries for ever.
 
-Hardware gives up by itself and says so. Software RoCE does not where the wire takes no packet of the
-size that the two ends agreed on: it would hold the memory of a transfer until the link goes down.
+Most devices give up by themselves and say so. Software RoCE does not where its own interface takes
+no packet of the size that the two ends agreed on: it would hold a transfer's memory until the link
+went down.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from .verbs_qp import Batch, QueuePair
     from .verbs_rail import Rail
 
-# A device gives up after eight tries, each of 268 ms to four times that (`verbs_qp`): 8.6 s at most.
+# A device gives up after seven tries, each of 268 ms to four times that (`verbs_qp`): 7.5 s at most.
 STALLED_S = 10.0
 SLOWEST_NBYTES_PER_S = 1 << 20  # and so much longer as a batch takes on a wire that is this slow
 SUSPECT_S = 1.0  # then the port is asked whether its packets have shrunk, which explains all
@@ -61,19 +62,27 @@ def _why_stalled(rail: Rail, pair: QueuePair, elapsed_s: float) -> str:
     pair.waited_s += elapsed_s
     if pair.waited_s < SUSPECT_S:
         return ""
-    agreed_nbytes, now_nbytes = packet_nbytes(rail.mtu), packet_nbytes(rail.device.mtu)
-    if now_nbytes < agreed_nbytes:
-        return (
-            f"{rail.device.name} now takes packets of {now_nbytes} bytes, and {agreed_nbytes} were "
-            f"agreed on for rail {rail.name}: somebody has changed the interface's MTU"
-        )
+    shrunk = why_too_small(rail)
+    if shrunk:
+        return shrunk
     if pair.waited_s < STALLED_S + oldest.nbytes / SLOWEST_NBYTES_PER_S:
         return ""
     posted = sum(batch.requests for batch in pair.flying)
     return (
         f"nothing of {posted} posted work requests has completed for {pair.waited_s:.0f} s on rail "
         f"{rail.name}, and its device does not give up: does every interface and switch on the "
-        f"way take packets of {agreed_nbytes} bytes, and what does the kernel's log say of it?"
+        f"way take packets of {packet_nbytes(rail.mtu)} bytes (MTU), and what does the kernel's log say of it?"
+    )
+
+
+def why_too_small(rail: Rail) -> str:
+    """That the port no longer takes packets of the size that was agreed on, or ""."""
+    agreed_nbytes, now_nbytes = packet_nbytes(rail.mtu), packet_nbytes(rail.device.mtu)
+    if now_nbytes >= agreed_nbytes:
+        return ""
+    return (
+        f"{rail.device.name} now takes packets of {now_nbytes} bytes, and {agreed_nbytes} were "
+        f"agreed on for rail {rail.name}: somebody has changed the interface's MTU"
     )
 
 
