@@ -49,7 +49,7 @@ from .verbs_frames import Frames
 from .verbs_qp import REPLENISH, Batch, QueuePair, imm_of
 from .verbs_reopen import Reopener
 from .verbs_watch import Watch, why_too_small
-from .verbs_work import Pieces, Share, pieces_of, split, starts_of_requests
+from .verbs_work import Pieces, Share, own_regions, pieces_of, split, starts_of_requests
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -298,8 +298,7 @@ class VerbsPath(DataPath):
             self._post_queue(rail, pair)
 
     def _both_keys(self, transfer: Transfer, rail: Rail) -> tuple[Any, Any]:
-        regions: tuple[Any, ...] = transfer.local_regions
-        local = [rail.device.register(region).local for region in regions]
+        local = [rail.device.register(region).local for region in own_regions(transfer)]
         remote = []
         for region in transfer.remote_regions:
             keys = self._keys.get(region.region_id, ())

@@ -5,13 +5,16 @@ queues in equal shares. NumPy throughout: O(shares) Python steps until they are 
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from ..memory import RegisteredCache
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from ..memory import MemoryRegion
     from .base import Transfer
 
     Ints = npt.NDArray[np.int64]
@@ -31,7 +34,7 @@ class Pieces(NamedTuple):
     Attributes:
         local, remote: addresses in this process and in the peer's.
         owner: position of the piece in the peer's regions of the transfer.
-        source: position in this side's regions.
+        source: position in `own_regions` of the transfer.
     """
 
     local: Ints
@@ -39,6 +42,14 @@ class Pieces(NamedTuple):
     nbytes: Ints
     owner: Ints
     source: Ints
+
+
+def own_regions(transfer: Transfer) -> list[MemoryRegion]:
+    """This side's regions of a transfer: those that it names, and all of each cache that it names."""
+    regions: list[MemoryRegion] = []
+    for each in transfer.local_regions:
+        regions += each.regions if isinstance(each, RegisteredCache) else (each,)
+    return regions
 
 
 def pieces_of(transfer: Transfer) -> Pieces:
@@ -74,7 +85,7 @@ def cuts(nbytes: Ints, limit_nbytes: int) -> tuple[Ints, Ints, Ints]:
 
 def _regions_of(transfer: Transfer, local: Ints) -> Ints:
     """Which of the transfer's own regions each piece lies in."""
-    regions: tuple[Any, ...] = transfer.local_regions
+    regions = own_regions(transfer)
     if len(regions) == 1:
         return np.zeros(len(local), np.int64)
     starts = np.array([region.address for region in regions], np.int64)

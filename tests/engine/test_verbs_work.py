@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvferry.engine.layout import KVLayout
 from kvferry.engine.transports.verbs_work import (
     MAX_REQUEST_NBYTES,
     SHARE_ALIGN_NBYTES,
     Pieces,
     Share,
     cuts,
+    own_regions,
     pieces_of,
     split,
     starts_of_requests,
 )
+
+if TYPE_CHECKING:
+    from kvferry.engine.transfer import TransferEngine
 
 KEYS = (np.array([11, 22]), np.array([33, 44]))
 TRANSFER: Any = None  # shares only hold on to it
@@ -163,3 +168,20 @@ def test_a_piece_longer_than_a_device_takes_is_cut_into_work_requests() -> None:
 def test_a_batch_of_small_pieces_is_as_many_as_a_doorbell_takes() -> None:
     pieces = columns([(at << 20, at << 21, 4096, 0, 0) for at in range(100)])
     assert Share(TRANSFER, pieces, 16, KEYS).batch == 32
+
+
+def test_pieces_of_a_cache_find_their_region(engine: TransferEngine) -> None:
+    layers = [np.zeros((4, 8, 8), np.uint8) for _ in range(3)]
+    cache = engine.register_cache(KVLayout.from_tensors(layers, "block token dim"), layers)
+    transfer: Any = SimpleNamespace(
+        local=np.array([[layers[n].ctypes.data + 64 * n, 64] for n in (2, 0, 1)], np.uint64),
+        nbytes=np.array([64, 64, 64]),
+        remote_index=np.array([0, 0, 0]),
+        remote_offset=np.array([0, 64, 128]),
+        remote_regions=(SimpleNamespace(address=1 << 50),),
+        local_regions=(cache,),
+    )
+    own = own_regions(transfer)
+    found = [own[row].address for row in pieces_of(transfer).source]
+    assert found == [layers[n].ctypes.data for n in (2, 0, 1)]
+    cache.deregister()
