@@ -34,7 +34,7 @@ from ..control.handoff import Timing
 from ..control.keys import check_address, join_address
 from ..control.messages import count_blocks
 from ..engine.errors import EngineError, OverlappingBlocks
-from .agent_checks import check_block_ids, describe_cache, make_engine
+from .agent_checks import check_block_ids, describe_cache, make_engine, name_rank_set
 from .agent_core import AgentCore, refuse
 from .enrolment import Enrolment
 from .handoffs import Handoff, SendHandoff
@@ -92,12 +92,14 @@ class Agent:
         ranks: the layouts of all ranks of this engine, where the model's cache is spread over
             several; this agent is one of them. See `ranks.py`.
         rank: which.
+        rank_set: what the agents of all these ranks, and no others, are called together; their
+            names without the rank's number at the end if "".
 
     Raises:
         InsecureAddress: `bind` can be reached from other machines, and there are no `keys`.
         ConfigError: `daemon` is no address, or names no key although there are `keys`.
         TransportUnavailable, LayoutError, NotRegistered: from the engine.
-        ValueError: no peer would take this name or role.
+        ValueError: no peer would take this name or role; ranks without a name for their set.
         zmq.ZMQError: `bind` cannot be bound.
 
     Thread-safe. Not usable in a forked child.
@@ -125,6 +127,7 @@ class Agent:
         http: str = "",
         ranks: Sequence[KVLayout] = (),
         rank: int = 0,
+        rank_set: str = "",
     ) -> None:
         check_address(bind, keys, f"agent {name}")
         if daemon:
@@ -145,7 +148,10 @@ class Agent:
             self._cache = self.engine.register_cache(layout, tensors)
             try:
                 described = msgspec.structs.replace(
-                    self._cache.descriptor, ranks=tuple(ranks), rank=rank
+                    self._cache.descriptor,
+                    ranks=tuple(ranks),
+                    rank=rank,
+                    rank_set=rank_set or name_rank_set(name, len(ranks), rank),
                 )
                 described.check()
                 self._core = AgentCore(

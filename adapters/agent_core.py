@@ -23,10 +23,20 @@ from ..control.errors import (
     ProtocolError,
 )
 from ..control.handoff import MAX_REASON_CHARS
-from ..control.messages import Accepted, Done, HandoffMessage, Ready, Refused, Request, Sent
+from ..control.messages import (
+    Accepted,
+    Done,
+    HandoffMessage,
+    RankMessage,
+    Ready,
+    Refused,
+    Request,
+    Sent,
+)
 from ..control.wire import decode, encode
 from .acquaintances import Acquaintances
 from .mailbox import Mailbox
+from .rank_sets import RankSets
 from .workbench import Workbench
 
 if TYPE_CHECKING:
@@ -53,6 +63,7 @@ class AgentCore:
         described: its cache as peers see it, with its place among the ranks of its engine.
         acquaintances: the peers.
         mailbox: its thread.
+        rank_sets: requests that several ranks take.
         workbench: what is done with the engine.
         role: what the agent does now.
         flipping: the role that it takes once it is idle; "" if it stays.
@@ -85,6 +96,7 @@ class AgentCore:
         self._closing = False
         self._all_back: Callable[[], None] = lambda: None
         self.acquaintances = Acquaintances(self, timing)
+        self.rank_sets = RankSets(self, timing)
         self.mailbox = Mailbox(bind, self._on_frame, name, keys)
         self.workbench.start(self._tell, self.acquaintances, self.mailbox)
         self.mailbox.start()
@@ -179,14 +191,18 @@ class AgentCore:
         except ProtocolError as error:
             self.refuse(route, 0, "protocol", error.message)
             return
-        if not isinstance(message, HandoffMessage):
+        if not isinstance(message, HandoffMessage | RankMessage):
             self.acquaintances.hear(route, message)
             return
-        desk = self._desks.get(_addressed_side(message))
         peer = self.acquaintances.get(message.session)
         if peer is None or peer.route != route:
             self.refuse(route, message.session, "session", "this agent does not know you")
-        elif desk is None:
+            return
+        if isinstance(message, RankMessage):
+            self.rank_sets.hear(peer, message)
+            return
+        desk = self._desks.get(_addressed_side(message))
+        if desk is None:
             detail = f"{self.name} is {self.role}, it has no use for {type(message).__name__}"
             self.refuse(route, 0, "role", detail)
         else:
@@ -226,12 +242,14 @@ class AgentCore:
         """Handoffs with this peer may begin."""
         for desk in self._desks.values():
             desk.open_session(peer.session.number, peer.session.name)
+        self.rank_sets.came_up(peer)
 
     def went_down(self, peer: Acquaintance, reason: str) -> None:
         """The link to this peer is down."""
         for side, desk in self._desks.items():
             number, quiesced = peer.session.number, peer.quiesced
             self._carry_out(side, desk.link_down(number, reason, quiesced=quiesced))
+        self.rank_sets.went_down(peer, reason)
         self._report_if_all_back()
 
     def quiesced(self, peer: Acquaintance) -> None:
@@ -266,6 +284,7 @@ class AgentCore:
                     )
                 )
             self._tell(side, key, events.UserCancelled("the agent was closed"))
+        self.rank_sets.begin_close()
         self.acquaintances.say_goodbye("the agent was closed")
         self._report_if_all_back()
 

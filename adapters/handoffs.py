@@ -6,14 +6,13 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..control.errors import HandoffTimeout
 from ..control.events import SourceFinished, SourceReady, UserCancelled
-from ..engine.errors import DeadlineExceeded
 from ..engine.tickets import Ticket
 from .compute_order import ComputeOrder
+from .pending import Pending
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable
 
     import torch
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from ..engine.transfer import TransferEngine
 
 
-class Handoff:
+class Handoff(Pending):
     """One request's KV on its way, seen from this side. Thread-safe.
 
     On the decode side, done means that the KV is in the destination blocks. On the prefill side,
@@ -29,11 +28,7 @@ class Handoff:
     a failure only `blocks_free` tells.
 
     Attributes:
-        request_id: the request.
         peer: the peer agent's name; "" on the prefill side, which serves whoever asks.
-        blocks_free: a ticket that ends well when no peer and no thread of this process can touch
-            this side's blocks any more: after a failure that may be later. It ends with
-            `AgentClosed` if this agent was closed before that could be known.
         started_s, finished_s: monotonic seconds; `finished_s` is 0 until it is done.
     """
 
@@ -44,62 +39,18 @@ class Handoff:
         operation: str,
         tell: Callable[[Handoff, Event], None],
     ) -> None:
-        self.request_id = request_id
-        self.peer = peer
+        outcome = Ticket(operation, peer=peer)
+        super().__init__(request_id, peer, outcome, blocks_free=Ticket("free", peer=peer))
         self.started_s = time.monotonic()
         self.finished_s = 0.0
-        self.blocks_free = Ticket("free", peer=peer)
-        self._outcome = Ticket(operation, peer=peer)
-        self._outcome.add_done_callback(self._note_end)
+        outcome.add_done_callback(self._note_end)
         self._tell = tell
         self._key = 0  # of its machine; the agent's thread writes and reads it
         self._withdrawn = ""  # why it was cancelled before it had one; likewise
 
-    def __repr__(self) -> str:
-        state = "pending" if not self.done() else repr(self.error) if self.error else "done"
-        return f"<{type(self).__name__} {self.request_id} {state}>"
-
-    def done(self) -> bool:
-        """Whether it ended, well or badly."""
-        return self._outcome.done()
-
-    @property
-    def error(self) -> Exception | None:
-        """What it failed with; None while pending and after success."""
-        return self._outcome.exception()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes moved; 0 until it ends well."""
-        return self._outcome.nbytes
-
-    def wait(self, timeout_s: float | None = None) -> int:
-        """Blocks until it ends; returns the bytes moved.
-
-        `timeout_s` bounds this wait alone; the handoff has its own deadline.
-
-        Raises:
-            HandoffError, AgentClosed: how it failed. HandoffTimeout: `timeout_s` passed.
-        """
-        try:
-            return self._outcome.wait(timeout_s)
-        except DeadlineExceeded as error:  # of this wait: the outcome itself has no deadline
-            raise HandoffTimeout(
-                f"{self.request_id} is still pending after a wait of {timeout_s} s",
-                peer=self.peer,
-                operation=self._outcome.operation,
-            ) from error
-
-    def __await__(self) -> Generator[object, None, int]:
-        return self._outcome.__await__()
-
     def cancel(self, reason: str = "cancelled") -> None:
         """Asks for its end: it fails with `HandoffCancelled`, unless it ends before that."""
         self._tell(self, UserCancelled(reason))
-
-    def add_done_callback(self, callback: Callable[[Handoff], None]) -> None:
-        """Calls `callback(handoff)` when it ended. It must not block."""
-        self._outcome.add_done_callback(lambda _: callback(self))
 
     def _note_end(self, _: Ticket) -> None:
         self.finished_s = time.monotonic()

@@ -1,32 +1,36 @@
 """Handoffs between engines whose caches are spread over ranks.
 
-Each rank has an agent of its own, which knows the layouts of all ranks of its engine. Both sides
-work out alike who sends what to whom (`engine/ranks.py`), so a decode rank talks to just the prefill
-ranks that it needs, and everything moves from rank to rank, with nobody in between.
+Each rank has an agent of its own, in a process of its own or not, which knows the layouts of all
+ranks of its engine. Both sides work out alike who sends what to whom (`engine/ranks.py`), so a decode
+rank takes from just the prefill ranks that it needs, and everything moves from rank to rank, with
+nobody in between.
 
     decode rank:   peers = connect_ranks(agent, addresses_of_all_prefill_ranks)
                    handoff = receive_from_ranks(agent, peers, "r", tables, num_tokens=1000)
     prefill rank:  handoff = send_to_ranks(agent, "r", tables, num_readers(agent, "decode-0"))
 
-`HandoffSet` joins handoffs into one that is done when all are; when one fails the others are
-cancelled, which their peers' sets notice in turn. Sets nest: where one process drives several ranks
-it joins theirs, and a failure of one rank ends the request on all.
+A decode rank's handoff is done when all decode ranks have all of their parts, and fails on all when
+one fails: besides the ranks that it takes from, each is connected to the first prefill rank, which
+keeps the roll (`control/rank_rolls.py`). A prefill rank's is done when its own bytes are placed.
+`HandoffSet` joins what one process drives; sets nest.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..control.errors import NotConnected
+from ..control.events import PartsEnded, UserCancelled
 from ..engine.tickets import Ticket, all_of
 from .agent import CONNECT_TIMEOUT_S, Agent
+from .pending import Pending
 from .rank_plans import rank_plan_of
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Sequence
 
+    from ..control.events import Event
     from ..engine.ranks import RankPlan
     from .handoffs import Handoff
 
@@ -37,16 +41,20 @@ class RankPeers(NamedTuple):
     """The prefill ranks that one decode rank needs.
 
     Attributes:
-        names: of the connected agents, by rank.
+        names: of the connected agents that it takes from, by rank.
         plan: of both sets of ranks.
+        first: name of the first prefill rank, connected too, which keeps the roll of the decode ranks.
     """
 
     names: dict[int, str]
     plan: RankPlan
+    first: str
 
 
-class HandoffSet:
+class HandoffSet(Pending):
     """Several handoffs of one request, as one. Thread-safe.
+
+    When one fails the others are cancelled, and the set fails with the first one's error.
 
     Attributes:
         parts: the handoffs, or sets of them.
@@ -54,49 +62,15 @@ class HandoffSet:
     """
 
     def __init__(self, parts: Sequence[Handoff | HandoffSet]) -> None:
+        blocks_free = all_of([part.blocks_free for part in parts])
+        super().__init__("", "", Ticket("handoff"), blocks_free)
         self.parts = tuple(parts)
-        self.blocks_free: Ticket = all_of([part.blocks_free for part in self.parts])
-        self._outcome = Ticket("handoff")
         self._left = len(self.parts)
         self._lock = threading.Lock()
-        if not self.parts:
-            self._outcome._finish(0)
-        for part in self.parts:
-            part.add_done_callback(self._ended)
+        self._watch()
 
     def __repr__(self) -> str:
-        return f"<HandoffSet of {len(self.parts)}, {self._left} pending>"
-
-    def done(self) -> bool:
-        """Whether all ended, or one ended badly."""
-        return self._outcome.done()
-
-    @property
-    def error(self) -> Exception | None:
-        """What the first that failed failed with."""
-        return self._outcome.exception()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes moved by all; 0 until all ended well."""
-        return self._outcome.nbytes
-
-    def wait(self, timeout_s: float | None = None) -> int:
-        """As `Handoff.wait`, for all of them."""
-        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-        for part in self.parts:
-            if self._outcome.done():
-                break
-            left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
-            try:
-                part.wait(left_s)
-            except Exception:
-                if not part.done():
-                    raise  # the wait's own time is up
-        return self._outcome.wait(timeout_s)
-
-    def __await__(self) -> Generator[object, None, int]:
-        return self._outcome.__await__()
+        return f"<{type(self).__name__} of {len(self.parts)}, {self._left} pending>"
 
     def cancel(self, reason: str = "cancelled") -> None:
         """Asks for the end of all of them."""
@@ -104,20 +78,61 @@ class HandoffSet:
             if not part.done():
                 part.cancel(reason)
 
-    def add_done_callback(self, callback: Any) -> None:
-        """Calls `callback(set)` when it ended. It must not block."""
-        self._outcome.add_done_callback(lambda _: callback(self))
+    def _watch(self) -> None:
+        if not self.parts:
+            self._all_ended()
+        for part in self.parts:
+            part.add_done_callback(self._ended)
 
     def _ended(self, part: Handoff | HandoffSet) -> None:
         if part.error is not None:
-            if self._outcome._fail(part.error):
-                self.cancel(f"another rank failed: {part.error}")
+            self._one_failed(part.error)
             return
         with self._lock:
             self._left -= 1
             last = not self._left
         if last:
-            self._outcome._finish(sum(part.nbytes for part in self.parts))
+            self._all_ended()
+
+    def _all_ended(self) -> None:
+        self._outcome._finish(sum(part.nbytes for part in self.parts))
+
+    def _one_failed(self, error: Exception) -> None:
+        if self._outcome._fail(error):
+            self.cancel(f"another rank failed: {error}")
+
+
+class RankHandoff(HandoffSet):
+    """A decode rank's handoffs of one request: ready when all ranks of its engine have theirs.
+
+    And failed as soon as one has not. What it tells and hears, `rank_sets.py` carries.
+    """
+
+    def __init__(
+        self, agent: Agent, hub: str, request_id: str, parts: Sequence[Handoff], timeout_s: float
+    ) -> None:
+        self._agent = agent
+        self._begin = (hub, request_id, timeout_s)
+        super().__init__(parts)
+        self.request_id = request_id
+
+    def cancel(self, reason: str = "cancelled") -> None:
+        """Asks for the end of all of them, on all ranks."""
+        super().cancel(reason)
+        self._tell(UserCancelled(reason))
+
+    def _watch(self) -> None:
+        self._agent._soon(self._agent._core.rank_sets.begin, self, *self._begin)
+        super()._watch()
+
+    def _all_ended(self) -> None:
+        self._tell(PartsEnded(sum(part.nbytes for part in self.parts)))
+
+    def _one_failed(self, error: Exception) -> None:
+        self._tell(PartsEnded(0, error))
+
+    def _tell(self, event: Event) -> None:
+        self._agent._soon(self._agent._core.rank_sets.tell, self, event)
 
 
 def connect_ranks(
@@ -147,7 +162,7 @@ def connect_ranks(
         route.src: first if route.src == 0 else agent.connect(addresses[route.src], timeout_s)
         for route in plan.to(mine.rank)
     }
-    return RankPeers(names, plan)
+    return RankPeers(names, plan, first)
 
 
 def receive_from_ranks(
@@ -163,9 +178,13 @@ def receive_from_ranks(
 ) -> HandoffSet:
     """Takes a decode rank's part of a request from every prefill rank that has some of it.
 
+    All decode ranks ask, each in its process, in any order and equally often: the handoff is done on
+    each of them when it is done on all, and fails on all when it fails on one.
+
     Arguments and errors are those of `Agent.receive_tokens`.
     """
     parts: list[Handoff] = []
+    alone = len(peers.plan.dst) == 1
     try:
         for _, name in sorted(peers.names.items()):
             parts.append(
@@ -179,10 +198,18 @@ def receive_from_ranks(
                     timeout_s=timeout_s,
                 )
             )
-    except BaseException:
-        HandoffSet(parts).cancel("another rank could not be asked")
+    except Exception as error:
+        if alone:
+            HandoffSet(parts).cancel("another rank could not be asked")
+        else:  # all other ranks must hear of it
+            whole = RankHandoff(agent, peers.first, request_id, parts, timeout_s)
+            whole._one_failed(error)
         raise
-    return HandoffSet(parts)
+    return (
+        HandoffSet(parts)
+        if alone
+        else RankHandoff(agent, peers.first, request_id, parts, timeout_s)
+    )
 
 
 def num_readers(agent: Agent, peer: str) -> int:
