@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from .reconcile import TablePair
+    from .bundles import TablePair
 
     BlockTable = Sequence[int] | npt.NDArray[np.integer]
     Ids = npt.NDArray[np.int64]

@@ -21,10 +21,10 @@ from .errors import EngineError, LinkError, PlanError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from .bundles import Bundle
     from .copiers import Copiers
-    from .reblock import Moves
-    from .reconcile import Bundle
     from .token_move import TokenMove
+    from .token_pieces import Moves
     from .transfer_plan import TransferPlan
     from .transports.base import DataPath, Transfer
 

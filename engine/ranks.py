@@ -19,8 +19,8 @@ from .reblock import TokenPlan
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from .held_planes import Key
     from .layout import KVLayout
-    from .reconcile import Key
 
     Range = tuple[int, int]
     _Held = dict[Key, dict[int, Range]]  # by plane of a layer: each rank's heads

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from .held_planes import Key
     from .memory import CacheDescriptor, RegisteredCache
     from .plan import BlockIds
-    from .reconcile import Key
 
     Column = npt.NDArray[np.int64]
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from ..bundles import Bundle, Step, TablePair
     from ..reblock import TokenPlan
-    from ..reconcile import Bundle, Step, TablePair
     from ..token_move import TokenMove
     from ..transfer_plan import TransferPlan
     from .base import Transfer

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from kvferry.engine.convert import convert_bytes
 from kvferry.engine.errors import BlockOutOfRange, LayoutError, OverlappingBlocks, PlanError
 from kvferry.engine.layout import KVLayout
-from kvferry.engine.reblock import TokenPlan, stretches
+from kvferry.engine.reblock import TokenPlan
+from kvferry.engine.token_pieces import stretches
 
 from .caches import AXES, PagedPool, expect_tokens
 
