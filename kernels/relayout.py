@@ -13,17 +13,15 @@ that is the difference between 133 and 366 GB/s; the reads, which are local, may
 
 from __future__ import annotations
 
-import functools
-import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .cast import LIMITS, cast_reference
+from .cast import cast_reference
 from .errors import ShapeError
-from .paged import WIDEST_NBYTES
 from .runtime import jit
-from .tiles import chunk_words, default_tuning
+from .tiles import default_tuning
+from .walk import Walk, walk_constants
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,56 +33,8 @@ if TYPE_CHECKING:
 else:
     from .runtime import tl
 
-_MOST_WORDS = 8192  # a program's words live in registers
 _MOST_GRID_Y = 65535
 _MOST_PROGRAMS = (1 << 31) - 1
-
-
-class End(NamedTuple):
-    """One end of a move, in bytes.
-
-    Attributes:
-        num_blocks: block ids that exist.
-        units: of a block.
-        block_stride, unit_stride, outer_stride, inner_stride: between neighbours.
-        dtype: of the numbers.
-        alignment: of every base address, at most 16.
-    """
-
-    num_blocks: int
-    units: int
-    block_stride: int
-    unit_stride: int
-    outer_stride: int
-    inner_stride: int
-    dtype: torch.dtype
-    alignment: int
-
-
-class Walk(NamedTuple):
-    """How one unit is walked: `outer` x `inner` runs of `run` numbers, outermost first at the
-    destination. Hashable, so that a launch's constants are cached by it.
-
-    Attributes:
-        tokens: of a unit; 1 where whole slots are moved.
-        token_axis, head_axis: 1 for outer, 2 for inner, 0 for neither.
-        group: units that the destination interleaves with its outer axis.
-    """
-
-    src: End
-    dst: End
-    outer: int
-    inner: int
-    run: int
-    tokens: int
-    token_axis: int
-    head_axis: int
-    group: int
-
-    @property
-    def unit_nbytes(self) -> int:
-        """Bytes of one unit of one entry at the destination."""
-        return self.outer * self.inner * self.run * self.dst.dtype.itemsize
 
 
 class Relayout(NamedTuple):
@@ -131,101 +81,6 @@ def _block_in(
     if bad_ids is not None:
         tl.store(bad_ids + place * 0, 1, mask=wanted & (good == 0))
     return block, good
-
-
-@jit()
-def _move_tile(
-    entry: tl.tensor,
-    tile: tl.tensor,
-    src_bases: tl.tensor,
-    src_table: tl.tensor,
-    dst_bases: tl.tensor,
-    dst_table: tl.tensor,
-    factors: tl.tensor,
-    bad_ids: tl.tensor,
-    first_unit: tl.tensor,
-    num_units: tl.tensor,
-    start: tl.tensor,
-    stop: tl.tensor,
-    src_blocks: tl.tensor,
-    dst_blocks: tl.tensor,
-    SRC_PER: tl.constexpr,
-    SRC_BLOCK: tl.constexpr,
-    SRC_SUB: tl.constexpr,
-    SRC_OUTER: tl.constexpr,
-    SRC_INNER: tl.constexpr,
-    DST_PER: tl.constexpr,
-    DST_BLOCK: tl.constexpr,
-    DST_SUB: tl.constexpr,
-    DST_OUTER: tl.constexpr,
-    DST_INNER: tl.constexpr,
-    OUTER: tl.constexpr,
-    INNER: tl.constexpr,
-    GROUP: tl.constexpr,
-    TOKENS: tl.constexpr,
-    TOKEN_AXIS: tl.constexpr,
-    HEAD_AXIS: tl.constexpr,
-    RUN_WORDS: tl.constexpr,
-    RUN_CHUNKS: tl.constexpr,
-    WORDS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    SRC_UNIT: tl.constexpr,
-    DST_UNIT: tl.constexpr,
-    SRC_WORD: tl.constexpr,
-    DST_WORD: tl.constexpr,
-    LIMIT: tl.constexpr,
-    ROUND: tl.constexpr,
-) -> None:
-    """Moves one tile of one entry."""
-    SRC_UNIT_WORDS: tl.constexpr = SRC_UNIT * 8 // SRC_WORD.primitive_bitwidth
-    DST_UNIT_WORDS: tl.constexpr = DST_UNIT * 8 // DST_WORD.primitive_bitwidth
-    # Which unit, outer, inner and part of a run each chunk is. Shapes: [CHUNKS].
-    chunk = tile * CHUNKS + tl.arange(0, CHUNKS).to(tl.int64)
-    run = chunk // RUN_CHUNKS
-    first_word = chunk % RUN_CHUNKS * WORDS
-    inner = run % INNER
-    outer = run // (INNER * GROUP) % OUTER
-    place = run // (INNER * GROUP * OUTER) * GROUP + run // INNER % GROUP
-    unit = first_unit + place
-    token = unit * TOKENS
-    if TOKEN_AXIS == 1:
-        token += outer
-    if TOKEN_AXIS == 2:
-        token += inner
-    wanted = (place < num_units) & (token >= start) & (token < stop)
-    src_block, src_good = _block_in(src_table, unit // SRC_PER, wanted, src_blocks, bad_ids)
-    dst_block, dst_good = _block_in(dst_table, unit // DST_PER, wanted, dst_blocks, bad_ids)
-    mask = (src_good & dst_good)[:, None]
-    src_units = src_block * SRC_BLOCK + unit % SRC_PER * SRC_SUB
-    src_units += outer * SRC_OUTER + inner * SRC_INNER
-    dst_units = dst_block * DST_BLOCK + unit % DST_PER * DST_SUB
-    dst_units += outer * DST_OUTER + inner * DST_INNER
-    # An address out of a table says nothing of its alignment: the hint makes wide accesses of it.
-    src_start = tl.multiple_of(tl.load(src_bases + entry).to(tl.pointer_type(SRC_WORD)), SRC_UNIT)
-    dst_start = tl.multiple_of(tl.load(dst_bases + entry).to(tl.pointer_type(DST_WORD)), DST_UNIT)
-    # Shapes: [CHUNKS, WORDS].
-    word = tl.arange(0, WORDS)[None, :]
-    src = src_start + (src_units * SRC_UNIT_WORDS + first_word)[:, None] + word
-    dst = dst_start + (dst_units * DST_UNIT_WORDS + first_word)[:, None] + word
-    if RUN_WORDS % WORDS != 0:
-        mask = mask & (first_word[:, None] + word < RUN_WORDS)
-    value = tl.load(src, mask=mask)
-    if factors is not None:
-        number = value.to(tl.float32)
-        if HEAD_AXIS == 0:
-            number = number * tl.load(factors + entry)
-        elif HEAD_AXIS == 1:
-            number = number * tl.load(factors + entry * OUTER + outer)[:, None]
-        else:
-            number = number * tl.load(factors + entry * INNER + inner)[:, None]
-        if LIMIT > 0:
-            number = tl.clamp(number, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        if ROUND:
-            # Adding 1.5 * 2**23 leaves no room for a fraction: ties go to even.
-            number = tl.where(number == number, number, 0.0)
-            number = (number + 12582912.0) - 12582912.0
-        value = number.to(DST_WORD)
-    tl.store(dst, value, mask=mask)
 
 
 @jit()
@@ -299,6 +154,8 @@ def relayout_kernel(
     LOOP: tl.constexpr,
 ) -> None:
     """Grid: `(tiles an entry, entries)`, or with LOOP any number of programs."""
+    SRC_UNIT_WORDS: tl.constexpr = SRC_UNIT * 8 // SRC_WORD.primitive_bitwidth
+    DST_UNIT_WORDS: tl.constexpr = DST_UNIT * 8 // DST_WORD.primitive_bitwidth
     tile = tl.program_id(0).to(tl.int64)
     entry = tl.program_id(1).to(tl.int64)
     entry_tiles = (num_units * (OUTER * INNER * RUN_CHUNKS) + CHUNKS - 1) // CHUNKS
@@ -309,48 +166,57 @@ def relayout_kernel(
     while tile < last:
         if LOOP:
             entry = tile // entry_tiles
-        _move_tile(
-            entry,
-            tile % entry_tiles,
-            src_bases,
-            src_table,
-            dst_bases,
-            dst_table,
-            factors,
-            bad_ids,
-            first_unit,
-            num_units,
-            start,
-            stop,
-            src_blocks,
-            dst_blocks,
-            SRC_PER,
-            SRC_BLOCK,
-            SRC_SUB,
-            SRC_OUTER,
-            SRC_INNER,
-            DST_PER,
-            DST_BLOCK,
-            DST_SUB,
-            DST_OUTER,
-            DST_INNER,
-            OUTER,
-            INNER,
-            GROUP,
-            TOKENS,
-            TOKEN_AXIS,
-            HEAD_AXIS,
-            RUN_WORDS,
-            RUN_CHUNKS,
-            WORDS,
-            CHUNKS,
-            SRC_UNIT,
-            DST_UNIT,
-            SRC_WORD,
-            DST_WORD,
-            LIMIT,
-            ROUND,
+        # Which unit, outer, inner and part of a run each chunk is. Shapes: [CHUNKS].
+        chunk = tile % entry_tiles * CHUNKS + tl.arange(0, CHUNKS).to(tl.int64)
+        run = chunk // RUN_CHUNKS
+        first_word = chunk % RUN_CHUNKS * WORDS
+        inner = run % INNER
+        outer = run // (INNER * GROUP) % OUTER
+        place = run // (INNER * GROUP * OUTER) * GROUP + run // INNER % GROUP
+        unit = first_unit + place
+        token = unit * TOKENS
+        if TOKEN_AXIS == 1:
+            token += outer
+        if TOKEN_AXIS == 2:
+            token += inner
+        wanted = (place < num_units) & (token >= start) & (token < stop)
+        src_block, src_good = _block_in(src_table, unit // SRC_PER, wanted, src_blocks, bad_ids)
+        dst_block, dst_good = _block_in(dst_table, unit // DST_PER, wanted, dst_blocks, bad_ids)
+        mask = (src_good & dst_good)[:, None]
+        src_units = src_block * SRC_BLOCK + unit % SRC_PER * SRC_SUB
+        src_units += outer * SRC_OUTER + inner * SRC_INNER
+        dst_units = dst_block * DST_BLOCK + unit % DST_PER * DST_SUB
+        dst_units += outer * DST_OUTER + inner * DST_INNER
+        # An address out of a table says nothing of its alignment: the hint makes wide accesses of it.
+        src_start = tl.multiple_of(
+            tl.load(src_bases + entry).to(tl.pointer_type(SRC_WORD)), SRC_UNIT
         )
+        dst_start = tl.multiple_of(
+            tl.load(dst_bases + entry).to(tl.pointer_type(DST_WORD)), DST_UNIT
+        )
+        # Shapes: [CHUNKS, WORDS].
+        word = tl.arange(0, WORDS)[None, :]
+        src = src_start + (src_units * SRC_UNIT_WORDS + first_word)[:, None] + word
+        dst = dst_start + (dst_units * DST_UNIT_WORDS + first_word)[:, None] + word
+        if RUN_WORDS % WORDS != 0:
+            mask = mask & (first_word[:, None] + word < RUN_WORDS)
+        value = tl.load(src, mask=mask)
+        if factors is not None:
+            number = value.to(tl.float32)
+            if HEAD_AXIS == 0:
+                number = number * tl.load(factors + entry)
+            elif HEAD_AXIS == 1:
+                number = number * tl.load(factors + entry * OUTER + outer)[:, None]
+            else:
+                number = number * tl.load(factors + entry * INNER + inner)[:, None]
+            if LIMIT > 0:
+                number = tl.clamp(number, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+            if ROUND:
+                # Adding 1.5 * 2**23 leaves no room for a fraction: ties go to even.
+                number = tl.where(number == number, number, 0.0)
+                number = (number + 12582912.0) - 12582912.0
+            value = number.to(DST_WORD)
+        tl.store(dst, value, mask=mask)
         tile += step
     if finished is not None:
         _signal(finished, bad_ids, counter, nbytes)
@@ -445,76 +311,3 @@ def relayout(
     else:
         relayout_kernel[grid](*arguments, num_warps=tuning.num_warps)
     return nbytes
-
-
-class WalkConstants(NamedTuple):
-    """Chunks of a unit of one entry, chunks of a tile, and SRC_PER to ROUND."""
-
-    unit_chunks: int
-    chunks: int
-    arguments: tuple[object, ...]
-
-
-@functools.lru_cache(maxsize=1024)
-def walk_constants(walk: Walk, converts: bool, tuning: Tuning) -> WalkConstants:
-    """The kernel's constants for a walk: how wide it reads and writes, and how it is cut up."""
-    ends = (walk.src, walk.dst)
-    strides = [
-        (
-            end.block_stride,
-            end.unit_stride if end.units > 1 else 0,
-            end.outer_stride if walk.outer > 1 else 0,
-            end.inner_stride if walk.inner > 1 else 0,
-        )
-        for end in ends
-    ]
-    units = [
-        math.gcd(WIDEST_NBYTES, end.alignment, walk.run * end.dtype.itemsize, *steps)
-        for end, steps in zip(ends, strides, strict=True)
-    ]
-    if converts:
-        words: list[Any] = [_type(end.dtype) for end in ends]
-        run_words, word_nbytes = walk.run, max(end.dtype.itemsize for end in ends)
-    else:
-        word_nbytes = min(8, *units)
-        words = [{8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}[word_nbytes]] * 2
-        run_words = walk.run * walk.src.dtype.itemsize // word_nbytes
-    tile_words = min(_MOST_WORDS, tuning.tile_nbytes // word_nbytes)
-    tile_words = max(tuning.num_warps * 32, 1 << (tile_words.bit_length() - 1))
-    width = chunk_words(run_words, tile_words)
-    run_chunks = -(-run_words // width)
-    per_unit = [
-        tuple(step // unit for step in steps) for steps, unit in zip(strides, units, strict=True)
-    ]
-    arguments = (
-        walk.src.units,
-        *per_unit[0],
-        walk.dst.units,
-        *per_unit[1],
-        walk.outer,
-        walk.inner,
-        walk.group,
-        walk.tokens,
-        walk.token_axis,
-        walk.head_axis,
-        run_words,
-        run_chunks,
-        width,
-        tile_words // width,
-        *units,
-        *words,
-        LIMITS.get(walk.dst.dtype, 0.0) if converts else 0.0,
-        converts and walk.dst.dtype == torch.int8,
-    )
-    return WalkConstants(walk.outer * walk.inner * run_chunks, tile_words // width, arguments)
-
-
-def _type(dtype: torch.dtype) -> Any:
-    return {
-        torch.float32: tl.float32,
-        torch.float16: tl.float16,
-        torch.bfloat16: tl.bfloat16,
-        torch.float8_e4m3fn: tl.float8e4nv,
-        torch.float8_e5m2: tl.float8e5,
-        torch.int8: tl.int8,
-    }[dtype]

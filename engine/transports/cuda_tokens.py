@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from ...kernels.relayout import End, Relayout, Walk, relayout
+from ...kernels.relayout import Relayout, relayout
 from ...kernels.signal import Signal
 from ...kernels.tiles import default_tuning
+from ...kernels.walk import End, Walk
 from ..errors import PlanError
 from ..reblock import window_start
 from .cuda_lane import Launched

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from kvferry.engine.reblock import TokenPlan
 from kvferry.engine.transports.cuda_tokens import compile_tokens, span_of
-from kvferry.kernels import relayout as relayout_module
 from kvferry.kernels.cast import cast_reference
 from kvferry.kernels.errors import ShapeError
 from kvferry.kernels.relayout import relayout
 from kvferry.kernels.signal import Signal
 from kvferry.kernels.tiles import Tuning
+from kvferry.kernels.walk import walk_constants
 from tests.engine.caches import AXES, PagedPool, expect_tokens
 
 from .conftest import need_cuda
@@ -226,4 +226,4 @@ def test_units_beside_each_other_at_the_destination_are_walked_side_by_side() ->
     nowhere = np.zeros(2, np.int64)
     (one,) = compile_tokens(plan, None, nowhere, nowhere, torch.device("cpu"))
     assert (one.move.walk.group, one.move.walk.tokens, one.move.walk.token_axis) == (4, 4, 2)
-    assert relayout_module.walk_constants(one.move.walk, False, SMALL).unit_chunks == 16
+    assert walk_constants(one.move.walk, False, SMALL).unit_chunks == 16
