@@ -81,6 +81,8 @@ class Registration(msgspec.Struct, frozen=True, omit_defaults=True):
         tokens_per_block: tokens of one block.
         token_nbytes: bytes of one token in its cache, all layers.
         tokens_per_s: tokens that it computes in a second, if it knows.
+        service: where its engine serves clients, as `http://host:port`; "" if only routers of
+            another kind know.
     """
 
     name: Name
@@ -96,6 +98,7 @@ class Registration(msgspec.Struct, frozen=True, omit_defaults=True):
     token_nbytes: Natural = 0
     tokens_per_s: Amount = 0.0
     topology: Topology = Topology()
+    service: Short = ""
 
 
 class Member(msgspec.Struct, frozen=True, omit_defaults=True):

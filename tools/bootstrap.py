@@ -165,7 +165,8 @@ def install() -> None:
         fail(f"{VENV_PYTHON} has no pip and no ensurepip; remove {VENV} and try again")
     if version_of(pip_version or "0") < OLDEST_PIP:
         pip_install("--upgrade", "pip>=25.1")
-    pip_install("--constraint", write_constraints(), "--group", "dev", "--editable", ".[demo]")
+    what = ".[demo,router]"
+    pip_install("--constraint", write_constraints(), "--group", "dev", "--editable", what)
 
 
 def main() -> None:

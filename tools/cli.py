@@ -26,6 +26,12 @@ lazy.add(
     "kvferry.tools.daemon",
     "Run the daemon: who is there, and which pair takes a request.",
 )
+lazy.add(
+    app,
+    "router",
+    "kvferry.tools.router.cli",
+    "Serve the OpenAI API before prefill and decode servers of vLLM.",
+)
 lazy.add(app, "top", "kvferry.tools.top", "A live view of agents, handoffs and bandwidths.")
 lazy.add(app, "trace", "kvferry.tools.trace", "Show recorded handoffs in Perfetto.")
 lazy.add(app, "keys", "kvferry.tools.keys", "Make key pairs for agents and daemons.")

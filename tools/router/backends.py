@@ -1,0 +1,207 @@
+"""The vLLM servers behind the router: who they are, which are down, and which two take a request.
+
+They come from the command line, or from the daemon, where a server's connector says its address.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from kvferry.control.client import DaemonClient
+from kvferry.control.errors import DaemonError, DaemonTimeout, PlacementError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from kvferry.control.daemon_messages import Member, Snapshot
+    from kvferry.control.keys import Keys
+
+DAEMON_S = 0.5  # for an answer of the daemon, which takes 1 ms; then the last picture is used
+MAX_EXCLUDED = 256  # as many as a `Place` may have
+LOOK_S = 1.0  # how old the picture of the cluster may become
+
+log = logging.getLogger("kvferry.router")
+
+
+class Backend(NamedTuple):
+    """A vLLM server: its name, and where it serves HTTP, as `http://host:port`."""
+
+    name: str
+    url: str
+
+
+class Pair(NamedTuple):
+    """The two servers that take a request."""
+
+    prefill: Backend
+    decode: Backend
+
+
+class Backends(Protocol):
+    """Where servers come from. `place` and `close` may block, and come from any one thread."""
+
+    def known(self) -> dict[str, list[Backend]]:
+        """All servers, by role: `prefill` and `decode`. A server may have both."""
+
+    def place(self, model: str, tokens: int, exclude: Collection[str]) -> Pair:
+        """The pair for a request.
+
+        Raises:
+            PlacementError: none is left; says what is missing.
+        """
+
+    def close(self) -> None:
+        """Lets go of what it holds."""
+
+
+class FixedBackends:
+    """Servers from the command line, taken in turn. Their URLs are their names."""
+
+    def __init__(self, prefills: Sequence[str], decodes: Sequence[str]) -> None:
+        self._prefills = [Backend(url, url.rstrip("/")) for url in prefills]
+        self._decodes = [Backend(url, url.rstrip("/")) for url in decodes]
+        self._turn = 0
+
+    def known(self) -> dict[str, list[Backend]]:
+        return {"prefill": self._prefills, "decode": self._decodes}
+
+    def place(self, model: str, tokens: int, exclude: Collection[str]) -> Pair:
+        turn, self._turn = self._turn, self._turn + 1
+        found = []
+        for role, backends in self.known().items():
+            left = [backend for backend in backends if backend.name not in exclude]
+            if not left:
+                raise PlacementError(
+                    f"none of {len(backends)} {role} servers answers", operation="place"
+                )
+            found.append(left[turn % len(left)])
+        return Pair(*found)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class DaemonBackends:
+    """Servers that the daemon knows. It places; while it is away, the last that were seen are used.
+
+    Args:
+        address, keys: of the daemon; see `DaemonClient`.
+        policy: of placement; the daemon's own if "".
+
+    Raises:
+        ConfigError: the address is none. DaemonTimeout: nobody answers there.
+    """
+
+    def __init__(self, address: str, keys: Keys | None = None, policy: str = "") -> None:
+        self._policy = policy
+        self._client = DaemonClient(address, keys)
+        self._members: dict[str, Member] = {}
+        self._turn = 0
+        self._ended = threading.Event()
+        try:
+            self._take(self._client.look(loads=False))
+        except DaemonTimeout:
+            self._client.close()
+            raise
+        self._watcher = threading.Thread(
+            target=self._follow, args=(address, keys), name="kvferry-router-watch", daemon=True
+        )
+        self._watcher.start()
+
+    def known(self) -> dict[str, list[Backend]]:
+        return {
+            role: [_backend(member) for member in self._serving() if member.role != other]
+            for role, other in (("prefill", "decode"), ("decode", "prefill"))
+        }
+
+    def models(self) -> list[str]:
+        """What the servers serve."""
+        return sorted({m.registration.model for m in self._serving()})
+
+    def place(self, model: str, tokens: int, exclude: Collection[str]) -> Pair:
+        # Agents of other programs have no HTTP address.
+        strangers = [m.name for m in self._members.values() if not m.registration.service]
+        try:
+            placed = self._client.place(
+                tokens,
+                model=model or self._only_model(),
+                exclude=(*exclude, *strangers)[:MAX_EXCLUDED],
+                policy=self._policy,
+                timeout_s=DAEMON_S,
+            )
+            if not {placed.prefill, placed.decode} <= self._members.keys():  # it came just now
+                self._take(self._client.look(loads=False, timeout_s=DAEMON_S))
+        except DaemonTimeout:
+            return self._place_alone(model, exclude)
+        members, pair = self._members, []
+        for name in (placed.prefill, placed.decode):
+            if name not in members or not members[name].registration.service:
+                raise PlacementError(
+                    f"{name} says no address of its HTTP server: set `service` in its "
+                    "kv_connector_extra_config",
+                    operation="place",
+                )
+            pair.append(_backend(members[name]))
+        return Pair(*pair)
+
+    def _place_alone(self, model: str, exclude: Collection[str]) -> Pair:
+        turn, self._turn = self._turn, self._turn + 1
+        found = []
+        for role, backends in self.known().items():
+            left = [
+                backend
+                for backend in backends
+                if backend.name not in exclude
+                and (not model or self._members[backend.name].registration.model == model)
+            ]
+            if not left:
+                raise PlacementError(
+                    f"the daemon does not answer, and no {role} server is left of the last known",
+                    operation="place",
+                )
+            found.append(left[turn % len(left)])
+        return Pair(*found)
+
+    def _only_model(self) -> str:
+        models = self.models()
+        if len(models) > 1:
+            raise PlacementError(
+                f"the request names no model, and there are {', '.join(models)}", operation="place"
+            )
+        return models[0] if models else ""
+
+    def _serving(self) -> list[Member]:
+        return [
+            member
+            for member in self._members.values()
+            if member.registration.service and member.state == "serving"
+        ]
+
+    def _follow(self, address: str, keys: Keys | None) -> None:
+        """On a thread of its own, with a client of its own: keeps the picture fresh."""
+        with DaemonClient(address, keys) as client:
+            away = False
+            while not self._ended.wait(LOOK_S):
+                try:
+                    picture = client.look(loads=False, timeout_s=DAEMON_S)
+                except DaemonError as error:
+                    if not away:
+                        log.warning("placing by the last picture of the cluster: %s", error)
+                    away = True
+                    continue
+                away = False
+                self._take(picture)
+
+    def _take(self, picture: Snapshot) -> None:
+        self._members = {member.name: member for member in picture.members}
+
+    def close(self) -> None:
+        self._ended.set()
+        self._watcher.join()
+        self._client.close()
+
+
+def _backend(member: Member) -> Backend:
+    return Backend(member.name, member.registration.service.rstrip("/"))

@@ -1,0 +1,240 @@
+"""The router's HTTP server: the OpenAI API in front, pairs of vLLM servers behind."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import aiohttp
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from kvferry.control.errors import ControlError
+
+from . import bodies
+from .metrics import RouterMetrics
+from .relay import Refused, Relay, ServerFailed
+
+if TYPE_CHECKING:
+    from .backends import Backend, Backends, Pair
+    from .bodies import Body
+    from .relay import Answer
+
+CONNECT_S = 5.0
+PROBE_S = 1.0  # between looks whether a server that went away is back
+MAX_BODY_NBYTES = 64 << 20
+PASSED_ON = ("Authorization", "Traceparent", "Tracestate")
+
+log = logging.getLogger("kvferry.router")
+
+
+class Router:
+    """An application of aiohttp: `router.app`.
+
+    Args:
+        backends: closed with the application.
+        attempts: how many pairs a request may be tried on.
+        timeout_s: how long a server may be silent.
+        together: see `Relay`.
+    """
+
+    def __init__(
+        self, backends: Backends, *, attempts: int, timeout_s: float, together: bool
+    ) -> None:
+        self._backends = backends
+        self._attempts = attempts
+        self._timeout_s = timeout_s
+        self._together = together
+        self._down: dict[str, asyncio.Task[None]] = {}
+        self._metrics = RouterMetrics(self._num_up)
+        # The daemon's client blocks, and is for one thread.
+        self._placing = ThreadPoolExecutor(1, "kvferry-router-place")
+        self.app = web.Application(client_max_size=MAX_BODY_NBYTES)
+        self.app.add_routes(
+            [
+                web.post("/v1/completions", self._generate),
+                web.post("/v1/chat/completions", self._generate),
+                web.get("/v1/models", self._models),
+                web.get("/health", self._ready),
+                web.get("/healthz", self._alive),
+                web.get("/readyz", self._ready),
+                web.get("/metrics", self._figures),
+            ]
+        )
+        self.app.on_startup.append(self._start)
+        self.app.on_cleanup.append(self._stop)
+
+    async def _start(self, _: web.Application) -> None:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            timeout=aiohttp.ClientTimeout(
+                total=None, sock_connect=CONNECT_S, sock_read=self._timeout_s
+            ),
+        )
+        self._relay = Relay(self._session, self._metrics, together=self._together)
+
+    async def _stop(self, _: web.Application) -> None:
+        for task in self._down.values():
+            task.cancel()
+        await asyncio.gather(*self._down.values(), return_exceptions=True)
+        await self._session.close()
+        await asyncio.get_running_loop().run_in_executor(self._placing, self._backends.close)
+        self._placing.shutdown()
+
+    # Requests
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        started_s = time.monotonic()
+        status = 499
+        self._metrics.in_flight.inc()
+        try:
+            response = await self._answer(request, started_s)
+            status = response.status
+            return response
+        finally:
+            self._metrics.in_flight.dec()
+            self._metrics.requests.labels(str(status)).inc()
+
+    async def _answer(self, request: web.Request, started_s: float) -> web.StreamResponse:
+        name = request.headers.get("X-Request-Id") or uuid.uuid4().hex
+        headers = {key: request.headers[key] for key in PASSED_ON if key in request.headers}
+        headers["X-Request-Id"] = name
+        try:
+            body = bodies.read_body(await request.read())
+        except bodies.BadRequest as error:
+            return _error(str(error), "invalid_request_error", 400)
+        try:
+            answer = await self._try_pairs(request.path, body, headers)
+        except Refused as refused:
+            return web.Response(status=refused.status, body=refused.body, content_type=refused.kind)
+        except ControlError as error:
+            return _error(error.message, "service_unavailable", 503)
+        except ServerFailed as error:
+            return _error(f"{error} ({self._attempts} attempts)", "server_error", 502)
+        self._metrics.first_byte.observe(time.monotonic() - started_s)
+        response = web.StreamResponse(
+            status=answer.status, headers={"Content-Type": answer.kind, "X-Request-Id": name}
+        )
+        await response.prepare(request)
+        async for chunk in answer.chunks:
+            await response.write(chunk)
+        await response.write_eof()
+        return response
+
+    async def _try_pairs(self, path: str, body: Body, headers: dict[str, str]) -> Answer:
+        """Decode's answer, by whichever pair.
+
+        Raises:
+            ServerFailed: of the last attempt. ControlError: there is no pair. Refused.
+        """
+        failed: ServerFailed | None = None
+        tried: tuple[set[str], set[str]] = set(), set()
+        for _ in range(self._attempts):
+            try:
+                pair = await self._place(body, tried)
+            except ControlError as error:
+                if failed is not None:
+                    raise failed from error
+                raise
+            try:
+                return await self._relay.begin(pair, path, body, headers)
+            except ServerFailed as error:
+                failed = error
+                tried[0].add(pair.prefill.name)
+                if error.role == "decode":  # or its prefill, whose KV it could not load
+                    tried[1].add(pair.decode.name)
+                if error.gone:
+                    self._look_after(error.backend)
+                log.warning("request %s: %s", headers["X-Request-Id"], error)
+        assert failed is not None
+        raise failed
+
+    async def _place(self, body: Body, tried: tuple[set[str], set[str]]) -> Pair:
+        """A pair of servers that were not tried, or of as few that were as can be.
+
+        Raises:
+            ControlError: nobody is there.
+        """
+        prefills, decodes = tried
+        tokens, model = bodies.estimate_tokens(body), str(body.get("model") or "")
+        loop = asyncio.get_running_loop()
+        choices = [prefills | decodes, prefills, decodes, set()]
+        for number, avoided in enumerate(choices):
+            if avoided in choices[:number]:
+                continue
+            exclude = avoided | self._down.keys()
+            try:
+                return await loop.run_in_executor(
+                    self._placing, self._backends.place, model, tokens, exclude
+                )
+            except ControlError as error:
+                nobody = error
+        raise nobody
+
+    # Servers that went away
+
+    def _look_after(self, backend: Backend) -> None:
+        """Places nothing on a server until it answers again."""
+        if backend.name not in self._down:
+            self._down[backend.name] = asyncio.ensure_future(self._probe(backend))
+
+    async def _probe(self, backend: Backend) -> None:
+        timeout = aiohttp.ClientTimeout(total=CONNECT_S)
+        while True:
+            try:
+                async with self._session.get(f"{backend.url}/health", timeout=timeout) as answer:
+                    if answer.status == 200:
+                        break
+            except (aiohttp.ClientError, asyncio.TimeoutError):
+                pass  # still away: that is what is being asked
+            await asyncio.sleep(PROBE_S)
+        log.info("%s answers again", backend.url)
+        del self._down[backend.name]
+
+    def _num_up(self, role: str) -> int:
+        return sum(backend.name not in self._down for backend in self._backends.known()[role])
+
+    # Pages
+
+    async def _models(self, request: web.Request) -> web.Response:
+        """As the first decode server that answers says."""
+        headers = {key: request.headers[key] for key in PASSED_ON if key in request.headers}
+        for backend in self._backends.known()["decode"]:
+            if backend.name in self._down:
+                continue
+            try:
+                async with self._session.get(f"{backend.url}/v1/models", headers=headers) as answer:
+                    raw = await answer.read()
+                    return web.Response(
+                        status=answer.status, body=raw, content_type=answer.content_type
+                    )
+            except (aiohttp.ClientError, asyncio.TimeoutError):
+                self._look_after(backend)
+        return _error("no decode server answers", "service_unavailable", 503)
+
+    async def _alive(self, _: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def _ready(self, _: web.Request) -> web.Response:
+        missing = [role for role in ("prefill", "decode") if not self._num_up(role)]
+        if missing:
+            return web.Response(status=503, text=f"no {' and no '.join(missing)} server is up\n")
+        return web.Response(text="ok\n")
+
+    async def _figures(self, _: web.Request) -> web.Response:
+        return web.Response(
+            body=generate_latest(self._metrics.registry),
+            headers={"Content-Type": CONTENT_TYPE_LATEST},
+        )
+
+
+def _error(message: str, kind: str, status: int) -> web.Response:
+    return web.Response(
+        status=status,
+        body=bodies.error_body(message, kind, status),
+        content_type="application/json",
+    )
