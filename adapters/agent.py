@@ -87,6 +87,7 @@ class Agent:
         daemon: address of a daemon, to be found by others and to find them; none if "". It may come
             and go: agents that know each other never wait for it.
         model, topology, tokens_per_s: what the daemon places by; see `Registration`.
+        service: where its engine serves clients; the daemon tells routers.
         lease_s: how long after its last sign of life the daemon still counts on this agent.
         http: `host:port` for /metrics, /healthz and /readyz; not served if "".
         ranks: the layouts of all ranks of this engine, where the model's cache is spread over
@@ -123,6 +124,7 @@ class Agent:
         model: str = "",
         topology: Topology | None = None,
         tokens_per_s: float = 0.0,
+        service: str = "",
         lease_s: float = DEFAULT_LEASE_S,
         http: str = "",
         ranks: Sequence[KVLayout] = (),
@@ -183,6 +185,7 @@ class Agent:
                 public_key=keys.public if keys is not None else b"",
                 tokens_per_s=tokens_per_s,
                 topology=topology or Topology(host=platform.node()),
+                service=service,
                 **describe_cache(layout),
             )
             self._enrolment = Enrolment(

@@ -29,6 +29,7 @@ from .vllm_layout import Backend, describe_caches, heads_of_rank
 from .vllm_orders import Orders
 from .vllm_scheduler import SchedulerSide
 from .vllm_settings import Settings
+from .vllm_stats import KVFerryPromMetrics, KVFerryStats
 from .vllm_worker import WorkerSide
 
 if TYPE_CHECKING:
@@ -97,6 +98,26 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Layers are sent between the pieces of a forward pass."""
         return True
 
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVFerryStats:
+        return KVFerryStats(data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVFerryPromMetrics:
+        return KVFerryPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def get_kv_connector_stats(self) -> KVFerryStats | None:
+        """What ended since the last call, on a worker."""
+        if self._worker is None or not self._worker.has_figures:
+            return None
+        return KVFerryStats(self._worker.take_figures())
+
     # Scheduler side
 
     @property
@@ -107,6 +128,10 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
         """The agents' addresses, by rank."""
         self._side.addresses = [metadata[rank].address for rank in sorted(metadata)]
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        """Where the number of free blocks is, which the daemon places by."""
+        self._side.num_free_blocks = gpu_block_pool.get_num_free_blocks
 
     def on_new_request(self, request: Any) -> None:
         self._side.new_request(request)
@@ -176,6 +201,7 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             layout=layout,
             caches=[kv_caches[name] for name in in_order],
             positions=positions,
+            model=model_name(model),
             blocks_split=layout.num_blocks // self._kv_cache_config.num_blocks,
         )
 
@@ -230,6 +256,11 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def shutdown(self) -> None:
         if self._worker is not None:
             self._worker.close()
+
+
+def model_name(model_config: Any) -> str:
+    """What clients call the model."""
+    return str(model_config.served_model_name or model_config.model)
 
 
 def register() -> None:

@@ -61,6 +61,7 @@ class Orders:
         refused: handoffs that decode may ask for and that will never have blocks.
         cancelled_receives: requests that were aborted while they were being loaded.
         idle: whether this step computes nothing.
+        queued_tokens, free_blocks: what the daemon is told of this engine's load.
     """
 
     sends: list[SendOrder] = field(default_factory=list)
@@ -71,3 +72,5 @@ class Orders:
     refused: list[str] = field(default_factory=list)
     cancelled_receives: list[str] = field(default_factory=list)
     idle: bool = True
+    queued_tokens: int = 0
+    free_blocks: int = 0

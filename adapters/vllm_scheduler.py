@@ -13,7 +13,7 @@ from . import vllm_params
 from .vllm_orders import Orders, ReceiveOrder, SendOrder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from .vllm_params import Params
     from .vllm_settings import Settings
@@ -44,6 +44,9 @@ class SchedulerSide:
         settings: see there.
         block_size: tokens of a block of vLLM's block manager.
         tp_size, pp_size: of this engine.
+
+    Attributes:
+        num_free_blocks: of vLLM's block manager.
     """
 
     def __init__(
@@ -59,6 +62,8 @@ class SchedulerSide:
         self._receiving: set[str] = set()
         self._sending: set[str] = set()
         self._orders = Orders()
+        self._told = (0, 0)
+        self.num_free_blocks: Callable[[], int] = lambda: 0
 
     @property
     def addresses(self) -> list[str]:
@@ -118,7 +123,14 @@ class SchedulerSide:
             self._follow(output)
         orders, self._orders = self._orders, Orders()
         orders.idle = not output.total_num_scheduled_tokens
+        if self._settings.daemon:
+            self._told = orders.queued_tokens, orders.free_blocks = self._load()
         return orders
+
+    def _load(self) -> tuple[int, int]:
+        """Tokens of prompts that are not computed yet, and free blocks."""
+        queued = sum(each.num_tokens for each in self._prefilling.values() if not each.opened)
+        return queued, self.num_free_blocks()
 
     def _follow(self, output: SchedulerOutput) -> None:
         """Notes the blocks of prompts, and opens those that this step completes."""
@@ -168,7 +180,10 @@ class SchedulerSide:
     def has_work(self) -> bool:
         """Whether vLLM must go on stepping, though it may have no request."""
         orders = self._orders
-        return bool(self._sending or orders.receives or orders.refused)
+        if self._sending or orders.receives or orders.refused:
+            return True
+        # An engine that falls idle says so: else it would seem full for as long as it idles.
+        return bool(self._settings.daemon) and self._load() != self._told
 
     # Requests end
 

@@ -28,6 +28,10 @@ class Settings:
         timeout_s: how long a decode request may wait for its KV.
         lease_s: how long prefill keeps the KV of a finished request that nobody asks for.
         verify: compare a checksum of everything moved.
+        daemon: of the cluster's daemon, `tcp://host:port`; none if "". `$KVFERRY_DAEMON` is its
+            default.
+        service: where this engine's HTTP server is, `http://host:port`, for routers that ask the
+            daemon. `$KVFERRY_SERVICE` is its default.
         keys: a key file (`kvferry keys new`); needed where `host` is no address of this machine.
     """
 
@@ -39,6 +43,8 @@ class Settings:
     lease_s: float = 120.0
     verify: bool = False
     keys: str = ""
+    daemon: str = ""
+    service: str = ""
 
     @classmethod
     def read(cls, extra: Mapping[str, Any]) -> Settings:
@@ -69,6 +75,11 @@ class Settings:
                 numbers[key] = -1.0
             if numbers[key] < 0:
                 raise ValueError(f"kv_connector_extra_config: {key} is {value!r}: give a number")
+        service = str(extra.get("service") or os.environ.get("KVFERRY_SERVICE") or "")
+        if service and not service.startswith(("http://", "https://")):
+            raise ValueError(
+                f"kv_connector_extra_config: service is {service!r}: write http://host:port"
+            )
         return cls(
             mode=mode,
             host=str(extra.get("host") or os.environ.get("KVFERRY_HOST") or cls.host),
@@ -77,5 +88,7 @@ class Settings:
             timeout_s=numbers["timeout_s"],
             lease_s=numbers["lease_s"],
             verify=bool(extra.get("verify", False)),
+            daemon=str(extra.get("daemon") or os.environ.get("KVFERRY_DAEMON") or ""),
+            service=service,
             keys=str(extra.get("keys") or os.environ.get("KVFERRY_KEYS") or ""),
         )

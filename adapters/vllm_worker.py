@@ -49,6 +49,7 @@ class _Send:
     Attributes:
         next_layer: the position of the layer that goes out next.
         reportable: whether the scheduler waits for its end.
+        cancelled: whether it was this engine that gave up.
     """
 
     def __init__(self, order: SendOrder, handoff: SendHandoff) -> None:
@@ -56,6 +57,7 @@ class _Send:
         self.handoff = handoff
         self.next_layer = 0
         self.reportable = False
+        self.cancelled = False
 
 
 class _Receive:
@@ -71,13 +73,12 @@ class _Receive:
 
 
 class Results:
-    """What a step reports: requests by how they ended, and what loading them took."""
+    """What a step reports: requests by how they ended."""
 
     def __init__(self) -> None:
         self.sent: set[str] = set()
         self.received: set[str] = set()
         self.failed: set[str] = set()
-        self.loads: list[tuple[float, int]] = []
 
 
 class WorkerSide:
@@ -89,6 +90,7 @@ class WorkerSide:
         settings: see there.
         layout, caches: see `vllm_layout.describe_caches`; the caches by position in the layout.
         positions: of the layers, by vLLM's name.
+        model: what clients call it; for the daemon.
         blocks_split: cache blocks that one block of vLLM's block manager stands for.
     """
 
@@ -102,6 +104,7 @@ class WorkerSide:
         layout: KVLayout,
         caches: list[Any],
         positions: dict[str, int],
+        model: str = "",
         blocks_split: int = 1,
     ) -> None:
         self._settings = settings
@@ -130,7 +133,13 @@ class WorkerSide:
             verify=settings.verify,
             advertise_host=settings.host,
             keys=Keys.load(settings.keys) if settings.keys else None,
+            # An engine is placed as one: its first rank speaks for all.
+            daemon=settings.daemon if rank == 0 else "",
+            service=settings.service,
+            model=model,
         )
+        self._reports = bool(settings.daemon) and rank == 0
+        self._figures = _no_figures()
 
     def close(self) -> None:
         """Ends everything."""
@@ -149,6 +158,10 @@ class WorkerSide:
 
     def before_forward(self, orders: Orders) -> None:
         """Ends what must not be read any more, and opens what this step computes."""
+        if self._reports:
+            self.agent.report(
+                queued_tokens=orders.queued_tokens, free_blocks=orders.free_blocks * self._split
+            )
         for req_id in orders.cancelled_sends:
             self._finish_send(req_id, cancel="the request was aborted")
         for req_id in orders.finished_sends:
@@ -197,6 +210,16 @@ class WorkerSide:
             self._ended_receives.clear()
         return results
 
+    @property
+    def has_figures(self) -> bool:
+        """Whether anything ended since `take_figures`."""
+        return any(self._figures.values())
+
+    def take_figures(self) -> dict[str, Any]:
+        """What ended since the last call, as `vllm_stats.KVFerryStats` has it."""
+        figures, self._figures = self._figures, _no_figures()
+        return figures
+
     def _something_to_report(self) -> bool:
         return bool(self._ended_receives) or any(
             self._sends[req_id].reportable for req_id in self._ended_sends
@@ -228,6 +251,7 @@ class WorkerSide:
         with self._changed:
             send.reportable = True
         if cancel:
+            send.cancelled = True
             send.handoff.cancel(cancel)
 
     def _end_preempted(self, req_id: str) -> None:
@@ -249,7 +273,10 @@ class WorkerSide:
 
     def _note_sent(self, send: _Send) -> None:
         error = send.handoff.error
-        if error is not None:
+        if error is None:
+            self._figures["sent_nbytes"].append(send.handoff.nbytes)
+        else:
+            self._figures["sends_failed"] += not send.cancelled
             log.warning("KV of request %s was not handed over: %s", send.order.req_id, error)
 
     # Receiving
@@ -357,10 +384,12 @@ class WorkerSide:
         results.received.add(req_id)
         if receive.error is None and receive.handoff is not None:
             took_s = receive.handoff.finished_s - receive.started_s
-            results.loads.append((took_s, receive.handoff.nbytes))
+            self._figures["load_seconds"].append(took_s)
+            self._figures["load_nbytes"].append(receive.handoff.nbytes)
             return
         results.failed.add(req_id)
         if not receive.cancelled:
+            self._figures["loads_failed"] += 1
             log.warning("KV of request %s was not loaded: %s", req_id, receive.error)
 
     def _cache_blocks(
@@ -371,6 +400,16 @@ class WorkerSide:
         if self._split > 1:
             ids = (ids[:, None] * self._split + np.arange(self._split)).ravel()
         return ids[: max(0, -(-num_tokens // self._tokens) - skip)]
+
+
+def _no_figures() -> dict[str, Any]:
+    return {
+        "load_seconds": [],
+        "load_nbytes": [],
+        "sent_nbytes": [],
+        "loads_failed": 0,
+        "sends_failed": 0,
+    }
 
 
 def agent_name(engine_id: str, rank: int) -> str:

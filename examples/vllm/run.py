@@ -1,4 +1,4 @@
-"""Prefill in one vLLM server, decode in another, a router before them: all on this machine.
+"""Prefill in one vLLM server, decode in another, daemon and router before them: on this machine.
 
     python examples/vllm/run.py [MODEL] [--serve]
 
@@ -14,14 +14,13 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 START_S = 900.0
 PREFILL, DECODE, ROUTER = 8100, 8200, 8000
+DAEMON = "tcp://127.0.0.1:7717"
 
 
 def start_server(model: str, port: int, role: str, mode: str) -> subprocess.Popen[bytes]:
@@ -30,7 +29,11 @@ def start_server(model: str, port: int, role: str, mode: str) -> subprocess.Pope
         "kv_connector": "KVFerryConnector",
         "kv_connector_module_path": "kvferry.adapters.vllm",
         "kv_role": role,
-        "kv_connector_extra_config": {"mode": mode},
+        "kv_connector_extra_config": {
+            "mode": mode,
+            "daemon": DAEMON,
+            "service": f"http://127.0.0.1:{port}",
+        },
     }
     return subprocess.Popen(
         [
@@ -57,35 +60,14 @@ def post(port: int, path: str, body: dict[str, Any]) -> Any:
     return urllib.request.urlopen(request, timeout=300)
 
 
-class Router(BaseHTTPRequestHandler):
-    """Asks prefill for one token and hands what it answers to decode, whose answer it streams."""
-
-    protocol_version = "HTTP/1.0"  # the end of the answer is the end of the connection
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        first = {key: value for key, value in body.items() if key != "stream_options"} | {
-            "max_tokens": 1,
-            "stream": False,
-            "kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False},
-        }
-        first.pop("max_completion_tokens", None)
-        with post(PREFILL, self.path, first) as answer:
-            params = json.load(answer)["kv_transfer_params"]
-        with post(DECODE, self.path, body | {"kv_transfer_params": params}) as answer:
-            self.send_response(answer.status)
-            self.send_header("Content-Type", answer.headers["Content-Type"])
-            self.end_headers()
-            while part := answer.read1():
-                self.wfile.write(part)
-                self.wfile.flush()
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Quiet."""
+def start_tool(*arguments: str) -> subprocess.Popen[bytes]:
+    """A sub-command of kvferry."""
+    command = [sys.executable, "-m", "kvferry.tools.cli", *arguments]
+    return subprocess.Popen(command, start_new_session=True)
 
 
 def wait_healthy(port: int, server: subprocess.Popen[bytes]) -> None:
-    """Until the server answers; fails if it ends before."""
+    """Until a server is ready; fails if it ends before."""
     deadline_s = time.monotonic() + START_S
     while time.monotonic() < deadline_s:
         if server.poll() is not None:
@@ -99,10 +81,11 @@ def wait_healthy(port: int, server: subprocess.Popen[bytes]) -> None:
 
 
 def loaded_tokens(port: int) -> str:
-    """What a server counts of tokens that it did not compute itself."""
+    """What a server counts of tokens that it did not compute itself, and of loads."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
         lines = answer.read().decode().splitlines()
-    counts = [line for line in lines if line.startswith("vllm:prompt_tokens_by_source_total")]
+    names = ("vllm:prompt_tokens_by_source_total", "vllm:kvferry_load_bytes_sum")
+    counts = [line for line in lines if line.startswith(names)]
     return "\n".join(counts)
 
 
@@ -113,15 +96,17 @@ def main() -> None:
     parser.add_argument("--mode", choices=["push", "pull"], default="push")
     parser.add_argument("--serve", action="store_true", help="stay, for more requests")
     options = parser.parse_args()
-    servers = {
-        port: start_server(options.model, port, role, options.mode)
-        for port, role in ((PREFILL, "kv_producer"), (DECODE, "kv_consumer"))
-    }
+    processes = [start_tool("daemon", "--bind", DAEMON)]
     try:
+        servers = {
+            port: start_server(options.model, port, role, options.mode)
+            for port, role in ((PREFILL, "kv_producer"), (DECODE, "kv_consumer"))
+        }
+        processes += servers.values()
         for port, server in servers.items():
             wait_healthy(port, server)
-        router = ThreadingHTTPServer(("127.0.0.1", ROUTER), Router)
-        threading.Thread(target=router.serve_forever, daemon=True).start()
+        processes.append(start_tool("router", "--port", str(ROUTER), "--daemon", DAEMON))
+        wait_healthy(ROUTER, processes[-1])
         prompt = "A ferry carries what two shores have in common, and nothing else. " * 8
         body = {"model": "model", "prompt": prompt, "max_tokens": 16, "temperature": 0}
         with post(ROUTER, "/v1/completions", body) as answer:
@@ -137,13 +122,13 @@ def main() -> None:
     except KeyboardInterrupt:
         pass
     finally:
-        for server in servers.values():
-            server.terminate()  # it ends its own processes
-        for server in servers.values():
+        for process in processes:
+            process.terminate()  # it ends its own processes
+        for process in processes:
             try:
-                server.wait(30)
+                process.wait(30)
             except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

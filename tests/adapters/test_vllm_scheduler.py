@@ -176,6 +176,23 @@ def test_a_step_without_a_forward_pass_is_idle(side: SchedulerSide) -> None:
     assert not side.take_orders(step({"x": 1})).idle
 
 
+def test_the_load_is_told_until_the_daemon_knows_it() -> None:
+    side = SchedulerSide("me", Settings(daemon="d"), block_size=BLOCK, tp_size=1, pp_size=1)
+    free = 9
+    side.num_free_blocks = lambda: free
+    assert side.has_work, "nothing was told yet"
+    side.new_request(request("a", 40, TO_PREFILL))
+    orders = side.take_orders(step({"a": 16}, new=[("a", [5], 0)]))
+    assert (orders.queued_tokens, orders.free_blocks) == (40, 9)
+    orders = side.take_orders(step({"a": 24}, cached=[("a", [9], 16)]))
+    assert orders.queued_tokens == 0
+    assert not side.has_work
+    free = 12  # vLLM frees blocks after a step, and falls idle
+    assert side.has_work
+    assert side.take_orders(step()).free_blocks == 12
+    assert not side.has_work
+
+
 @pytest.mark.parametrize(
     ("extra", "word"),
     [
@@ -184,6 +201,7 @@ def test_a_step_without_a_forward_pass_is_idle(side: SchedulerSide) -> None:
         ({"transports": ["rdma"]}, "transports"),
         ({"port": "x"}, "port"),
         ({"timeout_s": -1}, "timeout_s"),
+        ({"service": "here:8100"}, "service"),
     ],
 )
 def test_a_wrong_setting_is_named(extra: dict[str, Any], word: str) -> None:

@@ -13,7 +13,9 @@ from kvferry.adapters.vllm_layout import Backend, describe_caches, heads_of_rank
 from kvferry.adapters.vllm_orders import Orders, ReceiveOrder, SendOrder
 from kvferry.adapters.vllm_settings import Settings
 from kvferry.adapters.vllm_worker import Results, WorkerSide
+from kvferry.control.client import DaemonClient
 from kvferry.engine.errors import LayoutError
+from tests.daemon_process import DaemonProcess
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,7 +43,7 @@ def start(transport: str) -> Iterator[Callable[..., WorkerSide]]:
 
     def make(engine_id: str, role: str, caches: dict[str, Any], **options: Any) -> WorkerSide:
         backend = options.pop("backend", CPU)
-        split = options.pop("split", 1)
+        split, model = options.pop("split", 1), options.pop("model", "")
         layout, positions = describe_caches(caches, backend, heads_of_rank(HEADS, 1, 0))
         worker = WorkerSide(
             engine_id=engine_id,
@@ -51,6 +53,7 @@ def start(transport: str) -> Iterator[Callable[..., WorkerSide]]:
             layout=layout,
             caches=list(caches.values()),
             positions=positions,
+            model=model,
             blocks_split=split,
         )
         workers.append(worker)
@@ -106,13 +109,16 @@ def test_a_prompt_arrives_whole_and_nothing_else_does(
         step(prefill, send, computes=True)
         results = until_reported(decode, wanted)
     assert (results.received, results.failed) == ({"d"}, set())
-    assert len(results.loads) == 1
+    (nbytes,) = decode.take_figures()["load_nbytes"]
+    assert nbytes == LAYERS * 3 * HEADS * TOKENS * CONTENT * 2
+    assert not decode.has_figures
     for name in NAMES:
         assert torch.equal(dst[name][[4, 0, 5]], src[name][[7, 2, 9]])
         others = [1, 2, 3, *range(6, BLOCKS)]
         assert bool((dst[name][others] == SENTINEL).all())
     assert step(prefill, Orders()).sent == set(), "nobody said yet that the request ended"
     assert until_reported(prefill, Orders(finished_sends=["a"])).sent == {"a"}
+    assert prefill.take_figures()["sent_nbytes"] == [nbytes]
 
 
 def test_only_what_decode_has_not_is_moved(start: Callable[..., WorkerSide]) -> None:
@@ -184,6 +190,7 @@ def test_a_prefill_engine_that_is_not_there_fails_the_load(
     orders.receives[0].peer = "another"
     assert until_reported(decode, orders).failed == {"d"}
     assert "is p/0 now, not another/0: the prefill engine was restarted" in caplog.text
+    assert decode.take_figures()["loads_failed"] == 1
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -210,6 +217,30 @@ def test_aborts_on_either_side_end_both(start: Callable[..., WorkerSide]) -> Non
     assert until_reported(decode, Orders(cancelled_receives=["d"])).received == {"d"}
     step(prefill, Orders(sends=[SendOrder("a", "s", [7, 2, 9], 11)]), computes=True)
     assert until_reported(prefill, Orders(cancelled_sends=["a"])).sent == {"a"}
+
+
+def test_the_daemon_learns_where_the_engine_serves_and_what_it_has_to_do(
+    start: Callable[..., WorkerSide],
+) -> None:
+    daemon = DaemonProcess()
+    try:
+        options = {"daemon": daemon.address, "service": "http://here:8100"}
+        prefill = start("p", "prefill", make_caches(1), model="tiny", split=2, **options)
+        step(prefill, Orders(queued_tokens=77, free_blocks=3))
+        prefill.agent.wait_for_member("p/0", WAIT_S)
+        with DaemonClient(daemon.address) as client:
+            deadline_s = time.monotonic() + WAIT_S
+            while not (seen := client.look()).loads["p/0"].queued_tokens:
+                assert time.monotonic() < deadline_s, "the load was never told"
+        (member,) = seen.members
+        assert (member.registration.model, member.registration.service) == (
+            "tiny",
+            "http://here:8100",
+        )
+        load = seen.loads["p/0"]
+        assert (load.queued_tokens, load.free_blocks) == (77, 6)
+    finally:
+        daemon.end()
 
 
 def test_a_refused_handoff_fails_at_once(start: Callable[..., WorkerSide]) -> None:
