@@ -58,14 +58,24 @@ class Refused(Exception):
 class Answer:
     """Decode's answer. `chunks` begins with the first token, or is the whole body.
 
+    Close it: a stream that is left open goes on at decode, and a generator that is left alone ends
+    when the garbage collector finds it.
+
     Attributes:
         status, kind: as decode gave them.
     """
 
-    def __init__(self, status: int, kind: str, chunks: AsyncIterator[bytes]) -> None:
-        self.status = status
+    def __init__(
+        self, response: aiohttp.ClientResponse, kind: str, chunks: AsyncIterator[bytes]
+    ) -> None:
+        self.status = response.status
         self.kind = kind
         self.chunks = chunks
+        self._response = response
+
+    def close(self) -> None:
+        """Ends the request at decode, if it has not ended. Safe to call again."""
+        self._response.close()
 
 
 class Relay:
@@ -120,22 +130,26 @@ class Relay:
         decode = asyncio.ensure_future(
             self._decode(pair.decode, path, body | {"kv_transfer_params": wanted}, headers)
         )
+        taken = False
         try:
             await asyncio.wait({prefill, decode}, return_when=asyncio.FIRST_COMPLETED)
             if prefill.done():
                 await prefill  # decode waits for nothing any more if this failed
-                return await decode
             try:
-                return await decode
+                answer = await decode
             except ServerFailed as error:
                 if not error.gone:  # what it lacks may be what prefill did not send
                     await prefill
                 raise
+            taken = True
+            return answer
         finally:
             for task in (prefill, decode):
                 if not task.done():
                     task.cancel()
-            await asyncio.gather(prefill, decode, return_exceptions=True)
+            _, found = await asyncio.gather(prefill, decode, return_exceptions=True)
+            if isinstance(found, Answer) and not taken:
+                found.close()
 
     async def _prefill(
         self, backend: Backend, path: str, body: Body, headers: dict[str, str], params: Body
@@ -176,9 +190,8 @@ class Relay:
         try:
             if not body.get("stream") or answer.status != 200:
                 raw = await answer.read()
-                answer.release()
                 self._check("decode", backend, answer, raw)
-                return Answer(answer.status, answer.content_type, _once(raw))
+                return Answer(answer, answer.content_type, _once(raw))
             first, rest = await self._first_token(backend, answer)
         except (aiohttp.ClientError, asyncio.TimeoutError) as error:
             answer.close()
@@ -186,9 +199,8 @@ class Relay:
         except BaseException:
             answer.close()
             raise
-        return Answer(
-            answer.status, answer.content_type, self._events(backend, answer, first, rest)
-        )
+        events = self._events(backend, answer, first, rest)
+        return Answer(answer, answer.content_type, events)
 
     async def _first_token(
         self, backend: Backend, answer: aiohttp.ClientResponse
@@ -226,8 +238,6 @@ class Relay:
             error: Exception = ConnectionError("the stream ended before its end")
         except (aiohttp.ClientError, asyncio.TimeoutError) as broken:
             error = broken
-        finally:
-            answer.close()
         if not ended:
             failed = self._gone("decode", backend, error)
             log.warning("a stream broke: %s", failed)

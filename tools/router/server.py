@@ -119,10 +119,13 @@ class Router:
         response = web.StreamResponse(
             status=answer.status, headers={"Content-Type": answer.kind, "X-Request-Id": name}
         )
-        await response.prepare(request)
-        async for chunk in answer.chunks:
-            await response.write(chunk)
-        await response.write_eof()
+        try:
+            await response.prepare(request)
+            async for chunk in answer.chunks:
+                await response.write(chunk)
+            await response.write_eof()
+        finally:
+            answer.close()
         return response
 
     async def _try_pairs(self, path: str, body: Body, headers: dict[str, str]) -> Answer:
