@@ -133,7 +133,8 @@ class Agent:
     ) -> None:
         check_address(bind, keys, f"agent {name}")
         if daemon:
-            daemon_address(daemon, keys)
+            for address in daemon.split(","):
+                daemon_address(address, keys)
         self.name = name
         self.role: Role = role
         self._keys = keys

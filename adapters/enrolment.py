@@ -20,6 +20,7 @@ from ..control.errors import ProtocolError
 from ..control.keys import join_address, split_address
 from ..control.presence import (
     PRESENT,
+    AskAnother,
     MembersChanged,
     Presence,
     Standing,
@@ -67,15 +68,15 @@ class Enrolment:
         self.draining = False
         self.report = Load(free_blocks=registration.num_blocks)
         self._core = core
-        self._address = address
-        self._endpoint, self._server_key = split_address(address)
-        self._presence = Presence(registration, lease_s)
+        self._addresses = [split_address(one) for one in address.split(",")]
+        self._presence = Presence(registration, lease_s, daemons=len(self._addresses))
         self._on_role = on_role
         self._changed = threading.Condition()
         self._standing = Standing(present=False, reason="the daemon has not answered yet")
         self._seen: dict[str, int] = {}
         self._busy_s = 0.0
-        self._route: Route | None = None
+        self._routes: list[Route] = []
+        self._turn = 0
         self._publisher: Route | None = None
 
     @property
@@ -107,7 +108,10 @@ class Enrolment:
 
     def start(self) -> None:
         """Begins to register."""
-        self._route = self._core.mailbox.dial(self._address, self._on_answer, queue=False)
+        for address in self._addresses:
+            address_and_key = join_address(*address)
+            route = self._core.mailbox.dial(address_and_key, self._on_answer, queue=False)
+            self._routes.append(route)  # all now: one that dies is replaced within a heartbeat
         self._carry_out(self._presence.start())
 
     def leave(self) -> None:
@@ -139,8 +143,13 @@ class Enrolment:
     def _carry_out(self, actions: list[PresenceAction]) -> None:
         for action in actions:
             match action:
-                case ToDaemon(ask=ask) if self._route is not None:
-                    self._core.mailbox.send(self._route, requests.encode(ask), _nobody_minds)
+                case ToDaemon(ask=ask):
+                    route = self._routes[self._turn]
+                    self._core.mailbox.send(route, requests.encode(ask), _nobody_minds)
+                case AskAnother():
+                    self._turn = (self._turn + 1) % len(self._routes)
+                    endpoint, _ = self._addresses[self._turn]
+                    log.warning("%s: asks the daemon at %s instead", self._core.name, endpoint)
                 case Wake(number=number, seconds=seconds):
                     self._core.mailbox.call_later(seconds, partial(self._fire, number))
                 case Subscribe(publisher=publisher):
@@ -162,7 +171,8 @@ class Enrolment:
         mailbox = self._core.mailbox
         if self._publisher is not None:
             mailbox.hang_up(self._publisher)
-        address = join_address(publisher_endpoint(self._endpoint, publisher), self._server_key)
+        endpoint, server_key = self._addresses[self._turn]
+        address = join_address(publisher_endpoint(endpoint, publisher), server_key)
         self._publisher = mailbox.subscribe(address, (CHANGES_TOPIC,), self._on_publication)
 
     def _members_changed(self) -> None:

@@ -5,6 +5,7 @@ An agent does not use it: `presence.py` is its side, on its own thread.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -39,12 +40,16 @@ if TYPE_CHECKING:
 DEFAULT_DAEMON = "tcp://127.0.0.1:7717"
 TIMEOUT_S = 2.0
 ASK_AGAIN_S = 0.5
+STORE_S = 0.1  # between two looks whether a daemon's store is back
+SILENT_S = 1.5  # a daemon says something every 0.5 s
 
 _T = TypeVar("_T")
 
 
 class DaemonClient:
     """Asks the daemon at `address` (with `#` and its public key, if `keys` are given).
+
+    Several addresses, with commas between them, are daemons of one cluster: whichever answers.
 
     Raises:
         ConfigError: the address is none, or has no key although there are keys.
@@ -55,11 +60,11 @@ class DaemonClient:
     def __init__(self, address: str = DEFAULT_DAEMON, keys: Keys | None = None) -> None:
         self.address = address
         self._keys = keys
-        endpoint, self._server_key = daemon_address(address, keys)
-        self._endpoint = endpoint
+        self._daemons = [daemon_address(one, keys) for one in address.split(",")]
+        self._turn = 0
         self._context: zmq.Context[Any] = zmq.Context()
         self._numbers = itertools.count(1)
-        self._socket = self._connect(zmq.DEALER, endpoint)
+        self._sockets = [self._connect(zmq.DEALER, *daemon) for daemon in self._daemons]
 
     def __enter__(self) -> DaemonClient:
         return self
@@ -113,13 +118,17 @@ class DaemonClient:
         """
         frame = requests.encode(ask)
         end_s = time.monotonic() + timeout_s
-        again_s = 0.0
+        again_s, times = 0.0, 0
         while (now_s := time.monotonic()) < end_s:
             if now_s >= again_s:  # every request may come twice
                 again_s = now_s + ASK_AGAIN_S
-                self._socket.send(frame)
-            if self._socket.poll(int((min(end_s, again_s) - now_s) * 1000) + 1):
-                answer: Any = answers.decode(self._socket.recv())
+                self._turn = (self._turn + (times > 0)) % len(self._sockets)
+                times += 1
+                with contextlib.suppress(zmq.Again):  # one that has been away for long
+                    self._sockets[self._turn].send(frame, zmq.NOBLOCK)
+            socket = self._sockets[self._turn]
+            if socket.poll(int((min(end_s, again_s) - now_s) * 1000) + 1):
+                answer: Any = answers.decode(socket.recv())
                 if answer.request in (ask.request, 0):
                     return answer  # type: ignore[no-any-return]
         raise DaemonTimeout(
@@ -133,20 +142,28 @@ class DaemonClient:
         return Watch(self)
 
     def _ask(self, ask: Ask, kind: type[_T], timeout_s: float) -> _T:
-        answer = self.ask(ask, timeout_s)
-        if isinstance(answer, kind):
-            return answer
+        end_s = time.monotonic() + timeout_s
+        while True:
+            answer = self.ask(ask, max(ASK_AGAIN_S, end_s - time.monotonic()))
+            if isinstance(answer, kind):
+                return answer
+            store = isinstance(answer, Denied) and answer.reason == "store"
+            if not store or time.monotonic() > end_s:
+                break
+            self._turn = (self._turn + 1) % len(self._sockets)
+            time.sleep(STORE_S)
         operation = type(ask).__name__.lower()
         if isinstance(answer, Denied):
+            detail = answer.detail or answer.reason
             if answer.reason == "nobody":
-                raise PlacementError(answer.detail, operation=operation, retryable=True)
-            raise DaemonDenied(answer.detail or answer.reason, operation=operation)
+                raise PlacementError(detail, operation=operation, retryable=True)
+            raise DaemonDenied(detail, operation=operation, retryable=store)
         raise DaemonDenied(f"the daemon answered with {type(answer).__name__}", operation=operation)
 
-    def _connect(self, kind: int, endpoint: str) -> zmq.Socket[bytes]:
+    def _connect(self, kind: int, endpoint: str, server_key: bytes) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = self._context.socket(kind)
         socket.setsockopt(zmq.LINGER, 0)
-        protect_client(socket, self._keys, self._server_key)
+        protect_client(socket, self._keys, server_key)
         try:
             socket.connect(endpoint)
         except zmq.ZMQError as error:
@@ -164,12 +181,18 @@ class Watch:
     def __init__(self, client: DaemonClient) -> None:
         self.view = View()
         self._client = client
+        self._subscribe()
+
+    def _subscribe(self) -> None:
+        client = self._client
         snapshot = client.look()
-        self._publisher = publisher_endpoint(client._endpoint, snapshot.publisher)
-        self._socket = client._connect(zmq.SUB, self._publisher)
+        endpoint, server_key = client._daemons[client._turn]
+        publisher = publisher_endpoint(endpoint, snapshot.publisher)
+        self._socket = client._connect(zmq.SUB, publisher, server_key)
         self._socket.subscribe(CHANGES_TOPIC)
         self._socket.subscribe(LOADS_TOPIC)
         self.view.hear(client.look())
+        self._heard_s = time.monotonic()
 
     def __enter__(self) -> Watch:
         return self
@@ -189,12 +212,17 @@ class Watch:
         """
         changed = False
         if self._socket.poll(int(timeout_s * 1000)):
+            self._heard_s = time.monotonic()
             while True:
                 try:
                     _, frame = self._socket.recv_multipart(zmq.NOBLOCK)
                 except zmq.Again:
                     break
                 changed |= self.view.hear(answers.decode(frame))
+        if len(self._client._daemons) > 1 and time.monotonic() > self._heard_s + SILENT_S:
+            self._socket.close(0)
+            self._subscribe()  # to whichever daemon answers
+            return True
         if self.view.stale:
             changed |= self.view.hear(self._client.look())
         return changed

@@ -1,6 +1,7 @@
 """The daemon's process: ZeroMQ sockets around `membership.py` and `placement.py`.
 
-One ROUTER for requests, one XPUB for changes, one thread. It is off every request's path: agents
+One ROUTER for requests, one XPUB for changes, one thread. With a store (`cluster.py`) it is one of
+several that serve the same members. It is off every request's path: agents
 that know each other go on without it, and when it comes back they tell it again who they are.
 """
 
@@ -10,11 +11,13 @@ import contextlib
 import logging
 import os
 import secrets
+import socket as sockets
 import time
 from typing import TYPE_CHECKING, Any
 
 import zmq
 
+from .cluster import Cluster
 from .curve import Gatekeeper, protect_server, sender_key
 from .daemon_messages import (
     CHANGES_TOPIC,
@@ -31,7 +34,9 @@ from .errors import ConfigError, PlacementError, ProtocolError
 from .figures import DaemonFigures
 from .fleet import Fleet
 from .membership import Membership
+from .peer_loads import PeerLoads
 from .placement import place
+from .store import Peer, open_store
 
 if TYPE_CHECKING:
     import msgspec
@@ -62,6 +67,7 @@ class Daemon:
     """
 
     def __init__(self, settings: Settings, keys: Keys | None) -> None:
+        store = open_store(settings.store) if settings.store else None
         self._context: zmq.Context[Any] = zmq.Context()
         self._keys = keys
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -82,7 +88,11 @@ class Daemon:
             # life are higher, unless the clock was set back; `Register.previous` mends that.
             first_generation=time.time_ns() // 1000,
             publisher=self.publisher,
+            daemon=secrets.randbits(62) + 1 if store is not None else 0,
         )
+        self.cluster: Cluster | None = None
+        if store is not None:
+            self.cluster = Cluster(self.membership, store, self._reply)
         self.fleet = Fleet()
         self.requests_served = 0
         self.requests_denied = 0
@@ -91,6 +101,7 @@ class Daemon:
             if socket is not None:
                 self._poller.register(socket, zmq.POLLIN)
         self._poller.register(self._wake_fd, zmq.POLLIN)
+        self._peer_loads = PeerLoads(self._context, keys, self._poller)
         self._stopping = False
         self._read_s = time.monotonic()
         self.figures = self._look()
@@ -105,10 +116,17 @@ class Daemon:
                 self.close()
                 raise
         self._flush_due_s = self._tick_due_s = self._loads_due_s = 0.0
+        if store is not None:
+            key = keys.public if keys is not None else b""
+            host = self.publisher.replace("*", sockets.gethostname())
+            store.start(Peer(self.membership.daemon, host, key), self._wake)
 
     def stop(self) -> None:
         """Lets `run` answer what waits, publish the last changes, and return. Any thread, any time."""
         self._stopping = True
+        self._wake()
+
+    def _wake(self) -> None:
         with contextlib.suppress(OSError):
             os.eventfd_write(self._wake_fd, 1)
 
@@ -137,6 +155,8 @@ class Daemon:
 
     def close(self) -> None:
         """Closes the sockets. Once."""
+        if self.cluster is not None:
+            self.cluster.close()
         if self.http is not None:
             self.http.close()
         self._context.destroy(linger=LINGER_MS)
@@ -172,6 +192,8 @@ class Daemon:
             self.gatekeeper.answer()
         if self._publisher in ready:
             self._watchers_came()
+        for daemon, loads in self._peer_loads.take(ready).items():
+            self.membership.hear_loads(daemon, loads)
         if self._router in ready:
             for _ in range(BATCH):
                 if not self._take(now_s):
@@ -194,27 +216,35 @@ class Daemon:
             envelope.append(b"")
         for frame in frames[len(envelope) : len(envelope) + MAX_PARTS]:
             key = sender_key(frame) if self._keys is not None else b""
-            answer = answers.encode(self._answer(frame.bytes, now_s, key))
-            with contextlib.suppress(zmq.ZMQError):  # it went, or does not read: it asks again
-                self._router.send_multipart([*envelope, answer], zmq.NOBLOCK)
+            answer = self._answer(frame.bytes, now_s, key, envelope)
+            if answer is not None:
+                self._reply(envelope, answer)
         return True
 
-    def _answer(self, frame: bytes, now_s: float, key: bytes) -> AnyAnswer:
+    def _reply(self, envelope: list[bytes], answer: AnyAnswer) -> None:
+        self.requests_served += 1
+        self.requests_denied += isinstance(answer, Denied)
+        with contextlib.suppress(zmq.ZMQError):  # it went, or does not read: it asks again
+            self._router.send_multipart([*envelope, answers.encode(answer)], zmq.NOBLOCK)
+
+    def _answer(
+        self, frame: bytes, now_s: float, key: bytes, envelope: list[bytes]
+    ) -> AnyAnswer | None:
+        """The answer to one request; None if it is answered later, or has to be asked again."""
         try:
             ask: AnyRequest = requests.decode(frame)
         except ProtocolError as error:
-            self.requests_denied += 1
             return Denied(0, "protocol", error.message[:1024])
+        if self.cluster is not None:
+            answer = self.cluster.answer(ask, now_s, key, envelope)
+            if answer is not None or not isinstance(ask, Look | Place):
+                return answer
         if isinstance(ask, Look):
             self._flush()
-            answer: AnyAnswer = self.membership.snapshot(ask.request, loads=ask.loads)
-        elif isinstance(ask, Place):
-            answer = self._place(ask)
-        else:
-            answer = self.membership.answer(ask, now_s, key)
-        self.requests_served += 1
-        self.requests_denied += isinstance(answer, Denied)
-        return answer
+            return self.membership.snapshot(ask.request, loads=ask.loads)
+        if isinstance(ask, Place):
+            return self._place(ask)
+        return self.membership.answer(ask, now_s, key)
 
     def _place(self, ask: Place) -> AnyAnswer:
         self._flush()
@@ -236,6 +266,9 @@ class Daemon:
     def _housekeep(self, now_s: float) -> float:
         """What is due; returns the seconds until something is again."""
         lease_s = self.membership.expire(now_s)
+        if self.cluster is not None:
+            self.cluster.work(now_s)
+            self._peer_loads.follow(self.cluster.peers)
         if now_s >= self._flush_due_s:
             self._flush_due_s = now_s + FLUSH_S
             self._flush()

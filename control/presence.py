@@ -35,6 +35,8 @@ RETRY_S = 0.25  # between registrations that nobody answers
 SUPERSEDED_RETRY_S = 1.0
 BEATS_A_LEASE = 3  # two may be lost
 BEATS_UNTIL_LOST = 2  # unanswered heartbeats after which the daemon counts as away
+ANSWER_S = 0.5  # for a heartbeat, where there is another daemon to ask
+REGISTRATIONS_A_DAEMON = 4  # unanswered ones after which another is asked
 
 REGISTERING, PRESENT = "registering", "present"
 
@@ -43,6 +45,10 @@ class ToDaemon(msgspec.Struct, frozen=True):
     """Send this request."""
 
     ask: Ask
+
+
+class AskAnother(msgspec.Struct, frozen=True):
+    """Send what follows to the next daemon of the cluster."""
 
 
 class Wake(msgspec.Struct, frozen=True):
@@ -77,7 +83,7 @@ class Standing(msgspec.Struct, frozen=True):
 
 
 PresenceAction = Union[  # noqa: UP007 - a type alias that every Python can evaluate
-    ToDaemon, Wake, Subscribe, MembersChanged, Wanted, Standing
+    ToDaemon, AskAnother, Wake, Subscribe, MembersChanged, Wanted, Standing
 ]
 
 
@@ -92,7 +98,14 @@ class Presence:
         daemon_answers: whether the daemon answered lately.
     """
 
-    def __init__(self, registration: Registration, lease_s: float, *, watch: bool = True) -> None:
+    def __init__(
+        self,
+        registration: Registration,
+        lease_s: float,
+        *,
+        watch: bool = True,
+        daemons: int = 1,
+    ) -> None:
         self.registration = registration
         self.generation = 0
         self.view = View()
@@ -101,6 +114,8 @@ class Presence:
         self.load = Load(free_blocks=registration.num_blocks)
         self._lease_s = lease_s
         self._watch = watch
+        self._others = daemons > 1
+        self._awaiting = False  # the next wake looks for the answer to a heartbeat
         self._publisher = ""
         self._wanted = Wanted(draining=False, role="")
         self._request = 0
@@ -131,10 +146,19 @@ class Presence:
     def fire(self, number: int) -> list[PresenceAction]:
         """A `Wake` is due."""
         if number == self._wake:
-            if self.state == PRESENT:
+            if self.state != PRESENT:
+                self._unanswered += 1
+                if self._unanswered % REGISTRATIONS_A_DAEMON == 0:
+                    self._ask_another()
+                self._register()
+            elif not self._awaiting:
+                self._beat()
+            elif self._unanswered:
+                self._ask_another()
                 self._beat()
             else:
-                self._register()
+                self._awaiting = False
+                self._sleep(self._lease_s / BEATS_A_LEASE - self._patience_s)
         return self._taken()
 
     def hear(self, message: AnyAnswer) -> list[PresenceAction]:
@@ -165,14 +189,15 @@ class Presence:
         self._want(Wanted(draining=False, role=""))
         self._do(Standing(present=True))
         if self._watch:
-            if answer.publisher != self._publisher:
-                self._publisher = answer.publisher
-                self._do(Subscribe(answer.publisher))
+            self._follow(answer.publisher)
             self._look()
+        self._awaiting = False
         self._sleep(self._lease_s / BEATS_A_LEASE)
 
     def _denied(self, denial: Denied) -> None:
         self._answered()
+        if denial.reason == "store":
+            self._ask_another()  # it may be that only this daemon cannot reach it
         if denial.reason == "superseded":
             self._lose(denial.detail)
             self._sleep(SUPERSEDED_RETRY_S)
@@ -184,10 +209,28 @@ class Presence:
             self._sleep(SUPERSEDED_RETRY_S)
 
     def _picture(self, message: Snapshot | Changes | Tick) -> None:
+        if isinstance(message, Snapshot):
+            self._follow(message.publisher)
         if self.view.hear(message):
             self._do(MembersChanged())
         if self.view.stale and not self._look_request and self.state == PRESENT:
             self._look()
+
+    def _follow(self, publisher: str) -> None:
+        if publisher != self._publisher:
+            self._publisher = publisher
+            self._do(Subscribe(publisher))
+
+    @property
+    def _patience_s(self) -> float:
+        """How long an answer to a heartbeat may take before another daemon is asked."""
+        return min(ANSWER_S, self._lease_s / BEATS_A_LEASE / 2)
+
+    def _ask_another(self) -> None:
+        if self._others:
+            self._publisher = ""  # of the daemon before, whatever its name
+            self.view.stale = True
+            self._do(AskAnother())
 
     def _answered(self) -> None:
         self._unanswered = 0
@@ -222,7 +265,8 @@ class Presence:
         self._look_request = 0  # an answer that has not come by now was lost
         if self._watch and self.view.stale:
             self._look()
-        self._sleep(self._lease_s / BEATS_A_LEASE)
+        self._awaiting = self._others
+        self._sleep(self._patience_s if self._others else self._lease_s / BEATS_A_LEASE)
 
     def _look(self) -> None:
         self._look_request = self._number()

@@ -26,6 +26,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keys: str = ""
     allowed: str = ""
     http: str = ""
+    store: str = ""
     log_level: str = "info"
 
 
@@ -35,6 +36,7 @@ HELP = {
     "keys": "key file, from `kvferry keys new`; without one, loopback addresses only",
     "allowed": "allow-list of public keys; `allowed_keys` beside the key file if not given",
     "http": "host:port for /metrics, /healthz and /readyz; not served if empty",
+    "store": "etcd://host:port to share the members with other daemons; kept in memory if empty",
     "log_level": "debug, info, warning or error",
 }
 LOG_LEVELS = ("debug", "info", "warning", "error")

@@ -165,7 +165,7 @@ def install() -> None:
         fail(f"{VENV_PYTHON} has no pip and no ensurepip; remove {VENV} and try again")
     if version_of(pip_version or "0") < OLDEST_PIP:
         pip_install("--upgrade", "pip>=25.1")
-    what = ".[demo,router]"
+    what = ".[demo,router,etcd]"
     pip_install("--constraint", write_constraints(), "--group", "dev", "--editable", what)
 
 

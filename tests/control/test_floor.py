@@ -13,7 +13,14 @@ from kvferry.control import errors
 
 ROOT = Path(__file__).parents[2]
 MODULES = {path.stem for path in (ROOT / "control").glob("*.py")}
-SHELLS = {"__main__", "client", "curve", "daemon"}  # sockets around the pure rest
+SHELLS = {
+    "__main__",
+    "client",
+    "curve",
+    "daemon",
+    "etcd",
+    "peer_loads",
+}  # sockets around the pure rest
 
 
 @pytest.mark.parametrize(

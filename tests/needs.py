@@ -1,0 +1,28 @@
+"""Programs that some tests need: a skip that says which package has it, or a failure.
+
+`KVFERRY_REQUIRE_TOOLS=1`, as continuous integration sets it, makes it a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def need(program: str, package: str) -> str:
+    """The path of a program, or of a file with this path; `package` is Debian's."""
+    if program.startswith("/"):
+        found = program if Path(program).exists() else None
+    else:
+        found = shutil.which(program) or shutil.which(program, path=SYSTEM_PATH)
+    if found is None:
+        reason = f"needs {program}: apt-get install {package}"
+        if os.environ.get("KVFERRY_REQUIRE_TOOLS"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
