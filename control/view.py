@@ -58,7 +58,8 @@ class View:
         self.epoch, self.sequence, self.stale = snapshot.epoch, snapshot.sequence, False
         held, self._held = self._held, []
         for changes in held:
-            self._change(changes)
+            if changes.epoch == snapshot.epoch:  # those of another daemon, or life, are no gap
+                self._change(changes)
         return self.members != before
 
     def _change(self, changes: Changes) -> bool:
