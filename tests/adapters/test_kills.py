@@ -111,7 +111,9 @@ def test_kills(
     kills: int,
 ) -> None:
     rng = random.Random(f"{side} {victim}")
-    options = {"daemon": daemon.address, "lease_s": 0.5}
+    # A new life takes its name at once; with a lease of half a second, a machine that is busy for
+    # as long throws living agents out.
+    options = {"daemon": daemon.address, "lease_s": 10.0}
     local = new_agent("here", side, NUM_BLOCKS, options=options)
     allocator = Allocator(local)
     role = "prefill" if side == "decode" else "decode"

@@ -132,9 +132,10 @@ def test_what_one_daemon_is_told_all_know(pair: tuple[DaemonProcess, DaemonProce
             assert member.generation == registered.generation
             two.drain("p0")
             until(watch, lambda members: members["p0"].state == "draining")
-            assert beat(one, "p0", registered.generation) == Beat(next(numbers) - 1, "draining")
             two.flip("p0", "decode")
-            assert beat(one, "p0", registered.generation).wanted_role == "decode"
+            # The other daemon hears of it from the store, a little later.
+            while beat(one, "p0", registered.generation).wanted_role != "decode":
+                pass
             flipped = register(one, "p0", "decode", previous=registered.generation)
             assert flipped.generation > registered.generation
             until(watch, lambda members: members["p0"].role == "decode")
@@ -182,12 +183,12 @@ def test_an_agent_goes_to_another_daemon_and_stays_the_same(
     pair: tuple[DaemonProcess, DaemonProcess],
 ) -> None:
     """Its daemon lives, and must not end the lease that another one renews now."""
-    lease_s = 1.0
+    lease_s = 3.0
     with DaemonClient(pair[0].address) as one, DaemonClient(pair[1].address) as two:
         generation = register(one, "roams", lease_s=lease_s).generation
         with one.watch() as watch:
             beats = 0
-            while beats < 12:  # four leases
+            while beats < 12:  # two leases
                 watch.poll(lease_s / 3)
                 assert watch.view.members["roams"].generation == generation
                 answer = beat(two, "roams", generation)
@@ -202,12 +203,15 @@ def test_an_agent_that_dies_is_gone_for_every_daemon(
     pair: tuple[DaemonProcess, DaemonProcess],
 ) -> None:
     with DaemonClient(pair[0].address) as one, DaemonClient(pair[1].address) as two:
-        with two.watch() as watch:
+        with one.watch() as here, two.watch() as there:
             register(one, "dies", lease_s=0.3)
-            until(watch, lambda members: "dies" in members)
-            until(watch, lambda members: "dies" not in members)
+            while "dies" in {member.name for member in one.look().members}:
+                here.poll(WAIT_S)
+            register(one, "later")  # whoever has heard of this has heard of that
+            assert "dies" not in until(there, lambda members: "later" in members)
         answer = beat(two, "dies", 1)
         assert isinstance(answer, Denied)
+        assert answer.reason == "unknown"
 
 
 def test_a_daemon_that_dies_takes_with_it_only_who_stayed(
