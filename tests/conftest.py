@@ -39,6 +39,9 @@ NICS = [nic.name for nic in topology.nics() if nic.active]
 if verbs.available().ok:
     TRANSPORTS["verbs"] = (verbs_qp, "post", "post")
     os.environ.setdefault(NICS_VARIABLE, NICS[0])  # this process's; peers have the last one
+if "KVFERRY_TEST_TRANSPORTS" in os.environ:  # only these, with commas between them
+    _wanted = os.environ["KVFERRY_TEST_TRANSPORTS"].split(",")
+    TRANSPORTS = {name: entry for name, entry in TRANSPORTS.items() if name in _wanted}
 
 if TYPE_CHECKING:
     from tests import shuffle

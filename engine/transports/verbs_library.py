@@ -7,6 +7,7 @@ loaded from there by its path, alone: no other package of that folder becomes im
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib
@@ -17,6 +18,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 DISTRIBUTION_FOLDERS = (
@@ -24,6 +26,21 @@ DISTRIBUTION_FOLDERS = (
     f"/usr/lib64/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages",  # Fedora, RHEL
 )
 OLDEST, NEWEST = 44, 59  # rdma-core versions whose pyverbs was read; 44 is what the tests run
+CONSTANTS = (
+    "IBV_ACCESS_LOCAL_WRITE",
+    "IBV_ACCESS_REMOTE_READ",
+    "IBV_ACCESS_REMOTE_WRITE",
+    "IBV_QPS_ERR",
+    "IBV_QPT_RC",
+    "IBV_QP_EX_WITH_RDMA_READ",
+    "IBV_QP_EX_WITH_RDMA_WRITE",
+    "IBV_QP_EX_WITH_RDMA_WRITE_WITH_IMM",
+    "IBV_QP_INIT_ATTR_PD",
+    "IBV_QP_INIT_ATTR_SEND_OPS_FLAGS",
+    "IBV_QP_STATE",
+    "IBV_SEND_SIGNALED",
+    "IBV_WR_RDMA_WRITE_WITH_IMM",
+)
 
 
 class Library(NamedTuple):
@@ -32,7 +49,7 @@ class Library(NamedTuple):
     Attributes:
         version: of rdma-core, as far as it can be told; 0 if not.
         source: where it was found.
-        enums: the module that holds the constants.
+        enums: the constants that are used, as plain numbers.
     """
 
     version: int
@@ -96,13 +113,14 @@ def load() -> Library:
     try:
         names = ("device", "pd", "mr", "cq", "qp", "wr", "addr")
         modules = {name: importlib.import_module(f"pyverbs.{name}") for name in names}
+        constants = _constants()
     except ImportError as error:
         raise ImportError(
             f"{found.text} does not load ({error}): it needs rdma-core of its own version, and "
             f"here is {core_version() or 'none'}"
         ) from error
     error_type: type[Exception] = importlib.import_module("pyverbs.pyverbs_error").PyverbsError
-    return Library(core_version(), found.text, _enums(), **modules, error=error_type)
+    return Library(core_version(), found.text, constants, **modules, error=error_type)
 
 
 def core_version() -> int:
@@ -132,8 +150,25 @@ def _adopt(folder: Path) -> None:
     spec.loader.exec_module(package)
 
 
-def _enums() -> Any:
-    try:
-        return importlib.import_module("pyverbs.enums")
-    except ImportError:  # since rdma-core 57 they lie elsewhere
-        return importlib.import_module("pyverbs.libibverbs_enums")
+def _constants() -> SimpleNamespace:
+    """The constants, wherever this version has them: in a module called `enums` until 57, in
+    `libibverbs_enums` since then; by their own names, or within the enumerations that they are of.
+
+    Raises:
+        ImportError: one is nowhere; says which.
+    """
+    places: list[Any] = []
+    for name in ("pyverbs.enums", "pyverbs.libibverbs_enums"):
+        with contextlib.suppress(ImportError):
+            module = importlib.import_module(name)
+            places += [
+                module,
+                *(value for value in vars(module).values() if isinstance(value, type)),
+            ]
+    found = {}
+    for name in CONSTANTS:
+        value = next((getattr(place, name) for place in places if hasattr(place, name)), None)
+        if value is None:
+            raise ImportError(f"it has no constant {name}")
+        found[name] = int(value)
+    return SimpleNamespace(**found)

@@ -43,8 +43,13 @@ def serves(pair: Any, memory: Any) -> None:
 
 @pytest.mark.parametrize(
     "weather",
-    [("loss", "1%"), ("loss", "10%"), ("delay", "2ms", "reorder", "25%", "50%")],
-    ids=lambda weather: "-".join(weather),
+    [
+        pytest.param(("loss", "1%"), id="loss-1%", marks=pytest.mark.soak),
+        pytest.param(("loss", "10%"), id="loss-10%"),
+        pytest.param(
+            ("delay", "2ms", "reorder", "25%", "50%"), id="reorder", marks=pytest.mark.soak
+        ),
+    ],
 )
 def test_a_wire_that_loses_and_reorders_only_slows(
     pair: Any, wire: Any, weather: tuple[str, ...]
