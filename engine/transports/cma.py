@@ -32,6 +32,7 @@ from ..wire import Arrived, Check, Checked, LinkMessage, Refuse
 from .base import Availability, DataPath, Transfer
 from .shared_staging import SharedStaging
 from .staged import note_compute
+from .workers import Workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -138,9 +139,7 @@ class CmaPath(DataPath):
         self._staging = SharedStaging(link, pid)
         self._pid = pid
         self._lock = threading.Lock()
-        self._running = 0
-        self._halting = False
-        self._halted: Callable[[], None] | None = None
+        self._workers = Workers(link, "a copy")
         self._unchecked: dict[tuple[int, int], tuple[Transfer, int, int]] = {}  # by chunk
 
     def before(self, transfer: Transfer, stream: torch.cuda.Stream | None) -> None:
@@ -249,30 +248,12 @@ class CmaPath(DataPath):
         self._link.core.copiers.run(functools.partial(self._guarded, task))
 
     def halt(self, halted: Callable[[], None]) -> None:
-        def unstaged() -> None:
-            with self._lock:
-                self._halted = halted  # for whoever of the copiers is the last
-                if self._running:
-                    return
-            halted()
-
-        with self._lock:
-            self._halting = True
-        self._staging.halt(unstaged)
+        self._workers.close()
+        self._staging.halt(lambda: self._workers.halt(halted))
 
     def _guarded(self, task: Callable[[], None]) -> None:
-        with self._lock:
-            if self._halting:
-                return
-            self._running += 1
-        try:
-            task()
-        finally:
-            with self._lock:
-                self._running -= 1
-                halted = self._halted if not self._running else None
-            if halted is not None:
-                halted()
+        if self._workers.enter():
+            self._workers.run(task)
 
     def _copy(self, transfer: Transfer, number: int, part: slice, remote: iovec.Iovec) -> None:
         if not transfer.begin():

@@ -22,6 +22,7 @@ from ..shared_memory import SharedSlots
 from ..staging import Moved, Mover, new_mover
 from ..wire import Acknowledge, Arrived, OpenStaging, ReadRequest, Refuse, Staged, Unstaged
 from .staged import hold_until_computed
+from .workers import Workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -91,8 +92,7 @@ class SharedStaging:
         )
         self._movers: dict[tuple[str, int], Mover] = {}
         self._threads: dict[str, threading.Thread] = {}
-        self._running = 0
-        self._halted: Callable[[], None] | None = None
+        self._workers = Workers(link, "staging")
 
     # What the path calls.
 
@@ -141,14 +141,11 @@ class SharedStaging:
 
     def halt(self, halted: Callable[[], None]) -> None:
         """Stops all work, then calls `halted` once, from any thread. Never blocks."""
-        with self._lock:
-            self._halted = halted
-            running = self._running
+        self._workers.close()
         self._out.put(None)
         self._free.put(None)
         self._in.put(None)
-        if not running:
-            self._leave(halted)
+        self._workers.halt(functools.partial(self._leave, halted))
 
     # Submitting.
 
@@ -521,34 +518,20 @@ class SharedStaging:
     def _start(self, name: str, work: Callable[[], None]) -> bool:
         """Starts a thread if it does not run yet; False if the link is halting."""
         with self._lock:
-            if self._halted is not None:
+            if self._workers.closed:
                 return False
             if name in self._threads:
                 return True
-            self._running += 1
+            if not self._workers.enter():
+                return False
             thread = self._threads[name] = threading.Thread(
-                target=self._run,
+                target=self._workers.run,
                 args=(work,),
                 name=f"{self._link.core.identity.name}-stage-{name}",
                 daemon=True,
             )
         thread.start()
         return True
-
-    def _run(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except EngineError as error:
-            self._link.fail(error)
-        except Exception as error:
-            log.exception("kvferry: staging failed; please report this")
-            self._link.fail(LinkError(f"staging failed: {error!r}", operation="transfer"))
-        finally:
-            with self._lock:
-                self._running -= 1
-                halted = self._halted if not self._running else None
-            if halted is not None:
-                self._leave(halted)
 
     def _leave(self, halted: Callable[[], None]) -> None:
         """The last thread has ended."""

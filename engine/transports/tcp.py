@@ -25,6 +25,7 @@ from .base import Availability, DataPath, Transfer
 from .cma import answer_to_nothing
 from .staged import hold_until_computed, note_compute
 from .tcp_rail import FRAME_NBYTES, Receiver, Reply, Sender
+from .workers import Workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,7 +75,7 @@ class TcpPath(DataPath):
         self._reads: dict[tuple[int, int], tuple[Transfer, slice]] = {}
         self._unanswered: dict[int, int] = {}  # frames of each write that the peer has not answered
         self._lock = threading.Lock()
-        self._halted: Callable[[], None] | None = None
+        self._crew = Workers(link, "a rail", disconnected=(OSError, EOFError))
         self.num_rails = len(rails)
         self.finisher = Finisher(f"{link.core.identity.name}-placed")
         self._workers: list[Sender | Receiver] = []
@@ -88,7 +89,6 @@ class TcpPath(DataPath):
                 self._thread(f"send{number}", sender.run),
                 self._thread(f"recv{number}", receiver.run),
             )
-        self._running = len(self._threads)
 
     def start(self) -> None:
         for thread in self._threads:
@@ -175,17 +175,14 @@ class TcpPath(DataPath):
         self._link.send(Refuse(transfer, type(error).__name__, error.message, first))
 
     def halt(self, halted: Callable[[], None]) -> None:
-        with self._lock:
-            self._halted = halted
-            running = self._running
+        self._crew.close()
         for rail in self._rails:
             self._queue.put(None)
             try:
                 rail.shutdown(socket.SHUT_RDWR)
             except OSError:
                 continue  # the peer has closed it already
-        if not running:
-            self._leave(halted)
+        self._crew.halt(functools.partial(self._leave, halted))
 
     def _leave(self, halted: Callable[[], None]) -> None:
         """The last rail's thread has ended."""
@@ -209,29 +206,13 @@ class TcpPath(DataPath):
             self.refuse_read(ask.transfer, ask.first, error)
         else:
             self._queue.put(Reply(ask.transfer, ask.first, admitted, ask.verify))
-            if not self._running:
+            if not self._crew.busy:
                 self._drop_replies()  # nobody else will
 
     def _thread(self, name: str, work: Callable[[], None]) -> threading.Thread:
+        self._crew.enter()
         name = f"{self._link.core.identity.name}-{name}"
-        return threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
-
-    def _run(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except EngineError as error:
-            self._link.fail(error)
-        except (OSError, EOFError):
-            self._link.suspect()
-        except Exception as error:
-            log.exception("kvferry: a rail failed; please report this")
-            self._link.fail(LinkError(f"a rail failed: {error!r}", operation="transfer"))
-        finally:
-            with self._lock:
-                self._running -= 1
-                halted = self._halted if not self._running else None
-            if halted is not None:
-                self._leave(halted)
+        return threading.Thread(target=self._crew.run, args=(work,), name=name, daemon=True)
 
     def _drop_replies(self) -> None:
         """Ends the use of memory that peers wanted to read."""

@@ -23,7 +23,6 @@ import numpy as np
 from ..errors import (
     DeviceLost,
     EngineError,
-    LinkError,
     LinkFlushed,
     NotRegistered,
     RailError,
@@ -50,6 +49,7 @@ from .verbs_qp import REPLENISH, Batch, QueuePair, imm_of
 from .verbs_reopen import Reopener
 from .verbs_watch import Watch, why_too_small
 from .verbs_work import Pieces, Share, own_regions, pieces_of, split, starts_of_requests
+from .workers import Workers, guard
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -123,7 +123,7 @@ class VerbsPath(DataPath):
         self._turn = 0
         self._counting = threading.Lock()
         self._lock = threading.Condition()
-        self._copies = 0
+        self._copies = Workers(link, "a copy")
         self._halted: Callable[[], None] | None = None
         self._ended = False
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK)
@@ -212,9 +212,8 @@ class VerbsPath(DataPath):
 
     def copy(self, task: Callable[[], None]) -> None:
         """Runs `task` on a copier thread; the path does not halt before it has ended."""
-        with self._lock:
-            self._copies += 1
-        self.link.core.copiers.run(functools.partial(self._guarded_copy, task))
+        if self._copies.enter():
+            self.link.core.copiers.run(functools.partial(self._copies.run, task))
 
     def watch(self, rail: Rail) -> None:
         """Listens to a rail's completions."""
@@ -516,13 +515,7 @@ class VerbsPath(DataPath):
                 os.eventfd_write(self._wake_fd, 1)
 
     def _run(self) -> None:
-        try:
-            self._loop()
-        except EngineError as error:
-            self.link.fail(error)
-        except Exception as error:
-            log.exception("kvferry: a verbs link failed; please report this")
-            self.link.fail(LinkError(f"a verbs link failed: {error!r}", operation="transfer"))
+        guard(self.link, "a verbs link", self._loop)
         with self._lock:
             self._lock.wait_for(lambda: self._halted is not None)
         self._tear_down()
@@ -591,24 +584,14 @@ class VerbsPath(DataPath):
                 )
                 self._take_out(rail, gone, None)
 
-    def _guarded_copy(self, task: Callable[[], None]) -> None:
-        try:
-            task()
-        except Exception as error:
-            log.exception("kvferry: a copy failed; please report this")
-            self.link.fail(LinkError(f"a copy failed: {error!r}", operation="transfer"))
-        finally:
-            with self._lock:
-                self._copies -= 1
-                self._lock.notify_all()
-
     def _tear_down(self) -> None:
         """Nothing of this process touches memory over the link after this."""
         for rail in self.rails:
             rail.stop()
             rail.close()
-        with self._lock:
-            self._lock.wait_for(lambda: not self._copies)
+        copied = threading.Event()
+        self._copies.halt(copied.set)
+        copied.wait()
         self._frames.close()
         self._meeting.close()
         self._epoll.close()

@@ -1,0 +1,98 @@
+"""The threads and copies of one path: what they raise ends its link, and the last to leave says so."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING
+
+from ..errors import EngineError, LinkError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..link import Link
+
+log = logging.getLogger(__name__)
+
+
+class Workers:
+    """Who works on a path's memory. Thread-safe."""
+
+    def __init__(
+        self, link: Link, what: str, *, disconnected: tuple[type[Exception], ...] = ()
+    ) -> None:
+        """`what`: a worker, for people. `disconnected`: what means that the peer may be gone."""
+        self._link = link
+        self._what = what
+        self._disconnected = disconnected
+        self._lock = threading.Lock()
+        self._present = 0
+        self._closed = False
+        self._after: Callable[[], None] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether anybody is at work."""
+        return self._present > 0
+
+    @property
+    def closed(self) -> bool:
+        """Whether nobody enters any more."""
+        return self._closed
+
+    def enter(self) -> bool:
+        """Lets one more begin, who must then `run` or `leave`; False if none may any more."""
+        with self._lock:
+            if self._closed:
+                return False
+            self._present += 1
+            return True
+
+    def leave(self) -> None:
+        """One who had entered is done. On its thread, and after `halt`, the last one calls back."""
+        with self._lock:
+            self._present -= 1
+            after = self._after if not self._present else None
+        if after is not None:
+            after()
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Does the work of one who has entered, then leaves. Raises nothing."""
+        try:
+            guard(self._link, self._what, work, self._disconnected)
+        finally:
+            self.leave()
+
+    def close(self) -> None:
+        """Nobody enters any more."""
+        with self._lock:
+            self._closed = True
+
+    def halt(self, after: Callable[[], None]) -> None:
+        """Nobody enters any more; calls `after` once, when nobody is left: now, or later from the
+        thread of the last one. Never blocks."""
+        with self._lock:
+            self._closed = True
+            self._after = after
+            present = self._present
+        if not present:
+            after()
+
+
+def guard(
+    link: Link,
+    what: str,
+    work: Callable[[], None],
+    disconnected: tuple[type[Exception], ...] = (),
+) -> None:
+    """Does work for a link; what it raises takes the link down."""
+    try:
+        work()
+    except EngineError as error:
+        link.fail(error)
+    except disconnected:
+        link.suspect()
+    except Exception as error:
+        log.exception("kvferry: %s failed; please report this", what)
+        link.fail(LinkError(f"{what} failed: {error!r}", operation="transfer"))
