@@ -108,7 +108,7 @@ class Reopener:
         self._path.link.send(RailOpen(rail.number, Offer((card,)).encode()))
 
     def _answer(self, rail: Rail, message: RailOpen) -> None:
-        (theirs,) = Offer.decode(message.offer).rails
+        theirs = _one_card(message.offer)
         if theirs.rail != rail.number or theirs.epoch <= rail.epoch or self._path.dialed:
             raise ProtocolError(f"rail {rail.number} is opened out of turn", operation="receive")
         reason = ""
@@ -136,19 +136,36 @@ class Reopener:
     def _opened(self, rail: Rail, message: RailOpened) -> None:
         if not rail.open or rail.up:
             return
+        card = self._cards.pop(rail.number, None)
+        if card is None:
+            raise ProtocolError(
+                f"rail {rail.number} is answered without a question", operation="receive"
+            )
         if message.refused:
             rail.close()
             self._plan(rail)
             return
+        theirs = _one_card(message.offer)
         self._closed_here.pop(rail.number, None)
         self._closed_there.pop(rail.number, None)
         self._path.watch(rail)
-        (theirs,) = Offer.decode(message.offer).rails
         try:
-            rail.connect(self._cards[rail.number], theirs)
+            rail.connect(card, theirs)
         except EngineError as error:
             self._path.take_out(rail, RailError(error.message, rail=rail.name))
             return
         self._wait_s.pop(rail.number, None)
         self._path.link.send(RailReady(rail.number, rail.epoch))
         self._path.rail_up(rail)
+
+
+def _one_card(offer: bytes) -> RailCard:
+    """The card of the rail that is opened.
+
+    Raises:
+        ProtocolError: there is none, or more than one.
+    """
+    cards = Offer.decode(offer).rails
+    if len(cards) != 1:
+        raise ProtocolError(f"{len(cards)} rails are opened at once", operation="receive")
+    return cards[0]

@@ -210,8 +210,10 @@ def test_a_receiver_without_receives_is_named(pair: Any, monkeypatch: pytest.Mon
         for pair_of_queues in path.rails[0].direct:
             pair_of_queues.credits = 1 << 20
         tickets = [
-            pair.link.write(memory.here, 0, memory.there.descriptor, 0, 1, imm=7)
-            for _ in range(2 * verbs_qp.RECEIVE_DEPTH)
+            pair.link.write(
+                memory.here, 0, memory.there.descriptor, 0, 1, imm=7, timeout_s=PATIENCE_S
+            )
+            for _ in range(verbs_qp.RECEIVE_DEPTH + 8)
         ]
         errors = []
         for ticket in tickets:

@@ -43,7 +43,9 @@ def test_a_fast_sender_never_meets_a_receiver_without_receives(pair: Any) -> Non
     imm = pair.there.new_imm()
     ticket = pair.there.expect(imm, nbytes=count, writes=count, timeout_s=120.0)
     for offset in offsets.tolist():
-        pair.link.write(memory.here, offset, memory.there.descriptor, offset, 1, imm=imm)
+        pair.link.write(
+            memory.here, offset, memory.there.descriptor, offset, 1, imm=imm, timeout_s=120.0
+        )
     assert ticket.wait() == count
     assert (memory.dst[offsets] == memory.src[offsets]).all()
     memory.dst[offsets] = 0xA5
