@@ -8,6 +8,7 @@ itself. What the calls do is tested on rdma-core of 44 alone.
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -121,7 +122,7 @@ def test_constants_are_found_wherever_a_version_has_them(
             return module
         raise ImportError(name)
 
-    monkeypatch.setattr(verbs_library.importlib, "import_module", imported)
+    monkeypatch.setattr(importlib, "import_module", imported)
     assert vars(verbs_library._constants()) == numbers
     delattr(place, "IBV_QPS_ERR")
     with pytest.raises(ImportError, match="no constant IBV_QPS_ERR"):
