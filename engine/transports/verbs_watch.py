@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 STALLED_S = 10.0
 SLOWEST_NBYTES_PER_S = 1 << 20  # and so much longer as a batch takes on a wire that is this slow
 SUSPECT_S = 1.0  # then the port is asked whether its packets have shrunk, which explains all
+DOWN_S = 4.0  # a port that is down for less may be back before its device gives up
 LONGEST_LOOK_S = 1.0  # more between two looks is time in which this process stood still itself
 
 
@@ -65,12 +66,17 @@ def _why_stalled(rail: Rail, pair: QueuePair, elapsed_s: float) -> str:
     shrunk = why_too_small(rail)
     if shrunk:
         return shrunk
+    posted = sum(batch.requests for batch in pair.flying)
+    stalled = (
+        f"nothing of {posted} posted work requests has completed for {pair.waited_s:.0f} s on rail "
+        f"{rail.name}"
+    )
+    if pair.waited_s >= DOWN_S and not rail.device.active:
+        return f"the port of {rail.device.name} is down: {stalled}"
     if pair.waited_s < STALLED_S + oldest.nbytes / SLOWEST_NBYTES_PER_S:
         return ""
-    posted = sum(batch.requests for batch in pair.flying)
     return (
-        f"nothing of {posted} posted work requests has completed for {pair.waited_s:.0f} s on rail "
-        f"{rail.name}, and its device does not give up: does every interface and switch on the "
+        f"{stalled}, and its device does not give up: does every interface and switch on the "
         f"way take packets of {packet_nbytes(rail.mtu)} bytes (MTU), and what does the kernel's log say of it?"
     )
 

@@ -9,6 +9,7 @@ import pytest
 
 from kvferry.engine.transports.verbs_qp import Batch
 from kvferry.engine.transports.verbs_watch import (
+    DOWN_S,
     LONGEST_LOOK_S,
     SLOWEST_NBYTES_PER_S,
     STALLED_S,
@@ -21,7 +22,7 @@ LARGEST = 5  # the verbs' code of 4,096 bytes
 
 def rail_with(*batches: Batch) -> Any:
     pair = SimpleNamespace(flying=list(batches), oldest=-1, waited_s=0.0)
-    device = SimpleNamespace(name="rxe0", mtu=LARGEST)
+    device = SimpleNamespace(name="rxe0", mtu=LARGEST, active=True)
     return SimpleNamespace(queues=[pair], device=device, name="0 (rxe0)", mtu=LARGEST)
 
 
@@ -76,6 +77,16 @@ def test_packets_that_have_shrunk_are_named_at_once(number: int) -> None:
     assert looks <= 4
     (stall,) = watch.look([rail], 1000.0)
     assert "packets of 1024 bytes, and 4096 were agreed on" in str(stall.error)
+
+
+def test_a_port_that_stays_down_is_named_sooner() -> None:
+    rail = rail_with(batch(7, 1 << 30))
+    rail.device.active = False
+    watch = Watch()
+    looks = looks_until_stalled(watch, rail, step_s=0.5, most=100)
+    assert DOWN_S <= 0.5 * looks < DOWN_S + 1.0
+    (stall,) = watch.look([rail], 1000.0)
+    assert "the port of rxe0 is down" in str(stall.error)
 
 
 def test_the_verbs_codes_of_packet_sizes() -> None:
