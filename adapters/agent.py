@@ -393,6 +393,7 @@ class Agent:
     def _ask(self, handoff: Handoff, known: Acquaintance, fields: dict[str, Any]) -> None:
         plan = known.read_plan
         assert plan is not None
+        handoff._placed_ns = time.monotonic_ns()
         if fields["stop_token"]:
             fields["nbytes"] = expected_nbytes(
                 plan, fields["tables"], fields["start_token"], fields["stop_token"]

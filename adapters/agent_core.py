@@ -232,6 +232,8 @@ class AgentCore:
                 self._tell(side, key, events.SendRefused(reason))
 
         if peer is not None:
+            if isinstance(message, Accepted):
+                self.workbench.placed(key, message.session, peer.session.name)
             self.send(peer.route, message, refused)
         else:
             self.mailbox.call_soon(partial(refused, "the peer is not known"))

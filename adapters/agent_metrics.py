@@ -13,7 +13,7 @@ from ..control.daemon_metrics import metrics_page
 from ..control.http import HttpServer, health
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from prometheus_client.metrics_core import Metric
 
@@ -42,8 +42,9 @@ class AgentMetrics:
         )
         self._nbytes = Counter(
             "kvferry_transfer_bytes",
-            "Bytes of handoffs that ended well.",
-            ["transport", "direction"],
+            "Bytes of handoffs that ended well; path: direct, staged at this end, or served to a "
+            "peer that read them.",
+            ["transport", "path", "direction"],
             registry=self.registry,
         )
         self._errors = Counter(
@@ -52,15 +53,21 @@ class AgentMetrics:
         self.registry.register(_Now(core))
 
     def ended(
-        self, side: str, transport: str, seconds: float, nbytes: int, error: Exception | None
+        self,
+        side: str,
+        transport: str,
+        seconds: float,
+        nbytes: Mapping[str, int],
+        error: Exception | None,
     ) -> None:
-        """A handoff ended."""
+        """A handoff ended; `nbytes` by the path that they took."""
         if error is not None:
             self._errors.labels(type(error).__name__).inc()
             return
         self._seconds.labels(side).observe(seconds)
         direction = "in" if side == "decode" else "out"
-        self._nbytes.labels(transport or "none", direction).inc(nbytes)
+        for path, count in nbytes.items():
+            self._nbytes.labels(transport or "none", path, direction).inc(count)
 
     def serve(self, address: str, unready: Callable[[], str]) -> HttpServer:
         """Serves the figures, and health.
@@ -103,6 +110,7 @@ class _Now(Collector):
                 "Counters that somebody waits for.",
                 engine.counters_pending,
             ),
+            ("kvferry_staging_bytes", "Memory that staging takes.", engine.staging_nbytes),
         ):
             yield GaugeMetricFamily(name, text, value=gauge)
         for name, text, count in (

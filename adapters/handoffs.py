@@ -46,6 +46,7 @@ class Handoff(Pending):
         outcome.add_done_callback(self._note_end)
         self._tell = tell
         self._key = 0  # of its machine; the agent's thread writes and reads it
+        self._placed_ns = 0  # when its peer was known and connected; decode's side
         self._withdrawn = ""  # why it was cancelled before it had one; likewise
 
     def cancel(self, reason: str = "cancelled") -> None:

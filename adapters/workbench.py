@@ -53,8 +53,11 @@ class Work:
     def __init__(self) -> None:
         self.handoff: Handoff | None = None
         self.session = 0
+        self.peer = ""  # prefill: who asked
         self.timeline: Timeline | None = None
+        self.placed_ns = 0  # prefill: when its request came
         self.nbytes = 0
+        self.staged_nbytes = 0  # of those that were moved, through staging here
         self.request: dict[str, Any] | None = None  # decode: what was asked for
         self.block_ids: npt.NDArray[np.int32] = np.zeros(0, np.int32)
         self.tickets: dict[int, Ticket] = {}
@@ -100,10 +103,22 @@ class Workbench:
         work.handoff = handoff
         handoff._key = key
         work.timeline = self.recorder.begin(
-            handoff.request_id, side, self._name, handoff.peer, handoff.started_s
+            handoff.request_id, side, self._name, handoff.peer or work.peer, handoff.started_s
         )
+        if handoff._placed_ns or work.placed_ns:
+            work.timeline.take({"placed": handoff._placed_ns or work.placed_ns})
         work.timeline.mark("asked" if side == "decode" else "offered")
         return work
+
+    def placed(self, key: int, session: int, peer: str) -> None:
+        """Prefill's side has a request, of this peer. Again and again, if the peer repeats it."""
+        work = self.work.setdefault(("prefill", key), Work())
+        if not work.placed_ns:
+            work.placed_ns = time.monotonic_ns()
+            work.session, work.peer = session, peer
+            if work.timeline is not None:
+                work.timeline.peer = peer
+                work.timeline.take({"placed": work.placed_ns})
 
     def end(self, side: Side, key: int) -> None:
         """The handoff is over."""
@@ -144,10 +159,10 @@ class Workbench:
                     work.counter.cancel()
             case events.StartWrite():
                 work.session, work.nbytes = action.request.session, action.request.nbytes
-                _mark(work, "on wire")
+                _mark(work, "submitted")
                 self._start(side, key, work, action.op, partial(self._write, action))
             case events.StartRead():
-                _mark(work, "on wire")
+                _mark(work, "submitted")
                 self._start(side, key, work, action.op, partial(self._read, work, action))
             case events.CancelOperations():
                 for ticket in work.tickets.values():
@@ -177,7 +192,12 @@ class Workbench:
             peer = self._acquaintances.get(work.session)
             transport = peer.link.transport if peer is not None and peer.link is not None else ""
             seconds = time.monotonic() - work.handoff.started_s
-            self.metrics.ended(side, transport, seconds, nbytes, error)
+            # What a peer reads, this end sees nothing of.
+            served = side == "prefill" and not work.tickets
+            parts = {"served" if served else "direct": nbytes - work.staged_nbytes}
+            if work.staged_nbytes:
+                parts["staged"] = work.staged_nbytes
+            self.metrics.ended(side, transport, seconds, parts, error)
 
     def _clear_timer(self, work: Work, kind: str) -> None:
         timer = work.timers.pop(kind, None)
@@ -255,14 +275,21 @@ class Workbench:
         """On an engine thread."""
         ended = events.OperationEnded(op, ticket.nbytes, ticket.exception())
         took_s = time.monotonic() - began_s
-        self._mailbox.call_soon(partial(self._moved, side, key, ended, session, took_s))
+        self._mailbox.call_soon(partial(self._moved, side, key, ended, session, took_s, ticket))
 
     def _moved(
-        self, side: Side, key: int, ended: events.OperationEnded, session: int, took_s: float
+        self,
+        side: Side,
+        key: int,
+        ended: events.OperationEnded,
+        session: int,
+        took_s: float,
+        ticket: Ticket,
     ) -> None:
         peer = self._acquaintances.get(session)
         work = self.work.get((side, key))
         if work is not None:
+            _learn(work, ticket)
             _mark(work, "written" if side == "prefill" else "read")
         if ended.error is None and ended.nbytes >= RATE_NBYTES and peer is not None:
             name, rate = peer.session.name, ended.nbytes / max(took_s, 1e-9)
@@ -280,9 +307,18 @@ class Workbench:
         work = self.work.get(("decode", key))
         peer = self._acquaintances.get(work.session) if work is not None else None
         error = ticket.exception()
+        if work is not None:
+            _learn(work, ticket)
         if error is not None and peer is not None and peer.link is not None and peer.link.closed:
             return  # `LinkDown` is on its way, and says more
         self._tell("decode", key, events.CounterEnded(ticket.nbytes, error))
+
+
+def _learn(work: Work, ticket: Ticket) -> None:
+    """What the transport saw of an operation, or of what arrived."""
+    work.staged_nbytes += ticket.staged_nbytes
+    if work.timeline is not None:
+        work.timeline.take(ticket.marks)
 
 
 def _mark(work: Work, name: str) -> None:

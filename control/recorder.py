@@ -1,7 +1,22 @@
 """The last handoffs' timelines, in bounded memory; as MessagePack records, and for Perfetto.
 
 A record is one MessagePack map: `handoff`, `side`, `peer`, `nbytes`, `error`, and `marks`, a list of
-`[name, nanoseconds]` of the monotonic clock, which all processes of one host share.
+`[name, nanoseconds]` of the monotonic clock, which all processes of one host share, in their order:
+
+    queued       the engine asked for the handoff
+    placed       this side knows the other: decode is connected to it, prefill has its request
+    asked        decode: the request goes out
+    offered      prefill: the source blocks are known
+    submitted    a write or a read (of some layers, perhaps) is given to the transfer engine
+    on wire      its first piece sets out
+    first byte   its first bytes were counted at this end
+    gathered     its last piece is in staging; scattered: out of it
+    written      it has ended; read: likewise
+    free         the blocks are free
+    ready        the handoff ended well; failed: badly
+
+`on wire` to `scattered` come from the transport, so far as it has them: `cuda_ipc` tells the host
+nothing before the end, and only what is staged is gathered and scattered.
 """
 
 from __future__ import annotations
@@ -15,7 +30,7 @@ import msgspec
 from .errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
 MAX_MARKS = 64  # a handoff: one that goes out layer by layer has many writes
@@ -36,6 +51,10 @@ class Timeline(msgspec.Struct):
         """Notes that it got here, now."""
         if len(self.marks) < MAX_MARKS:
             self.marks.append((name, time.monotonic_ns()))
+
+    def take(self, marks: Mapping[str, int]) -> None:
+        """Notes what others saw of it, which may be earlier than what is noted already."""
+        self.marks.extend(list(marks.items())[: MAX_MARKS - len(self.marks)])
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -64,6 +83,7 @@ class Recorder:
         try:
             with path.open("wb") as file:
                 for timeline in timelines:
+                    timeline.marks.sort(key=lambda mark: mark[1])
                     frame = _encoder.encode(timeline)
                     file.write(len(frame).to_bytes(4, "little") + frame)
         except OSError as error:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .paths import Paths
+from .staging import StagingMeter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +35,7 @@ class EngineCore:
         nics: the RDMA devices that it may use.
         max_programs: programs that a kernel may use at a time; no limit if None.
         paths: which pieces go direct, and which are staged.
+        staging: how much memory staging takes.
     """
 
     identity: Identity
@@ -49,3 +51,4 @@ class EngineCore:
     nics: Nics
     max_programs: int | None = None
     paths: Paths = field(default_factory=Paths)
+    staging: StagingMeter = field(default_factory=StagingMeter)

@@ -170,8 +170,19 @@ class CounterTable:
             ticket._finish(total)
         return ticket
 
-    def arrived(self, imm: int, nbytes: int, writes: int, source: object, origin: str = "") -> None:
+    def arrived(
+        self,
+        imm: int,
+        nbytes: int,
+        writes: int,
+        source: object,
+        origin: str = "",
+        *,
+        staged: bool = False,
+    ) -> None:
         """Counts bytes that are already visible in memory, from `source`, a link to `origin`.
+
+        `staged`: they came through this end's staging.
 
         Raises:
             UnknownImmOverflow: too many imms that nobody expects; the caller closes the link.
@@ -209,6 +220,10 @@ class CounterTable:
             counter.arrived_nbytes += nbytes
             counter.arrived_writes += writes
             counter.sources.add(source)
+            if nbytes and counter.ticket is not None:
+                counter.ticket._mark("first byte")
+                if staged:
+                    counter.ticket._mark_staged("scattered", nbytes)
             ticket = counter.ticket if counter.ticket is not None and counter.reached() else None
             total = counter.arrived_nbytes
         if ticket is not None:

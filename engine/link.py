@@ -428,10 +428,12 @@ class Link:
         """The peer gave a sign of life."""
         self._heard_s = time.monotonic()
 
-    def count(self, imm: int, nbytes: int, writes: int) -> None:
-        """Counts bytes of the peer's that are visible here."""
+    def count(self, imm: int, nbytes: int, writes: int, *, staged: bool = False) -> None:
+        """Counts bytes of the peer's that are visible here; `staged`: they came through staging."""
         try:
-            self.core.counters.arrived(imm, nbytes, writes, self, self.peer.engine_id)
+            self.core.counters.arrived(
+                imm, nbytes, writes, self, self.peer.engine_id, staged=staged
+            )
         except EngineError as error:
             error.peer = self.peer.name
             self.fail(error)

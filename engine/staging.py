@@ -19,6 +19,7 @@ import errno
 import mmap
 import os
 import queue
+import threading
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -32,6 +33,19 @@ if TYPE_CHECKING:
 
 FEWEST_PIECES = 32  # fewer tiny ones are not worth the set-up
 GRID_BELOW_NBYTES = 4096  # larger pieces: the system call copies them at 3 to 5 GB/s
+
+
+class StagingMeter:
+    """How much memory the staging of one engine takes. Any thread."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        """So much more, or less."""
+        with self._lock:
+            self.nbytes += nbytes
 
 
 class Moved(Protocol):
@@ -143,8 +157,9 @@ class Buffer:
 class Ring:
     """A few buffers of one mover. `take` and `give` from any thread."""
 
-    def __init__(self, mover: Mover, count: int, nbytes: int) -> None:
+    def __init__(self, mover: Mover, count: int, nbytes: int, meter: StagingMeter) -> None:
         self.mover = mover
+        self._meter = meter
         self._count = count
         self._free: queue.SimpleQueue[Buffer | None] = queue.SimpleQueue()
         self._nbytes = nbytes
@@ -156,12 +171,19 @@ class Ring:
         buffer = self._free.get()
         try:
             if buffer is not None and buffer.nbytes < nbytes:
-                buffer.close()
+                self._close(buffer)
                 buffer = None
-            return buffer or Buffer(max(nbytes, self._nbytes), self.mover)
+            if buffer is None:
+                buffer = Buffer(max(nbytes, self._nbytes), self.mover)
+                self._meter.add(buffer.nbytes)
         except BaseException:
             self._free.put(None)
             raise
+        return buffer
+
+    def _close(self, buffer: Buffer) -> None:
+        self._meter.add(-buffer.nbytes)
+        buffer.close()
 
     def give(self, buffer: Buffer) -> None:
         """Gives a buffer back: nobody touches it any more."""
@@ -182,7 +204,7 @@ class Ring:
         for _ in range(self._count):
             buffer = self._free.get()
             if buffer is not None:
-                buffer.close()
+                self._close(buffer)
         self.mover.close()
 
 

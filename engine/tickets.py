@@ -24,6 +24,12 @@ class Ticket:
 
     Ends exactly once: with a byte count, or with an error (of the engine: an `EngineError`). Safe to use from any thread.
     Its deadline is kept by the engine's monitor, so it ends even when nobody waits on it.
+
+    Attributes:
+        marks: when it got where, in nanoseconds of the monotonic clock, as far as its transport can
+            tell: `on wire` (the first piece sets out), `first byte` (the first bytes were counted),
+            `gathered` and `scattered` (the last piece went into or out of this end's staging).
+        staged_nbytes: of its bytes, those that went through this end's staging.
     """
 
     __slots__ = (
@@ -40,8 +46,10 @@ class Ticket:
         "_waiter",
         "deadline_s",
         "imm",
+        "marks",
         "operation",
         "peer",
+        "staged_nbytes",
     )
 
     def __init__(
@@ -69,6 +77,8 @@ class Ticket:
         self._spin: Callable[[], None] | None = None  # waits in native code, awake
         self._look: Callable[[], None] | None = None  # as `_spin`, where it may take long
         self._help: Callable[[], None] | None = None  # does work that nobody began
+        self.marks: dict[str, int] = {}
+        self.staged_nbytes = 0
 
     def __repr__(self) -> str:
         state = "pending" if not self._done else repr(self._error) if self._error else "done"
@@ -195,6 +205,17 @@ class Ticket:
                 "cancelled by this side", operation=self.operation, peer=self.peer, imm=self.imm
             )
         )
+
+    def _mark(self, name: str) -> None:
+        """Notes that it got here for the first time. At most once a system call: decision 0040."""
+        if name not in self.marks:
+            self.marks[name] = time.monotonic_ns()
+
+    def _mark_staged(self, name: str, nbytes: int) -> None:
+        """Notes that so many more of its bytes went through staging."""
+        with self._lock:  # a link's rails work side by side
+            self.marks[name] = time.monotonic_ns()
+            self.staged_nbytes += nbytes
 
     def _expire(self) -> bool:
         """Ends a pending ticket because its deadline has passed."""

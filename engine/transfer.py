@@ -235,6 +235,11 @@ class TransferEngine:
         return self._core.counters.pending
 
     @property
+    def staging_nbytes(self) -> int:
+        """Memory that staging takes now, at this end of all links."""
+        return self._core.staging.nbytes
+
+    @property
     def foreign_writes(self) -> int:
         """Writes and aborts under an imm that another engine was expected to write; not counted."""
         return self._core.counters.foreign_writes

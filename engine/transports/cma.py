@@ -291,6 +291,7 @@ class CmaPath(DataPath):
         nbytes: int,
     ) -> bool:
         """Copies, for work that was begun; ends it, and says False, if that fails."""
+        transfer.ticket._mark("on wire")
         try:
             iovec.process_vm(self._pid, local, remote, nbytes, write=transfer.write)
         except OSError as error:

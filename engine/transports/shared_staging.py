@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ..link import Link
+    from ..tickets import Ticket
     from ..wire import LinkMessage
     from .base import Transfer
 
@@ -60,6 +61,7 @@ class _Gathered(NamedTuple):
     nbytes: int
     verify: bool
     end: Callable[[EngineError | None], None]
+    ticket: Ticket | None  # of a write; a peer that reads keeps its own
 
 
 class _Scattered(NamedTuple):
@@ -256,8 +258,10 @@ class SharedStaging:
             transfer.end(0)
 
         verify = self._link.core.verify
-        pieces = transfer.local[part]
-        return self._gather(slots, slot, transfer.device(), pieces, message, nbytes, verify, end)
+        pieces, ticket = transfer.local[part], transfer.ticket
+        return self._gather(
+            slots, slot, transfer.device(), pieces, message, nbytes, verify, end, ticket
+        )
 
     def _begin_reply(self, slots: SharedSlots, slot: int, reply: _Reply) -> _Gathered | None:
         ask, admitted = reply
@@ -294,6 +298,7 @@ class SharedStaging:
         nbytes: int,
         verify: bool,
         end: Callable[[EngineError | None], None],
+        ticket: Ticket | None = None,
     ) -> _Gathered | None:
         try:
             mover = self._mover("out", device, slots)
@@ -304,12 +309,15 @@ class SharedStaging:
         except BaseException:
             end(None)
             raise
-        return _Gathered(slot, moved, message, nbytes, verify, end)
+        return _Gathered(slot, moved, message, nbytes, verify, end, ticket)
 
     def _announce(self, gathered: _Gathered) -> None:
         failure: EngineError | None = None
         try:
             gathered.moved.wait()
+            if gathered.ticket is not None:
+                gathered.ticket._mark_staged("gathered", gathered.nbytes)
+                gathered.ticket._mark("on wire")
             crc = None
             if gathered.verify:
                 crc = self._checksum(self._slots(), gathered.slot, gathered.nbytes)
@@ -373,6 +381,9 @@ class SharedStaging:
         def end(error: EngineError | None) -> None:
             if error is not None:
                 transfer.stop(error)
+            else:
+                transfer.ticket._mark("first byte")
+                transfer.ticket._mark_staged("scattered", staged.nbytes)
             transfer.end(0 if error is not None else staged.nbytes)
 
         return self._put(slots, staged, pieces, transfer.device(), end)
@@ -394,7 +405,7 @@ class SharedStaging:
                 link.reject(staged.transfer, staged.imm, error, first=staged.first)
                 return
             if staged.imm is not None:
-                link.count(staged.imm, staged.nbytes, 0)
+                link.count(staged.imm, staged.nbytes, 0, staged=True)
             link.send(Acknowledge(staged.transfer, staged.nbytes))
 
         if admitted.nbytes != staged.nbytes:
@@ -457,6 +468,7 @@ class SharedStaging:
             slots = self._mine
             if slots is None:
                 slots = self._mine = SharedSlots.make(NUM_SLOTS, SLOT_NBYTES)
+                self._link.core.staging.add(NUM_SLOTS * SLOT_NBYTES)
                 for slot in range(NUM_SLOTS):
                     self._free.put(slot)
                 self._link.send(OpenStaging(slots.descriptor, NUM_SLOTS, SLOT_NBYTES))
@@ -539,6 +551,8 @@ class SharedStaging:
         for slots in (self._mine, self._theirs):
             if slots is not None:
                 slots.close()
+        if self._mine is not None:
+            self._link.core.staging.add(-NUM_SLOTS * SLOT_NBYTES)
         for mover in self._movers.values():
             mover.close()
         halted()

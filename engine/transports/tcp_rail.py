@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 
     from ..link import Link
     from ..staging import Moved
+    from ..tickets import Ticket
     from .base import Transfer
     from .tcp import TcpPath
+
+    Placed = Callable[[EngineError | None, bool], None]  # why not, and whether through staging
 
 FRAME_NBYTES = 8 << 20  # flat from 4 to 32 MiB; smaller frames share better between rails
 BUFFER_NBYTES = 12 << 20  # a frame, and what its last piece may add
@@ -58,6 +61,7 @@ class _Frame(NamedTuple):
     verify: bool
     end: Callable[[EngineError | None], None]
     staged: tuple[Ring, Buffer, Moved] | None
+    ticket: Ticket | None  # of a write; a peer that reads keeps its own
 
 
 class _Rings:
@@ -80,7 +84,8 @@ class _Rings:
         ring = self._rings.get(device)
         if ring is None:
             mover = new_mover(device, self._link.core.max_programs)
-            ring = self._rings[device] = Ring(mover, self._count, BUFFER_NBYTES)
+            meter = self._link.core.staging
+            ring = self._rings[device] = Ring(mover, self._count, BUFFER_NBYTES, meter)
         return ring
 
     def warm(self) -> None:
@@ -155,7 +160,8 @@ class Sender:
             transfer.end(0)
 
         body = regions.tobytes() + tables.piece_rows(transfer, part).tobytes()
-        return self._stage(header, body, local, transfer.device(), self._link.core.verify, end)
+        verify, ticket = self._link.core.verify, transfer.ticket
+        return self._stage(header, body, local, transfer.device(), verify, end, ticket)
 
     def _begin_reply(self, reply: Reply) -> _Frame | None:
         admitted = reply.admitted
@@ -185,6 +191,7 @@ class Sender:
         device: int,
         verify: bool,
         end: Callable[[EngineError | None], None],
+        ticket: Ticket | None = None,
     ) -> _Frame | None:
         """Begins to gather the frame's pieces, if they go through staging."""
         staged = None
@@ -204,13 +211,15 @@ class Sender:
         except BaseException:
             end(None)
             raise
-        return _Frame(header, body, pieces, verify, end, staged)
+        return _Frame(header, body, pieces, verify, end, staged, ticket)
 
     def _send(self, frame: _Frame) -> None:
         failure: EngineError | None = None
         try:
             if frame.staged is not None:
                 frame.staged[2].wait()
+                if frame.ticket is not None:
+                    frame.ticket._mark_staged("gathered", frame.header.nbytes)
             self._put(frame)
         except DeviceError as error:
             failure = error
@@ -228,6 +237,8 @@ class Sender:
             header = header._replace(flags=header.flags | frames.HAS_CRC, crc=crc)
         head = np.frombuffer(frames.encode(header) + frame.body, np.uint8)
         first = iovec.make(np.array([head.ctypes.data]), np.array([len(head)]))
+        if frame.ticket is not None:
+            frame.ticket._mark("on wire")
         iovec.send(self._rail.fileno(), np.concatenate((first, frame.pieces)))
 
     def _drop(self, frame: _Frame) -> None:
@@ -287,13 +298,13 @@ class Receiver:
             link.reject(header.transfer, imm, error)
             return
 
-        def placed(error: EngineError | None) -> None:
+        def placed(error: EngineError | None, staged: bool) -> None:
             admitted.release()
             if error is not None:
                 link.reject(header.transfer, imm, error)
                 return
             if imm is not None:
-                link.count(imm, header.nbytes, 0)
+                link.count(imm, header.nbytes, 0, staged=staged)
             link.send(Acknowledge(header.transfer, header.nbytes))
 
         if admitted.nbytes != header.nbytes:
@@ -319,9 +330,13 @@ class Receiver:
                 operation="receive",
             )
 
-        def placed(error: EngineError | None) -> None:
+        def placed(error: EngineError | None, staged: bool) -> None:
             if error is not None:
                 transfer.stop(error)
+            else:
+                transfer.ticket._mark("first byte")
+                if staged:
+                    transfer.ticket._mark_staged("scattered", header.nbytes)
             transfer.end(0 if error is not None else header.nbytes)
 
         mismatch = functools.partial(checksum_mismatch, self._link.peer.name, None)
@@ -334,7 +349,7 @@ class Receiver:
         pieces: iovec.Iovec,
         device: int,
         mismatch: Callable[[], EngineError],
-        placed: Callable[[EngineError | None], None],
+        placed: Placed,
     ) -> Callable[[], None]:
         """Receives a frame's bytes; what it returns must be called, and sees to `placed`."""
         ring = self._rings.ring_for(pieces, device)
@@ -342,14 +357,14 @@ class Receiver:
         if ring is None:
             iovec.receive(fd, pieces.copy())
             wrong = checked and iovec.checksum(pieces) != header.crc
-            return functools.partial(placed, mismatch() if wrong else None)
+            return functools.partial(placed, mismatch() if wrong else None, False)
         buffer = ring.take(header.nbytes)
         try:
             whole = buffer.part(header.nbytes)
             iovec.receive(fd, whole.copy())
             if checked and iovec.checksum(whole) != header.crc:
                 ring.give(buffer)
-                return functools.partial(placed, mismatch())
+                return functools.partial(placed, mismatch(), True)
         except BaseException:
             ring.give(buffer)
             raise
@@ -360,13 +375,13 @@ class Receiver:
         ring: Ring,
         buffer: Buffer,
         pieces: iovec.Iovec,
-        placed: Callable[[EngineError | None], None],
+        placed: Placed,
     ) -> None:
         try:
             moved = ring.mover.scatter(buffer.address, pieces)
         except EngineError as error:
             ring.give(buffer)
-            placed(error)
+            placed(error, True)
             return
 
         def finish() -> None:
@@ -376,7 +391,7 @@ class Receiver:
             except EngineError as error:
                 failure = error
             ring.give(buffer)
-            placed(failure)
+            placed(failure, True)
 
         self._path.finisher.put(finish)
 

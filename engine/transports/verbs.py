@@ -47,6 +47,7 @@ from .base import Availability, DataPath, RailState, Transfer
 from .verbs_frames import Frames
 from .verbs_qp import REPLENISH, Batch, QueuePair, imm_of
 from .verbs_reopen import Reopener
+from .verbs_staging import SLOTS_NBYTES
 from .verbs_watch import Watch, why_too_small
 from .verbs_work import Pieces, Share, own_regions, pieces_of, split, starts_of_requests
 from .workers import Workers, guard
@@ -114,6 +115,7 @@ class VerbsPath(DataPath):
         self.dialed = meeting.dialed
         self._meeting = meeting
         self._frames = Frames(self, meeting.slots)
+        link.core.staging.add(SLOTS_NBYTES)
         self._reopener = Reopener(self)
         self._watch = Watch()
         self._look_s = 0.0
@@ -330,6 +332,8 @@ class VerbsPath(DataPath):
             rows, nbytes = share.take(count)
             if not share.left:
                 pair.queue.popleft()
+            if transfer.write:
+                transfer.ticket._mark("on wire")
             kind = verbs_qp.WRITE if transfer.write else verbs_qp.READ
             imm = transfer.imm if counted else None
             self._post(rail, pair, kind, rows, imm, (count, nbytes, transfer, -1))
@@ -594,6 +598,7 @@ class VerbsPath(DataPath):
         copied.wait()
         self._frames.close()
         self._meeting.close()
+        self.link.core.staging.add(-SLOTS_NBYTES)
         self._epoll.close()
         with self._lock:
             self._ended = True

@@ -151,6 +151,9 @@ class Frames:
                 nbytes,
                 self._slots.keys(rail.device)[0],
             ]
+            item = self._frames[slot].item
+            if isinstance(item, Part):
+                item.transfer.ticket._mark("on wire")
             self._path.post_frame(rail, slot, row, nbytes)
 
     def _gather(self, slot: int, item: Part | Reply) -> None:
@@ -190,6 +193,8 @@ class Frames:
         buffer = self._slots.outgoing(slot)
         buffer[: len(head)] = head
         gather(buffer[len(head) : len(head) + header.nbytes], local)
+        if isinstance(item, Part):
+            item.transfer.ticket._mark_staged("gathered", header.nbytes)
         self._path.soon(functools.partial(self._ready, slot, len(head) + header.nbytes))
 
     def _ready(self, slot: int, nbytes: int) -> None:
@@ -347,7 +352,7 @@ class Frames:
             link.send(SlotFree(slot))
             return
         if imm is not None:
-            link.count(imm, header.nbytes, 0)
+            link.count(imm, header.nbytes, 0, staged=True)
         link.send(Acknowledge(header.transfer, header.nbytes, slot))
 
     def _place_read(self, slot: int, data: Any, header: frames.Header) -> None:
@@ -366,6 +371,9 @@ class Frames:
         self._link.send(SlotFree(slot))
         if wrong:
             transfer.stop(checksum_mismatch(self._link.peer.name, None))
+        else:
+            transfer.ticket._mark("first byte")
+            transfer.ticket._mark_staged("scattered", self_nbytes)
         transfer.end(0 if wrong else self_nbytes)
 
 

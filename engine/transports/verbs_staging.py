@@ -34,6 +34,7 @@ _TABLES_NBYTES = MAX_REGIONS * REGION_ROW.itemsize + FRAME_PIECES * PIECE_ROW.it
 SLOT_NBYTES = (
     -(-(frames.HEADER_NBYTES + _TABLES_NBYTES + FRAME_NBYTES) // _PAGE_NBYTES) * _PAGE_NBYTES
 )
+SLOTS_NBYTES = 2 * NUM_SLOTS * SLOT_NBYTES  # of one end of a link
 TABLE_GRAIN_NBYTES = 16  # finer grids are left to the kernel
 _FEW = 16
 

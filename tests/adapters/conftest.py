@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvferry.adapters.agent import Agent
+from kvferry.engine.paths import NEVER_DIRECT, Paths
+from kvferry.engine.transfer import TransferEngine
 
 from .agent_process import Cache, Gate
 
@@ -75,6 +77,21 @@ def new_agent(transport: str) -> Iterator[Callable[..., Local]]:
     yield make
     for local in made:
         local.agent.close()
+
+
+@pytest.fixture
+def staging_engine(transport: str) -> Iterator[Callable[[str], TransferEngine]]:
+    """Makes engines that stage every piece."""
+    made: list[TransferEngine] = []
+
+    def make(name: str) -> TransferEngine:
+        paths = Paths(direct_from_nbytes={transport: NEVER_DIRECT})
+        made.append(TransferEngine(name=name, transports=(transport,), paths=paths))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close()
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,8 @@ from .agent_process import WAIT_S
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from kvferry.engine.transfer import TransferEngine
+
     from .conftest import Local
 
 SRC, DST = [9, 2, 11, 40, 3], [1, 0, 7, 30, 12]
@@ -68,12 +70,44 @@ def test_an_agent_counts_what_it_hands_over(new_agent: Callable[..., Local]) -> 
     with pytest.raises(HandoffTimeout):
         decode.agent.receive("never", "prefill-0", DST, timeout_s=0.05).wait(WAIT_S)
     here, there = samples(decode.agent.http_address), samples(prefill.agent.http_address)
-    assert here["kvferry_transfer_bytes_total", ("in", "tcp")] == nbytes
-    assert there["kvferry_transfer_bytes_total", ("out", "tcp")] == nbytes
+    assert here["kvferry_transfer_bytes_total", ("in", "direct", "tcp")] == nbytes
+    assert there["kvferry_transfer_bytes_total", ("out", "direct", "tcp")] == nbytes
     assert here["kvferry_handoff_seconds_count", ("decode",)] == 1
     assert here["kvferry_errors_total", ("HandoffTimeout",)] == 1
     assert here["kvferry_links", ("tcp",)] == 1
     assert there["kvferry_handoffs", ()] in (0, 1)  # the one that is being cancelled
+
+
+@pytest.mark.parametrize("transport", ["tcp", "cma"])
+@pytest.mark.parametrize("mode", ["push", "pull"])
+def test_bytes_that_were_staged_and_what_staging_takes(
+    new_agent: Callable[..., Local],
+    staging_engine: Callable[[str], TransferEngine],
+    transport: str,
+    mode: str,
+) -> None:
+    prefill, decode = (
+        new_agent(f"{role}-0", role, options=HTTP | {"engine": staging_engine(role)})
+        for role in ("prefill", "decode")
+    )
+    decode.agent.connect(prefill.agent.address)
+    before = samples(decode.agent.http_address)["kvferry_staging_bytes", ()]
+    assert before == 0
+    prefill.cache.fill(SRC, 1)
+    sending = prefill.agent.send("r", SRC)
+    nbytes = decode.agent.receive("r", "prefill-0", DST, mode=mode).wait(WAIT_S)  # type: ignore[arg-type]
+    sending.wait(WAIT_S)
+    assert decode.cache.holds(DST, 1)
+    here, there = samples(decode.agent.http_address), samples(prefill.agent.http_address)
+    path = "staged" if mode == "push" else "served"
+    assert here["kvferry_transfer_bytes_total", ("in", "staged", transport)] == nbytes
+    assert there["kvferry_transfer_bytes_total", ("out", path, transport)] == nbytes
+    holders = [prefill, decode] if transport == "tcp" else [prefill]  # whoever has the bytes
+    for local in holders:
+        assert samples(local.agent.http_address)["kvferry_staging_bytes", ()] >= nbytes
+    for local in holders:
+        local.agent.engine.close()
+        assert not local.agent.engine.staging_nbytes
 
 
 def test_health_of_an_agent(new_agent: Callable[..., Local], daemon: DaemonProcess) -> None:

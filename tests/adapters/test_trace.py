@@ -13,12 +13,14 @@ import pytest
 
 from kvferry.control.errors import ConfigError, HandoffTimeout
 from kvferry.control.recorder import Recorder, read
-from tests.daemon_process import ROOT
+from tests.daemon_process import ROOT, DaemonProcess
 
 from .agent_process import WAIT_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+    from kvferry.engine.transfer import TransferEngine
 
     from .conftest import Local
 
@@ -28,6 +30,13 @@ SRC, DST = [9, 2, 11, 40, 3], [1, 0, 7, 30, 12]
 @pytest.fixture
 def transport() -> str:
     return "tcp"
+
+
+@pytest.fixture
+def daemon() -> Iterator[DaemonProcess]:
+    process = DaemonProcess()
+    yield process
+    process.end()
 
 
 def test_a_trace_of_two_agents(new_agent: Callable[..., Local], tmp_path: Path) -> None:
@@ -42,13 +51,21 @@ def test_a_trace_of_two_agents(new_agent: Callable[..., Local], tmp_path: Path) 
     assert decode.agent.write_trace(files[0]) == 2
     assert prefill.agent.write_trace(files[1]) == 1
     good, bad = read(files[0])
-    assert [name for name, _ in good.marks] == ["queued", "asked", "free", "ready"]
+    assert [name for name, _ in good.marks] == [
+        "queued",
+        "placed",
+        "asked",
+        "first byte",
+        "free",
+        "ready",
+    ]
     assert (good.peer, good.nbytes, good.error) == ("prefill-0", nbytes, "")
     assert bad.error == "HandoffTimeout"
     (sent, *_) = read(files[1])
     assert [name for name, _ in sent.marks] == [
-        *("queued", "offered", "on wire", "written", "free", "ready")
+        *("queued", "offered", "placed", "submitted", "on wire", "written", "free", "ready")
     ]
+    assert sent.peer == "decode-0"
     times = [at for _, at in sent.marks]
     assert times == sorted(times)
     done = subprocess.run(
@@ -65,6 +82,56 @@ def test_a_trace_of_two_agents(new_agent: Callable[..., Local], tmp_path: Path) 
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     assert {e["args"]["name"] for e in events if e["ph"] == "M"} == {"decode-0", "prefill-0"}
     assert "on wire" in {event["name"] for event in events}
+
+
+@pytest.mark.parametrize("transport", ["tcp", "cma"])
+@pytest.mark.parametrize("mode", ["push", "pull"])
+def test_marks_of_a_staged_handoff(
+    new_agent: Callable[..., Local],
+    staging_engine: Callable[[str], TransferEngine],
+    tmp_path: Path,
+    mode: str,
+) -> None:
+    """Gathered here, sent, scattered there."""
+    prefill, decode = (
+        new_agent(f"{role}-0", role, options={"engine": staging_engine(role)})
+        for role in ("prefill", "decode")
+    )
+    decode.agent.connect(prefill.agent.address)
+    receiving = decode.agent.receive("r", "prefill-0", DST, mode=mode)  # type: ignore[arg-type]
+    sending = prefill.agent.send("r", SRC)
+    receiving.wait(WAIT_S)
+    sending.wait(WAIT_S)
+    sides = {}
+    for local in (prefill, decode):
+        local.agent.write_trace(tmp_path / local.agent.name)
+        (timeline,) = read(tmp_path / local.agent.name)
+        times = [at for _, at in timeline.marks]
+        assert times == sorted(times)
+        sides[timeline.side] = dict(timeline.marks)
+    there, here = sides["prefill"], sides["decode"]
+    assert there["placed"] > here["asked"]
+    if mode == "push":
+        assert there["submitted"] < there["gathered"] < there["written"]
+        assert there["submitted"] < there["on wire"] < there["written"]
+        assert there["on wire"] < here["first byte"] <= here["scattered"] < here["ready"]
+    else:
+        assert here["submitted"] < here["first byte"] <= here["scattered"] < here["read"]
+        assert not {"on wire", "gathered", "scattered"} & set(there)
+
+
+def test_a_handoff_is_placed_when_its_peer_is_connected(
+    new_agent: Callable[..., Local], daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    options = {"daemon": daemon.address}
+    prefill = new_agent("prefill-0", "prefill", options=options)
+    decode = new_agent("decode-0", "decode", options=options)
+    decode.agent.wait_for_member("prefill-0", WAIT_S)
+    prefill.agent.send("r", SRC)
+    decode.agent.receive("r", "prefill-0", DST).wait(WAIT_S)
+    decode.agent.write_trace(tmp_path / "t")
+    (timeline,) = read(tmp_path / "t")
+    assert [name for name, _ in timeline.marks][:3] == ["queued", "placed", "asked"]
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from kvferry.engine.errors import DeviceError, EngineError, PlanError, ProtocolE
 from kvferry.engine.paths import NEVER_DIRECT, Paths, load
 from kvferry.engine.pipeline import Finisher, work_off
 from kvferry.engine.shared_memory import SharedSlots
-from kvferry.engine.staging import Buffer, HostMover, Ring, suits
+from kvferry.engine.staging import Buffer, HostMover, Ring, StagingMeter, suits
 from kvferry.engine.stream_gate import StreamGate
 
 if TYPE_CHECKING:
@@ -74,9 +74,11 @@ def test_what_goes_through_host_staging() -> None:
 
 
 def test_a_ring_lends_each_buffer_to_one_user_and_grows() -> None:
-    ring = Ring(HostMover(), 2, 100)
+    meter = StagingMeter()
+    ring = Ring(HostMover(), 2, 100, meter)
     one, other = ring.take(10), ring.take(100)
     assert one is not other
+    assert meter.nbytes == one.nbytes + other.nbytes
     returned: list[Buffer] = []
     waiting = threading.Thread(target=lambda: returned.append(ring.take(1 << 20)))
     waiting.start()
@@ -85,7 +87,9 @@ def test_a_ring_lends_each_buffer_to_one_user_and_grows() -> None:
     assert returned[0].nbytes >= 1 << 20
     ring.give(other)
     ring.give(returned[0])
+    assert meter.nbytes == other.nbytes + returned[0].nbytes
     ring.close()
+    assert not meter.nbytes
 
 
 def test_works_are_finished_in_order_and_one_ahead() -> None:
