@@ -257,6 +257,14 @@ class Acquaintances:
         """Whether a link is up."""
         return any(known.link is not None and not known.down for known in self._all.values())
 
+    def senders(self) -> dict[str, str]:
+        """The peers that may send to this agent over a link that is up, and its transport."""
+        return {
+            name: known.link.transport
+            for name, known in self._by_name.items()
+            if known.link is not None and known.read_plan is not None
+        }
+
     def replaced(self, name: str, life: int) -> None:
         """The daemon knows another life under this name: whoever had it before is not that agent."""
         for known in list(self._all.values()):

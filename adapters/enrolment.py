@@ -138,6 +138,7 @@ class Enrolment:
             inflight_nbytes=workbench.inflight_nbytes,
             rates=dict(workbench.rates),
         )
+        self._presence.activity = workbench.report_activity()
         self._carry_out(self._presence.fire(number))
 
     def _carry_out(self, actions: list[PresenceAction]) -> None:

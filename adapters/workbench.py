@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..control import events
+from ..control.daemon_messages import MAX_LIVE, Activity, LiveHandoff
 from ..control.errors import BlocksMismatch, ControlError
 from ..control.recorder import Recorder
 from ..engine.errors import Cancelled, EngineError, LinkError
+from .activity import ActivityLog, short
 from .compute_order import idle_stream
 from .token_handoffs import read_tokens, write_tokens
 
@@ -72,6 +74,7 @@ class Workbench:
         work: by side of the handoff and its machine's key.
         rates: bytes a second, as measured with each peer.
         recorder: the last handoffs' timelines.
+        activity: what the daemon shows of this agent.
         metrics: whom to tell how handoffs end, if anybody.
     """
 
@@ -82,6 +85,7 @@ class Workbench:
         self.rates: dict[str, float] = {}
         self.recorder = Recorder(TIMELINES)
         self.metrics: AgentMetrics | None = None
+        self.activity = ActivityLog()
         self._name = name
         self._stream = idle_stream(cache.device)
         self._tell: Tell
@@ -92,6 +96,23 @@ class Workbench:
     def inflight_nbytes(self) -> int:
         """Of the handoffs that are not over, as far as their size is known."""
         return sum(work.nbytes for work in self.work.values())
+
+    def report_activity(self) -> Activity:
+        """For a heartbeat."""
+        now_s = time.monotonic()
+        live: list[LiveHandoff] = []
+        for (side, _), work in self.work.items():
+            if work.handoff is not None and len(live) < MAX_LIVE:
+                live.append(
+                    LiveHandoff(
+                        short(work.handoff.request_id),
+                        side,
+                        work.handoff.peer or work.peer,
+                        work.nbytes,
+                        max(0.0, now_s - work.handoff.started_s),
+                    )
+                )
+        return self.activity.report(now_s, self._acquaintances.senders(), tuple(live))
 
     def start(self, tell: Tell, acquaintances: Acquaintances, mailbox: Mailbox) -> None:
         """Gives it whom to tell of events, and where peers and time are."""
@@ -188,10 +209,14 @@ class Workbench:
             work.timeline.mark("failed" if error is not None else "ready")
             work.timeline.nbytes = nbytes
             work.timeline.error = type(error).__name__ if error is not None else ""
-        if self.metrics is not None and work.handoff is not None:
+        if work.handoff is None:
+            return
+        seconds = time.monotonic() - work.handoff.started_s
+        name = work.handoff.peer or work.peer
+        self.activity.ended(side, work.handoff.request_id, name, seconds, nbytes, error)
+        if self.metrics is not None:
             peer = self._acquaintances.get(work.session)
             transport = peer.link.transport if peer is not None and peer.link is not None else ""
-            seconds = time.monotonic() - work.handoff.started_s
             # What a peer reads, this end sees nothing of.
             served = side == "prefill" and not work.tickets
             parts = {"served" if served else "direct": nbytes - work.staged_nbytes}

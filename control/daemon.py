@@ -23,7 +23,9 @@ from .daemon_messages import (
     CHANGES_TOPIC,
     LOADS_TOPIC,
     MAX_REQUEST_NBYTES,
+    Beat,
     Denied,
+    Heartbeat,
     Look,
     Place,
     Placed,
@@ -33,6 +35,8 @@ from .daemon_messages import (
 from .errors import ConfigError, PlacementError, ProtocolError
 from .figures import DaemonFigures
 from .fleet import Fleet
+from .history import History
+from .keys import is_local
 from .membership import Membership
 from .peer_loads import PeerLoads
 from .placement import place
@@ -104,12 +108,20 @@ class Daemon:
         self._peer_loads = PeerLoads(self._context, keys, self._poller)
         self._stopping = False
         self._read_s = time.monotonic()
+        self.history = History(self._read_s) if settings.http else None
         self.figures = self._look()
         self.http: HttpServer | None = None
         if settings.http:
             # Imported here: the metrics library takes 6 MiB, which a daemon without it saves.
             from .daemon_metrics import serve_daemon
+            from .http import http_host
 
+            if not is_local(http_host(settings.http)):
+                log.warning(
+                    "metrics and the page are served at %s, without keys: whoever reaches it can "
+                    "read agents' names, hosts and figures",
+                    settings.http,
+                )
             try:
                 self.http = serve_daemon(settings.http, lambda: self.figures)
             except BaseException:
@@ -235,6 +247,15 @@ class Daemon:
             ask: AnyRequest = requests.decode(frame)
         except ProtocolError as error:
             return Denied(0, "protocol", error.message[:1024])
+        answer = self._decide(ask, now_s, key, envelope)
+        renewed = isinstance(ask, Heartbeat) and isinstance(answer, Beat)
+        if renewed and self.history is not None:
+            self.history.take(ask.name, ask.activity, now_s)
+        return answer
+
+    def _decide(
+        self, ask: AnyRequest, now_s: float, key: bytes, envelope: list[bytes]
+    ) -> AnyAnswer | None:
         if self.cluster is not None:
             answer = self.cluster.answer(ask, now_s, key, envelope)
             if answer is not None or not isinstance(ask, Look | Place):
@@ -277,7 +298,8 @@ class Daemon:
             self._publish(CHANGES_TOPIC, self.membership.tick())
         if now_s >= self._loads_due_s:
             self._loads_due_s = now_s + LOADS_S
-            if self.http is not None:
+            if self.history is not None:
+                self.history.turn(now_s, time.time())
                 self.figures = self._look()
             loads = self.membership.flush_loads()
             if loads is not None:
@@ -318,6 +340,11 @@ class Daemon:
             self.requests_denied,
             self.membership.sequence,
             self._stopping,
+            self.membership.epoch,
+            self._keys is not None,
+            dict(self.history.activities) if self.history is not None else {},
+            tuple(self.history.points) if self.history is not None else (),
+            dict(self.history.errors) if self.history is not None else {},
         )
 
     def _drain(self) -> None:

@@ -15,6 +15,7 @@ name a generation, and one of an old generation is denied and changes nothing.
 
 Version history:
     1   the first
+        `Heartbeat.activity` was appended: older daemons pass it over, older agents have none
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Annotated, Literal, Union, get_args
 import msgspec
 from msgspec import Meta
 
-from .messages import Name, Natural, Role, Text  # noqa: TC001 - msgspec reads them
+from .messages import Name, Natural, Role, Side, Text  # noqa: TC001 - msgspec reads them
 from .wire import Codec
 
 VERSION = 1
@@ -32,12 +33,18 @@ VERSION = 1
 CHANGES_TOPIC = b"c"
 LOADS_TOPIC = b"l"
 
-MAX_REQUEST_NBYTES = 64 << 10  # a Register is 600 bytes; with 256 rates a Heartbeat is 8 KiB
-MAX_REQUEST_ITEMS = 1024
+MAX_REQUEST_NBYTES = 128 << 10  # a Register is 600 bytes; a Heartbeat with 256 rates, all of its
+MAX_REQUEST_ITEMS = 2048  # activity and names of 30 characters is 16 KiB and 1,000 items
 MAX_MEMBERS = 10_000
 MAX_REPLY_NBYTES = 64 << 20  # a member is 500 bytes, its load 100: a full snapshot is 6 MB
 MAX_REPLY_ITEMS = 1 << 20
 MAX_RATES = 256
+MAX_LINKS = 16  # an agent shows: its busiest
+MAX_LIVE = 8  # handoffs that an agent shows: its oldest
+MAX_FAILURES = 4
+MAX_ERRORS = 32
+# Handoffs are counted by how long they took: up to the first bound, the second, ..., and longer.
+SECONDS_BOUNDS = tuple(1e-4 * 1.5**number for number in range(31))  # 0.1 ms to 19 s
 
 Short = Annotated[str, Meta(max_length=256)]
 Lease = Annotated[float, Meta(ge=0.05, le=3600)]
@@ -68,6 +75,54 @@ class Load(msgspec.Struct, frozen=True, omit_defaults=True):
     inflight_nbytes: Natural = 0
     handoffs: Natural = 0
     rates: Annotated[dict[Name, Amount], Meta(max_length=MAX_RATES)] = {}
+
+
+class LinkActivity(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A link to a peer that sends, and the bytes a second that came over it since the last beat."""
+
+    peer: Name
+    transport: Short = ""
+    nbytes_per_s: Amount = 0.0
+
+
+class LiveHandoff(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A handoff that is under way, and for how long."""
+
+    handoff: Name
+    side: Side
+    peer: Short = ""
+    nbytes: Natural = 0
+    age_s: Amount = 0.0
+
+
+class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A handoff that failed, and how long ago."""
+
+    handoff: Name
+    error: Name
+    peer: Short = ""
+    age_s: Amount = 0.0
+
+
+class Activity(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What an agent has done, for people to see: nothing is decided by it.
+
+    Counts grow from the agent's first moment, `age_s` ago, so a beat that is lost loses nothing.
+    Bytes and seconds are decode's, so that no handoff counts twice; of errors each side has its own.
+
+    Attributes:
+        seconds: handoffs that ended well, by how long they took: see `SECONDS_BOUNDS`.
+        errors: handoffs that failed, by the name of the error.
+        links, live, failures: the busiest, the oldest and the last of them.
+    """
+
+    age_s: Amount = 0.0
+    nbytes: Natural = 0
+    seconds: Annotated[tuple[Natural, ...], Meta(max_length=len(SECONDS_BOUNDS) + 1)] = ()
+    errors: Annotated[dict[Name, Natural], Meta(max_length=MAX_ERRORS)] = {}
+    links: Annotated[tuple[LinkActivity, ...], Meta(max_length=MAX_LINKS)] = ()
+    live: Annotated[tuple[LiveHandoff, ...], Meta(max_length=MAX_LIVE)] = ()
+    failures: Annotated[tuple[Failure, ...], Meta(max_length=MAX_FAILURES)] = ()
 
 
 class Registration(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -160,6 +215,7 @@ class Heartbeat(Ask, frozen=True, tag_field="type", tag=str.lower):
     name: Name
     generation: Natural
     load: Load = Load()
+    activity: Activity = Activity()
 
 
 class Deregister(Ask, frozen=True, tag_field="type", tag=str.lower):

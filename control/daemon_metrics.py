@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from .http import HttpServer, health
+from .page import page_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -53,7 +54,7 @@ class _Figures(Collector):
 
 
 def serve_daemon(address: str, look: Callable[[], DaemonFigures]) -> HttpServer:
-    """Serves a daemon's figures and health.
+    """Serves a daemon's page, figures and health.
 
     Raises:
         ConfigError: it cannot listen there.
@@ -68,6 +69,7 @@ def serve_daemon(address: str, look: Callable[[], DaemonFigures]) -> HttpServer:
     return HttpServer(
         address,
         {
+            **page_files(look),
             "/metrics": metrics_page(registry),
             "/healthz": health(stuck),
             "/readyz": health(lambda: "draining" if look().draining else stuck()),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from .daemon_messages import Load, Member  # noqa: TC001 - msgspec reads them
+from .daemon_messages import Activity, Load, Member  # noqa: TC001 - msgspec reads them
+from .history import Point  # noqa: TC001
 
 
 class DaemonFigures(msgspec.Struct, frozen=True):
@@ -17,3 +18,8 @@ class DaemonFigures(msgspec.Struct, frozen=True):
     denied: int
     sequence: int
     draining: bool
+    epoch: int = 0
+    secured: bool = False
+    activities: dict[str, Activity] = {}
+    points: tuple[Point, ...] = ()
+    errors: dict[str, int] = {}

@@ -1,6 +1,8 @@
-"""A small HTTP server beside a daemon or an agent: `/metrics`, `/healthz`, `/readyz`.
+"""A small HTTP server beside a daemon or an agent: metrics, health, and the daemon's page.
 
-Read-only and without keys: bind it where only those who may see names and figures can reach it.
+Read-only and without keys: bind it where only those who may see names and figures can reach it. An
+address without a host is of this machine, and there it answers only to this machine's own names, so
+that no page from elsewhere reads it through a visitor's browser.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
 from .errors import ConfigError
+from .keys import is_local
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -18,13 +21,20 @@ if TYPE_CHECKING:
 
 REQUEST_TIMEOUT_S = 5.0
 TEXT = "text/plain; charset=utf-8"
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
 
 
 class HttpServer:
     """Serves pages from functions, on threads of its own.
 
     Args:
-        address: `host:port`; port 0 takes a free one.
+        address: `host:port`; port 0 takes a free one, and without a host it is 127.0.0.1.
         pages: by path, a function that returns status, content type and body. Any thread.
 
     Raises:
@@ -32,6 +42,9 @@ class HttpServer:
     """
 
     def __init__(self, address: str, pages: Mapping[str, Page]) -> None:
+        host = http_host(address)
+        local = is_local(host)
+
         class Handler(BaseHTTPRequestHandler):
             timeout = REQUEST_TIMEOUT_S
             server_version = "kvferry"
@@ -39,7 +52,11 @@ class HttpServer:
 
             def do_GET(self) -> None:
                 page = pages.get(self.path.partition("?")[0])
-                if page is None:
+                asked = self.headers.get("Host", "localhost")
+                if local and not is_local(_host_of(asked)):
+                    status, kind = 403, TEXT
+                    body = b"this server is for this machine: ask for it as localhost\n"
+                elif page is None:
                     known = " ".join(sorted(pages))
                     status, kind, body = 404, TEXT, f"there is: {known}\n".encode()
                 else:
@@ -47,20 +64,21 @@ class HttpServer:
                 self.send_response(status)
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(body)))
+                for name, value in HEADERS.items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(body)
 
             def log_message(self, format: str, *args: object) -> None:
                 """Scrapes are not worth a line each."""
 
-        host, _, port = address.rpartition(":")
         try:
-            self._server = ThreadingHTTPServer((host.strip("[]"), int(port)), Handler)
+            port = int(address.rpartition(":")[2])
+            self._server = _Server((host, port), Handler)
         except (OSError, ValueError, OverflowError) as error:
             raise ConfigError(
                 f"cannot serve http at {address!r}: {error}; give a free host:port"
             ) from error
-        self._server.daemon_threads = True
         bound = self._server.server_address
         self.address = f"{bound[0]!s}:{bound[1]}"
         self._thread = threading.Thread(
@@ -73,6 +91,25 @@ class HttpServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A visitor that went away in the middle is worth no line."""
+
+
+def http_host(address: str) -> str:
+    """The host of `host:port`; this machine's, if none is named."""
+    return address.rpartition(":")[0].strip("[]") or "127.0.0.1"
+
+
+def _host_of(header: str) -> str:
+    """The host that a visitor asked for, without its port."""
+    if header.startswith("["):
+        return header.partition("]")[0][1:]
+    return header.partition(":")[0]
 
 
 def health(problem: Callable[[], str]) -> Page:

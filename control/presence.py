@@ -14,6 +14,7 @@ import msgspec
 
 from .daemon_messages import (
     VERSION,
+    Activity,
     Beat,
     Changes,
     Denied,
@@ -112,6 +113,7 @@ class Presence:
         self.state = REGISTERING
         self.daemon_answers = False
         self.load = Load(free_blocks=registration.num_blocks)
+        self.activity = Activity()
         self._lease_s = lease_s
         self._watch = watch
         self._others = daemons > 1
@@ -259,9 +261,9 @@ class Presence:
         self._unanswered += 1
         if self._unanswered > BEATS_UNTIL_LOST:
             self.daemon_answers = False
-        self._do(
-            ToDaemon(Heartbeat(self._number(), self.registration.name, self.generation, self.load))
-        )
+        name, generation = self.registration.name, self.generation
+        beat = Heartbeat(self._number(), name, generation, self.load, self.activity)
+        self._do(ToDaemon(beat))
         self._look_request = 0  # an answer that has not come by now was lost
         if self._watch and self.view.stale:
             self._look()

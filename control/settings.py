@@ -35,7 +35,8 @@ HELP = {
     "publish": "ZeroMQ endpoint for changes",
     "keys": "key file, from `kvferry keys new`; without one, loopback addresses only",
     "allowed": "allow-list of public keys; `allowed_keys` beside the key file if not given",
-    "http": "host:port for /metrics, /healthz and /readyz; not served if empty",
+    "http": "host:port, or a port of this machine, for the page, /metrics, /healthz and /readyz; "
+    "not served if empty",
     "store": "etcd://host:port to share the members with other daemons; kept in memory if empty",
     "log_level": "debug, info, warning or error",
 }

@@ -27,7 +27,7 @@ from kvferry.engine import iovec
 from kvferry.engine.gpu_mover import GpuMover
 from kvferry.engine.layout import KVLayout
 from kvferry.engine.paths import NEVER_DIRECT, Paths
-from kvferry.engine.staging import Ring
+from kvferry.engine.staging import Ring, StagingMeter
 from kvferry.engine.transfer import TransferEngine
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ def movers(
     torch.cuda.synchronize()
     for cap in CAPS:
         mover = GpuMover(0, cap)
-        ring = Ring(mover, 1, BURST_NBYTES)
+        ring = Ring(mover, 1, BURST_NBYTES, StagingMeter())
         buffer = ring.take(BURST_NBYTES)
         for piece in pieces_nbytes:
             count = BURST_NBYTES // piece
