@@ -6,7 +6,7 @@ import json
 import re
 import urllib.error
 import urllib.request
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -140,6 +140,42 @@ def test_the_daemon_tells_of_its_members(
         pass
     assert seen["kvferry_member_free_blocks", ("a",)] == 64
     assert seen["kvferry_daemon_requests_total", ()] > 0
+
+
+def test_the_page_s_figures_are_those_of_the_handoffs(
+    new_agent: Callable[..., Local], daemon: DaemonProcess
+) -> None:
+    """Two agents tell with their heartbeats what they did; the daemon adds it up."""
+    options = {"daemon": daemon.address, "lease_s": 0.6}
+    prefill = new_agent("prefill-0", "prefill", options=options)
+    decode = new_agent("decode-0", "decode", options=options)
+    decode.agent.wait_for_member("prefill-0", WAIT_S)
+    sending = prefill.agent.send("r", SRC)
+    decode.agent.receive("r", "prefill-0", DST).wait(WAIT_S)
+    sending.wait(WAIT_S)
+    waits = decode.agent.receive("never", "prefill-0", DST)
+    with pytest.raises(HandoffTimeout):
+        decode.agent.receive("late", "prefill-0", DST, timeout_s=0.05).wait(WAIT_S)
+
+    def state() -> Any:
+        return json.loads(get(daemon.http, "/api/state")[1])
+
+    while not (seen := state())["links"]:
+        pass
+    assert [(x["source"], x["target"], x["transport"]) for x in seen["links"]] == [
+        ("prefill-0", "decode-0", "tcp")
+    ]
+    while "HandoffTimeout" not in (seen := state())["errors"]:
+        pass
+    failure = next(x for x in seen["failures"] if x["agent"] == "decode-0")
+    assert (failure["handoff"], failure["peer"]) == ("late", "prefill-0")
+    while not (seen := state())["live"]:
+        pass
+    assert [(x["handoff"], x["decode"]) for x in seen["live"]] == [("never", "decode-0")]
+    while not any(point[4] for point in state()["points"]):
+        pass
+    assert {agent["name"] for agent in seen["agents"]} == {"prefill-0", "decode-0"}
+    waits.cancel()
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are(
