@@ -35,6 +35,7 @@ class Candidate:
         "seconds_per_token",
         "speed_class",
         "token_nbytes",
+        "topology",
         "wait_s",
     )
 
@@ -42,6 +43,7 @@ class Candidate:
         registration = member.registration
         self.member = member
         self.name = member.name
+        self.topology = registration.topology
         self.seconds_per_token = 1 / (registration.tokens_per_s or DEFAULT_TOKENS_PER_S)
         self.speed_class = round(log(self.seconds_per_token) / SPEED_CLASS)
         self.token_nbytes = registration.token_nbytes or DEFAULT_TOKEN_NBYTES

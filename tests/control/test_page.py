@@ -271,7 +271,7 @@ def test_two_thousand_agents(page: browser.Browser, daemon: DaemonProcess, crowd
     page.open(f"http://{daemon.http}/")
     page.until(num_agents(2000))
     page.until("document.querySelectorAll('#map .link').length === 600")
-    assert "600 of 1,000" in page.ask("document.querySelector('#map-note').textContent")
+    page.until("document.querySelector('#map-note').textContent.includes('600 of 1,000')")
     inside = page.ask(
         "(() => { const m = document.querySelector('#map svg').getBoundingClientRect();"
         "return [...document.querySelectorAll('#map [data-agent]')].every((g) => {"

@@ -152,7 +152,7 @@ def test_policies_are_plug_ins(monkeypatch: pytest.MonkeyPatch) -> None:
         def load(self) -> placement.Policy:
             return lambda known, request: Decision("p0", "d0", 1.0, f"{len(known)} agents")
 
-    monkeypatch.setattr(placement, "entry_points", lambda group: [Point()])
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [Point()])
     known = fleet(member("p0", "prefill"), member("d0", "decode"))
     assert place(known, Place(1, 5, policy="first")).reason == "2 agents"
     with pytest.raises(PlacementError, match="use first or least-time"):
