@@ -46,6 +46,8 @@ RATE_WEIGHT = 0.2  # of the newest transfer in a pair's bandwidth
 MAX_RATES = 256
 TIMELINES = 1024  # handoffs that the recorder remembers; half a KB each
 
+NO_IDS: npt.NDArray[np.int32] = np.zeros(0, np.int32)
+
 log = logging.getLogger("kvferry.agent")
 
 
@@ -61,7 +63,7 @@ class Work:
         self.nbytes = 0
         self.staged_nbytes = 0  # of those that were moved, through staging here
         self.request: dict[str, Any] | None = None  # decode: what was asked for
-        self.block_ids: npt.NDArray[np.int32] = np.zeros(0, np.int32)
+        self.block_ids = NO_IDS
         self.tickets: dict[int, Ticket] = {}
         self.counter: Ticket | None = None
         self.timers: dict[str, Timer] = {}
@@ -120,7 +122,7 @@ class Workbench:
 
     def begin(self, side: Side, key: int, handoff: Handoff) -> Work:
         """The work of a handoff whose user is known."""
-        work = self.work.setdefault((side, key), Work())
+        work = self._work_of(side, key)
         work.handoff = handoff
         handoff._key = key
         work.timeline = self.recorder.begin(
@@ -133,13 +135,19 @@ class Workbench:
 
     def placed(self, key: int, session: int, peer: str) -> None:
         """Prefill's side has a request, of this peer. Again and again, if the peer repeats it."""
-        work = self.work.setdefault(("prefill", key), Work())
+        work = self._work_of("prefill", key)
         if not work.placed_ns:
             work.placed_ns = time.monotonic_ns()
             work.session, work.peer = session, peer
             if work.timeline is not None:
                 work.timeline.peer = peer
                 work.timeline.take({"placed": work.placed_ns})
+
+    def _work_of(self, side: Side, key: int) -> Work:
+        work = self.work.get((side, key))
+        if work is None:
+            work = self.work[side, key] = Work()
+        return work
 
     def end(self, side: Side, key: int) -> None:
         """The handoff is over."""
@@ -149,7 +157,7 @@ class Workbench:
 
     def act(self, side: Side, key: int, action: Action) -> None:
         """Carries out what a machine asks for, except `Send`."""
-        work = self.work.setdefault((side, key), Work())
+        work = self._work_of(side, key)
         match action:
             case events.SetTimer(kind=kind, seconds=seconds):
                 self._clear_timer(work, kind)

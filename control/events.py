@@ -20,7 +20,7 @@ Layers = tuple[int, int]  # first, and one past the last
 # Events ------------------------------------------------------------------------------------------
 
 
-class Received(msgspec.Struct, frozen=True):
+class Received(msgspec.Struct, frozen=True, gc=False):
     """A message of the peer about this handoff arrived."""
 
     message: HandoffMessage | Verdict
@@ -41,7 +41,7 @@ class CounterEnded(msgspec.Struct, frozen=True):
     error: Exception | None = None
 
 
-class TimerFired(msgspec.Struct, frozen=True):
+class TimerFired(msgspec.Struct, frozen=True, gc=False):
     """A timer that the machine set ran out."""
 
     kind: TimerKind
@@ -81,7 +81,7 @@ class PartsEnded(msgspec.Struct, frozen=True):
     error: Exception | None = None
 
 
-class SourceOffered(msgspec.Struct, frozen=True):
+class SourceOffered(msgspec.Struct, frozen=True, gc=False):
     """Prefill has, or is computing, the source blocks of a request: a table for each group."""
 
     tables: tuple[bytes, ...]
@@ -89,13 +89,13 @@ class SourceOffered(msgspec.Struct, frozen=True):
     timeout_s: float
 
 
-class SourceReady(msgspec.Struct, frozen=True):
+class SourceReady(msgspec.Struct, frozen=True, gc=False):
     """These layers of the source blocks are computed."""
 
     layers: Layers
 
 
-class SourceFinished(msgspec.Struct, frozen=True):
+class SourceFinished(msgspec.Struct, frozen=True, gc=False):
     """All layers are computed."""
 
 
@@ -118,32 +118,32 @@ Event = Union[  # noqa: UP007 - a type alias that every Python can evaluate
 # Actions -----------------------------------------------------------------------------------------
 
 
-class Send(msgspec.Struct, frozen=True):
+class Send(msgspec.Struct, frozen=True, gc=False):
     """Send this message, now."""
 
     message: Message
 
 
-class Settle(msgspec.Struct, frozen=True):
+class Settle(msgspec.Struct, frozen=True, gc=False):
     """Send this final answer, and give it again whenever the peer asks about its serial."""
 
     message: HandoffMessage
 
 
-class Expect(msgspec.Struct, frozen=True):
+class Expect(msgspec.Struct, frozen=True, gc=False):
     """Start a counter for `imm`: it ends when `nbytes` bytes have arrived."""
 
     imm: int
     nbytes: int
 
 
-class RetireCounter(msgspec.Struct, frozen=True):
+class RetireCounter(msgspec.Struct, frozen=True, gc=False):
     """Stop counting for `imm`: whatever still arrives completes nothing."""
 
     imm: int
 
 
-class StartWrite(msgspec.Struct, frozen=True):
+class StartWrite(msgspec.Struct, frozen=True, gc=False):
     """Write these layers of the source blocks, `tables`, into the request's."""
 
     op: int
@@ -152,14 +152,14 @@ class StartWrite(msgspec.Struct, frozen=True):
     layers: Layers
 
 
-class StartRead(msgspec.Struct, frozen=True):
+class StartRead(msgspec.Struct, frozen=True, gc=False):
     """Read the source blocks that `ready` names into the destination blocks."""
 
     op: int
     ready: Ready
 
 
-class CancelOperations(msgspec.Struct, frozen=True):
+class CancelOperations(msgspec.Struct, frozen=True, gc=False):
     """Stop this handoff's writes or reads soon; each still ends with `OperationEnded`."""
 
 
@@ -169,7 +169,7 @@ class CancelParts(msgspec.Struct, frozen=True):
     reason: str
 
 
-class ReleaseBlocks(msgspec.Struct, frozen=True):
+class ReleaseBlocks(msgspec.Struct, frozen=True, gc=False):
     """This side's blocks may be given back: nobody reads or writes them for this handoff."""
 
 
@@ -186,20 +186,20 @@ class TearDownLink(msgspec.Struct, frozen=True):
     reason: str
 
 
-class SetTimer(msgspec.Struct, frozen=True):
+class SetTimer(msgspec.Struct, frozen=True, gc=False):
     """Start, or start again, the timer of this kind."""
 
     kind: TimerKind
     seconds: float
 
 
-class ClearTimer(msgspec.Struct, frozen=True):
+class ClearTimer(msgspec.Struct, frozen=True, gc=False):
     """Stop the timer of this kind."""
 
     kind: TimerKind
 
 
-class Succeed(msgspec.Struct, frozen=True):
+class Succeed(msgspec.Struct, frozen=True, gc=False):
     """The handoff is complete on this side."""
 
     nbytes: int

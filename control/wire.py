@@ -2,7 +2,9 @@
 
 The decoder takes bytes from anybody. Before msgspec sees them, `check_frame` walks the frame once
 without building anything: size, depth and number of items are bounded there, whatever a frame
-claims about itself. msgspec then checks every type and every limit of the messages.
+claims about itself. msgspec then checks every type and every limit of the messages. A frame of no
+more bytes than the limit of items goes to msgspec at once, and is walked only if that refuses it, to
+say what is wrong: the walk took 25 of the 30 microseconds that a frame of a small handoff costs.
 """
 
 from __future__ import annotations
@@ -77,6 +79,11 @@ class Codec:
         Raises:
             ProtocolError: anything else than exactly one well-formed message; `fault` says what.
         """
+        if len(frame) <= self._max_items:  # so it cannot hold more, nor be deep enough to matter
+            try:
+                return self._decoder.decode(frame)
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+                pass  # again, by name
         try:
             check_frame(frame, max_nbytes=self._max_nbytes, max_items=self._max_items)
             return self._decoder.decode(frame)

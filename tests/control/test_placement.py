@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvferry.control import placement
 from kvferry.control.daemon_messages import Load, Member, Place, Registration, Topology
 from kvferry.control.errors import PlacementError
 from kvferry.control.fleet import SHORTLIST, Fleet
 from kvferry.control.placement import Decision, bandwidth, place
 
 if TYPE_CHECKING:
+    from kvferry.control import placement
     from kvferry.control.messages import Role
 
 
