@@ -247,8 +247,7 @@ class Daemon:
         except ProtocolError as error:
             return Denied(0, "protocol", error.message[:1024])
         answer = self._decide(ask, now_s, key, envelope)
-        renewed = isinstance(ask, Heartbeat) and isinstance(answer, Beat)
-        if renewed and self.history is not None:
+        if self.history is not None and isinstance(ask, Heartbeat) and isinstance(answer, Beat):
             self.history.take(ask.name, ask.activity, now_s)
         return answer
 
