@@ -2,7 +2,7 @@
 
 `pyverbs_declarations.json` has the classes, parameters and names that the sources of pyverbs 57.0 and
 59.0 declare (the two agree on all of them); the version of this machine, if there is one, is asked
-itself. What the calls do is tested on rdma-core of 44 alone.
+itself. What the calls do is tested on rdma-core of this machine alone.
 """
 
 from __future__ import annotations
