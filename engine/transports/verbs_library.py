@@ -25,7 +25,7 @@ DISTRIBUTION_FOLDERS = (
     "/usr/lib/python3/dist-packages",  # Debian, Ubuntu
     f"/usr/lib64/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages",  # Fedora, RHEL
 )
-OLDEST, NEWEST = 44, 59  # rdma-core versions whose pyverbs was read; 44 is what the tests run on Debian 12
+OLDEST, NEWEST = 44, 59  # rdma-core versions whose pyverbs was read; the tests run 44
 CONSTANTS = (
     "IBV_ACCESS_LOCAL_WRITE",
     "IBV_ACCESS_REMOTE_READ",
