@@ -13,6 +13,7 @@ that is the difference between 133 and 366 GB/s; the reads, which are local, may
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ import torch
 from .cast import cast_reference
 from .errors import ShapeError
 from .runtime import jit
+from .scaling import signal_end, write_scales
 from .tiles import default_tuning
 from .walk import Walk, walk_constants
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     import triton.language as tl
 
+    from .scaling import Scaling
     from .signal import Signal
     from .tiles import Tuning
 else:
@@ -44,12 +47,14 @@ class Relayout(NamedTuple):
         src_bases, dst_bases: int64 `[entry]` on the launching device.
         factors: float32 `[entry, 1 or heads]` there, by which numbers are multiplied; None where
             bits are moved. With several heads, `walk.head_axis` says which axis they are.
+        scaling: where scales that differ from block to block are; None if there are none.
     """
 
     walk: Walk
     src_bases: torch.Tensor
     dst_bases: torch.Tensor
     factors: torch.Tensor | None
+    scaling: Scaling | None = None
 
 
 def relayout_reference(
@@ -84,14 +89,8 @@ def _block_in(
 
 
 @jit()
-def _signal(finished: tl.tensor, bad_ids: tl.tensor, counter: tl.tensor, nbytes: tl.tensor) -> None:
-    """As in `copy.py`: the last program to finish adds the bytes, unless an id was bad."""
-    tl.debug_barrier()
-    before = tl.atomic_add(finished, 1, sem="acq_rel", scope="sys")
-    if before == tl.num_programs(0) * tl.num_programs(1) - 1:
-        tl.store(finished, 0)  # for the next launch
-        if tl.load(bad_ids, volatile=True) == 0:
-            tl.atomic_add(counter.to(tl.pointer_type(tl.int64)), nbytes, sem="release", scope="sys")
+def _larger(one: tl.tensor, other: tl.tensor) -> tl.tensor:
+    return tl.maximum(one, other)
 
 
 @jit(
@@ -99,6 +98,8 @@ def _signal(finished: tl.tensor, bad_ids: tl.tensor, counter: tl.tensor, nbytes:
         "counter",
         "nbytes",
         "num_entries",
+        "first_block",
+        "span_blocks",
         "first_unit",
         "num_units",
         "start",
@@ -106,7 +107,7 @@ def _signal(finished: tl.tensor, bad_ids: tl.tensor, counter: tl.tensor, nbytes:
         "src_blocks",
         "dst_blocks",
     ),
-    unaligned=("src_table", "dst_table", "bad_ids", "finished"),
+    unaligned=("src_table", "dst_table", "chosen", "bad_ids", "finished"),
 )
 def relayout_kernel(
     src_bases: tl.tensor,
@@ -114,11 +115,15 @@ def relayout_kernel(
     dst_bases: tl.tensor,
     dst_table: tl.tensor,
     factors: tl.tensor,
+    src_scales: tl.tensor,
+    chosen: tl.tensor,
     bad_ids: tl.tensor,
     finished: tl.tensor,
     counter: tl.int64,
     nbytes: tl.int64,
     num_entries: tl.int64,
+    first_block: tl.int64,
+    span_blocks: tl.int64,
     first_unit: tl.int64,
     num_units: tl.int64,
     start: tl.int64,
@@ -151,6 +156,12 @@ def relayout_kernel(
     DST_WORD: tl.constexpr,
     LIMIT: tl.constexpr,
     ROUND: tl.constexpr,
+    HEADS: tl.constexpr,
+    SCALE_BLOCK: tl.constexpr,
+    SCALE_HEAD: tl.constexpr,
+    CHOSEN_HEADS: tl.constexpr,
+    CHOSEN_SPLIT: tl.constexpr,
+    FIND: tl.constexpr,
     LOOP: tl.constexpr,
 ) -> None:
     """Grid: `(tiles an entry, entries)`, or with LOOP any number of programs."""
@@ -182,7 +193,8 @@ def relayout_kernel(
         wanted = (place < num_units) & (token >= start) & (token < stop)
         src_block, src_good = _block_in(src_table, unit // SRC_PER, wanted, src_blocks, bad_ids)
         dst_block, dst_good = _block_in(dst_table, unit // DST_PER, wanted, dst_blocks, bad_ids)
-        mask = (src_good & dst_good)[:, None]
+        good = src_good & dst_good
+        mask = good[:, None]
         src_units = src_block * SRC_BLOCK + unit % SRC_PER * SRC_SUB
         src_units += outer * SRC_OUTER + inner * SRC_INNER
         dst_units = dst_block * DST_BLOCK + unit % DST_PER * DST_SUB
@@ -203,12 +215,42 @@ def relayout_kernel(
         value = tl.load(src, mask=mask)
         if factors is not None:
             number = value.to(tl.float32)
-            if HEAD_AXIS == 0:
-                number = number * tl.load(factors + entry)
-            elif HEAD_AXIS == 1:
-                number = number * tl.load(factors + entry * OUTER + outer)[:, None]
+            if CHOSEN_HEADS == 0:
+                if HEAD_AXIS == 0:
+                    number = number * tl.load(factors + entry)
+                elif HEAD_AXIS == 1:
+                    number = number * tl.load(factors + entry * OUTER + outer)[:, None]
+                else:
+                    number = number * tl.load(factors + entry * INNER + inner)[:, None]
             else:
-                number = number * tl.load(factors + entry * INNER + inner)[:, None]
+                head = chunk * 0
+                if HEAD_AXIS == 1:
+                    head = outer
+                if HEAD_AXIS == 2:
+                    head = inner
+                factor = tl.load(factors + entry * HEADS + head)
+                if src_scales is not None:
+                    scales = tl.load(src_scales + entry).to(tl.pointer_type(tl.float32))
+                    scales += src_block * SCALE_BLOCK + head * SCALE_HEAD
+                    factor = factor * tl.load(scales, mask=good, other=1.0)
+                if chosen is not None:
+                    block = entry // CHOSEN_SPLIT * span_blocks + unit // DST_PER - first_block
+                    place_of_scale = block * CHOSEN_HEADS
+                    if CHOSEN_HEADS > 1:
+                        place_of_scale += head
+                    if FIND:
+                        # Magnitudes are not negative: their bits are ordered as they are.
+                        real = tl.abs(number * factor[:, None])
+                        real = tl.where(mask & (real == real), real, 0.0)
+                        largest = tl.reduce(tl.minimum(real, 3.4028234663852886e38), 1, _larger)
+                        words = chosen.to(tl.pointer_type(tl.int32), bitcast=True)
+                        tl.atomic_max(
+                            words + place_of_scale, largest.to(tl.int32, bitcast=True), mask=good
+                        )
+                    else:
+                        scale = tl.load(chosen + place_of_scale, mask=good, other=1.0)
+                        factor = tl.div_rn(factor, scale)
+                number = number * factor[:, None]
             if LIMIT > 0:
                 number = tl.clamp(number, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
             if ROUND:
@@ -216,10 +258,11 @@ def relayout_kernel(
                 number = tl.where(number == number, number, 0.0)
                 number = (number + 12582912.0) - 12582912.0
             value = number.to(DST_WORD)
-        tl.store(dst, value, mask=mask)
+        if not FIND:
+            tl.store(dst, value, mask=mask)
         tile += step
     if finished is not None:
-        _signal(finished, bad_ids, counter, nbytes)
+        signal_end(finished, bad_ids, counter, nbytes)
 
 
 def relayout(
@@ -236,8 +279,9 @@ def relayout(
 ) -> int:
     """Moves tokens `[start, stop)` of a request, on the current stream; returns the bytes.
 
-    Stream-ordered, no host read, no allocation; the caller keeps all tensors, and the mapping of
-    the peer's memory, alive until the stream has passed. Needs a GPU (or Triton's interpreter).
+    Stream-ordered, no host read; no allocation either, unless scales are made for blocks. The caller
+    keeps all tensors, and the mapping of the peer's memory, alive until the stream has passed. Needs
+    a GPU (or Triton's interpreter).
 
     Args:
         src_table, dst_table: int32 or int64 `[block]` on the device: entry `i` holds tokens
@@ -277,37 +321,104 @@ def relayout(
     if not walk.token_axis:
         nbytes = num_entries * walk.unit_nbytes * (last - start // walk.tokens)
     tuning = tuning or default_tuning(nbytes, staged=False, capped=max_programs is not None)
-    constants = walk_constants(walk, move.factors is not None, tuning)
-    entry_tiles = -(-num_units * constants.unit_chunks // constants.chunks)
+    span = _Span(start, stop, first, num_units, max_programs, tuning)
+    flags = bad_ids if signal is None else signal.state[1:]
+    device = move.src_bases.device
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        scaling = move.scaling
+        chosen: torch.Tensor | None = None
+        scales_nbytes = 0
+        if scaling is not None and scaling.dst_bases is not None:
+            block = walk.tokens * walk.dst.units
+            if start % block:
+                raise ShapeError(
+                    f"token {start} is inside a block of {block} tokens, which has one scale"
+                )
+            first_block = start // block
+            count = (-(-stop // block) - first_block) * scaling.dst_bases.numel() * scaling.heads
+            chosen = torch.zeros(count, dtype=torch.float32, device=device)
+            _launch(move, src_table, dst_table, span, 0, None, flags, chosen, find=True)
+            scales_nbytes = write_scales(
+                scaling,
+                chosen,
+                dst_table,
+                first_block,
+                walk.dst.num_blocks,
+                walk.dst.dtype,
+                signal=signal,
+                bad_ids=flags,
+            )
+        _launch(move, src_table, dst_table, span, nbytes, signal, flags, chosen, find=False)
+    return nbytes + scales_nbytes
+
+
+class _Span(NamedTuple):
+    """What of a request a launch walks, and how."""
+
+    start: int
+    stop: int
+    first_unit: int
+    num_units: int
+    max_programs: int | None
+    tuning: Tuning
+
+
+def _launch(
+    move: Relayout,
+    src_table: torch.Tensor,
+    dst_table: torch.Tensor,
+    span: _Span,
+    nbytes: int,
+    signal: Signal | None,
+    bad_ids: torch.Tensor | None,
+    chosen: torch.Tensor | None,
+    *,
+    find: bool,
+) -> None:
+    walk, scaling, max_programs = move.walk, move.scaling, span.max_programs
+    num_entries = move.src_bases.numel()
+    constants = walk_constants(walk, move.factors is not None, span.tuning)
+    entry_tiles = -(-span.num_units * constants.unit_chunks // constants.chunks)
     if num_entries > _MOST_GRID_Y and max_programs is None:
         max_programs = _MOST_PROGRAMS
     loop = max_programs is not None and max_programs < entry_tiles * num_entries
     grid = (max_programs, 1) if loop else (entry_tiles, num_entries)
-    state = None if signal is None else signal.state
-    arguments = (
+    block = walk.tokens * walk.dst.units
+    first_block = span.start // block
+    relayout_kernel[grid](
         move.src_bases,
         src_table,
         move.dst_bases,
         dst_table,
         move.factors,
-        bad_ids if state is None else state[1:],
-        state,
+        None if scaling is None else scaling.src_bases,
+        chosen,
+        bad_ids,
+        None if signal is None else signal.state,
         0 if signal is None else signal.counter_address,
         nbytes,
         num_entries,
-        first,
-        num_units,
-        start,
-        stop,
+        first_block,
+        -(-span.stop // block) - first_block,
+        span.first_unit,
+        span.num_units,
+        span.start,
+        span.stop,
         walk.src.num_blocks,
         walk.dst.num_blocks,
         *constants.arguments,
+        *scale_constants(move),
+        find,
         loop,
+        num_warps=span.tuning.num_warps,
     )
-    device = move.src_bases.device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            relayout_kernel[grid](*arguments, num_warps=tuning.num_warps)
-    else:
-        relayout_kernel[grid](*arguments, num_warps=tuning.num_warps)
-    return nbytes
+
+
+def scale_constants(move: Relayout) -> tuple[int, ...]:
+    """The kernel's constants HEADS to CHOSEN_SPLIT."""
+    heads = 1 if move.factors is None else move.factors.shape[1]
+    if move.scaling is None:
+        return heads, 0, 0, 0, 1
+    scaling = move.scaling
+    return heads, scaling.src_block, scaling.src_head, scaling.heads, scaling.split

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ...kernels.relayout import Relayout, relayout
+from ...kernels.scaling import Scaling
 from ...kernels.signal import Signal
 from ...kernels.tiles import default_tuning
 from ...kernels.walk import End, Walk
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
     from .cuda_lane import Lane
 
     Ids = npt.NDArray[np.int64]
+
+
+# Converted right in Triton's interpreter, and compiled for an H200; no GPU has run it yet, so plans
+# that need it are refused. `tests/gpu/test_cuda_block_scales.py` is what has to pass first.
+BLOCK_SCALES_ON_GPU = False
 
 
 class TokenLaunch(NamedTuple):
@@ -68,7 +74,8 @@ def compile_tokens(
             chosen = np.ones(len(bundle.layer), bool) if layers is None else bundle.chosen(layers)
             if not chosen.any():
                 continue
-            if bundle.src_scales is not None or bundle.dst_scales is not None:
+            scaled = bundle.src_scales is not None or bundle.dst_scales is not None
+            if scaled and not BLOCK_SCALES_ON_GPU:
                 raise PlanError(
                     "scales that differ from block to block are converted in host memory alone: "
                     "give the layout fixed scales, or both caches one dtype",
@@ -77,7 +84,14 @@ def compile_tokens(
             src = src_addresses[bundle.src_region[chosen]] + bundle.src_start[chosen]
             dst = dst_addresses[bundle.dst_region[chosen]] + bundle.dst_start[chosen]
             factors = None if bundle.factors is None else bundle.factors[chosen]
-            move = _relayout(pair, bundle, src, dst, factors, device)
+            scales = [
+                None if held is None else addresses[held.region[chosen]] + held.start[chosen]
+                for held, addresses in (
+                    (bundle.src_scales, src_addresses),
+                    (bundle.dst_scales, dst_addresses),
+                )
+            ]
+            move = _relayout(pair, bundle, src, dst, factors, scales, device)
             found.append(TokenLaunch(pair, move, bundle.token is None))
     return tuple(found)
 
@@ -99,17 +113,23 @@ def _relayout(
     src: Ids,
     dst: Ids,
     factors: npt.NDArray[np.float32] | None,
+    scales: Sequence[Ids | None],
     device: torch.device,
 ) -> Relayout:
     steps = list(bundle.steps)
     token = bundle.token
     if token is not None and pair.unit > 1:
         steps.append(token._replace(size=pair.unit))
-    by_head = factors is not None and factors.shape[1] > 1
+    by_head = bundle.by_head
+    if factors is not None and by_head:
+        heads = max([step.size for step in steps if step.name == "head"], default=1)
+        factors = np.broadcast_to(factors, (len(factors), heads)).copy()
     rest, run = _merged(bundle, steps, by_head)
+    split = 1
     while len(rest) > 2:  # what two axes cannot walk becomes entries
         extra = next(step for step in reversed(rest) if step.name not in ("token", "head"))
         rest.remove(extra)
+        split *= extra.size
         src, dst = (
             (starts[:, None] + np.arange(extra.size) * stride).ravel()
             for starts, stride in ((src, extra.src_stride), (dst, extra.dst_stride))
@@ -134,6 +154,42 @@ def _relayout(
         torch.from_numpy(src).to(device),
         torch.from_numpy(dst).to(device),
         None if factors is None else torch.from_numpy(np.ascontiguousarray(factors)).to(device),
+        _scaling(bundle, scales, split, device),
+    )
+
+
+def _scaling(
+    bundle: Bundle, scales: Sequence[Ids | None], split: int, device: torch.device
+) -> Scaling | None:
+    """Where a bundle's scales are, as a kernel reads and writes them."""
+    src, dst = scales
+    if src is None and dst is None:
+        return None
+    strides: list[int] = []
+    for side, held, starts in zip(
+        ("source", "destination"), (bundle.src_scales, bundle.dst_scales), scales, strict=True
+    ):
+        if held is None or starts is None:
+            strides += [0, 0]
+            continue
+        shape = held.shape
+        ragged = (shape.slot_stride | shape.head_stride | int(np.bitwise_or.reduce(starts))) % 4
+        if ragged:
+            raise PlanError(
+                f"scales of the {side} do not lie at multiples of 4 bytes, where a kernel could "
+                "read them",
+                operation="plan",
+            )
+        strides += [shape.slot_stride // 4, shape.head_stride // 4]
+    return Scaling(
+        None if src is None else torch.from_numpy(np.repeat(src, split)).to(device),
+        strides[0],
+        strides[1],
+        None if dst is None else torch.from_numpy(dst).to(device),
+        strides[2],
+        strides[3],
+        max(1, bundle.scales_per_block),
+        split,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,13 +9,10 @@ import pytest
 import torch
 
 from kvferry.engine.errors import LayoutError, PlanError
-from kvferry.engine.join import join_planes
-from kvferry.engine.layout import KVLayout
 from kvferry.engine.ranks import RankPlan
 from kvferry.engine.reblock import TokenPlan
-from kvferry.kernels.cast import LIMITS, cast_reference
 
-from .caches import PagedPool
+from .scaled_caches import NUM_BLOCKS, Scaled, expect
 
 if TYPE_CHECKING:
     from kvferry.engine.link import Link
@@ -25,91 +21,6 @@ if TYPE_CHECKING:
 
 NHD = ("plane", "block", "token", "head", "dim")
 HND = ("plane", "block", "head", "token", "dim")
-NUM_BLOCKS, LAYERS = 14, (0, 1)
-
-
-class Scaled:
-    """A cache with a plane of scales beside each of its planes, if its type needs them."""
-
-    def __init__(
-        self,
-        order: tuple[str, ...],
-        tokens: int,
-        dtype: torch.dtype,
-        *,
-        by_head: bool = True,
-        heads: tuple[int, int] = (0, 3),
-        seed: int | None = None,
-    ) -> None:
-        self.pool = PagedPool.make(
-            order,
-            layers=LAYERS,
-            heads=heads,
-            num_blocks=NUM_BLOCKS,
-            tokens=tokens,
-            dim=8,
-            stacked=False,
-            dtype=dtype,
-            seed=seed,
-        )
-        self.layout, self.scales = self.pool.layout, []
-        if dtype in LIMITS:
-            count = heads[1] - heads[0] if by_head else 1
-            shape = (2, NUM_BLOCKS, count, 1)
-            draw = np.random.default_rng(7)
-            self.scales = [
-                torch.from_numpy(draw.uniform(0.01, 0.3, shape).astype(np.float32)) for _ in LAYERS
-            ]
-            self.layout = join_planes(
-                self.pool.layout,
-                KVLayout.from_tensors(
-                    [s if by_head else s[:, :, 0] for s in self.scales],
-                    "plane block head dim" if by_head else "plane block dim",
-                    planes=["k_scale", "v_scale"],
-                    tokens_per_block=tokens,
-                    head_start=heads[0],
-                ),
-            )
-
-    def arrays(self) -> list[np.ndarray[Any, Any]]:
-        raw = [scale.view(torch.uint8).reshape(-1).numpy() for scale in self.scales]
-        return self.pool.arrays() + raw
-
-
-def expect(src: Scaled, dst: Scaled, tables: Any, start: int, stop: int) -> Any:
-    """Both caches' tokens, block by block of the destination: numbers and scales afterwards."""
-    after = dst.pool.clone()
-    scales = [scale.clone() for scale in dst.scales]
-    size = after.logical(0).shape[2]
-    for layer, plane, block in itertools.product(
-        LAYERS, range(2), range(start // size, -(-stop // size))
-    ):
-        here, there = src.pool.logical(layer)[plane], after.logical(layer)[plane]
-        tokens = range(max(start, block * size), min(stop, (block + 1) * size))
-        from_block = here.shape[1]
-        rows = []
-        for token in tokens:
-            home = tables[0][token // from_block]
-            number = here[home, token % from_block].to(torch.float32)
-            if src.scales:
-                number = number * src.scales[layer][plane, home]
-            rows.append(number)
-        real = torch.stack(rows)  # [token, head, dim]
-        target = tables[1][block]
-        if dst.scales:
-            limit = np.float32(1 / LIMITS[after.tensors[0].dtype])
-            largest = real.abs().amax(dim=(0, 2) if dst.scales[layer].shape[2] > 1 else (0, 1, 2))
-            chosen = torch.where(largest > 0, largest * limit, 1.0).reshape(-1)
-            scales[layer][plane, target, :, 0] = chosen
-        for token in tokens:
-            home = tables[0][token // from_block]
-            factor = src.scales[layer][plane, home] if src.scales else torch.ones(1, 1)
-            if dst.scales:
-                factor = factor / scales[layer][plane, target]
-            number = here[home, token % from_block]
-            there[target, token % size] = cast_reference(number, factor, there.dtype)
-    raw = [scale.view(torch.uint8).reshape(-1).numpy() for scale in scales]
-    return after.arrays() + raw
 
 
 FP8, INT8, BF16 = torch.float8_e4m3fn, torch.int8, torch.bfloat16

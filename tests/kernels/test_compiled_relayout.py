@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from kvferry.engine.reblock import TokenPlan
+from kvferry.engine.transports import cuda_tokens
 from kvferry.engine.transports.cuda_tokens import compile_tokens
-from kvferry.kernels.relayout import relayout_kernel
-from kvferry.kernels.tiles import LARGE, Tuning
+from kvferry.kernels.relayout import relayout_kernel, scale_constants
+from kvferry.kernels.tiles import LARGE, SMALL, Tuning
 from kvferry.kernels.walk import walk_constants
 from tests.engine.caches import PagedPool
+from tests.engine.scaled_caches import Scaled
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,14 +66,18 @@ def move_of(src: str = "bfloat16", dst: str = "bfloat16") -> Relayout:
     return one.move
 
 
-def compile_to_ptx(move: Relayout, tuning: Tuning, *, loop: bool, **types: str) -> str:
+def compile_to_ptx(
+    move: Relayout, tuning: Tuning, *, loop: bool, find: bool = False, **types: str
+) -> str:
     """Runs the whole compiler for an H200; its assembler checks the result."""
     converts = move.factors is not None
     constants = walk_constants(move.walk, converts, tuning)
     named = [param.name for param in relayout_kernel.params if param.is_constexpr]
-    constexprs: dict[str, Any] = dict(zip(named, [*constants.arguments, loop], strict=True))
+    constexprs: dict[str, Any] = dict(
+        zip(named, [*constants.arguments, *scale_constants(move), find, loop], strict=True)
+    )
     kinds = {**TYPES, **({"factors": "*fp32"} if converts else {}), **types}
-    pointers = {"factors"}
+    pointers = {"factors", "src_scales", "chosen"}
     signature: dict[str, str] = {}
     for param in relayout_kernel.params:
         if param.name in pointers and param.name not in kinds:
@@ -96,3 +102,16 @@ def test_bits_move_16_bytes_at_a_time(loop: bool) -> None:
 @pytest.mark.parametrize("types", [("bfloat16", "float8_e4m3fn"), ("int8", "bfloat16")])
 def test_conversions_compile(types: tuple[str, str]) -> None:
     assert "cvt" in compile_to_ptx(move_of(*types), LARGE, loop=False)
+
+
+@pytest.mark.parametrize("find", [False, True], ids=["convert", "find"])
+def test_scales_of_blocks_compile(find: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_tokens, "BLOCK_SCALES_ON_GPU", True)
+    src, dst = Scaled(NHD, 4, torch.int8, seed=3), Scaled(HND, 8, torch.float8_e4m3fn)
+    plan = TokenPlan(src.layout, dst.layout)
+    nowhere = np.zeros(4, np.int64)
+    (one,) = compile_tokens(plan, None, nowhere, nowhere, torch.device("cpu"))
+    more = {"src_scales": "*i64", "chosen": "*fp32"}
+    ptx = compile_to_ptx(one.move, SMALL, loop=False, find=find, **more)
+    assert ("div.rn.f32" in ptx) is not find
+    assert ("atom.global.gpu" in ptx and ".max" in ptx) is find
