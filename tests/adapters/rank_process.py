@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 NHD, HND = "plane block token head dim", "plane block head token dim"
-WAIT_S = 60.0
+WAIT_S = 120.0  # a loaded machine takes tens of seconds to import the model
 NUM_BLOCKS = {16: 128, 64: 40}
 
 
@@ -140,7 +140,11 @@ def run_prefill(
         ranks.export(cache, ids)
         caches.append(cache)
         # Each head goes to two of four ranks.
-        sets.append(HandoffSet([send_to_ranks(a, f"r{number}", ids, 2) for a in ranks.agents]))
+        sets.append(
+            HandoffSet(
+                [send_to_ranks(a, f"r{number}", ids, 2, timeout_s=WAIT_S) for a in ranks.agents]
+            )
+        )
     pipe.send(None)
     HandoffSet(sets).wait(WAIT_S)
     pipe.send(demo_model.generate(ranks.model, prompts, caches, 8))
