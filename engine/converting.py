@@ -1,5 +1,7 @@
 """Numbers that change their type between host memories: gathered, converted, sent; or the other way.
 
+Here is one chunk of a transfer; `conversion.py` cuts a transfer into them.
+
 On the writing side they are gathered into staging, converted and sent from there; on the reading
 side they arrive in staging, are converted and laid into the cache before the read ends. Where scales
 differ from block to block, they travel beside the numbers.
@@ -16,14 +18,13 @@ import numpy as np
 from .block_scales import SCALE_NBYTES, BlockScales, group_maxima
 from .bound_pieces import NO_PIECES, BoundPieces, bind
 from .convert import convert_bytes, real_maxima, scales_for
-from .errors import EngineError, LinkError, PlanError
+from .errors import EngineError, LinkError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from .bundles import Bundle
     from .copiers import Copiers
-    from .token_move import TokenMove
     from .token_pieces import Moves
     from .transfer_plan import TransferPlan
     from .transports.base import DataPath, Transfer
@@ -36,27 +37,15 @@ log = logging.getLogger(__name__)
 
 
 class Converting:
-    """One transfer of numbers that change their type, through staging of its own.
+    """Some pieces of numbers that change their type, through staging of their own.
 
-    The staging holds all that the transfer moves and lives as long as it.
+    The staging holds all of them and lives until they are moved. The pieces that go into one block
+    whose scale is made are all here, or none.
     """
 
-    def __init__(self, plan: TransferPlan, move: TokenMove) -> None:
-        """Checks the tables; moves nothing yet.
-
-        Raises:
-            BlockOutOfRange, OverlappingBlocks, PlanError: as for `TokenPlan.moves`; memory of a GPU.
-        """
-        if {plan.local.kind, plan.remote_kind} != {"host"}:
-            raise PlanError(
-                "numbers change their type, which this transport does for host memory alone: "
-                "connect GPUs of one host by cuda_ipc, or give both caches one dtype",
-                operation="plan",
-            )
-        src_tables, dst_tables, start, stop, layers = move
+    def __init__(self, plan: TransferPlan, parts: list[Part]) -> None:
         self._plan = plan
-        found = plan.tokens.moves(src_tables, dst_tables, start, stop, layers=layers)
-        self._parts = [part for moves in found for part in _parts(moves)]
+        self._parts = parts
         self._src = _tables(self._parts, source=True)
         self._dst = _tables(self._parts, source=False)
         scales = (self._dst if plan.writes else self._src).values()
@@ -143,7 +132,7 @@ class Converting:
         for table in self._dst.values():
             _scatter(self._here(table), table.values.view(np.uint8).reshape(-1, SCALE_NBYTES))
 
-    def _gathered(self, part: _Part) -> Bytes:
+    def _gathered(self, part: Part) -> Bytes:
         pieces = part.moves.pieces
         here = self._plan.addresses[pieces.src_region] + pieces.src_offset
         return _gather(here[part.rows], part.elements * part.moves.bundle.src_elem)
@@ -163,14 +152,14 @@ class Converting:
                     np.maximum(largest, found, out=largest)
             table.values[:] = scales_for(largest, bundle.dst_dtype)
 
-    def _factor(self, part: _Part) -> Floats:
+    def _factor(self, part: Part) -> Floats:
         """What a part's numbers are multiplied by to be real, but for the scales that are chosen."""
         assert part.moves.factor is not None
         factor: Floats = part.moves.factor[part.rows]
         table = self._src.get(part.moves.bundle)
         return factor if table is None else factor * table.values[table.rows(part)]
 
-    def _convert(self, part: _Part, data: Bytes) -> Bytes:
+    def _convert(self, part: Part, data: Bytes) -> Bytes:
         """Rows of the source's bytes as the destination's."""
         bundle = part.moves.bundle
         if part.moves.factor is None:
@@ -182,8 +171,8 @@ class Converting:
         return convert_bytes(np.ascontiguousarray(data), factor, bundle.src_dtype, bundle.dst_dtype)
 
 
-class _Part(NamedTuple):
-    """Pieces of one size."""
+class Part(NamedTuple):
+    """Pieces of one size: some rows of `moves`."""
 
     moves: Moves
     rows: Ids
@@ -203,10 +192,10 @@ class _ScaleTable:
         region, offset: where each lies.
     """
 
-    def __init__(self, scales: BlockScales, parts: list[_Part], *, source: bool) -> None:
+    def __init__(self, scales: BlockScales, parts: list[Part], *, source: bool) -> None:
         self._source = source
         self._by_head = scales.shape.head_stride > 0
-        keys = [self._key(part.moves) for part in parts]
+        keys = [self._key(part) for part in parts]
         self._keys = np.unique(np.concatenate(keys))
         block, rest = self._keys & 0xFFFFFFFF, self._keys >> 32
         head, entry = rest & 0xFFFF, rest >> 16
@@ -214,20 +203,20 @@ class _ScaleTable:
         self.region: Ids = scales.region[entry]
         self.offset: Ids = scales.offsets(entry, head, block)
 
-    def _key(self, moves: Moves) -> Ids:
+    def _key(self, part: Part) -> Ids:
+        moves, rows = part.moves, part.rows
         block = moves.src_block if self._source else moves.dst_block
-        head = moves.head if self._by_head else moves.head * 0
-        key: Ids = (moves.entry << 48) | (head << 32) | block
-        return key
+        key: Ids = (moves.entry[rows] << 48) | block[rows]
+        return key | (moves.head[rows] << 32) if self._by_head else key
 
-    def rows(self, part: _Part) -> Ids:
+    def rows(self, part: Part) -> Ids:
         """Which of the scales each piece of a part has."""
-        rows: Ids = np.searchsorted(self._keys, self._key(part.moves)[part.rows])
+        rows: Ids = np.searchsorted(self._keys, self._key(part))
         return rows
 
 
-def _tables(parts: list[_Part], *, source: bool) -> dict[Bundle, _ScaleTable]:
-    found: dict[Bundle, list[_Part]] = {}
+def _tables(parts: list[Part], *, source: bool) -> dict[Bundle, _ScaleTable]:
+    found: dict[Bundle, list[Part]] = {}
     for part in parts:
         found.setdefault(part.moves.bundle, []).append(part)
     tables = {}
@@ -238,11 +227,11 @@ def _tables(parts: list[_Part], *, source: bool) -> dict[Bundle, _ScaleTable]:
     return tables
 
 
-def _parts(moves: Moves) -> list[_Part]:
+def parts_of(moves: Moves) -> list[Part]:
+    """All pieces of one list, by their size."""
     elements = moves.pieces.nbytes // moves.bundle.dst_elem
     return [
-        _Part(moves, np.flatnonzero(elements == size), size)
-        for size in np.unique(elements).tolist()
+        Part(moves, np.flatnonzero(elements == size), size) for size in np.unique(elements).tolist()
     ]
 
 

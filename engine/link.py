@@ -20,7 +20,7 @@ import numpy as np
 from . import errors, wire
 from .block_ids import UploadedIds, check_ids, check_on_gpu
 from .bound_pieces import NO_PIECES, BoundPieces, bind
-from .converting import Converting
+from .conversion import Conversion
 from .counters import check_imm
 from .errors import (
     EngineError,
@@ -104,6 +104,7 @@ class Link:
         self._unsent = bytearray()
         self._received = bytearray()
         self._transfers: dict[int, Transfer] = {}
+        self._conversions: set[Conversion] = set()
         self._numbers = itertools.count(1)
         self._error: EngineError | None = None
         self._halted = False
@@ -266,7 +267,8 @@ class Link:
                 see `TokenPlan.moves`. Over `cuda_ipc` also int32 or int64 tensors on the GPU,
                 which the kernel checks instead.
             layers, stream, imm, timeout_s: as for `write_blocks`. The peer expects
-                `plan.tokens.nbytes(start, stop)` bytes.
+                `plan.tokens.nbytes(start, stop)` bytes; numbers that change their type come as
+                several writes where they are many.
 
         Raises:
             BlockOutOfRange, OverlappingBlocks, PlanError: the tables; and as for `write`.
@@ -689,9 +691,7 @@ class Link:
             nbytes = check_move(plan, move)
             start = partial(self._path.submit_tokens, plan=plan, move=move)
         elif plan.tokens.converts:
-            converting = Converting(plan, move)
-            nbytes = converting.wire_nbytes
-            start = partial(converting.start, self._path, self.core.copiers)
+            return self._convert(operation, plan, move, imm, timeout_s)
         else:
             pieces = bind_tokens(plan, move)
         return self._submit(
@@ -705,6 +705,27 @@ class Link:
             nbytes,
             stream,
         )
+
+    def _convert(
+        self, operation: str, plan: TransferPlan, move: TokenMove, imm: int | None, timeout_s: float
+    ) -> Ticket:
+        """Begins a transfer of numbers that change their type, in chunks."""
+        if imm is not None:
+            imm = check_imm(imm, operation)
+        self._check_regions(operation, (plan.local,), plan.remote.regions)
+        conversion = Conversion(self, operation, plan, move, imm, timeout_s)
+        plan.local.acquire()
+        with self._lock:
+            down = self._error is not None
+            if not down:
+                self._conversions.add(conversion)
+        if down:
+            plan.local.release()
+            raise self._down_error(operation)
+        return conversion.start()
+
+    def _conversion_ended(self, conversion: Conversion) -> None:
+        self._conversions.discard(conversion)
 
     def _takes_whole(
         self, operation: str, plan: TransferPlan, stream: torch.cuda.Stream | None
@@ -1131,6 +1152,8 @@ class Link:
         self._closing_deadline_s = time.monotonic() + self.core.peer_timeout_s
         for transfer in list(self._transfers.values()):
             transfer.stop(self._down_error(transfer.ticket.operation))
+        for conversion in list(self._conversions):
+            conversion.stop(self._down_error(conversion.ticket.operation))
         self.core.counters.source_lost(self, self._counter_error)
         self._grants.clear()
         self._path.halt(self._path_halted)

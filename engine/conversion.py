@@ -1,0 +1,219 @@
+"""A transfer of numbers that change their type, cut into chunks so that its staging is bounded.
+
+Layer by layer, and within a layer by pieces, what travels is cut into chunks of a few MiB, which are
+ordinary transfers under one imm; the receiver counts bytes, so it does not see where they were cut.
+While one is on the wire the next is gathered and converted. A transfer of any size holds `AHEAD`
+chunks at a time, and the tables of one layer.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .bound_pieces import NO_PIECES
+from .converting import Converting, Part, parts_of
+from .errors import EngineError, PlanError
+from .tickets import Ticket
+from .token_move import check_move
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy.typing as npt
+
+    from .link import Link
+    from .token_move import TokenMove
+    from .transfer_plan import TransferPlan
+
+    Ids = npt.NDArray[np.int64]
+
+CHUNK_NBYTES = 4 << 20  # that travel; converting takes up to ten times as much beside it
+AHEAD = 2
+
+
+def chunks_of(plan: TransferPlan, move: TokenMove, nbytes: int) -> Iterator[list[Part]]:
+    """The pieces of a transfer in chunks of about `nbytes` that travel, made as they are asked for.
+
+    A chunk is larger where one block whose scale is made has more.
+    """
+    tokens = plan.tokens
+    chosen = tokens.layers if move.layers is None else sorted(set(move.layers))
+    waiting: list[Part] = []
+    size = yielded = 0
+    for layer in chosen:
+        found = tokens.moves(
+            move.src_tables, move.dst_tables, move.start, move.stop, layers=(layer,)
+        )
+        parts = [part for moves in found for part in parts_of(moves)]
+        for some in _cut(parts, nbytes, writes=plan.writes):
+            waiting += some
+            size += sum(part.wire_nbytes(plan.writes) for part in some)
+            if size >= nbytes:
+                yield waiting
+                yielded += 1
+                waiting, size = [], 0
+    if waiting or not yielded:
+        yield waiting  # of nothing at all an empty one, which tells the receiver
+
+
+def _cut(parts: list[Part], nbytes: int, *, writes: bool) -> Iterator[list[Part]]:
+    """One layer's parts, cut where they may be cut."""
+    by_block: list[Part] = []
+    for part in parts:
+        if part.moves.bundle.dst_scales is not None:
+            by_block.append(part)
+            continue
+        each = max(1, part.wire_nbytes(writes) // max(1, len(part.rows)))
+        step = max(1, nbytes // each)
+        for first in range(0, len(part.rows), step):
+            yield [part._replace(rows=part.rows[first : first + step])]
+    if not by_block:
+        return
+    blocks = [part.moves.dst_block[part.rows] for part in by_block]
+    known = np.unique(np.concatenate(blocks))
+    sizes = np.zeros(len(known), np.int64)
+    for part, block in zip(by_block, blocks, strict=True):
+        each = part.wire_nbytes(writes) // max(1, len(part.rows))
+        sizes += each * np.bincount(np.searchsorted(known, block), minlength=len(known))
+    chunk = (np.cumsum(sizes) - sizes) // nbytes  # of each block
+    for number in np.unique(chunk).tolist():
+        chosen = known[chunk == number]
+        first, last = chosen[0], chosen[-1]  # blocks are cut in their order
+        some = [
+            part._replace(rows=part.rows[(block >= first) & (block <= last)])
+            for part, block in zip(by_block, blocks, strict=True)
+        ]
+        yield [part for part in some if len(part.rows)]
+
+
+class Conversion:
+    """One transfer of numbers that change their type. Its ticket ends when all chunks have."""
+
+    def __init__(
+        self,
+        link: Link,
+        operation: str,
+        plan: TransferPlan,
+        move: TokenMove,
+        imm: int | None,
+        timeout_s: float,
+    ) -> None:
+        """Checks everything; moves nothing yet.
+
+        Raises:
+            BlockOutOfRange, OverlappingBlocks, PlanError: as for `TokenPlan.moves`; memory of a GPU.
+        """
+        if {plan.local.kind, plan.remote_kind} != {"host"}:
+            raise PlanError(
+                "numbers change their type, which this transport does for host memory alone: "
+                "connect GPUs of one host by cuda_ipc, or give both caches one dtype",
+                operation="plan",
+            )
+        check_move(plan, move)
+        self._link, self._operation, self._plan, self._imm = link, operation, plan, imm
+        self._deadline_s = time.monotonic() + timeout_s
+        self.ticket = Ticket(
+            operation, peer=link.peer.name, imm=imm, timeout_s=timeout_s, stop_hook=self.stop
+        )
+        self._chunks = chunks_of(plan, move, CHUNK_NBYTES)
+        self._lock = threading.Lock()
+        self._at_work = 0  # chunks that are being made, or moved
+        self._inner: set[Ticket] = set()
+        self._error: EngineError | None = None
+        self._all_begun = False
+        self._moved_nbytes = 0
+
+    def start(self) -> Ticket:
+        """Begins it. The local memory stays acquired until it ends, between chunks too."""
+        for _ in range(AHEAD):
+            self._link.core.copiers.run(self._next)
+        return self.ticket
+
+    def _next(self) -> None:
+        """Makes one chunk and sends it on its way. On a copier."""
+        with self._lock:
+            if self._error is not None or self._all_begun:
+                return
+            self._at_work += 1
+            try:
+                parts = next(self._chunks, None)
+            except EngineError as error:
+                self._error, parts = error, None
+            self._all_begun = parts is None
+        if parts is None:
+            self._chunk_ended(0, None)
+            return
+        chunk = Converting(self._plan, parts)
+        try:
+            inner = self._link._submit(
+                self._operation,
+                (self._plan.local,),
+                NO_PIECES,
+                self._plan.remote.regions,
+                self._imm,
+                max(1e-3, self._deadline_s - time.monotonic()),
+                partial(chunk.start, self._link._path, self._link.core.copiers),
+                chunk.wire_nbytes,
+                None,
+            )
+        except EngineError as error:
+            self._chunk_ended(0, error)
+            return
+        with self._lock:
+            self._inner.add(inner)
+            stopped = self._error is not None
+        if stopped:
+            inner.cancel()
+        inner.add_done_callback(self._inner_ended)
+
+    def _inner_ended(self, inner: Ticket) -> None:
+        """On the thread that ended it."""
+        error = inner.exception()
+        assert error is None or isinstance(error, EngineError)
+        with self._lock:
+            self._inner.discard(inner)
+        self._chunk_ended(inner.nbytes, error)
+        if error is None and not self._all_begun:
+            self._link.core.copiers.run(self._next)
+
+    def _chunk_ended(self, nbytes: int, error: EngineError | None) -> None:
+        with self._lock:
+            self._at_work -= 1
+            self._moved_nbytes += nbytes
+            first = error is not None and self._error is None
+            self._error = self._error or error
+        if first:
+            self._stop_inner()
+        self._end_if_over()
+
+    def _end_if_over(self) -> None:
+        with self._lock:
+            over = not self._at_work and (self._error is not None or self._all_begun)
+        if not over:
+            return
+        ended = (
+            self.ticket._finish(self._moved_nbytes)
+            if self._error is None
+            else self.ticket._fail(self._error)
+        )
+        if ended:
+            self._link._conversion_ended(self)
+            self._plan.local.release()
+
+    def stop(self, error: EngineError) -> None:
+        """Begins nothing more; it ends with `error` once no chunk is at work."""
+        with self._lock:
+            self._error = self._error or error
+        self._stop_inner()
+        self._end_if_over()
+
+    def _stop_inner(self) -> None:
+        with self._lock:
+            inner = list(self._inner)
+        for ticket in inner:
+            ticket.cancel()
