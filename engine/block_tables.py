@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 
 def block_table(side: str, tables: Sequence[BlockTable], group: int) -> Ids:
+    """One group's table as int64.
+
+    Raises:
+        PlanError: it is missing, or no row of integers.
+    """
     if group >= len(tables):
         raise PlanError(
             f"{len(tables)} {side} block tables, but group {group} is to be moved: give one for "
@@ -57,6 +62,11 @@ def state_ids(pair: TablePair, src_ids: Ids, dst_ids: Ids) -> tuple[Ids, Ids]:
 
 
 def check_ids(side: str, ids: Ids, num_slots: int, null: int | None) -> None:
+    """Checks that every id names a block.
+
+    Raises:
+        BlockOutOfRange: naming the side and the id.
+    """
     if not len(ids):
         return
     if null is not None and bool((ids == null).any()):
@@ -73,6 +83,11 @@ def check_ids(side: str, ids: Ids, num_slots: int, null: int | None) -> None:
 
 
 def check_distinct(ids: Ids) -> None:
+    """Checks that no id comes twice.
+
+    Raises:
+        OverlappingBlocks: naming the id.
+    """
     ordered = np.sort(ids)
     same = ordered[1:] == ordered[:-1]
     if bool(same.any()):

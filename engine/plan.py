@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .errors import BlockOutOfRange, LayoutError, OverlappingBlocks, PlanError
+from .block_tables import check_distinct, check_ids
+from .errors import LayoutError, PlanError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -197,12 +198,7 @@ class Plan:
         ):
             limit = layout.regions[layout.groups[group].regions[0]].num_slots
             if int(ids.view(np.uint64).max()) >= limit:  # a negative id is a huge one
-                low, high = int(ids.min()), int(ids.max())
-                raise BlockOutOfRange(
-                    f"{side} block id {low if low < 0 else high} is not in a cache of "
-                    f"{limit} blocks",
-                    operation="plan",
-                )
+                check_ids(side, ids, limit, None)
         if not ordered and limit <= _MARKS_A_BLOCK * len(dst_ids) + _FEWEST_MARKS:
             marks = np.zeros(limit, np.bool_)
             marks[dst_ids] = True
@@ -214,10 +210,7 @@ class Plan:
             src_ids, dst_ids = pairs & 0xFFFFFFFF, pairs >> 32
             steps = dst_ids[1:] - dst_ids[:-1]  # np.diff takes ten times as long for a few ids
             if not bool(steps.all()):
-                twice = int(dst_ids[1:][steps == 0][0])
-                raise OverlappingBlocks(
-                    f"destination block id {twice} is named twice", operation="plan"
-                )
+                check_distinct(dst_ids)
         return src_ids, dst_ids
 
     def _order_few(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from kvferry.tools.bench import layouts_host
 from kvferry.tools.cli import app
 
 
@@ -23,3 +24,13 @@ def test_two_gpus_are_asked_for() -> None:
     result = CliRunner().invoke(app, ["bench", "layouts"])
     assert result.exit_code == 1
     assert "two GPUs are needed" in result.output
+
+
+@pytest.mark.slow
+def test_host_memory_is_compared_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = layouts_host.measure
+    monkeypatch.setattr(layouts_host, "measure", lambda: measure(total_nbytes=1 << 20, rounds=2))
+    result = CliRunner().invoke(app, ["bench", "layouts", "--host"])
+    assert result.exit_code == 0, result.output
+    for case in layouts_host.CASES:
+        assert case.name in result.output
