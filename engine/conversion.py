@@ -8,6 +8,7 @@ chunks at a time, and the tables of one layer.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from functools import partial
@@ -17,7 +18,7 @@ import numpy as np
 
 from .bound_pieces import NO_PIECES
 from .converting import Converting, Part, parts_of
-from .errors import EngineError, PlanError
+from .errors import EngineError, LinkError, PlanError
 from .tickets import Ticket
 from .token_move import check_move
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from .transfer_plan import TransferPlan
 
     Ids = npt.NDArray[np.int64]
+
+log = logging.getLogger(__name__)
 
 CHUNK_NBYTES = 4 << 20  # that travel; converting takes up to ten times as much beside it
 AHEAD = 2
@@ -140,29 +143,17 @@ class Conversion:
             if self._error is not None or self._all_begun:
                 return
             self._at_work += 1
-            try:
-                parts = next(self._chunks, None)
-            except EngineError as error:
-                self._error, parts = error, None
-            self._all_begun = parts is None
-        if parts is None:
-            self._chunk_ended(0, None)
-            return
-        chunk = Converting(self._plan, parts)
         try:
-            inner = self._link._submit(
-                self._operation,
-                (self._plan.local,),
-                NO_PIECES,
-                self._plan.remote.regions,
-                self._imm,
-                max(1e-3, self._deadline_s - time.monotonic()),
-                partial(chunk.start, self._link._path, self._link.core.copiers),
-                chunk.wire_nbytes,
-                None,
-            )
+            inner = self._begin_chunk()
         except EngineError as error:
             self._chunk_ended(0, error)
+            return
+        except Exception as error:
+            log.exception("kvferry: converting failed; please report this")
+            self._chunk_ended(0, LinkError(f"converting failed: {error}", operation="convert"))
+            return
+        if inner is None:
+            self._chunk_ended(0, None)
             return
         with self._lock:
             self._inner.add(inner)
@@ -170,6 +161,26 @@ class Conversion:
         if stopped:
             inner.cancel()
         inner.add_done_callback(self._inner_ended)
+
+    def _begin_chunk(self) -> Ticket | None:
+        """The ticket of the next chunk; None if there is none."""
+        with self._lock:
+            parts = next(self._chunks, None)
+            self._all_begun = parts is None
+        if parts is None:
+            return None
+        chunk = Converting(self._plan, parts)
+        return self._link._submit(
+            self._operation,
+            (self._plan.local,),
+            NO_PIECES,
+            self._plan.remote.regions,
+            self._imm,
+            max(1e-3, self._deadline_s - time.monotonic()),
+            partial(chunk.start, self._link._path, self._link.core.copiers),
+            chunk.wire_nbytes,
+            None,
+        )
 
     def _inner_ended(self, inner: Ticket) -> None:
         """On the thread that ended it."""
