@@ -14,7 +14,7 @@ from kvferry.engine.transfer import TransferEngine
 from .agent_process import Cache, Gate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from tests.child import Child
 else:
@@ -44,8 +44,9 @@ class Remote(Child):
 
     farewell = ("open_gate", "close")
 
-    def __init__(self) -> None:
-        super().__init__(Path(__file__).with_name("agent_process.py"), answer_s=ANSWER_S)
+    def __init__(self, launcher: Sequence[str] = ()) -> None:
+        script = Path(__file__).with_name("agent_process.py")
+        super().__init__(script, answer_s=ANSWER_S, launcher=launcher)
         self.address = ""
 
     def begin(self, **options: Any) -> None:
