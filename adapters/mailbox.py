@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import zmq
 
-from ..control.client import daemon_address
+from ..control.client import CONNECT_MS, daemon_address
 from ..control.curve import Gatekeeper, protect_client, protect_server
 from ..control.wire import MAX_FRAME_NBYTES
 
@@ -255,6 +255,7 @@ class Mailbox:
             (zmq.RCVHWM, QUEUE_MESSAGES),
             (zmq.MAXMSGSIZE, MAX_FRAME_NBYTES),  # a peer that sends more is disconnected
             (zmq.LINGER, LINGER_MS),
+            (zmq.CONNECT_TIMEOUT, CONNECT_MS),
             (zmq.HEARTBEAT_IVL, HEARTBEAT_MS),
             (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS),
         ):

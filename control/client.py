@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 DEFAULT_DAEMON = "tcp://127.0.0.1:7717"
 TIMEOUT_S = 2.0
 ASK_AGAIN_S = 0.5
+# Then dialled again: the kernel asks a host that is away after 1, 3, 7, 15, 31 s, and one that came
+# back in between would have to wait for that.
+CONNECT_MS = 2000
 STORE_S = 0.1  # between two looks whether a daemon's store is back
 SILENT_S = 1.5  # a daemon says something every 0.5 s
 
@@ -163,6 +166,7 @@ class DaemonClient:
     def _connect(self, kind: int, endpoint: str, server_key: bytes) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = self._context.socket(kind)
         socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_MS)
         protect_client(socket, self._keys, server_key)
         try:
             socket.connect(endpoint)

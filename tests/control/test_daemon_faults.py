@@ -141,7 +141,7 @@ def test_a_flood_of_injured_requests(daemon: DaemonProcess, frames: int) -> None
         assert denied > frames // 2
         beat = ask(client, Heartbeat(2, "p0", registered.generation))
         assert isinstance(beat, Beat)
-        assert "p0" in {member.name for member in client.look().members}
+        assert "p0" in {member.name for member in client.look(timeout_s=WAIT_S).members}
     print(f"peak memory {peak_mib(daemon):.0f} MiB, {denied} denied")
     assert peak_mib(daemon) < MIB_OF_A_DAEMON
 
@@ -155,7 +155,7 @@ def test_a_message_of_a_gibibyte_costs_its_connection_and_no_memory(daemon: Daem
         sender.disable_monitor()
         monitor.close(0)
         with DaemonClient(daemon.address) as client:
-            client.look()
+            client.look(timeout_s=WAIT_S)
     assert peak_mib(daemon) < MIB_OF_A_DAEMON
 
 
@@ -200,18 +200,18 @@ def test_a_replayed_conversation_of_a_key_holder_gets_nobody_in(tmp_path: Path) 
             address = f"tcp://127.0.0.1:{server.getsockname()[1]}#{daemon_key}"
             with DaemonClient(address, keys) as client:
                 ask(client, Register(1, 1, there("p0", public_key=keys.public), 60.0))
-                assert len(client.look().members) == 1
+                assert len(client.look(timeout_s=WAIT_S).members) == 1
             relay.join(WAIT_S)
             assert not relay.is_alive()
         with DaemonClient(f"{daemon.address}#{daemon_key}", keys) as client:
-            generation = client.look().members[0].generation
+            generation = client.look(timeout_s=WAIT_S).members[0].generation
             ask(client, Deregister(9, "p0", generation))
             with sockets.create_connection((host, int(port)), WAIT_S) as replayer:
                 replayer.sendall(tape)
                 replayer.shutdown(sockets.SHUT_WR)
                 while replayer.recv(1 << 16):  # until the daemon hangs up
                     pass
-            assert client.look().members == ()
+            assert client.look(timeout_s=WAIT_S).members == ()
     finally:
         daemon.end()
 
@@ -332,7 +332,7 @@ def test_steps_of_the_clock_move_no_lease(clock: Clock, daemon_of: Callable[[], 
             # Leases end while the wall clock stands elsewhere, and begin: only the short ones end.
             short = ask(client, Register(number, 1, there("short"), 0.2))
             assert short.generation > last
-            while "short" in {member.name for member in client.look().members}:
+            while "short" in {member.name for member in client.look(timeout_s=WAIT_S).members}:
                 watch.poll(WAIT_S)
             beat = ask(client, Heartbeat(number + 1, "kept", kept.generation))
             assert beat == Beat(number + 1, "serving")
