@@ -74,6 +74,7 @@ def test_agents_find_each_other_by_name(make: Callable[..., Local]) -> None:
 def test_an_agent_that_goes_is_gone_at_once(make: Callable[..., Local]) -> None:
     prefill, decode = make("prefill-0", "prefill", lease_s=60.0), make("decode-0", "decode")
     decode.agent.wait_for_member("prefill-0", WAIT_S)
+    wait_until(prefill, lambda: prefill.agent.registered)  # it knows itself which one it is
     prefill.agent.close()
     wait_until(decode, lambda: "prefill-0" not in decode.agent.members)
 
