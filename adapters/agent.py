@@ -41,7 +41,7 @@ from .handoffs import Handoff, SendHandoff
 from .token_handoffs import expected_nbytes, pack_tables
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     import numpy.typing as npt
@@ -471,12 +471,17 @@ class Agent:
         return handoff
 
     def open_send(
-        self, request_id: str, src_block_ids: BlockIds, *, timeout_s: float = DEFAULT_TIMEOUT_S
+        self,
+        request_id: str,
+        src_block_ids: BlockIds,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        on_asked: Callable[[str], None] | None = None,
     ) -> SendHandoff:
         """Begins to hand over a request that is being computed; see `SendHandoff.write_layers`.
 
         Arguments and errors are those of `send`. A cache of several groups has as many block
-        tables: give them in a row.
+        tables: give them in a row. `on_asked` is called with the name of who asks.
         """
         self._check_role("send", "prefill")
         tables: tuple[bytes, ...]
@@ -488,6 +493,7 @@ class Agent:
         tell = partial(self._tell, "prefill")
         device = self._cache.device
         handoff = SendHandoff(request_id, num_layers, tell, self.engine, device)
+        handoff.on_asked = on_asked
         source = SourceOffered(tables, num_layers, float(timeout_s))
         self._soon(self._core.offer, handoff, source)
         return handoff

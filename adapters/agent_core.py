@@ -35,6 +35,7 @@ from ..control.messages import (
 )
 from ..control.wire import decode, encode
 from .acquaintances import Acquaintances
+from .handoffs import Handoff, SendHandoff
 from .mailbox import Mailbox
 from .rank_sets import RankSets
 from .workbench import Workbench
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
     from ..engine.memory import CacheDescriptor, RegisteredCache
     from ..engine.transfer import TransferEngine
     from .acquaintance import Acquaintance
-    from .handoffs import Handoff
     from .mailbox import Route
 
 log = logging.getLogger("kvferry.agent")
@@ -133,7 +133,21 @@ class AgentCore:
             return
         key, steps = desk.offer(handoff.request_id, source)
         self.workbench.begin("prefill", key, handoff)
+        self._say_who_asked(key)
         self._carry_out("prefill", steps)
+
+    def _say_who_asked(self, key: int) -> None:
+        """Tells the user of a handoff who asked for it, as soon as both are known."""
+        machine, work = (
+            self._desks["prefill"].machines.get(key),
+            self.workbench.work.get(("prefill", key)),
+        )
+        handoff = work.handoff if work is not None else None
+        if machine is None or not machine.peer or not isinstance(handoff, SendHandoff):
+            return
+        told, handoff.on_asked = handoff.on_asked, None
+        if told is not None:
+            told(machine.peer)
 
     def tell(self, side: Side, handoff: Handoff, event: Event) -> None:
         """Something happened to a handoff."""
@@ -206,7 +220,11 @@ class AgentCore:
             detail = f"{self.name} is {self.role}, it has no use for {type(message).__name__}"
             self.refuse(route, 0, "role", detail)
         else:
-            self._carry_out(desk.side, desk.receive(message))
+            steps = desk.receive(message)
+            if isinstance(message, Request):
+                for key in {key for key, _ in steps}:
+                    self._say_who_asked(key)
+            self._carry_out(desk.side, steps)
 
     def refuse(self, route: Route, number: int, reason: Reason, detail: str) -> None:
         """Answers a frame that makes no sense here."""

@@ -58,7 +58,13 @@ class Handoff(Pending):
 
 
 class SendHandoff(Handoff):
-    """A handoff whose layers go out while later ones are being computed. One writer."""
+    """A handoff whose layers go out while later ones are being computed. One writer.
+
+    Attributes:
+        on_asked: called once with the name of the agent that asked for it, on the agent's thread,
+            before anything that its question causes. It must not block. Set it before the handoff
+            can be asked for, or by `Agent.open_send`.
+    """
 
     def __init__(
         self,
@@ -73,6 +79,7 @@ class SendHandoff(Handoff):
         self._num_layers = num_layers
         self._next_layer = 0
         self._complete = False
+        self.on_asked: Callable[[str], None] | None = None
 
     def write_layers(self, layers: range, *, stream: torch.cuda.Stream | None = None) -> None:
         """The next layers are computed: they go out, once the request is known. Does not block.

@@ -54,9 +54,9 @@ def expected_nbytes(
     """What the counter of a handoff has to reach.
 
     Raises:
-        PlanError: tokens that are no range, or nothing to receive.
+        PlanError: tokens that are no range.
     """
-    if not 0 <= start < stop:
+    if not 0 <= start <= stop:
         raise PlanError(f"tokens [{start}, {stop}) are no range of tokens", operation="receive")
     move = TokenMove((), _unpack(dst_tables), start, stop)
     return plan.tokens.nbytes(start, stop, states=states_of(plan, move))

@@ -190,8 +190,14 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             str(getattr(attention, "isa", "")),
             vllm.__version__,
         )
-        heads = heads_of_rank(model.get_total_num_kv_heads(), parallel.tensor_parallel_size, rank)
-        layout, positions = describe_caches(kv_caches, backend, heads)
+        tp_size = parallel.tensor_parallel_size
+        total = 1 if model.use_mla else model.get_total_num_kv_heads()  # a latent has no heads
+        # All ranks' caches are alike but for the heads that they hold.
+        described = [
+            describe_caches(kv_caches, backend, heads_of_rank(total, tp_size, each))
+            for each in range(tp_size)
+        ]
+        layout, positions = described[rank]
         in_order = sorted(kv_caches, key=positions.__getitem__)
         self._worker = WorkerSide(
             engine_id=self._engine_id,
@@ -201,6 +207,7 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             layout=layout,
             caches=[kv_caches[name] for name in in_order],
             positions=positions,
+            ranks=[each for each, _ in described] if tp_size > 1 else (),
             model=model_name(model),
             blocks_split=layout.num_blocks // self._kv_cache_config.num_blocks,
         )

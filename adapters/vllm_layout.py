@@ -94,14 +94,13 @@ def describe_caches(
                 operation="layout",
             )
     on_cpu = caches[order[0]].device.type == "cpu"
-    shared = heads.replicated or caches[order[0]].shape[1] == 1 < heads.model
     layout = KVLayout.from_tensors(
         [caches[name] for name in order],
         DIMS,
         layers=[numbers[name] for name in order],
         planes=("kv",),
-        head_start=0 if shared and not heads.replicated else heads.start,
-        tp_mode="replicate" if shared else "split",
+        head_start=heads.start,
+        tp_mode="replicate" if heads.replicated else "split",
         codec=f"vllm/{backend.name}/{backend.isa}/{backend.version}" if on_cpu else PLAIN_CODEC,
         opaque=OPAQUE_ON_CPU if on_cpu else (),
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,9 +22,10 @@ from ..control.errors import ControlError, HelloRefused, NotConnected
 from ..control.keys import Keys, is_local
 from ..engine.errors import EngineError
 from .agent import Agent
+from .ranks import connect_ranks, num_readers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     import numpy.typing as npt
 
@@ -40,32 +42,42 @@ REFUSAL_S = 10.0  # how long a refused handoff waits for who asks for it
 # as long at worst.
 IDLE_WAIT_S = 0.002
 
+Addresses = tuple[str, ...]  # of a prefill engine's agents, by rank
+
 log = logging.getLogger("kvferry.vllm")
 
 
 class _Send:
-    """One request's blocks on their way out.
+    """One request's blocks on their way out, to as many ranks of decode as read from this one.
 
     Attributes:
+        handoffs: one, and as many more as decode turns out to need.
         next_layer: the position of the layer that goes out next.
+        computed: whether all have.
         reportable: whether the scheduler waits for its end.
         cancelled: whether it was this engine that gave up.
     """
 
-    def __init__(self, order: SendOrder, handoff: SendHandoff) -> None:
+    def __init__(self, order: SendOrder) -> None:
         self.order = order
-        self.handoff = handoff
+        self.handoffs: list[SendHandoff] = []
         self.next_layer = 0
+        self.computed = False
         self.reportable = False
         self.cancelled = False
 
 
 class _Receive:
-    """One request's blocks on their way in."""
+    """One request's blocks on their way in, from the ranks of prefill that have some of them.
+
+    Attributes:
+        handoffs: one for each of those ranks; empty before they are known.
+        error: why it could not begin, or what the first that failed failed with.
+    """
 
     def __init__(self, order: ReceiveOrder) -> None:
         self.order = order
-        self.handoff: Handoff | None = None
+        self.handoffs: list[Handoff] = []
         self.error: Exception | None = None
         self.cancelled = ""
         self.retried = False
@@ -90,6 +102,7 @@ class WorkerSide:
         settings: see there.
         layout, caches: see `vllm_layout.describe_caches`; the caches by position in the layout.
         positions: of the layers, by vLLM's name.
+        ranks: the layouts of all ranks of this engine, if it has several.
         model: what clients call it; for the daemon.
         blocks_split: cache blocks that one block of vLLM's block manager stands for.
     """
@@ -104,6 +117,7 @@ class WorkerSide:
         layout: KVLayout,
         caches: list[Any],
         positions: dict[str, int],
+        ranks: Sequence[KVLayout] = (),
         model: str = "",
         blocks_split: int = 1,
     ) -> None:
@@ -111,6 +125,7 @@ class WorkerSide:
         self._rank = rank
         self._positions = positions
         self._split = blocks_split
+        self._ranked = len(ranks) > 1
         self._tokens = layout.regions[0].tokens_per_slot
         self._num_layers = layout.num_layers
         self._changed = threading.Condition()
@@ -119,8 +134,8 @@ class WorkerSide:
         self._receives: dict[str, _Receive] = {}
         self._ended_sends: set[str] = set()
         self._ended_receives: set[str] = set()
-        self._peers: dict[str, str] = {}
-        self._connecting: dict[str, list[_Receive]] = {}
+        self._peers: dict[Addresses, dict[int, str]] = {}
+        self._connecting: dict[Addresses, list[_Receive]] = {}
         port = str(settings.port + rank) if settings.port else "*"
         host = settings.host if is_local(settings.host) else "*"
         self.agent = Agent(
@@ -137,6 +152,8 @@ class WorkerSide:
             daemon=settings.daemon if rank == 0 else "",
             service=settings.service,
             model=model,
+            ranks=ranks,
+            rank=rank if ranks else 0,
         )
         self._reports = bool(settings.daemon) and rank == 0
         self._figures = _no_figures()
@@ -176,13 +193,18 @@ class WorkerSide:
         position = self._positions.get(name)
         for send in self._streaming if position is not None else ():
             if send.next_layer == position:
-                send.next_layer += 1
-                send.handoff.write_layers(range(position, position + 1))
+                with self._changed:  # a rank of decode may ask just now
+                    send.next_layer += 1
+                    for handoff in send.handoffs:
+                        handoff.write_layers(range(position, position + 1))
 
     def after_forward(self) -> None:
         """The forward pass is done, all layers of it."""
         for send in self._streaming:
-            send.handoff.finish()
+            with self._changed:
+                send.computed = True
+                for handoff in send.handoffs:
+                    handoff.finish()
         self._streaming.clear()
 
     def begin_receives(self, orders: Orders) -> None:
@@ -228,21 +250,46 @@ class WorkerSide:
     # Sending
 
     def _open_send(self, order: SendOrder) -> None:
-        blocks = self._cache_blocks(order.block_ids, 0, order.num_tokens)
-        handoff = self.agent.open_send(
-            order.handoff_id, blocks, timeout_s=self._settings.lease_s + self._settings.timeout_s
-        )
-        send = self._sends[order.req_id] = _Send(order, handoff)
+        send = self._sends[order.req_id] = _Send(order)
         self._streaming.append(send)
+        with self._changed:
+            self._add_reader(send)
+
+    def _add_reader(self, send: _Send) -> None:
+        """One more handoff of the same blocks, as far along as the others. Called with the lock."""
+        order = send.order
+        handoff = self.agent.open_send(
+            order.handoff_id,
+            self._cache_blocks(order.block_ids, 0, order.num_tokens),
+            timeout_s=self._settings.lease_s + self._settings.timeout_s,
+            on_asked=partial(self._asked, send) if not send.handoffs else None,
+        )
+        send.handoffs.append(handoff)
+        if send.next_layer:
+            handoff.write_layers(range(send.next_layer))
+        if send.computed:
+            handoff.finish()
         handoff.blocks_free.add_done_callback(lambda _: self._send_ended(send))
         handoff.add_done_callback(lambda _: self._send_ended(send))
+
+    def _asked(self, send: _Send, peer: str) -> None:
+        """On the agent's thread: with who asks it is known how many will."""
+        try:
+            readers = num_readers(self.agent, peer)
+        except (ControlError, EngineError):
+            return  # it is gone again, and the handoff ends for that reason
+        with self._changed:
+            while len(send.handoffs) < readers:
+                self._add_reader(send)
 
     def _send_ended(self, send: _Send) -> None:
         """On an agent's thread."""
         with self._changed:
-            if _at_rest(send.handoff) and self._sends.get(send.order.req_id) is send:
+            handoffs = list(send.handoffs)
+            if all(map(_at_rest, handoffs)) and self._sends.get(send.order.req_id) is send:
                 self._ended_sends.add(send.order.req_id)
                 self._changed.notify_all()
+        _end_together(handoffs)
 
     def _finish_send(self, req_id: str, cancel: str = "") -> None:
         send = self._sends.get(req_id)
@@ -252,14 +299,14 @@ class WorkerSide:
             send.reportable = True
         if cancel:
             send.cancelled = True
-            send.handoff.cancel(cancel)
+            self._cancel_send(send, cancel)
 
     def _end_preempted(self, req_id: str) -> None:
         """The blocks go to others in this very step: nothing may read them from here on."""
         send = self._sends.get(req_id)
         if send is None:
             return
-        send.handoff.cancel("the request was preempted")
+        self._cancel_send(send, "the request was preempted")
         with self._changed:
             ended = self._changed.wait_for(lambda: req_id in self._ended_sends, PREEMPT_TIMEOUT_S)
             self._ended_sends.discard(req_id)
@@ -271,10 +318,15 @@ class WorkerSide:
                 "engine that does not answer"
             )
 
+    def _cancel_send(self, send: _Send, reason: str) -> None:
+        with self._changed:
+            for handoff in send.handoffs:
+                handoff.cancel(reason)
+
     def _note_sent(self, send: _Send) -> None:
-        error = send.handoff.error
+        error = _first_error(send.handoffs)
         if error is None:
-            self._figures["sent_nbytes"].append(send.handoff.nbytes)
+            self._figures["sent_nbytes"].append(sum(each.nbytes for each in send.handoffs))
         else:
             self._figures["sends_failed"] += not send.cancelled
             log.warning("KV of request %s was not handed over: %s", send.order.req_id, error)
@@ -283,67 +335,87 @@ class WorkerSide:
 
     def _begin_receive(self, receive: _Receive) -> None:
         order = receive.order
-        if len(order.addresses) <= self._rank:
-            ranks = len(order.addresses)
-            why = f"prefill has {ranks} ranks, this one is number {self._rank}: use equal numbers"
-            self._refuse(receive, HelloRefused(why, peer=order.peer, operation="receive"))
+        addresses = tuple(order.addresses)
+        names = self._peers.get(addresses)
+        if names is None:
+            self._connect_first(receive, addresses)
             return
-        address = order.addresses[self._rank]
-        name = self._peers.get(address)
-        if name is None:
-            self._connect_first(receive, address)
-            return
-        wanted = agent_name(order.peer, self._rank)
-        if name != wanted:
-            why = f"{address} is {name} now, not {wanted}: the prefill engine was restarted"
-            self._refuse(receive, HelloRefused(why, peer=name, operation="receive"))
-            return
-        skip = -(-order.num_local_tokens // self._tokens)
+        for rank, name in names.items():
+            wanted = agent_name(order.peer, rank)
+            if name != wanted:
+                where = addresses[rank]
+                why = f"{where} is {name} now, not {wanted}: the prefill engine was restarted"
+                self._refuse(receive, HelloRefused(why, peer=name, operation="receive"))
+                return
+        handoffs: list[Handoff] = []
         try:
-            handoff = self.agent.receive(
-                order.handoff_id,
-                name,
-                self._cache_blocks(order.block_ids, skip, order.num_tokens),
-                mode=self._settings.mode,
-                skip_blocks=skip,
-                timeout_s=self._settings.timeout_s,
-            )
-        except NotConnected as error:
-            self._peers.pop(address, None)  # the link went down; the peer may be back
-            if receive.retried:
+            for name in names.values():
+                handoffs.append(self._receive_from(name, order))
+        except (ControlError, EngineError) as error:
+            lost = isinstance(error, NotConnected)
+            if lost:
+                self._peers.pop(addresses, None)  # the link went down; the peer may be back
+            if lost and not handoffs and not receive.retried:
+                receive.retried = True
+                self._connect_first(receive, addresses)
+                return
+            receive.error = error
+            if not handoffs:
                 self._refuse(receive, error)
                 return
-            receive.retried = True
-            self._connect_first(receive, address)
-            return
-        except (ControlError, EngineError) as error:
-            self._refuse(receive, error)
-            return
-        receive.handoff = handoff
-        handoff.blocks_free.add_done_callback(lambda _: self._receive_ended(receive))
-        handoff.add_done_callback(lambda _: self._receive_ended(receive))
+            for handoff in handoffs:
+                handoff.cancel(f"another rank could not be asked: {error}")
+        receive.handoffs = handoffs
+        for handoff in handoffs:
+            handoff.blocks_free.add_done_callback(lambda _: self._receive_ended(receive))
+            handoff.add_done_callback(lambda _: self._receive_ended(receive))
         if receive.cancelled:
-            handoff.cancel(receive.cancelled)
+            self._cancel_all(receive)
 
-    def _connect_first(self, receive: _Receive, address: str) -> None:
+    def _receive_from(self, name: str, order: ReceiveOrder) -> Handoff:
+        """Asks one rank of prefill for what it has of a request.
+
+        Raises:
+            ControlError, EngineError: it cannot be asked.
+        """
+        skip = -(-order.num_local_tokens // self._tokens)
+        blocks = self._cache_blocks(order.block_ids, skip, order.num_tokens)
+        mode, timeout_s = self._settings.mode, self._settings.timeout_s
+        if not self._ranked and len(order.addresses) == 1:
+            return self.agent.receive(
+                order.handoff_id, name, blocks, mode=mode, skip_blocks=skip, timeout_s=timeout_s
+            )
+        # Ranks know each other's tokens, not blocks; those before `start_token` are never touched.
+        return self.agent.receive_tokens(
+            order.handoff_id,
+            name,
+            np.concatenate([np.zeros(skip, np.int64), blocks]),
+            num_tokens=max(order.num_tokens, skip * self._tokens),
+            start_token=skip * self._tokens,
+            mode=mode,
+            timeout_s=timeout_s,
+        )
+
+    def _connect_first(self, receive: _Receive, addresses: Addresses) -> None:
         with self._changed:
-            waiting = self._connecting.setdefault(address, [])
+            waiting = self._connecting.setdefault(addresses, [])
             waiting.append(receive)
             first = len(waiting) == 1
         if first:
             threading.Thread(
-                target=self._connect, args=(address,), name="kvferry-connect", daemon=True
+                target=self._connect, args=(addresses,), name="kvferry-connect", daemon=True
             ).start()
 
-    def _connect(self, address: str) -> None:
+    def _connect(self, addresses: Addresses) -> None:
         """On a thread of its own: gets acquainted, then begins what waits for it."""
         error: Exception | None = None
         try:
-            self._peers[address] = self.agent.connect(address, CONNECT_TIMEOUT_S)
+            peers = connect_ranks(self.agent, addresses, CONNECT_TIMEOUT_S)
+            self._peers[addresses] = peers.names
         except (ControlError, EngineError) as failure:
             error = failure
         with self._changed:
-            waiting = self._connecting.pop(address)
+            waiting = self._connecting.pop(addresses)
         for receive in waiting:
             if error is not None:
                 self._refuse(receive, error)
@@ -361,9 +433,9 @@ class WorkerSide:
 
     def _receive_ended(self, receive: _Receive) -> None:
         """On an agent's thread."""
-        assert receive.handoff is not None
-        if _at_rest(receive.handoff):
-            receive.error = receive.handoff.error
+        _end_together(receive.handoffs)
+        if all(map(_at_rest, receive.handoffs)):
+            receive.error = receive.error or _first_error(receive.handoffs)
             self._note_end(receive)
 
     def _note_end(self, receive: _Receive) -> None:
@@ -376,16 +448,19 @@ class WorkerSide:
         receive = self._receives.get(req_id)
         if receive is not None:
             receive.cancelled = "the request was aborted"
-            if receive.handoff is not None:
-                receive.handoff.cancel(receive.cancelled)
+            self._cancel_all(receive)
+
+    def _cancel_all(self, receive: _Receive) -> None:
+        for handoff in receive.handoffs:
+            handoff.cancel(receive.cancelled)
 
     def _note_received(self, receive: _Receive, results: Results) -> None:
         req_id = receive.order.req_id
         results.received.add(req_id)
-        if receive.error is None and receive.handoff is not None:
-            took_s = receive.handoff.finished_s - receive.started_s
-            self._figures["load_seconds"].append(took_s)
-            self._figures["load_nbytes"].append(receive.handoff.nbytes)
+        if receive.error is None:
+            ended_s = max(each.finished_s for each in receive.handoffs)
+            self._figures["load_seconds"].append(ended_s - receive.started_s)
+            self._figures["load_nbytes"].append(sum(each.nbytes for each in receive.handoffs))
             return
         results.failed.add(req_id)
         if not receive.cancelled:
@@ -420,3 +495,17 @@ def agent_name(engine_id: str, rank: int) -> str:
 def _at_rest(handoff: Handoff) -> bool:
     """Whether it ended and nobody can touch its blocks."""
     return handoff.done() and handoff.blocks_free.done()
+
+
+def _first_error(handoffs: Sequence[Handoff]) -> Exception | None:
+    """What the first that failed failed with."""
+    failed = [each for each in handoffs if each.error is not None]
+    return min(failed, key=lambda each: each.finished_s).error if failed else None
+
+
+def _end_together(handoffs: Sequence[Handoff]) -> None:
+    """A request whose KV one rank cannot move is of no use to the others."""
+    error = _first_error(handoffs)
+    for each in handoffs if error is not None else ():
+        if not each.done():
+            each.cancel(f"another rank failed: {error}")

@@ -57,22 +57,28 @@ def run_pair(
         transport: str,
         policy: str = "fail",
         patience_s: float = 60,
+        beside: list[dict[str, Any]] | None = None,
         **options: dict[str, Any],
     ) -> dict[str, Any]:
         extra: dict[str, Any] = {"mode": mode, "transports": [transport], "timeout_s": patience_s}
         extra["lease_s"] = patience_s
-        connector = CONNECTOR | {"kv_connector_extra_config": extra}
+        connectors = {
+            side: CONNECTOR
+            | {
+                "kv_connector_extra_config": extra,
+                "kv_role": role,
+                "kv_load_failure_policy": policy,
+            }
+            for side, role in (("prefill", "kv_producer"), ("decode", "kv_consumer"))
+        }
+        if beside:
+            connectors = {side: together(each, beside) for side, each in connectors.items()}
         spec = {
             "model": model,
             # float32: rounding must not make tokens depend on what else is in a batch.
             "options": {"block_size": 32, "max_num_batched_tokens": 256, "dtype": "float32"},
-            "prefill": {"connector": connector | {"kv_role": "kv_producer"}}
-            | options.get("prefill", {}),
-            "decode": {
-                "connector": connector
-                | {"kv_role": "kv_consumer", "kv_load_failure_policy": policy}
-            }
-            | options.get("decode", {}),
+            "prefill": {"connector": connectors["prefill"]} | options.get("prefill", {}),
+            "decode": {"connector": connectors["decode"]} | options.get("decode", {}),
             "checks": checks,
         }
         folder = tmp_path_factory.mktemp("pair")
@@ -87,6 +93,15 @@ def run_pair(
         return result
 
     return start
+
+
+def together(first: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any]:
+    """vLLM's MultiConnector of these; each has the first one's role."""
+    role = {"kv_role": first["kv_role"]}
+    return role | {
+        "kv_connector": "MultiConnector",
+        "kv_connector_extra_config": {"connectors": [first, *(each | role for each in others)]},
+    }
 
 
 def run(command: list[str], log: Path) -> None:
@@ -201,5 +216,72 @@ def test_the_other_modes_and_transports(
     result = run_pair(["tokens", "corrupted", "many"], mode=mode, transport=transport)
     assert all_equal(got(result, "tokens"))
     assert all_equal(got(result, "many"))
+    _, want, tokens = got(result, "corrupted")
+    assert want != tokens
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("mode", ["push", "pull"])
+@pytest.mark.parametrize(("prefill", "decode"), [(1, 2), (2, 1)])
+def test_tensor_parallelism_may_differ(
+    run_pair: Callable[..., dict[str, Any]], prefill: int, decode: int, mode: str
+) -> None:
+    result = run_pair(
+        ["tokens", "both_at_once", "corrupted", "prefix", "aborts"],
+        mode=mode,
+        transport="cma",
+        prefill={"tensor_parallel_size": prefill},
+        decode={"tensor_parallel_size": decode},
+    )
+    for check in ("tokens", "both_at_once", "prefix"):
+        assert all_equal(got(result, check))
+    assert all_equal([got(result, "aborts")["after"]])
+    _, want, tokens = got(result, "corrupted")
+    assert want != tokens
+
+
+@pytest.mark.soak
+def test_equal_ranks_of_two(run_pair: Callable[..., dict[str, Any]]) -> None:
+    both = {"tensor_parallel_size": 2}
+    result = run_pair(
+        ["tokens", "corrupted"], mode="push", transport="tcp", prefill=both, decode=both
+    )
+    assert all_equal(got(result, "tokens"))
+    _, want, tokens = got(result, "corrupted")
+    assert want != tokens
+
+
+@pytest.mark.soak
+def test_a_decode_engine_that_runs_out_of_blocks_recomputes(
+    run_pair: Callable[..., dict[str, Any]],
+) -> None:
+    """Requests are preempted after their load: what they lost is computed again."""
+    result = run_pair(
+        ["preempted"],
+        mode="push",
+        transport="cma",
+        decode={"num_gpu_blocks_override": 40, "log_stats": True},
+    )
+    found = got(result, "preempted")
+    assert found["preemptions"] > 0
+    assert all_equal(found["rows"])
+
+
+@pytest.mark.soak
+def test_beside_another_connector(run_pair: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """In vLLM's MultiConnector, before one that keeps prompts in files."""
+    result = run_pair(
+        ["tokens", "corrupted", "both_at_once"],
+        mode="push",
+        transport="cma",
+        beside=[
+            {
+                "kv_connector": "ExampleConnector",
+                "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)},
+            }
+        ],
+    )
+    assert all_equal(got(result, "tokens"))
+    assert all_equal(got(result, "both_at_once"))
     _, want, tokens = got(result, "corrupted")
     assert want != tokens

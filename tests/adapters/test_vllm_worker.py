@@ -44,15 +44,18 @@ def start(transport: str) -> Iterator[Callable[..., WorkerSide]]:
     def make(engine_id: str, role: str, caches: dict[str, Any], **options: Any) -> WorkerSide:
         backend = options.pop("backend", CPU)
         split, model = options.pop("split", 1), options.pop("model", "")
-        layout, positions = describe_caches(caches, backend, heads_of_rank(HEADS, 1, 0))
+        rank, ranks = options.pop("rank", 0), options.pop("ranks", ())
+        heads = heads_of_rank(HEADS, max(1, len(ranks)), rank)
+        layout, positions = describe_caches(caches, backend, heads)
         worker = WorkerSide(
             engine_id=engine_id,
-            rank=0,
+            rank=rank,
             role=role,
             settings=Settings(transports=(transport,), timeout_s=10, lease_s=10, **options),
             layout=layout,
             caches=list(caches.values()),
             positions=positions,
+            ranks=ranks,
             model=model,
             blocks_split=split,
         )
@@ -217,6 +220,68 @@ def test_aborts_on_either_side_end_both(start: Callable[..., WorkerSide]) -> Non
     assert until_reported(decode, Orders(cancelled_receives=["d"])).received == {"d"}
     step(prefill, Orders(sends=[SendOrder("a", "s", [7, 2, 9], 11)]), computes=True)
     assert until_reported(prefill, Orders(cancelled_sends=["a"])).sent == {"a"}
+
+
+@pytest.mark.parametrize("mode", ["push", "pull"])
+@pytest.mark.parametrize(
+    ("ranks", "decode_first"), [((1, 2), False), ((1, 2), True), ((2, 1), False), ((2, 2), False)]
+)
+def test_tensor_parallelism_may_differ(
+    start: Callable[..., WorkerSide], mode: str, ranks: tuple[int, int], decode_first: bool
+) -> None:
+    model = make_caches(1)
+    src, dst = model, {name: torch.full_like(cache, SENTINEL) for name, cache in model.items()}
+    prefills = start_ranks(start, "p", "prefill", src, ranks[0], mode)
+    decodes = start_ranks(start, "d", "decode", dst, ranks[1], mode)
+    addresses = [worker.agent.address for worker, _ in prefills]
+    order = ReceiveOrder("d", "r", "p", addresses, [4, 0, 5], 11, 0)
+    send = Orders(sends=[SendOrder("a", "r", [7, 2, 9], 11)])
+    if decode_first:
+        for worker, _ in decodes:
+            assert not step(worker, Orders(receives=[order])).received
+    for worker, _ in prefills:
+        step(worker, send, computes=True)
+    for worker, _ in decodes:
+        wanted = None if decode_first else Orders(receives=[order])
+        results = until_reported(worker, wanted)
+        assert (results.received, results.failed) == ({"d"}, set())
+    for worker, _ in prefills:
+        assert until_reported(worker, Orders(finished_sends=["a"])).sent == {"a"}
+    # Decode has it all by now: prefill learns that nothing is needed.
+    again = ReceiveOrder("e", "s", "p", addresses, [], 11, 11, awaited=False)
+    for worker, _ in prefills:
+        step(worker, Orders(sends=[SendOrder("b", "s", [7, 2, 9], 11)]), computes=True)
+    for worker, _ in decodes:
+        step(worker, Orders(receives=[again]))
+    for worker, _ in prefills:
+        assert until_reported(worker, Orders(finished_sends=["b"])).sent == {"b"}
+        assert len(worker.take_figures()["sent_nbytes"]) == 2
+    for _, caches in decodes:
+        for name in NAMES:
+            assert bool((caches[name][[1, 2, 3, *range(6, BLOCKS)]] == SENTINEL).all())
+    for name in NAMES:
+        arrived = torch.cat([caches[name] for _, caches in decodes], 1)
+        assert torch.equal(arrived[[4, 0, 5]], src[name][[7, 2, 9]])
+
+
+def start_ranks(
+    start: Callable[..., WorkerSide],
+    name: str,
+    role: str,
+    model: dict[str, Any],
+    num: int,
+    mode: str,
+) -> list[tuple[WorkerSide, dict[str, Any]]]:
+    """An engine of several ranks, each with its share of the model's heads."""
+    shares = [
+        {layer: cache.chunk(num, 1)[rank].contiguous() for layer, cache in model.items()}
+        for rank in range(num)
+    ]
+    layouts = [describe_caches(shares[0], CPU, heads_of_rank(HEADS, num, r))[0] for r in range(num)]
+    return [
+        (start(name, role, share, mode=mode, rank=rank, ranks=layouts if num > 1 else ()), share)
+        for rank, share in enumerate(shares)
+    ]
 
 
 def test_the_daemon_learns_where_the_engine_serves_and_what_it_has_to_do(

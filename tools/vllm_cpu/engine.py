@@ -27,7 +27,8 @@ class Engine:
     """One engine, driven from a thread of its own; requests go in and futures come out.
 
     Args:
-        options: of `vllm.LLM`, and `connector`: a `KVTransferConfig` as a dict, or None.
+        options: of `vllm.LLM`, and `connector`: a `KVTransferConfig` as a dict, or None;
+            `log_stats`: whether vLLM counts what it does.
     """
 
     def __init__(self, name: str, options: dict[str, Any]) -> None:
@@ -42,7 +43,7 @@ class Engine:
             max_num_seqs=8,
             max_model_len=options.pop("max_model_len", 2048),
             kv_transfer_config=KVTransferConfig(**connector) if connector else None,
-            disable_log_stats=True,
+            disable_log_stats=not options.pop("log_stats", False),
             **options,
         )
         self._engine = self.llm.llm_engine

@@ -19,6 +19,7 @@ from typing import Any
 from kvferry.tools.vllm_cpu.engine import Engine, tokens
 
 NUM_TOKENS = 16
+PREEMPTED_TOKENS = 100  # from 7 blocks to 10, for each of six requests
 FIRST, LAST = 3, 258  # ids of the model's ordinary tokens
 TO_PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
 
@@ -36,9 +37,9 @@ class Pair:
     def prompt(self, num_tokens: int) -> list[int]:
         return [self._random.randint(FIRST, LAST) for _ in range(num_tokens)]
 
-    def alone(self, prompt: list[int]) -> list[int]:
+    def alone(self, prompt: list[int], num_tokens: int = NUM_TOKENS) -> list[int]:
         """The reference: decode's engine computes everything; its cache is emptied after it."""
-        output = tokens(self.decode.generate(prompt, NUM_TOKENS))
+        output = tokens(self.decode.generate(prompt, num_tokens))
         assert self.decode.forget_prefixes()
         return output
 
@@ -190,6 +191,27 @@ def check_aborts(pair: Pair) -> Any:
         "aborted": aborted,
         "after": [129, pair.alone(prompt), tokens(pair.one_after_the_other(prompt))],
     }
+
+
+def check_preempted(pair: Pair) -> Any:
+    """Six requests on a decode engine with room for fewer: some lose their blocks after a load."""
+    prompts = [pair.prompt(200) for _ in range(6)]
+    wants = [pair.alone(prompt, PREEMPTED_TOKENS) for prompt in prompts]
+    made = [pair.prefilled(prompt) for prompt in prompts]
+    got = [
+        pair.decode.submit(prompt, PREEMPTED_TOKENS, params)[1]
+        for prompt, params in zip(prompts, made, strict=True)
+    ]
+    outputs = [tokens(each.result(120)) for each in got]
+    count = pair.decode.call(_count_preemptions)
+    assert pair.decode.forget_prefixes(), "blocks leaked on decode"
+    assert pair.prefill.forget_prefixes(), "blocks leaked on prefill"
+    rows = [[200, want, out] for want, out in zip(wants, outputs, strict=True)]
+    return {"preemptions": count, "rows": rows}
+
+
+def _count_preemptions(llm: Any) -> int:
+    return int(sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"))
 
 
 def main(spec_file: str, result_file: str) -> None:
