@@ -34,7 +34,7 @@ test-vllm: venv ## the vLLM connector on pairs of real engines, all of them (min
 	@$(BIN)/pytest -rs -m "soak or not soak" tests/adapters/test_vllm_*.py $(ARGS)
 
 test-rdma: venv ## the whole verbs suite, in a virtual machine with RDMA devices (many minutes)
-	@KVFERRY_REQUIRE_RDMA=1 $(BIN)/pytest -q -m "rdma and (soak or not soak)" tests/tools/test_rdma_suite.py $(ARGS)
+	@KVFERRY_REQUIRE_TOOLS=1 $(BIN)/pytest -q -m "rdma and (soak or not soak)" tests/tools/test_rdma_suite.py $(ARGS)
 
 soak: venv ## the tests that take minutes
 	@$(BIN)/pytest -m soak $(ARGS)

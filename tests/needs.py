@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -21,8 +22,12 @@ def need(program: str, package: str) -> str:
     else:
         found = shutil.which(program) or shutil.which(program, path=SYSTEM_PATH)
     if found is None:
-        reason = f"needs {program}: apt-get install {package}"
-        if os.environ.get("KVFERRY_REQUIRE_TOOLS"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        lack(f"needs {program}: apt-get install {package}")
     return found
+
+
+def lack(reason: str) -> NoReturn:
+    """Skips this test, or fails it where nothing may be missing."""
+    if os.environ.get("KVFERRY_REQUIRE_TOOLS"):
+        pytest.fail(reason)
+    pytest.skip(reason)
