@@ -13,6 +13,7 @@ import numpy as np
 from . import iovec
 from .errors import NotRegistered, OutOfRange, ProtocolError
 from .memory import KEY_NBYTES, MemoryRegion, RegionDescriptor, RegionTable, check_ranges
+from .wire import ReadRequest
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -56,6 +57,17 @@ def piece_rows(transfer: Transfer, part: slice) -> npt.NDArray[np.void]:
     rows["offset"] = offsets
     rows["nbytes"] = transfer.nbytes[part]
     return rows
+
+
+def read_request(transfer: Transfer, part: slice, *, verify: bool) -> ReadRequest:
+    """Asks for some of a read's pieces; `verify`: with a checksum."""
+    return ReadRequest(
+        transfer=transfer.id,
+        first=part.start,
+        regions=region_rows(transfer.remote_regions).tobytes(),
+        pieces=piece_rows(transfer, part).tobytes(),
+        verify=verify,
+    )
 
 
 def admit(

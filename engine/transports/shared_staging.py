@@ -165,15 +165,8 @@ class SharedStaging:
             elif transfer.begin():
                 with self._lock:
                     self._reads[transfer.id, part.start] = (transfer, part)
-                link.send(
-                    ReadRequest(
-                        transfer=transfer.id,
-                        first=part.start,
-                        regions=tables.region_rows(transfer.remote_regions).tobytes(),
-                        pieces=tables.piece_rows(transfer, part).tobytes(),
-                        verify=link.core.verify,
-                    )
-                )
+                ask = tables.read_request(transfer, part, verify=link.core.verify)
+                link.send(ask)
         self._start(
             "out" if transfer.write else "in", self._send if transfer.write else self._take_in
         )

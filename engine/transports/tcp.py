@@ -114,15 +114,8 @@ class TcpPath(DataPath):
             elif transfer.begin():
                 with self._lock:
                     self._reads[transfer.id, part.start] = (transfer, part)
-                self._link.send(
-                    ReadRequest(
-                        transfer=transfer.id,
-                        first=part.start,
-                        regions=tables.region_rows(transfer.remote_regions).tobytes(),
-                        pieces=tables.piece_rows(transfer, part).tobytes(),
-                        verify=self._link.core.verify,
-                    )
-                )
+                ask = tables.read_request(transfer, part, verify=self._link.core.verify)
+                self._link.send(ask)
 
     def handle(self, message: LinkMessage) -> bool:
         if isinstance(message, Acknowledge):

@@ -140,18 +140,7 @@ class Sender:
         transfer, part = item
         if not transfer.begin(2):  # this thread, and the peer's answer
             return None
-        local = transfer.local[part]
-        regions = tables.region_rows(transfer.remote_regions)
-        header = frames.Header(
-            kind=frames.WRITE,
-            flags=frames.HAS_IMM if transfer.imm is not None else 0,
-            imm=transfer.imm or 0,
-            table=len(regions),
-            transfer=transfer.id,
-            nbytes=int(transfer.nbytes[part].sum()),
-            num_pieces=len(local),
-            crc=0,
-        )
+        header, body = frames.of_write(transfer, part)
 
         def end(error: EngineError | None) -> None:
             if error is not None:
@@ -159,22 +148,13 @@ class Sender:
                 transfer.end(0)  # the peer will not answer what was not sent
             transfer.end(0)
 
-        body = regions.tobytes() + tables.piece_rows(transfer, part).tobytes()
         verify, ticket = self._link.core.verify, transfer.ticket
+        local = transfer.local[part]
         return self._stage(header, body, local, transfer.device(), verify, end, ticket)
 
     def _begin_reply(self, reply: Reply) -> _Frame | None:
         admitted = reply.admitted
-        header = frames.Header(
-            kind=frames.DATA,
-            flags=0,
-            imm=0,
-            table=reply.first,
-            transfer=reply.transfer,
-            nbytes=admitted.nbytes,
-            num_pieces=len(admitted.iov),
-            crc=0,
-        )
+        header = frames.of_reply(reply.transfer, reply.first, admitted)
 
         def end(error: EngineError | None) -> None:
             admitted.release()

@@ -93,15 +93,8 @@ class Frames:
                 self._waiting.append(Part(transfer, part))
             elif transfer.begin():
                 self._reads[transfer.id, part.start] = (transfer, part)
-                self._link.send(
-                    ReadRequest(
-                        transfer=transfer.id,
-                        first=part.start,
-                        regions=tables.region_rows(transfer.remote_regions).tobytes(),
-                        pieces=tables.piece_rows(transfer, part).tobytes(),
-                        verify=self._link.core.verify,
-                    )
-                )
+                ask = tables.read_request(transfer, part, verify=self._link.core.verify)
+                self._link.send(ask)
         self.advance()
 
     def serve(self, ask: ReadRequest) -> None:
@@ -161,31 +154,11 @@ class Frames:
         if isinstance(item, Part):
             transfer, part = item
             local = transfer.local[part]
-            rows = tables.region_rows(transfer.remote_regions)
-            body = rows.tobytes() + tables.piece_rows(transfer, part).tobytes()
-            header = frames.Header(
-                kind=frames.WRITE,
-                flags=frames.HAS_IMM if transfer.imm is not None else 0,
-                imm=transfer.imm or 0,
-                table=len(rows),
-                transfer=transfer.id,
-                nbytes=int(transfer.nbytes[part].sum()),
-                num_pieces=len(local),
-                crc=0,
-            )
+            header, body = frames.of_write(transfer, part)
             verify = self._link.core.verify
         else:
             local, body, verify = item.admitted.iov, b"", item.verify
-            header = frames.Header(
-                kind=frames.DATA,
-                flags=0,
-                imm=0,
-                table=item.first,
-                transfer=item.transfer,
-                nbytes=item.admitted.nbytes,
-                num_pieces=len(local),
-                crc=0,
-            )
+            header = frames.of_reply(item.transfer, item.first, item.admitted)
         if verify:
             crc = iovec.checksum(local)
             header = header._replace(flags=header.flags | frames.HAS_CRC, crc=crc)
