@@ -81,8 +81,8 @@ class _LinkView:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._link, name)
 
-    def count(self, imm: int, nbytes: int, writes: int) -> None:
-        self._shuffler.add(lambda: self._link.count(imm, nbytes, writes))
+    def count(self, imm: int, nbytes: int, writes: int, *, staged: bool = False) -> None:
+        self._shuffler.add(lambda: self._link.count(imm, nbytes, writes, staged=staged))
 
 
 class ShufflePath(DataPath):
