@@ -125,6 +125,9 @@ class ShufflePath(DataPath):
     def rail_states(self) -> tuple[RailState, ...]:
         return self._inner.rail_states()
 
+    def tick(self) -> None:
+        self._inner.tick()
+
     def drain(self) -> None:
         self._inner.drain()
         self.shuffler.drain()
