@@ -149,12 +149,12 @@ def test_a_transfer_ends_at_its_deadline(
     mine, theirs = new_pool(LARGE), peer.call("pool", LARGE, 1)
     gate = hold(operation)
     if operation == "write":
-        ticket = link.write(mine.region, 0, theirs, 0, LARGE, timeout_s=0.05)
+        ticket = link.write(mine.region, 0, theirs, 0, LARGE, timeout_s=1.0)
     else:
-        ticket = link.read(mine.region, 0, theirs, 0, LARGE, timeout_s=0.05)
+        ticket = link.read(mine.region, 0, theirs, 0, LARGE, timeout_s=1.0)
     assert gate.reached.wait(15.0)
     with pytest.raises(DeadlineExceeded, match="still pending"):
-        ticket.wait(0.2)  # the deadline has passed, but a thread is at the memory
+        ticket.wait(1.2)  # the deadline has passed, but a thread is at the memory
     gate.open()
     with pytest.raises(DeadlineExceeded, match="deadline passed"):
         ticket.wait(15.0)
