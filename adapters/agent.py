@@ -60,9 +60,8 @@ if TYPE_CHECKING:
 
 DEFAULT_TIMEOUT_S = 30.0
 DEFAULT_LEASE_S = 3.0
-CONNECT_TIMEOUT_S = (
-    15.0  # both sides make plans first: seconds, for a large cache or on a busy host
-)
+# Both sides make plans first, which takes seconds for a large cache or on a busy host.
+CONNECT_TIMEOUT_S = 15.0
 MEET_TIMEOUT_S = 5.0  # for a member that a handoff has to connect to first
 CLOSE_TIMEOUT_S = 2.0
 ATTEMPTS_REMEMBERED = 4096  # requests whose next attempt gets the next number

@@ -138,10 +138,8 @@ class AgentCore:
 
     def _say_who_asked(self, key: int) -> None:
         """Tells the user of a handoff who asked for it, as soon as both are known."""
-        machine, work = (
-            self._desks["prefill"].machines.get(key),
-            self.workbench.work.get(("prefill", key)),
-        )
+        machine = self._desks["prefill"].machines.get(key)
+        work = self.workbench.work.get(("prefill", key))
         handoff = work.handoff if work is not None else None
         if machine is None or not machine.peer or not isinstance(handoff, SendHandoff):
             return

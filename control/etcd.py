@@ -58,6 +58,8 @@ class EtcdStore:
     def __init__(self, address: StoreAddress) -> None:
         self._address = address
         self._prefix = f"{address.cluster}/"
+        last = _base64(self._prefix[:-1] + "0")  # "0" comes after "/"
+        self._everything = {"key": _base64(self._prefix), "range_end": last}
         self._turn = 0  # which of the servers is asked
         self._leases: dict[int, Lease] = {}
         self._asked: queue.SimpleQueue[tuple[int, Proposal]] = queue.SimpleQueue()
@@ -227,10 +229,9 @@ class EtcdStore:
 
     def _look(self, client: Etcd3Client) -> int:
         """Tells all that is there; returns the revision at which that was so."""
-        everything = {"key": _base64(self._prefix), "range_end": _base64(self._prefix[:-1] + "0")}
         # In a transaction, because the library's own `get` keeps the revision to itself.
         answer = client.transaction(
-            {"compare": [], "success": [{"request_range": everything}], "failure": []}
+            {"compare": [], "success": [{"request_range": self._everything}], "failure": []}
         )
         revision = int(answer["header"]["revision"])
         records: dict[str, tuple[Record, int]] = {}
@@ -250,8 +251,7 @@ class EtcdStore:
         The library's `watch` is not used: when its connection breaks, its thread ends without a
         word and its iterator waits for ever.
         """
-        everything = {"key": _base64(self._prefix), "range_end": _base64(self._prefix[:-1] + "0")}
-        ask = {"create_request": everything | {"start_revision": revision + 1}}
+        ask = {"create_request": self._everything | {"start_revision": revision + 1}}
         with client.session.post(
             client.get_url("/watch"), json=ask, stream=True, timeout=(ANSWER_S, WATCH_QUIET_S)
         ) as response:

@@ -89,9 +89,8 @@ class SharedStaging:
         self._named: tuple[object, bytes] = (None, b"")
         self._mine: SharedSlots | None = None
         self._theirs: SharedSlots | None = None
-        self._closed = (
-            False  # by the peer before we could open it; what it has said is still coming
-        )
+        # Its owner ended before we could open it; what it has said is still coming.
+        self._closed = False
         self._movers: dict[tuple[str, int], Mover] = {}
         self._threads: dict[str, threading.Thread] = {}
         self._workers = Workers(link, "staging")

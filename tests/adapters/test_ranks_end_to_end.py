@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,35 +11,29 @@ pytest.importorskip("transformers", reason="the model is one of transformers'")
 
 from kvferry.tools import demo_model
 
+if TYPE_CHECKING:
+    from tests.child import Child
+else:
+    from child import Child  # in the folder above: `pythonpath` in pyproject.toml
+
 ANSWER_S = 120.0
-ROOT = Path(__file__).parents[2]
 
 
-class Side:
+class Side(Child):
     """One engine with all its ranks, in a process of its own."""
 
     def __init__(self, *arguments: Any) -> None:
-        self.pipe, theirs = Pipe()
-        with theirs:
-            self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    str(Path(__file__).with_name("rank_process.py")),
-                    str(theirs.fileno()),
-                ],
-                pass_fds=(theirs.fileno(),),
-                env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"},
-            )
+        super().__init__(
+            Path(__file__).with_name("rank_process.py"),
+            answer_s=ANSWER_S,
+            environment={"HF_HUB_OFFLINE": "1"},
+        )
         self.pipe.send(arguments)
 
-    def answer(self) -> Any:
+    def result(self) -> Any:
+        """What it sends next; EOFError: it has ended, and its traceback is above."""
         assert self.pipe.poll(ANSWER_S), "a process does not answer"
-        return self.pipe.recv()  # EOFError: it has ended, and its traceback is above
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.pipe.close()
+        return self.pipe.recv()
 
 
 @pytest.mark.slow
@@ -52,12 +42,12 @@ def test_the_same_tokens_as_one_process(transport: str) -> None:
     assert len({len(prompt) % 64 for prompt in prompts} - {0}) > 1  # partial blocks on both sides
     sides = [Side("prefill", prompts, transport)]
     try:
-        sides.append(Side("decode", prompts, transport, sides[0].answer()))
+        sides.append(Side("decode", prompts, transport, sides[0].result()))
         prefill, decode = sides
-        assert prefill.answer() is None
-        talks, tokens = decode.answer()
+        assert prefill.result() is None
+        talks, tokens = decode.result()
         assert talks == [[0], [0], [1], [1]]  # each head is on two of the four ranks
-        assert tokens == prefill.answer()
+        assert tokens == prefill.result()
         assert len({tuple(row) for row in tokens}) == len(tokens)
         for side in sides:
             side.pipe.send(None)
@@ -65,3 +55,4 @@ def test_the_same_tokens_as_one_process(transport: str) -> None:
     finally:
         for side in sides:
             side.kill()
+            side.pipe.close()
