@@ -332,6 +332,14 @@ class Acquaintances:
                 )
             )
         self._forget_old()
+        self._core.mailbox.call_later(self._timing.remember_s, partial(self._fade, known))
+
+    def _fade(self, known: Acquaintance) -> None:
+        """It has been down for a while: its route is closed, unless blocks wait for it."""
+        self._core.forget(known)
+        self._forget_old()
+        if known.session.number in self._all:
+            self._core.mailbox.call_later(self._timing.remember_s, partial(self._fade, known))
 
     def _link_quiesced(self, known: Acquaintance, ticket: Ticket) -> None:
         if not _at_rest(ticket):

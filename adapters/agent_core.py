@@ -283,6 +283,11 @@ class AgentCore:
         """Whether a desk may still have something to say to this peer."""
         return any(desk.knows(peer.session.number) for desk in self._desks.values())
 
+    def forget(self, peer: Acquaintance) -> None:
+        """This peer is down for so long that it asks about no handoff any more."""
+        for desk in self._desks.values():
+            desk.forget(peer.session.number)
+
     # The end
 
     def begin_close(self, all_back: Callable[[], None]) -> None:

@@ -81,6 +81,12 @@ class Desk:
         """The peer of a session that is down can touch nothing any more."""
         return self._tell_all(session, Quiesced())
 
+    def forget(self, session: int) -> None:
+        """Nobody asks about a session that is down any more; one with live handoffs is kept."""
+        ledger = self._ledgers.get(session)
+        if ledger is not None and not (ledger.up or ledger.live):
+            del self._ledgers[session]
+
     def _receive_unknown(self, ledger: Ledger, message: HandoffMessage) -> Steps:
         raise NotImplementedError
 

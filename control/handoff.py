@@ -60,6 +60,7 @@ class Timing(msgspec.Struct, frozen=True):
     drain_s: float = 5.0  # for cancelled operations to end before the link is torn down
     recall_s: float = 5.0  # for the peer to answer `Cancel` before the link is torn down
     teardown_s: float = 2.0  # for a link to come down
+    remember_s: float = 30.0  # a session that is down; a peer repeats itself for recall_s at most
 
 
 class Machine:

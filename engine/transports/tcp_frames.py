@@ -14,8 +14,8 @@ import struct
 import zlib
 from typing import TYPE_CHECKING, NamedTuple
 
+from .. import tables
 from ..errors import ProtocolError
-from ..tables import MAX_PIECES, MAX_REGIONS, piece_rows, region_rows
 
 if TYPE_CHECKING:
     from ..tables import Admitted
@@ -45,7 +45,7 @@ class Header(NamedTuple):
 
 def of_write(transfer: Transfer, part: slice) -> tuple[Header, bytes]:
     """The header and the tables of the frame that carries some of a write's pieces."""
-    regions, pieces = region_rows(transfer.remote_regions), piece_rows(transfer, part)
+    regions, pieces = tables.region_rows(transfer.remote_regions), tables.piece_rows(transfer, part)
     header = Header(
         kind=WRITE,
         flags=HAS_IMM if transfer.imm is not None else 0,
@@ -100,12 +100,12 @@ def decode(data: bytes) -> Header:
         raise ProtocolError(f"frame kind {header.kind} is unknown", operation="receive")
     if header.flags & ~(HAS_IMM | HAS_CRC):
         raise ProtocolError(f"frame flags {header.flags:#x} are unknown", operation="receive")
-    if header.nbytes > MAX_FRAME_NBYTES or header.num_pieces > MAX_PIECES:
+    if header.nbytes > MAX_FRAME_NBYTES or header.num_pieces > tables.MAX_PIECES:
         raise ProtocolError(
             f"a frame of {header.nbytes} bytes in {header.num_pieces} pieces is larger than "
-            f"{MAX_FRAME_NBYTES} in {MAX_PIECES}",
+            f"{MAX_FRAME_NBYTES} in {tables.MAX_PIECES}",
             operation="receive",
         )
-    if header.kind == WRITE and header.table > MAX_REGIONS:
+    if header.kind == WRITE and header.table > tables.MAX_REGIONS:
         raise ProtocolError(f"a frame names {header.table} regions", operation="receive")
     return header

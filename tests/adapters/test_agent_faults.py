@@ -19,14 +19,19 @@ from kvferry.control.errors import (
     LinkLost,
     SendFailed,
 )
+from kvferry.control.handoff import Timing
 
 from .agent_process import SENTINEL, WAIT_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tests.census import Census
+
     from .agent_process import Gate
     from .conftest import Local, Remote
+else:
+    from census import Census  # in the folder above: `pythonpath` in pyproject.toml
 
 MODES = pytest.mark.parametrize("mode", ["push", "pull"])
 SRC = [9, 2, 11, 40, 3]
@@ -256,6 +261,25 @@ def test_a_source_that_a_frozen_reader_may_read_is_not_reused(
         assert not handoff.blocks_free.done()
     decode.kill()
     handoff.blocks_free.wait(WAIT_S)
+
+
+@MODES
+def test_the_dead_leave_nothing_behind(
+    new_agent: Callable[..., Local], start_agent: Callable[..., Remote], mode: Any
+) -> None:
+    """No thread, no descriptor, and no socket that dials a dead peer for ever."""
+    decode = new_agent("decode-0", "decode", options={"timing": Timing(remember_s=0.05)})
+    census = Census()
+    for number in range(4):
+        prefill = start_agent(f"prefill-{number}", "prefill")
+        name = decode.agent.connect(prefill.address)
+        waiting = decode.agent.receive("r", name, DST, mode=mode)
+        prefill.kill()
+        with pytest.raises(LinkLost):
+            waiting.wait(WAIT_S)
+        waiting.blocks_free.wait(WAIT_S)
+        prefill.pipe.close()
+        census.take()
 
 
 @MODES

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from kvferry.engine.transports import tcp_frames, verbs_device, verbs_qp
+from kvferry.engine import tables
+from kvferry.engine.transports import verbs_device, verbs_qp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,7 +96,7 @@ def test_a_lying_frame_reaches_nothing(pair: Any, monkeypatch: pytest.MonkeyPatc
     memory.write(piece=4096).wait()
     memory.arrived()
     memory.clear()
-    rows = tcp_frames.region_rows
+    rows = tables.region_rows
 
     def forged(regions: Any) -> Any:
         table = rows(regions)
@@ -103,7 +104,7 @@ def test_a_lying_frame_reaches_nothing(pair: Any, monkeypatch: pytest.MonkeyPatc
         return table
 
     with monkeypatch.context() as patch:
-        patch.setattr(tcp_frames, "region_rows", forged)
+        patch.setattr(tables, "region_rows", forged)
         error = pair.failure(memory.write(piece=4096))
     assert "not registered here under that key" in str(error)
     assert (memory.whole == 0xA5).all()
