@@ -66,6 +66,10 @@ class Wire:
         for name in ADDRESSES:
             run("tc", "qdisc", "replace", "dev", name, "root", "netem", *netem)
 
+    def slow(self) -> None:
+        """4 MB/s: what was posted is still under way when something is done to it."""
+        self.spoil("rate", "32mbit")
+
     def mend(self) -> None:
         for name in ADDRESSES:
             subprocess.run(("tc", "qdisc", "del", "dev", name, "root"), capture_output=True)
