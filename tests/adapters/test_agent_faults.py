@@ -20,18 +20,15 @@ from kvferry.control.errors import (
     SendFailed,
 )
 from kvferry.control.handoff import Timing
+from tests.census import Census
 
 from .agent_process import SENTINEL, WAIT_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.census import Census
-
     from .agent_process import Gate
     from .conftest import Local, Remote
-else:
-    from census import Census  # in the folder above: `pythonpath` in pyproject.toml
 
 MODES = pytest.mark.parametrize("mode", ["push", "pull"])
 SRC = [9, 2, 11, 40, 3]

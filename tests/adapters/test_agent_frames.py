@@ -21,15 +21,17 @@ from kvferry.control.messages import (
     Welcome,
 )
 from kvferry.control.wire import MAX_FRAME_NBYTES, decode, encode
+from tests.giants import is_cut_off, peak_mib
 
 from .agent_process import WAIT_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from .conftest import Local
+    from .conftest import Local, Remote
 
 SRC, DST = [9, 2, 11], [1, 0, 7]
+MIB_OF_A_HANDOFF = 64  # what meeting somebody and a first handoff take, and more
 
 
 class Stranger:
@@ -132,6 +134,25 @@ def test_oversized_frames_cost_the_sender_its_connection(
     assert speaker.ask(encode(Welcome(1))).reason == "session"
     speaker.socket.send(bytes(MAX_FRAME_NBYTES + 1))
     assert works(local, new_agent)
+
+
+def test_a_message_of_a_gibibyte_costs_its_connection_and_no_memory(
+    start_agent: Callable[..., Remote], new_agent: Callable[..., Local]
+) -> None:
+    remote = start_agent("prefill-0", "prefill")
+    before = peak_mib(remote.process.pid)
+    with zmq.Context() as context:
+        speaker = Stranger(context, remote.address)
+        assert speaker.ask(encode(Welcome(1))).reason == "session"
+        assert is_cut_off(speaker.socket, WAIT_S), "the agent did not hang up"
+        speaker.socket.close()
+    here = new_agent("decode-0", "decode")
+    here.agent.connect(remote.address)
+    remote.call("fill", SRC, 1)
+    remote.call("send", "r", SRC)
+    here.agent.receive("r", "prefill-0", DST).wait(WAIT_S)
+    assert here.cache.holds(DST, 1)
+    assert peak_mib(remote.process.pid) - before < MIB_OF_A_HANDOFF
 
 
 def test_a_flood_of_random_frames(
