@@ -123,6 +123,40 @@ def test_a_frozen_agent_comes_back_with_a_new_generation(
     assert decode.cache.holds(DST, 1)
 
 
+def test_a_frozen_agent_whose_name_was_taken_comes_second(
+    daemon: DaemonProcess, make: Callable[..., Local], start_agent: Callable[..., Remote]
+) -> None:
+    """What it begins when it wakes reaches nobody; it has its name back when the other has gone."""
+    decode = make("decode-0", "decode")
+    frozen = start_agent("prefill-0", "prefill", daemon=daemon.address, lease_s=0.5)
+    old = decode.agent.wait_for_member("prefill-0", WAIT_S)
+    decode.agent.connect("prefill-0")
+    interrupted = decode.agent.receive("before", "prefill-0", DST)
+    frozen.freeze()
+    wait_until(decode, lambda: "prefill-0" not in decode.agent.members)
+    newer = make("prefill-0", "prefill")
+    member = decode.agent.wait_for_member("prefill-0", WAIT_S)
+    assert member.registration.life != old.registration.life
+    assert member.generation > old.generation
+    hand_over(newer, decode, "meanwhile")
+    frozen.thaw()
+    frozen.call("fill", SRC, 2)
+    frozen.call("send", "before", SRC)
+    with pytest.raises(LinkLost):
+        interrupted.wait(WAIT_S)
+    interrupted.blocks_free.wait(WAIT_S)
+    decode.cache.fill(DST, 7)
+    hand_over(newer, decode, "after")
+    assert decode.agent.members["prefill-0"].registration.life == member.registration.life
+    newer.agent.close()
+
+    def is_back() -> bool:
+        now = decode.agent.members.get("prefill-0")
+        return now is not None and now.registration.life == old.registration.life
+
+    wait_until(decode, is_back)
+
+
 def test_of_two_agents_of_one_name_the_newer_one_has_it(make: Callable[..., Local]) -> None:
     older, decode = make("prefill-0", "prefill"), make("decode-0", "decode")
     first = decode.agent.wait_for_member("prefill-0", WAIT_S)
