@@ -1,6 +1,8 @@
 # Every target makes .venv first if it is missing. PYTHON picks the interpreter, ARGS go to the command.
 PYTHON ?= python3
 BIN := .venv/bin
+# Files side by side, those that take long first. Most tests wait for processes of their own.
+PARALLEL := -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test check bench test-gpu test-vllm test-rdma soak clean
@@ -16,13 +18,13 @@ demo: venv ## two processes, a real model's KV cache between them, the tokens co
 	@$(BIN)/kvferry demo $(ARGS)
 
 test: venv ## the whole test suite
-	@$(BIN)/pytest -m "not soak" $(ARGS)
+	@$(BIN)/pytest $(PARALLEL) -m "not soak" $(ARGS)
 
 check: venv ## format, lint, types, and the fast tests
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/pytest -q -m "not slow and not soak"
+	@$(BIN)/pytest $(PARALLEL) -q -m "not slow and not soak"
 
 bench: venv ## the transfer benchmark beside its baselines
 	@$(BIN)/kvferry bench transfer $(ARGS)

@@ -209,7 +209,8 @@ def hold(monkeypatch: pytest.MonkeyPatch, transport: str) -> Iterator[Callable[[
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Soak tests run only when they are asked for."""
+    """Soak tests run only when they are asked for; what is marked `first` comes first."""
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
     if "soak" in (config.getoption("-m") or ""):
         return
     for item in items:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,9 @@ def test_a_trace_of_two_agents(new_agent: Callable[..., Local], tmp_path: Path) 
     prefill, decode = new_agent("prefill-0", "prefill"), new_agent("decode-0", "decode")
     decode.agent.connect(prefill.agent.address)
     sending = prefill.agent.send("r", SRC)
+    offered = threading.Event()
+    prefill.agent._core.mailbox.call_soon(offered.set)
+    assert offered.wait(WAIT_S)  # else the request may come first
     nbytes = decode.agent.receive("r", "prefill-0", DST).wait(WAIT_S)
     sending.wait(WAIT_S)
     with pytest.raises(HandoffTimeout):

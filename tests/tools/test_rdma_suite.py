@@ -102,6 +102,7 @@ def run(part: Part) -> None:
     assert " skipped" not in done.stdout
 
 
+@pytest.mark.first
 @pytest.mark.rdma
 @pytest.mark.slow
 def test_the_core_of_the_verbs_suite_passes_on_rdma_devices() -> None:
