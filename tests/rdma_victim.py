@@ -15,6 +15,7 @@ from kvferry.engine.errors import EngineError
 from kvferry.engine.transfer import TransferEngine
 
 PATIENCE_S = 120.0
+UNAWAITED = 1 << 30  # an imm that the survivor gives nobody
 
 
 def victim(pipe: Any, survivor: bytes, target: Any, nbytes: int) -> None:
@@ -26,5 +27,5 @@ def victim(pipe: Any, survivor: bytes, target: Any, nbytes: int) -> None:
         pipe.send((engine.engine_id, inbox.descriptor))
         with contextlib.suppress(EngineError):
             while True:
-                link.write(outbox, 0, target, 0, nbytes, imm=1).wait(PATIENCE_S)
+                link.write(outbox, 0, target, 0, nbytes, imm=UNAWAITED).wait(PATIENCE_S)
         os._exit(0)
