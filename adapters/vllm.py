@@ -25,6 +25,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.request import RequestStatus
 
+from .vllm_groups import read_groups
 from .vllm_layout import Backend, describe_caches, heads_of_rank
 from .vllm_orders import Orders
 from .vllm_scheduler import SchedulerSide
@@ -65,28 +66,19 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         parallel = vllm_config.parallel_config
         self._settings = Settings.read(transfer.kv_connector_extra_config)
         self._engine_id = str(transfer.engine_id)
-        self._check(vllm_config, kv_cache_config)
+        if parallel.pipeline_parallel_size > 1:
+            raise ValueError("KVFerryConnector needs pipeline_parallel_size=1")
+        self._groups = read_groups(kv_cache_config)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerSide(
                 self._engine_id,
                 self._settings,
-                block_size=kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
+                groups=self._groups,
                 tp_size=parallel.tensor_parallel_size,
                 pp_size=parallel.pipeline_parallel_size,
             )
-
-    @staticmethod
-    def _check(vllm_config: Any, kv_cache_config: Any) -> None:
-        groups = kv_cache_config.kv_cache_groups
-        if len(groups) != 1:
-            kinds = ", ".join(type(group.kv_cache_spec).__name__ for group in groups)
-            raise ValueError(
-                f"KVFerryConnector moves caches of one group; this model has {len(groups)} ({kinds})"
-            )
-        if vllm_config.parallel_config.pipeline_parallel_size > 1:
-            raise ValueError("KVFerryConnector needs pipeline_parallel_size=1")
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
@@ -130,15 +122,15 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._side.addresses = [metadata[rank].address for rank in sorted(metadata)]
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
-        """Where the number of free blocks is, which the daemon places by."""
-        self._side.num_free_blocks = gpu_block_pool.get_num_free_blocks
+        """Where blocks of windows are kept, and how many are free, which the daemon places by."""
+        self._side.holds.bind(gpu_block_pool)
 
     def on_new_request(self, request: Any) -> None:
         self._side.new_request(request)
 
     def get_loaded_kv_cache_group_ids(self, request: Any) -> tuple[int, ...]:
-        """Every group: a request's own blocks are loaded."""
-        return tuple(range(len(self._kv_cache_config.kv_cache_groups)))
+        """Every group that is moved: a request's own blocks are loaded."""
+        return tuple(group.table for group in self._groups)
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
@@ -183,34 +175,36 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 f"KVFerryConnector moves caches in host memory; layer {first} is on "
                 f"{kv_caches[first].device}"
             )
-        rank = parallel.rank % parallel.tensor_parallel_size
-        attention = config.compilation_config.static_forward_context[first]
-        backend = Backend(
-            attention.get_attn_backend().get_name(),
-            str(getattr(attention, "isa", "")),
-            vllm.__version__,
-        )
-        tp_size = parallel.tensor_parallel_size
+        rank, tp_size = parallel.rank % parallel.tensor_parallel_size, parallel.tensor_parallel_size
         total = 1 if model.use_mla else model.get_total_num_kv_heads()  # a latent has no heads
         # All ranks' caches are alike but for the heads that they hold.
         described = [
-            describe_caches(kv_caches, backend, heads_of_rank(total, tp_size, each))
+            describe_caches(
+                kv_caches, self._groups, self._backend(), heads_of_rank(total, tp_size, each)
+            )
             for each in range(tp_size)
         ]
-        layout, positions = described[rank]
-        in_order = sorted(kv_caches, key=positions.__getitem__)
+        layout, names = described[rank]
         self._worker = WorkerSide(
             engine_id=self._engine_id,
             rank=rank,
             role=ROLES[config.kv_transfer_config.kv_role],
             settings=self._settings,
             layout=layout,
-            caches=[kv_caches[name] for name in in_order],
-            positions=positions,
+            names=names,
+            caches=kv_caches,
+            num_blocks=self._kv_cache_config.num_blocks,
             ranks=[each for each, _ in described] if tp_size > 1 else (),
             model=model_name(model),
-            blocks_split=layout.num_blocks // self._kv_cache_config.num_blocks,
         )
+
+    def _backend(self) -> Backend:
+        """What fills the caches of all groups."""
+        context = self._vllm_config.compilation_config.static_forward_context
+        layers = [context[group.layers[0]] for group in self._groups]
+        names = dict.fromkeys(layer.get_attn_backend().get_name() for layer in layers)
+        isas = dict.fromkeys(str(getattr(layer, "isa", "")) for layer in layers)
+        return Backend("+".join(names), "+".join(isas), vllm.__version__)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return KVFerryHandshake(self._worker.agent.address) if self._worker else None

@@ -1,10 +1,13 @@
 """vLLM's paged caches as a `KVLayout`.
 
 vLLM gives one tensor a layer, `[block, head, token, content]`, whatever its strides; K and V lie side
-by side in the content. That holds for GPU backends. The CPU backends *advertise* it but store K
-transposed inside a block, in an order that depends on the machine's instruction set: so for them
-token and content are opaque, the codec names backend and instruction set, and a peer that differs in
-either, or in block size, is refused when agents meet.
+by side in the content. A latent (MLA) is the same without heads. That holds for GPU backends. The CPU
+backends *advertise* it but store K transposed inside a block, in an order that depends on the
+machine's instruction set: so for them token and content are opaque, the codec names backend and
+instruction set, and a peer that differs in either, or in block size, is refused when agents meet.
+
+Layers of several groups may share one tensor: vLLM's block manager gives a block to one group at a
+time. Each is a region of its own, over the same bytes.
 """
 
 from __future__ import annotations
@@ -13,12 +16,17 @@ import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..engine.errors import LayoutError
+from ..engine.join import join_groups
 from ..engine.layout import PLAIN_CODEC, KVLayout
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    from .vllm_groups import CacheGroup
 
 DIMS = "block head token dim"
+LATENT_DIMS = "block token dim"
+NULL_BLOCK = 0
 OPAQUE_ON_CPU = ("token", "dim")
 
 
@@ -26,7 +34,7 @@ class Backend(NamedTuple):
     """What fills the cache.
 
     Attributes:
-        name: of vLLM's attention backend, such as `CPU_ATTN`.
+        name: of vLLM's attention backend, such as `CPU_ATTN`; of all of them where layers differ.
         isa: of the CPU backend, such as `vec` or `amx`; "" elsewhere.
         version: vLLM's; what is opaque may change with it.
     """
@@ -41,12 +49,12 @@ class Heads(NamedTuple):
 
     Attributes:
         start: the first.
-        model: how many the model has.
+        held: how many; 0 where a single rank holds what there is.
         replicated: whether other ranks hold the same ones.
     """
 
     start: int
-    model: int
+    held: int
     replicated: bool
 
 
@@ -67,41 +75,81 @@ def layer_number(name: str) -> int:
 
 def heads_of_rank(model_heads: int, tp_size: int, tp_rank: int) -> Heads:
     """vLLM splits heads evenly over ranks; ranks beyond the number of heads share them."""
-    return Heads(tp_rank * model_heads // tp_size, model_heads, tp_size > model_heads)
+    held = max(1, model_heads // tp_size) if tp_size > 1 else 0
+    return Heads(tp_rank * model_heads // tp_size, held, tp_size > model_heads)
 
 
 def describe_caches(
-    caches: Mapping[str, Any], backend: Backend, heads: Heads
-) -> tuple[KVLayout, dict[str, int]]:
+    caches: Mapping[str, Any], groups: Sequence[CacheGroup], backend: Backend, heads: Heads
+) -> tuple[KVLayout, list[str]]:
     """Describes the caches that vLLM registers.
 
     Args:
-        caches: a tensor `[block, head, token, content]` for each layer, by the layer's name.
+        caches: a tensor for each layer, by the layer's name: `[block, head, token, content]`, of a
+            latent also `[block, token, content]`.
+        groups: which of them share a block table.
 
     Returns:
-        The layout, and for each layer's name its position among the layout's layers.
+        The layout, with a group for each of these in their order, and the layers' names in the
+        order of its regions.
 
     Raises:
-        LayoutError: caches that cannot be described: state-space layers, two caches a layer.
+        LayoutError: caches that cannot be described: layers without a number, in no group, of
+            several head counts on a rank that holds a part of them.
     """
-    numbers = {name: layer_number(name) for name in caches}
-    order = sorted(caches, key=numbers.__getitem__)
-    for name in order:
-        if len(caches[name].shape) != 4:
-            raise LayoutError(
-                f"the cache of layer {name!r} has shape {tuple(caches[name].shape)}: only paged "
-                "attention caches of 4 dimensions are moved, no state-space ones",
-                operation="layout",
+    _check_members(caches, groups)
+    on_cpu = next(iter(caches.values())).device.type == "cpu"
+    parts = []
+    names: list[str] = []
+    for group in groups:
+        members = sorted(group.layers, key=layer_number)
+        names += members
+        parts.append(
+            KVLayout.from_tensors(
+                [caches[name] for name in members],
+                _dims(group, members[0], caches[members[0]], heads),
+                layers=[layer_number(name) for name in members],
+                planes=("latent" if group.kind == "mla" else "kv",),
+                head_start=heads.start,
+                tp_mode="replicate" if heads.replicated else "split",
+                kind=group.kind,
+                window=group.window,
+                null_slot=NULL_BLOCK if group.window else None,
+                codec=f"vllm/{backend.name}/{backend.isa}/{backend.version}"
+                if on_cpu
+                else PLAIN_CODEC,
+                opaque=OPAQUE_ON_CPU if on_cpu else (),
             )
-    on_cpu = caches[order[0]].device.type == "cpu"
-    layout = KVLayout.from_tensors(
-        [caches[name] for name in order],
-        DIMS,
-        layers=[numbers[name] for name in order],
-        planes=("kv",),
-        head_start=heads.start,
-        tp_mode="replicate" if heads.replicated else "split",
-        codec=f"vllm/{backend.name}/{backend.isa}/{backend.version}" if on_cpu else PLAIN_CODEC,
-        opaque=OPAQUE_ON_CPU if on_cpu else (),
-    )
-    return layout, {name: position for position, name in enumerate(order)}
+        )
+    return parts[0] if len(parts) == 1 else join_groups(*parts), names
+
+
+def _check_members(caches: Mapping[str, Any], groups: Sequence[CacheGroup]) -> None:
+    members = {name for group in groups for name in group.layers}
+    places = {caches[name].data_ptr() for name in members if name in caches}
+    for name, cache in caches.items():
+        # A layer that reads another's cache has none of its own.
+        if name not in members and cache.data_ptr() not in places:
+            raise LayoutError(f"layer {name!r} is in no cache group", operation="layout")
+    for name in members - caches.keys():
+        raise LayoutError(f"layer {name!r} has no cache", operation="layout")
+
+
+def _dims(group: CacheGroup, name: str, cache: Any, heads: Heads) -> str:
+    shape = tuple(cache.shape)
+    if group.kind == "mla" and (len(shape) == 3 or (len(shape) == 4 and shape[1] == 1)):
+        return LATENT_DIMS if len(shape) == 3 else DIMS
+    if group.kind == "mla" or len(shape) != 4:
+        expected = "[block, token, content]" if group.kind == "mla" else "4 dimensions"
+        raise LayoutError(
+            f"the cache of layer {name!r} has shape {shape}: a paged {group.kind} attention cache "
+            f"of {expected} is expected",
+            operation="layout",
+        )
+    if heads.held and shape[1] != heads.held:
+        raise LayoutError(
+            f"layer {name!r} has {shape[1]} KV heads on this rank, not {heads.held}: models whose "
+            "layers differ in that are moved with tensor_parallel_size 1 alone",
+            operation="layout",
+        )
+    return DIMS

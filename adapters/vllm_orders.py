@@ -1,6 +1,8 @@
 """What the scheduler side of the vLLM connector orders the worker side to do, one step at a time.
 
-Plain data: vLLM pickles it to every worker. Block ids are those of vLLM's block manager.
+Plain data: vLLM pickles it to every worker. Block ids are those of vLLM's block manager; tables are
+one for each group that is moved, from a prompt's first token on. What a sliding window has left behind
+is block 0 there, vLLM's null block.
 """
 
 from __future__ import annotations
@@ -15,13 +17,13 @@ class SendOrder:
     Attributes:
         req_id: vLLM's name for the request, in this engine.
         handoff_id: what decode will ask for.
-        block_ids: all blocks of the prompt, in order.
+        tables: the prompt's blocks.
         num_tokens: of the prompt.
     """
 
     req_id: str
     handoff_id: str
-    block_ids: list[int]
+    tables: list[list[int]]
     num_tokens: int
 
 
@@ -33,8 +35,8 @@ class ReceiveOrder:
         req_id, handoff_id: as in `SendOrder`.
         peer: the engine that has it.
         addresses: of that engine's agents, one for each rank.
-        block_ids: where the prompt goes, from the first block that is not here already.
-        num_tokens: of the prompt.
+        tables: where the prompt goes.
+        num_tokens: of the prompt that are to be here in the end, with those that are already.
         num_local_tokens: of it that are here already; whole blocks.
         awaited: whether the request waits for it; if not, prefill is only told to free its blocks.
     """
@@ -43,7 +45,7 @@ class ReceiveOrder:
     handoff_id: str
     peer: str
     addresses: list[str]
-    block_ids: list[int]
+    tables: list[list[int]]
     num_tokens: int
     num_local_tokens: int
     awaited: bool = True

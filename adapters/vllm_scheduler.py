@@ -6,22 +6,26 @@ It does no I/O. What it learns from vLLM's scheduler it turns into one `Orders` 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import vllm_params
+from .vllm_holds import Holds
 from .vllm_orders import Orders, ReceiveOrder, SendOrder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable, Sequence
 
+    from .vllm_groups import CacheGroup
     from .vllm_params import Params
     from .vllm_settings import Settings
 
 # Requests are vLLM's `Request`, outputs its `SchedulerOutput`; both are read by attribute alone.
 Request = Any
 SchedulerOutput = Any
-BlockTables = tuple[list[int], ...]
+BlockTables = tuple[list[int], ...]  # one for each of vLLM's groups
+
+NULL_BLOCK = 0  # in vLLM's tables: what a sliding window has left behind
 
 log = logging.getLogger("kvferry.vllm")
 
@@ -32,7 +36,7 @@ class _Prefilling:
 
     handoff_id: str
     num_tokens: int
-    block_ids: list[int] = field(default_factory=list)
+    tables: list[list[int]]
     opened: bool = False
 
 
@@ -42,19 +46,27 @@ class SchedulerSide:
     Args:
         engine_id: what decode engines know this one by.
         settings: see there.
-        block_size: tokens of a block of vLLM's block manager.
+        groups: the cache groups that are moved.
         tp_size, pp_size: of this engine.
 
     Attributes:
-        num_free_blocks: of vLLM's block manager.
+        holds: blocks of windows that prefill keeps; takes vLLM's block pool.
     """
 
     def __init__(
-        self, engine_id: str, settings: Settings, *, block_size: int, tp_size: int, pp_size: int
+        self,
+        engine_id: str,
+        settings: Settings,
+        *,
+        groups: Sequence[CacheGroup],
+        tp_size: int,
+        pp_size: int,
     ) -> None:
         self.engine_id = engine_id
+        self.holds = Holds()
         self._settings = settings
-        self._block_size = block_size
+        self._groups = tuple(groups)
+        self._windowed = any(group.window for group in groups)
         self._tp_size = tp_size
         self._pp_size = pp_size
         self._addresses: list[str] = []
@@ -63,7 +75,6 @@ class SchedulerSide:
         self._sending: set[str] = set()
         self._orders = Orders()
         self._told = (0, 0)
-        self.num_free_blocks: Callable[[], int] = lambda: 0
 
     @property
     def addresses(self) -> list[str]:
@@ -81,7 +92,10 @@ class SchedulerSide:
         params = request.kv_transfer_params
         if vllm_params.wants_remote_decode(params):
             name = vllm_params.handoff_id(params, request.request_id)
-            self._prefilling[request.request_id] = _Prefilling(name, request.num_prompt_tokens)
+            tables: list[list[int]] = [[] for _ in self._groups]
+            self._prefilling[request.request_id] = _Prefilling(
+                name, request.num_prompt_tokens, tables
+            )
 
     def num_remote_tokens(self, request: Request, num_local_tokens: int) -> int:
         """How many tokens beyond those here another engine has. Changes nothing."""
@@ -90,7 +104,7 @@ class SchedulerSide:
             return 0
         if self._problem(params, request.num_prompt_tokens):
             return 0
-        return int(max(0, request.num_prompt_tokens - num_local_tokens))
+        return int(max(0, self._num_loaded(request) - num_local_tokens))
 
     def blocks_allocated(
         self, request: Request, tables: BlockTables, num_remote_tokens: int
@@ -108,9 +122,10 @@ class SchedulerSide:
                 problem,
             )
         elif num_remote_tokens:
-            local = request.num_prompt_tokens - num_remote_tokens
-            blocks = tables[0][local // self._block_size :]
-            self._order_receive(request, blocks, local, awaited=True)
+            num_tokens = self._num_loaded(request)
+            self._order_receive(
+                request, self._own(tables), num_tokens, num_tokens - num_remote_tokens
+            )
             self._receiving.add(request.request_id)
         else:
             self._order_release(request)
@@ -130,7 +145,7 @@ class SchedulerSide:
     def _load(self) -> tuple[int, int]:
         """Tokens of prompts that are not computed yet, and free blocks."""
         queued = sum(each.num_tokens for each in self._prefilling.values() if not each.opened)
-        return queued, self.num_free_blocks()
+        return queued, self.holds.num_free_blocks
 
     def _follow(self, output: SchedulerOutput) -> None:
         """Notes the blocks of prompts, and opens those that this step completes."""
@@ -139,10 +154,11 @@ class SchedulerSide:
             if prefilling is not None and prefilling.opened:
                 prefilling.opened = False
                 self._orders.preempted_sends.append(req_id)
+                self.holds.release(req_id)  # workers end the send before this step's forward pass
         for new in output.scheduled_new_reqs:
             prefilling = self._prefilling.get(new.req_id)
             if prefilling is not None:
-                prefilling.block_ids = list(new.block_ids[0])
+                prefilling.tables = self._own(new.block_ids)
                 self._open_if_completed(new.req_id, new.num_computed_tokens, output)
         cached = output.scheduled_cached_reqs
         for req_id, tables, computed in zip(
@@ -152,9 +168,10 @@ class SchedulerSide:
             if prefilling is None:
                 continue
             if req_id in cached.resumed_req_ids:
-                prefilling.block_ids = []
+                prefilling.tables = [[] for _ in self._groups]
             if tables is not None:
-                prefilling.block_ids += tables[0]
+                for table, more in zip(prefilling.tables, self._own(tables), strict=True):
+                    table += more
             self._open_if_completed(req_id, computed, output)
 
     def _open_if_completed(self, req_id: str, num_computed: int, output: SchedulerOutput) -> None:
@@ -162,17 +179,20 @@ class SchedulerSide:
         reached = num_computed + output.num_scheduled_tokens.get(req_id, 0)
         if not prefilling.opened and reached >= prefilling.num_tokens:
             prefilling.opened = True
+            tables = self._cut(prefilling.tables, prefilling.num_tokens)
+            windows = [i for i, group in enumerate(self._groups) if group.window]
+            self.holds.hold(
+                req_id, [block for i in windows for block in tables[i] if block != NULL_BLOCK]
+            )
             self._orders.sends.append(
-                SendOrder(
-                    req_id,
-                    prefilling.handoff_id,
-                    prefilling.block_ids[: self._blocks_of(prefilling.num_tokens)],
-                    prefilling.num_tokens,
-                )
+                SendOrder(req_id, prefilling.handoff_id, tables, prefilling.num_tokens)
             )
 
     def transfers_ended(self, sent: Iterable[str], received: Iterable[str]) -> None:
         """The workers say that nobody touches these requests' blocks any more."""
+        sent = tuple(sent)
+        for req_id in sent:
+            self.holds.release(req_id)
         self._sending.difference_update(sent)
         self._receiving.difference_update(received)
 
@@ -239,12 +259,41 @@ class SchedulerSide:
             return f"remote_num_tokens {there}, but the prompt has {num_tokens} tokens here"
         return ""
 
+    def _num_loaded(self, request: Request) -> int:
+        """Tokens of a prompt that are here when its load has ended.
+
+        vLLM computes the last token of a loaded prompt once more, after it has let go of what only
+        that token's window still reaches. Not loading it leaves its window whole.
+        """
+        return int(request.num_prompt_tokens) - self._windowed
+
+    def _own(self, tables: BlockTables) -> list[list[int]]:
+        """Copies of the tables of the groups that are moved."""
+        return [list(tables[group.table]) for group in self._groups]
+
+    def _cut(self, tables: list[list[int]], num_tokens: int) -> list[list[int]]:
+        """The blocks of a prompt's tokens that are still needed for its last one."""
+        result = []
+        for group, table in zip(self._groups, tables, strict=True):
+            # What a window left behind may belong to others by now, and vLLM told nothing of it.
+            gone = group.needed_from(num_tokens - 1) // group.block_size
+            result.append([NULL_BLOCK] * gone + table[gone : -(-num_tokens // group.block_size)])
+        return result
+
     def _order_release(self, request: Request) -> None:
         """Tells prefill that nothing of its blocks is needed."""
-        self._order_receive(request, [], request.num_prompt_tokens, awaited=False)
+        nothing: list[list[int]] = [[] for _ in self._groups]
+        count = request.num_prompt_tokens
+        self._order_receive(request, nothing, count, count, awaited=False)
 
     def _order_receive(
-        self, request: Request, blocks: list[int], num_local_tokens: int, *, awaited: bool
+        self,
+        request: Request,
+        tables: list[list[int]],
+        num_tokens: int,
+        num_local_tokens: int,
+        *,
+        awaited: bool = True,
     ) -> None:
         remote = vllm_params.find_remote(request.kv_transfer_params)
         assert not isinstance(remote, str), remote
@@ -254,12 +303,12 @@ class SchedulerSide:
                 handoff_id=remote.handoff_id,
                 peer=remote.engine_id,
                 addresses=remote.addresses,
-                block_ids=blocks[: self._blocks_of(request.num_prompt_tokens - num_local_tokens)],
-                num_tokens=request.num_prompt_tokens,
+                tables=[
+                    table[: -(-num_tokens // group.block_size)]
+                    for group, table in zip(self._groups, tables, strict=True)
+                ],
+                num_tokens=num_tokens,
                 num_local_tokens=num_local_tokens,
                 awaited=awaited,
             )
         )
-
-    def _blocks_of(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)

@@ -238,8 +238,16 @@ class TokenPlan:
 
 
 def window_start(pair: TablePair, start: int, stop: int) -> int:
-    """The first token that a group needs: a sliding window sends its window alone."""
-    return max(start, stop - pair.window) if pair.window else start
+    """The first token that a group needs: a sliding window sends its window alone.
+
+    Where blocks move whole, all of the block in which the window begins.
+    """
+    if not pair.window:
+        return start
+    first = max(0, stop - pair.window)
+    if pair.aligned:
+        first -= first % pair.dst_tokens
+    return max(start, first)
 
 
 def _layer_key(layers: Sequence[int] | None) -> tuple[int, ...] | None:

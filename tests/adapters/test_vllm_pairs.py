@@ -6,6 +6,7 @@ reason where it cannot be. Each pair of engines runs several checks, in `vllm_en
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 from pathlib import Path
@@ -24,6 +25,11 @@ CONNECTOR = {
     "kv_connector": "KVFerryConnector",
     "kv_connector_module_path": "kvferry.adapters.vllm",
 }
+OPTIONS: dict[str, dict[str, int]] = {
+    "llama": {"block_size": 32, "max_num_batched_tokens": 256},
+    "hybrid": {"block_size": 32, "max_num_batched_tokens": 256},
+    "mla": {"block_size": 16, "max_num_batched_tokens": 2048},  # vLLM knows no chunks there
+}
 
 pytestmark = pytest.mark.slow
 
@@ -38,15 +44,22 @@ def vllm_python() -> str:
 
 
 @pytest.fixture(scope="session")
-def model(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    run([vllm_python, "-m", "kvferry.tools.vllm_cpu.models", str(folder)], folder / "log.txt")
-    return str(folder)
+def model(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Makes a model of that kind, once."""
+
+    @functools.cache
+    def make(kind: str) -> str:
+        folder = tmp_path_factory.mktemp(kind)
+        command = [vllm_python, "-m", "kvferry.tools.vllm_cpu.models", str(folder), kind]
+        run(command, folder / "log.txt")
+        return str(folder)
+
+    return make
 
 
 @pytest.fixture(scope="session")
 def run_pair(
-    vllm_python: str, model: str, tmp_path_factory: pytest.TempPathFactory
+    vllm_python: str, model: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., dict[str, Any]]:
     """Runs checks on a pair of engines; returns what came out."""
 
@@ -55,6 +68,7 @@ def run_pair(
         *,
         mode: str,
         transport: str,
+        kind: str = "llama",
         policy: str = "fail",
         patience_s: float = 60,
         beside: list[dict[str, Any]] | None = None,
@@ -74,9 +88,9 @@ def run_pair(
         if beside:
             connectors = {side: together(each, beside) for side, each in connectors.items()}
         spec = {
-            "model": model,
+            "model": model(kind),
             # float32: rounding must not make tokens depend on what else is in a batch.
-            "options": {"block_size": 32, "max_num_batched_tokens": 256, "dtype": "float32"},
+            "options": OPTIONS[kind] | {"dtype": "float32"},
             "prefill": {"connector": connectors["prefill"]} | options.get("prefill", {}),
             "decode": {"connector": connectors["decode"]} | options.get("decode", {}),
             "checks": checks,
@@ -188,6 +202,35 @@ def test_a_load_that_fails_ends_the_request_where_that_is_asked_for(
     found = got(pulled, "unreachable")
     assert found["finish_reason"] == "error"
     assert found["got"] == []
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("mode", "transport", "policy"), [("push", "cma", "recompute"), ("pull", "tcp", "fail")]
+)
+def test_windows_beside_full_attention(
+    run_pair: Callable[..., dict[str, Any]], mode: str, transport: str, policy: str
+) -> None:
+    """Three cache groups over the same bytes, two of them with a window."""
+    same = ["tokens", "windows", "recycled", "both_at_once", "many", "prefix"]
+    result = run_pair(
+        [*same, "corrupted", "unreachable", "aborts"],
+        mode=mode,
+        transport=transport,
+        policy=policy,
+        kind="hybrid",
+        prefill={"num_gpu_blocks_override": 160},  # few, so that freed ones are soon taken again
+    )
+    for check in same:
+        assert all_equal(got(result, check)), check
+    _, want, tokens = got(result, "corrupted")
+    assert want != tokens
+    unreachable = got(result, "unreachable")
+    assert unreachable["got"] == (unreachable["want"] if policy == "recompute" else [])
+    assert unreachable["finish_reason"] == ("length" if policy == "recompute" else "error")
+    aborts = got(result, "aborts")
+    assert aborts["aborted"] > 0
+    assert all_equal([aborts["after"]])
 
 
 @pytest.mark.soak

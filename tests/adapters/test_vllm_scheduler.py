@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from kvferry.adapters.vllm_groups import CacheGroup
 from kvferry.adapters.vllm_scheduler import SchedulerSide
 from kvferry.adapters.vllm_settings import Settings
 
 BLOCK = 16
+FULL = (CacheGroup(0, "full", ("model.layers.0.attn",), BLOCK),)
 REMOTE = {
     "do_remote_prefill": True,
     "remote_engine_id": "p",
@@ -23,7 +25,7 @@ TO_PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
 
 @pytest.fixture
 def side() -> SchedulerSide:
-    made = SchedulerSide("me", Settings(), block_size=BLOCK, tp_size=1, pp_size=1)
+    made = SchedulerSide("me", Settings(), groups=FULL, tp_size=1, pp_size=1)
     made.addresses = ["tcp://10.0.0.1:7000"]
     return made
 
@@ -41,19 +43,28 @@ def step(
     resumed: Any = (),
     preempted: Any = (),
 ) -> Any:
-    """A `SchedulerOutput`; new and cached are `(name, blocks, computed)`."""
+    """A `SchedulerOutput`; new and cached are `(name, blocks, computed)`.
+
+    Blocks are one table, or a tuple of them.
+    """
     scheduled = scheduled or {}
+
+    def tables(blocks: Any) -> Any:
+        return blocks if isinstance(blocks, tuple) else (blocks,)
+
     return SimpleNamespace(
         num_scheduled_tokens=scheduled,
         total_num_scheduled_tokens=sum(scheduled.values()),
         preempted_req_ids=set(preempted),
         scheduled_new_reqs=[
-            SimpleNamespace(req_id=name, block_ids=(blocks,), num_computed_tokens=computed)
+            SimpleNamespace(req_id=name, block_ids=tables(blocks), num_computed_tokens=computed)
             for name, blocks, computed in new
         ],
         scheduled_cached_reqs=SimpleNamespace(
             req_ids=[name for name, _, _ in cached],
-            new_block_ids=[(blocks,) if blocks is not None else None for _, blocks, _ in cached],
+            new_block_ids=[
+                tables(blocks) if blocks is not None else None for _, blocks, _ in cached
+            ],
             num_computed_tokens=[computed for _, _, computed in cached],
             resumed_req_ids=set(resumed),
         ),
@@ -65,14 +76,14 @@ def test_a_prompt_in_chunks_is_opened_by_the_step_that_completes_it(side: Schedu
     assert not side.take_orders(step({"a": 16}, new=[("a", [5], 0)])).sends
     assert not side.take_orders(step({"a": 16}, cached=[("a", [9], 16)])).sends
     (send,) = side.take_orders(step({"a": 8}, cached=[("a", [2], 32)])).sends
-    assert (send.handoff_id, send.block_ids, send.num_tokens) == ("a", [5, 9, 2], 40)
+    assert (send.handoff_id, send.tables, send.num_tokens) == ("a", [[5, 9, 2]], 40)
     assert not side.take_orders(step({"a": 1}, cached=[("a", None, 40)])).sends
 
 
 def test_blocks_beyond_the_prompt_stay_here(side: SchedulerSide) -> None:
     side.new_request(request("a", 32, TO_PREFILL))
     (send,) = side.take_orders(step({"a": 32}, new=[("a", [5, 6, 7], 0)])).sends
-    assert send.block_ids == [5, 6]
+    assert send.tables == [[5, 6]]
 
 
 def test_a_finished_prompt_keeps_its_blocks_and_tells_the_router(side: SchedulerSide) -> None:
@@ -113,7 +124,7 @@ def test_a_preempted_prompt_is_ended_and_opened_again(side: SchedulerSide) -> No
     side.take_orders(step({"a": 20}, new=[("a", [5, 6], 0)]))
     assert side.take_orders(step(preempted=["a"])).preempted_sends == ["a"]
     (send,) = side.take_orders(step({"a": 20}, cached=[("a", [8, 3], 0)], resumed=["a"])).sends
-    assert send.block_ids == [8, 3]
+    assert send.tables == [[8, 3]]
 
 
 def test_decode_loads_what_it_has_not(side: SchedulerSide) -> None:
@@ -123,7 +134,7 @@ def test_decode_loads_what_it_has_not(side: SchedulerSide) -> None:
     side.blocks_allocated(asked, ([1, 2, 3, 4],), 24)
     side.blocks_allocated(asked, ([1, 2, 3, 4],), 0)
     (receive,) = side.take_orders(step()).receives
-    assert receive.block_ids == [2, 3]
+    assert receive.tables == [[1, 2, 3]]
     assert (receive.num_local_tokens, receive.num_tokens) == (16, 40)
     assert receive.addresses == ["tcp://127.0.0.1:7000"]
     assert receive.awaited
@@ -140,7 +151,7 @@ def test_decode_tells_prefill_when_it_needs_nothing(side: SchedulerSide, schedul
     assert side.has_work
     (receive,) = side.take_orders(step()).receives
     assert not receive.awaited
-    assert receive.block_ids == []
+    assert receive.tables == [[]]
 
 
 def test_an_abort_while_loading_is_passed_on(side: SchedulerSide) -> None:
@@ -177,9 +188,9 @@ def test_a_step_without_a_forward_pass_is_idle(side: SchedulerSide) -> None:
 
 
 def test_the_load_is_told_until_the_daemon_knows_it() -> None:
-    side = SchedulerSide("me", Settings(daemon="d"), block_size=BLOCK, tp_size=1, pp_size=1)
+    side = SchedulerSide("me", Settings(daemon="d"), groups=FULL, tp_size=1, pp_size=1)
     free = 9
-    side.num_free_blocks = lambda: free
+    side.holds.bind(SimpleNamespace(get_num_free_blocks=lambda: free))
     assert side.has_work, "nothing was told yet"
     side.new_request(request("a", 40, TO_PREFILL))
     orders = side.take_orders(step({"a": 16}, new=[("a", [5], 0)]))

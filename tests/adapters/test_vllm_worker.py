@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from kvferry.adapters.vllm_groups import CacheGroup
 from kvferry.adapters.vllm_layout import Backend, describe_caches, heads_of_rank
 from kvferry.adapters.vllm_orders import Orders, ReceiveOrder, SendOrder
 from kvferry.adapters.vllm_settings import Settings
-from kvferry.adapters.vllm_worker import Results, WorkerSide
+from kvferry.adapters.vllm_worker import WorkerSide
 from kvferry.control.client import DaemonClient
 from kvferry.engine.errors import LayoutError
 from tests.daemon_process import DaemonProcess
@@ -20,11 +21,14 @@ from tests.daemon_process import DaemonProcess
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from kvferry.adapters.vllm_results import Results
+
 LAYERS, BLOCKS, HEADS, TOKENS, CONTENT = 3, 12, 2, 4, 16
 WAIT_S = 30.0
 CPU = Backend("CPU_ATTN", "vec", "0.32.0")
 NAMES = [f"model.layers.{number}.self_attn.attn" for number in range(LAYERS)]
 SENTINEL = -7
+FULL = (CacheGroup(0, "full", tuple(NAMES), TOKENS),)
 
 
 def make_caches(seed: int | None, tokens: int = TOKENS, blocks: int = BLOCKS) -> dict[str, Any]:
@@ -46,18 +50,18 @@ def start(transport: str) -> Iterator[Callable[..., WorkerSide]]:
         split, model = options.pop("split", 1), options.pop("model", "")
         rank, ranks = options.pop("rank", 0), options.pop("ranks", ())
         heads = heads_of_rank(HEADS, max(1, len(ranks)), rank)
-        layout, positions = describe_caches(caches, backend, heads)
+        layout, names = describe_caches(caches, options.pop("groups", FULL), backend, heads)
         worker = WorkerSide(
             engine_id=engine_id,
             rank=rank,
             role=role,
             settings=Settings(transports=(transport,), timeout_s=10, lease_s=10, **options),
             layout=layout,
-            caches=list(caches.values()),
-            positions=positions,
+            names=names,
+            caches=caches,
+            num_blocks=layout.num_blocks // split,
             ranks=ranks,
             model=model,
-            blocks_split=split,
         )
         workers.append(worker)
         return worker
@@ -91,7 +95,7 @@ def until_reported(worker: WorkerSide, orders: Orders | None = None) -> Results:
 
 def ask(prefill: WorkerSide, blocks: list[int], num_tokens: int, local: int = 0) -> Orders:
     address = prefill.agent.address
-    order = ReceiveOrder("d", "r", "p", [address], blocks, num_tokens, local)
+    order = ReceiveOrder("d", "r", "p", [address], [blocks], num_tokens, local)
     return Orders(receives=[order])
 
 
@@ -102,7 +106,7 @@ def test_a_prompt_arrives_whole_and_nothing_else_does(
 ) -> None:
     src, dst = make_caches(1), make_caches(None)
     prefill, decode = start("p", "prefill", src), start("d", "decode", dst, mode=mode)
-    send = Orders(sends=[SendOrder("a", "r", [7, 2, 9], 11)])
+    send = Orders(sends=[SendOrder("a", "r", [[7, 2, 9]], 11)])
     wanted = ask(prefill, [4, 0, 5], 11)
     if decode_first:
         assert not step(decode, wanted).received, "there is nothing yet"
@@ -127,8 +131,8 @@ def test_a_prompt_arrives_whole_and_nothing_else_does(
 def test_only_what_decode_has_not_is_moved(start: Callable[..., WorkerSide]) -> None:
     src, dst = make_caches(1), make_caches(None)
     prefill, decode = start("p", "prefill", src), start("d", "decode", dst)
-    step(prefill, Orders(sends=[SendOrder("a", "r", [7, 2, 9], 11)]), computes=True)
-    results = until_reported(decode, ask(prefill, [0, 5], 11, local=TOKENS))
+    step(prefill, Orders(sends=[SendOrder("a", "r", [[7, 2, 9]], 11)]), computes=True)
+    results = until_reported(decode, ask(prefill, [1, 0, 5], 11, local=TOKENS))
     assert (results.received, results.failed) == ({"d"}, set())
     for name in NAMES:
         assert torch.equal(dst[name][[0, 5]], src[name][[2, 9]])
@@ -138,7 +142,7 @@ def test_only_what_decode_has_not_is_moved(start: Callable[..., WorkerSide]) -> 
 def test_prefill_is_told_when_nothing_is_needed(start: Callable[..., WorkerSide]) -> None:
     prefill = start("p", "prefill", make_caches(1))
     decode = start("d", "decode", dst := make_caches(None))
-    step(prefill, Orders(sends=[SendOrder("a", "r", [7, 2, 9], 11)]), computes=True)
+    step(prefill, Orders(sends=[SendOrder("a", "r", [[7, 2, 9]], 11)]), computes=True)
     orders = ask(prefill, [], 11, local=11)
     orders.receives[0].awaited = False
     step(decode, orders)
@@ -152,7 +156,7 @@ def test_other_block_sizes_of_an_opaque_cache_are_refused_by_name(
 ) -> None:
     prefill = start("p", "prefill", make_caches(1))
     decode = start("d", "decode", dst := make_caches(None, 2 * TOKENS), mode=mode)
-    step(prefill, Orders(sends=[SendOrder("a", "r", [7, 2, 9], 11)]), computes=True)
+    step(prefill, Orders(sends=[SendOrder("a", "r", [[7, 2, 9]], 11)]), computes=True)
     with caplog.at_level(logging.WARNING):
         results = until_reported(decode, ask(prefill, [0, 5], 11))
     assert results.failed == {"d"}
@@ -167,7 +171,7 @@ def test_another_instruction_set_is_refused_by_name(
     prefill = start("p", "prefill", make_caches(1))
     other = Backend("CPU_ATTN", "amx", "0.32.0")
     decode = start("d", "decode", make_caches(None), backend=other)
-    step(prefill, Orders(sends=[SendOrder("a", "r", [7], 4)]), computes=True)
+    step(prefill, Orders(sends=[SendOrder("a", "r", [[7]], 4)]), computes=True)
     assert until_reported(decode, ask(prefill, [0], 4)).failed == {"d"}
     assert "codec differs" in caplog.text
     assert "amx" in caplog.text
@@ -177,7 +181,7 @@ def test_a_block_of_vllm_may_be_several_of_the_cache(start: Callable[..., Worker
     src, dst = make_caches(1), make_caches(None)
     prefill = start("p", "prefill", src, split=2)
     decode = start("d", "decode", dst, split=3)
-    step(prefill, Orders(sends=[SendOrder("a", "r", [4, 1], 11)]), computes=True)  # 8 9 2
+    step(prefill, Orders(sends=[SendOrder("a", "r", [[4, 1]], 11)]), computes=True)  # 8 9 2
     results = until_reported(decode, ask(prefill, [2], 11))  # 6 7 8
     assert (results.received, results.failed) == ({"d"}, set())
     for name in NAMES:
@@ -201,7 +205,7 @@ def test_a_preempted_prompt_is_not_read_any_more(
     start: Callable[..., WorkerSide], asked: bool
 ) -> None:
     prefill, decode = start("p", "prefill", make_caches(1)), start("d", "decode", make_caches(2))
-    send = Orders(sends=[SendOrder("a", "r", [7, 2, 9], 11)])
+    send = Orders(sends=[SendOrder("a", "r", [[7, 2, 9]], 11)])
     if asked:
         assert not step(decode, ask(prefill, [0, 1, 2], 11)).received
     prefill.before_forward(send)
@@ -210,7 +214,7 @@ def test_a_preempted_prompt_is_not_read_any_more(
     prefill.after_forward()
     if asked:
         assert until_reported(decode).failed == {"d"}
-    step(prefill, Orders(sends=[SendOrder("a", "r", [1, 3, 5], 11)]), computes=True)
+    step(prefill, Orders(sends=[SendOrder("a", "r", [[1, 3, 5]], 11)]), computes=True)
     assert not until_reported(decode, ask(prefill, [0, 1, 2], 11)).failed
 
 
@@ -218,7 +222,7 @@ def test_aborts_on_either_side_end_both(start: Callable[..., WorkerSide]) -> Non
     prefill, decode = start("p", "prefill", make_caches(1)), start("d", "decode", make_caches(2))
     step(decode, ask(prefill, [0, 1, 2], 11))
     assert until_reported(decode, Orders(cancelled_receives=["d"])).received == {"d"}
-    step(prefill, Orders(sends=[SendOrder("a", "s", [7, 2, 9], 11)]), computes=True)
+    step(prefill, Orders(sends=[SendOrder("a", "s", [[7, 2, 9]], 11)]), computes=True)
     assert until_reported(prefill, Orders(cancelled_sends=["a"])).sent == {"a"}
 
 
@@ -234,8 +238,8 @@ def test_tensor_parallelism_may_differ(
     prefills = start_ranks(start, "p", "prefill", src, ranks[0], mode)
     decodes = start_ranks(start, "d", "decode", dst, ranks[1], mode)
     addresses = [worker.agent.address for worker, _ in prefills]
-    order = ReceiveOrder("d", "r", "p", addresses, [4, 0, 5], 11, 0)
-    send = Orders(sends=[SendOrder("a", "r", [7, 2, 9], 11)])
+    order = ReceiveOrder("d", "r", "p", addresses, [[4, 0, 5]], 11, 0)
+    send = Orders(sends=[SendOrder("a", "r", [[7, 2, 9]], 11)])
     if decode_first:
         for worker, _ in decodes:
             assert not step(worker, Orders(receives=[order])).received
@@ -248,9 +252,9 @@ def test_tensor_parallelism_may_differ(
     for worker, _ in prefills:
         assert until_reported(worker, Orders(finished_sends=["a"])).sent == {"a"}
     # Decode has it all by now: prefill learns that nothing is needed.
-    again = ReceiveOrder("e", "s", "p", addresses, [], 11, 11, awaited=False)
+    again = ReceiveOrder("e", "s", "p", addresses, [[]], 11, 11, awaited=False)
     for worker, _ in prefills:
-        step(worker, Orders(sends=[SendOrder("b", "s", [7, 2, 9], 11)]), computes=True)
+        step(worker, Orders(sends=[SendOrder("b", "s", [[7, 2, 9]], 11)]), computes=True)
     for worker, _ in decodes:
         step(worker, Orders(receives=[again]))
     for worker, _ in prefills:
@@ -277,7 +281,9 @@ def start_ranks(
         {layer: cache.chunk(num, 1)[rank].contiguous() for layer, cache in model.items()}
         for rank in range(num)
     ]
-    layouts = [describe_caches(shares[0], CPU, heads_of_rank(HEADS, num, r))[0] for r in range(num)]
+    layouts = [
+        describe_caches(shares[0], FULL, CPU, heads_of_rank(HEADS, num, r))[0] for r in range(num)
+    ]
     return [
         (start(name, role, share, mode=mode, rank=rank, ranks=layouts if num > 1 else ()), share)
         for rank, share in enumerate(shares)
@@ -317,17 +323,17 @@ def test_a_refused_handoff_fails_at_once(start: Callable[..., WorkerSide]) -> No
 @pytest.mark.parametrize("name", ["model.norm", "model.layers.1.experts.2.attn"])
 def test_a_layer_has_one_number(name: str) -> None:
     with pytest.raises(LayoutError, match="numbers in its name"):
-        describe_caches({name: make_caches(1)[NAMES[0]]}, CPU, heads_of_rank(2, 1, 0))
-
-
-def test_state_space_caches_are_refused() -> None:
-    with pytest.raises(LayoutError, match="only paged attention caches of 4 dimensions"):
-        describe_caches({NAMES[0]: torch.zeros(3, 5)}, CPU, heads_of_rank(2, 1, 0))
+        describe_caches(
+            {name: make_caches(1)[NAMES[0]]},
+            (CacheGroup(0, "full", (name,), TOKENS),),
+            CPU,
+            heads_of_rank(2, 1, 0),
+        )
 
 
 @pytest.mark.parametrize(
     ("tp_size", "rank", "want"),
-    [(1, 0, (0, 8, False)), (4, 3, (6, 8, False)), (16, 5, (2, 8, True))],
+    [(1, 0, (0, 0, False)), (4, 3, (6, 2, False)), (16, 5, (2, 1, True))],
 )
 def test_heads_of_a_rank(tp_size: int, rank: int, want: tuple[int, int, bool]) -> None:
     assert tuple(heads_of_rank(8, tp_size, rank)) == want

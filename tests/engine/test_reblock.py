@@ -199,6 +199,25 @@ def test_null_blocks_outside_a_window_are_not_looked_at() -> None:
         plan.pieces([[0, 0, 0, 5]], [[0, 0, 2, 1]], 0, 14)
 
 
+def test_a_window_of_opaque_blocks_is_moved_from_the_block_that_it_begins_in() -> None:
+    shape: dict[str, Any] = {"layers": (0, 1), "heads": (0, 2), "dim": 8, "num_blocks": 9}
+    order = ("block", "layer", "plane", "token", "head", "dim")
+    opaque: dict[str, Any] = {"codec": "vec", "opaque": ("token", "dim")}
+    opaque |= {"kind": "swa", "window": 6, "null_slot": 0}
+    src = PagedPool.make(order, tokens=4, seed=1, **shape, **opaque)
+    dst = PagedPool.make(order, tokens=4, **shape, **opaque)
+    plan = TokenPlan(src.layout, dst.layout)
+    tables = ([0, 7, 3, 5], [0, 4, 2, 1])  # of 15 tokens, 9 to 14 are in the window
+    expected = expect_tokens(src, dst, [0, 0, 3, 5], [0, 0, 2, 1], 8, 16)
+    moved = move(plan, src, dst, tables, (4, 15))
+    assert moved == plan.nbytes(4, 15) == plan.nbytes(0, 15) == plan.nbytes(8, 15)
+    assert moved == 2 * src.layout.block_nbytes
+    assert dst.equals(expected)
+    with pytest.raises(BlockOutOfRange, match="block id 0 stands for no block"):
+        plan.pieces([[0, 0, 0, 5]], [[0, 0, 2, 1]], 0, 15)
+    assert plan.nbytes(12, 15) == src.layout.block_nbytes, "what is here already is not moved"
+
+
 def test_state_is_moved_by_whole_pages_without_tokens() -> None:
     pages = [
         torch.arange(5 * 6, dtype=torch.uint8).view(5, 6) + 1,

@@ -111,6 +111,7 @@ def measure_idle_step(steps: int = 20_000) -> dict[str, float]:
     """Microseconds that the connector adds to a step when there is nothing to move."""
     import torch
 
+    from ...adapters.vllm_groups import CacheGroup
     from ...adapters.vllm_layout import Backend, describe_caches, heads_of_rank
     from ...adapters.vllm_scheduler import SchedulerSide
     from ...adapters.vllm_settings import Settings
@@ -119,17 +120,19 @@ def measure_idle_step(steps: int = 20_000) -> dict[str, float]:
     names = [f"model.layers.{number}.attn" for number in range(32)]
     caches = {name: torch.zeros(8, 2, 32, 64) for name in names}
     backend = Backend("CPU_ATTN", "vec", "")
-    layout, positions = describe_caches(caches, backend, heads_of_rank(2, 1, 0))
+    groups = (CacheGroup(0, "full", tuple(names), 32),)
+    layout, in_order = describe_caches(caches, groups, backend, heads_of_rank(2, 1, 0))
     worker = WorkerSide(
         engine_id="idle",
         rank=0,
         role="both",
         settings=Settings(),
         layout=layout,
-        caches=list(caches.values()),
-        positions=positions,
+        names=in_order,
+        caches=caches,
+        num_blocks=layout.num_blocks,
     )
-    scheduler = SchedulerSide("idle", Settings(), block_size=32, tp_size=1, pp_size=1)
+    scheduler = SchedulerSide("idle", Settings(), groups=groups, tp_size=1, pp_size=1)
     output = SimpleNamespace(total_num_scheduled_tokens=8)
 
     def worker_step(orders: Any) -> None:

@@ -14,11 +14,15 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvferry.tools.vllm_cpu.engine import Engine, tokens
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 NUM_TOKENS = 16
+KEPT = 129  # tokens of which vLLM keeps four blocks; of 128 it keeps three where there are windows
 PREEMPTED_TOKENS = 100  # from 7 blocks to 10, for each of six requests
 FIRST, LAST = 3, 258  # ids of the model's ordinary tokens
 TO_PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
@@ -65,8 +69,17 @@ class Pair:
 
 def check_tokens(pair: Pair) -> Any:
     """Prompts of less than a block, of whole blocks, of several chunks."""
+    return _compare(pair, (17, 64, 129, 300, 700))
+
+
+def check_windows(pair: Pair) -> Any:
+    """Prompts whose last token's window begins at a block's last token: vLLM lets go of it early."""
+    return _compare(pair, (111, 303, 687))
+
+
+def _compare(pair: Pair, lengths: Sequence[int]) -> Any:
     result = []
-    for length in (17, 64, 129, 300, 700):
+    for length in lengths:
         prompt = pair.prompt(length)
         want = pair.alone(prompt)
         got = pair.one_after_the_other(prompt)
@@ -113,6 +126,23 @@ def check_many(pair: Pair) -> Any:
     return [[len(p), want, out] for p, want, out in zip(prompts, wants, outputs, strict=True)]
 
 
+def check_recycled(pair: Pair) -> Any:
+    """What prefill computes after a prompt must not take the prompt's blocks before decode has read."""
+    result = []
+    for length, answer in ((303, 1), (300, 1), (300, 60)):
+        prompt = pair.prompt(length)
+        want = pair.alone(prompt)
+        # It goes on after its prompt, which a router never asks for: its windows move on, too.
+        made = pair.prefill.generate(prompt, answer, dict(TO_PREFILL))
+        for _ in range(4):
+            pair.prefill.generate(pair.prompt(700), 1)
+        got = pair.decode.generate(prompt, NUM_TOKENS, made.kv_transfer_params)
+        result.append([length, want, tokens(got)])
+        assert pair.decode.forget_prefixes(), "blocks leaked on decode"
+        assert pair.prefill.forget_prefixes(), "blocks leaked on prefill"
+    return result
+
+
 def check_corrupted(pair: Pair) -> Any:
     """The control: zeros in prefill's cache must change the tokens, or nothing was loaded."""
     prompt = pair.prompt(300)
@@ -129,15 +159,15 @@ def check_prefix(pair: Pair) -> Any:
     """Decode has the first 128 tokens; zeros in prefill's blocks of those must change nothing."""
     prompt = pair.prompt(300)
     want = pair.alone(prompt)
-    pair.decode.generate(prompt[:128], 1)
+    pair.decode.generate(prompt[:KEPT], 1)
     got = pair.one_after_the_other(prompt)
     assert pair.decode.forget_prefixes()
-    pair.decode.generate(prompt[:128], 1)
+    pair.decode.generate(prompt[:KEPT], 1)
     assert pair.prefill.forget_prefixes()
     params = pair.prefilled(prompt)
-    pair.prefill.call(
-        lambda llm: llm.collective_rpc(_zero_blocks, args=(params["remote_block_ids"][0][:4],))
-    )
+    there = {block for table in params["remote_block_ids"] for block in table[:4] if block}
+    assert there
+    pair.prefill.call(lambda llm: llm.collective_rpc(_zero_blocks, args=(sorted(there),)))
     zeroed = pair.decode.generate(prompt, NUM_TOKENS, params)
     assert pair.decode.forget_prefixes()
     assert pair.prefill.forget_prefixes()
