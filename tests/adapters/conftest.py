@@ -12,10 +12,12 @@ from kvferry.engine.paths import NEVER_DIRECT, Paths
 from kvferry.engine.transfer import TransferEngine
 
 from .agent_process import Cache, Gate
+from .vllm_steps import make_worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from kvferry.adapters.vllm_worker import WorkerSide
     from tests.child import Child
 else:
     from child import Child  # in the folder above: `pythonpath` in pyproject.toml
@@ -128,3 +130,17 @@ def gate() -> Iterator[Gate]:
     gate = Gate()
     yield gate
     gate.open()
+
+
+@pytest.fixture
+def new_worker(transport: str) -> Iterator[Callable[..., WorkerSide]]:
+    """Starts workers of the vLLM connector, each of one rank; see `make_worker`."""
+    made: list[WorkerSide] = []
+
+    def make(*arguments: Any, **options: Any) -> WorkerSide:
+        made.append(make_worker(*arguments, transport=transport, **options))
+        return made[-1]
+
+    yield make
+    for worker in made:
+        worker.close()

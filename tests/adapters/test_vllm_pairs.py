@@ -234,6 +234,23 @@ def test_windows_beside_full_attention(
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize(("mode", "transport"), [("push", "cma"), ("pull", "tcp")])
+def test_latents(run_pair: Callable[..., dict[str, Any]], mode: str, transport: str) -> None:
+    """One prompt at a time: this vLLM's own tokens of latents depend on what else is in a batch."""
+    result = run_pair(
+        ["tokens", "both_at_once", "corrupted", "aborts"],
+        mode=mode,
+        transport=transport,
+        kind="mla",
+    )
+    assert all_equal(got(result, "tokens"))
+    assert all_equal(got(result, "both_at_once"))
+    assert all_equal([got(result, "aborts")["after"]])
+    _, want, tokens = got(result, "corrupted")
+    assert want != tokens
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize(("prefill", "decode"), [(32, 64), (64, 32)])
 def test_other_block_sizes_are_refused_by_name_and_never_wrong(
     run_pair: Callable[..., dict[str, Any]], prefill: int, decode: int

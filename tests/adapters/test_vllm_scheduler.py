@@ -218,3 +218,114 @@ def test_the_load_is_told_until_the_daemon_knows_it() -> None:
 def test_a_wrong_setting_is_named(extra: dict[str, Any], word: str) -> None:
     with pytest.raises(ValueError, match=word):
         Settings.read(extra)
+
+
+HYBRID = (
+    CacheGroup(0, "swa", ("model.layers.0.attn",), BLOCK, 39),  # sliding_window=40
+    CacheGroup(2, "full", ("model.layers.1.attn",), 2 * BLOCK),
+)
+
+
+class Pool:
+    """vLLM's block pool as far as the connector calls it."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.blocks = [SimpleNamespace(block_id=number, ref_cnt=0) for number in range(num_blocks)]
+
+    def touch(self, blocks: Any) -> None:
+        for block in blocks:
+            block.ref_cnt += 1
+
+    def free_blocks(self, blocks: Any) -> None:
+        for block in blocks:
+            block.ref_cnt -= 1
+
+    @property
+    def held(self) -> set[int]:
+        """Blocks that are held, each of them once."""
+        assert {block.ref_cnt for block in self.blocks} <= {0, 1}
+        return {block.block_id for block in self.blocks if block.ref_cnt}
+
+
+@pytest.fixture
+def pool() -> Pool:
+    return Pool(64)
+
+
+@pytest.fixture
+def hybrid(pool: Pool) -> SchedulerSide:
+    """Of a model with windows, and a third group, between the two, that is not moved."""
+    made = SchedulerSide("me", Settings(), groups=HYBRID, tp_size=1, pp_size=1)
+    made.addresses = ["tcp://10.0.0.1:7000"]
+    made.holds.bind(pool)
+    return made
+
+
+def test_prefill_hands_over_windows_and_keeps_their_blocks_until_nobody_reads_them(
+    hybrid: SchedulerSide, pool: Pool
+) -> None:
+    hybrid.new_request(prompt := request("a", 88, TO_PREFILL))
+    first = step({"a": 64}, new=[("a", ([1, 2, 3, 4], [60], [10, 11]), 0)])
+    assert not hybrid.take_orders(first).sends
+    assert not pool.held
+    last = step({"a": 24}, cached=[("a", ([5, 6], [61], [12]), 64)])
+    (send,) = hybrid.take_orders(last).sends
+    # The last token's window begins at token 48, the first of block 3.
+    assert send.tables == [[0, 0, 0, 4, 5, 6], [10, 11, 12]]
+    assert pool.held == {4, 5, 6}
+    tables = ([0, 0, 0, 0, 5, 6], [60, 61], [10, 11, 12])  # vLLM let go of block 4
+    kept, params = hybrid.request_ended(prompt, tables, completed=True)
+    assert kept
+    assert params is not None
+    assert params["remote_block_ids"] == tables
+    assert pool.held == {4, 5, 6}
+    hybrid.transfers_ended(["a"], [])
+    assert not pool.held
+
+
+@pytest.mark.parametrize("end", ["preempted", "aborted", "aborted before"])
+def test_kept_blocks_are_let_go_however_a_prompt_ends(
+    hybrid: SchedulerSide, pool: Pool, end: str
+) -> None:
+    hybrid.new_request(prompt := request("a", 20, TO_PREFILL))
+    scheduled = {"a": 16 if end == "aborted before" else 20}
+    hybrid.take_orders(step(scheduled, new=[("a", ([1, 2], [60], [10]), 0)]))
+    assert pool.held == (set() if end == "aborted before" else {1, 2})
+    if end == "preempted":
+        hybrid.take_orders(step(preempted=["a"]))
+        assert not pool.held
+        again = step({"a": 20}, cached=[("a", ([7, 8], [60], [11]), 0)], resumed=["a"])
+        (send,) = hybrid.take_orders(again).sends
+        assert send.tables == [[7, 8], [11]]
+        assert pool.held == {7, 8}
+    kept, _ = hybrid.request_ended(prompt, ([1, 2], [60], [10]), completed=False)
+    assert kept == (end != "aborted before")
+    hybrid.transfers_ended(["a"] if kept else [], [])
+    assert not pool.held
+
+
+def test_windows_are_not_handed_over_without_a_pool_to_keep_them() -> None:
+    side = SchedulerSide("me", Settings(), groups=HYBRID, tp_size=1, pp_size=1)
+    side.new_request(request("a", 20, TO_PREFILL))
+    with pytest.raises(RuntimeError, match="did not call bind_gpu_block_pool"):
+        side.take_orders(step({"a": 20}, new=[("a", ([1, 2], [60], [10]), 0)]))
+
+
+def test_decode_leaves_the_last_token_of_a_window_to_vllm(hybrid: SchedulerSide) -> None:
+    asked = request("d", 97, REMOTE)
+    assert hybrid.num_remote_tokens(asked, 32) == 64
+    tables = ([0, 0, 0, 4, 5, 6, 7], [60, 61], [1, 2, 3, 9])  # with room for tokens to come
+    hybrid.blocks_allocated(asked, tables, 64)
+    (receive,) = hybrid.take_orders(step()).receives
+    assert receive.tables == [[0, 0, 0, 4, 5, 6], [1, 2, 3]]
+    assert (receive.num_local_tokens, receive.num_tokens) == (32, 96)
+
+
+def test_decode_tells_prefill_when_it_needs_nothing_of_any_group(hybrid: SchedulerSide) -> None:
+    asked = request("d", 33, REMOTE)
+    assert hybrid.num_remote_tokens(asked, 32) == 0
+    hybrid.blocks_allocated(asked, ([1, 2, 3], [60], [4, 5]), 0)
+    (receive,) = hybrid.take_orders(step()).receives
+    assert not receive.awaited
+    assert receive.tables == [[], []]
+    assert receive.num_local_tokens == receive.num_tokens == 33

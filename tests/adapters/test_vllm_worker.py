@@ -4,108 +4,45 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from kvferry.adapters.vllm_groups import CacheGroup
-from kvferry.adapters.vllm_layout import Backend, describe_caches, heads_of_rank
+from kvferry.adapters.vllm_layout import Backend
 from kvferry.adapters.vllm_orders import Orders, ReceiveOrder, SendOrder
-from kvferry.adapters.vllm_settings import Settings
-from kvferry.adapters.vllm_worker import WorkerSide
 from kvferry.control.client import DaemonClient
-from kvferry.engine.errors import LayoutError
 from tests.daemon_process import DaemonProcess
 
+from .vllm_steps import (
+    BLOCKS,
+    CONTENT,
+    HEADS,
+    LAYERS,
+    NAMES,
+    SENTINEL,
+    TOKENS,
+    WAIT_S,
+    ask,
+    make_caches,
+    start_ranks,
+    step,
+    until_reported,
+)
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-    from kvferry.adapters.vllm_results import Results
-
-LAYERS, BLOCKS, HEADS, TOKENS, CONTENT = 3, 12, 2, 4, 16
-WAIT_S = 30.0
-CPU = Backend("CPU_ATTN", "vec", "0.32.0")
-NAMES = [f"model.layers.{number}.self_attn.attn" for number in range(LAYERS)]
-SENTINEL = -7
-FULL = (CacheGroup(0, "full", tuple(NAMES), TOKENS),)
-
-
-def make_caches(seed: int | None, tokens: int = TOKENS, blocks: int = BLOCKS) -> dict[str, Any]:
-    """A cache a layer; all of one value if there is no seed."""
-    shape = (blocks, HEADS, tokens, CONTENT)
-    if seed is None:
-        return {name: torch.full(shape, SENTINEL, dtype=torch.bfloat16) for name in NAMES}
-    torch.manual_seed(seed)
-    return {name: torch.randn(shape, dtype=torch.bfloat16) for name in NAMES}
-
-
-@pytest.fixture
-def start(transport: str) -> Iterator[Callable[..., WorkerSide]]:
-    """Starts the worker of one rank."""
-    workers: list[WorkerSide] = []
-
-    def make(engine_id: str, role: str, caches: dict[str, Any], **options: Any) -> WorkerSide:
-        backend = options.pop("backend", CPU)
-        split, model = options.pop("split", 1), options.pop("model", "")
-        rank, ranks = options.pop("rank", 0), options.pop("ranks", ())
-        heads = heads_of_rank(HEADS, max(1, len(ranks)), rank)
-        layout, names = describe_caches(caches, options.pop("groups", FULL), backend, heads)
-        worker = WorkerSide(
-            engine_id=engine_id,
-            rank=rank,
-            role=role,
-            settings=Settings(transports=(transport,), timeout_s=10, lease_s=10, **options),
-            layout=layout,
-            names=names,
-            caches=caches,
-            num_blocks=layout.num_blocks // split,
-            ranks=ranks,
-            model=model,
-        )
-        workers.append(worker)
-        return worker
-
-    yield make
-    for worker in workers:
-        worker.close()
-
-
-def step(worker: WorkerSide, orders: Orders, *, computes: bool = False) -> Results:
-    """One step, as vLLM's model runner makes it."""
-    worker.end_preempted(orders)
-    worker.before_forward(orders)
-    for name in NAMES if computes else ():
-        worker.layer_computed(name)
-    worker.begin_receives(orders)
-    worker.after_forward()
-    return worker.take_results(idle=not computes)
-
-
-def until_reported(worker: WorkerSide, orders: Orders | None = None) -> Results:
-    """A step with these orders, then steps without any, until one reports something."""
-    deadline_s = time.monotonic() + WAIT_S
-    while time.monotonic() < deadline_s:
-        results = step(worker, orders or Orders())
-        orders = None
-        if results.sent or results.received:
-            return results
-    raise AssertionError("nothing was reported")
-
-
-def ask(prefill: WorkerSide, blocks: list[int], num_tokens: int, local: int = 0) -> Orders:
-    address = prefill.agent.address
-    order = ReceiveOrder("d", "r", "p", [address], [blocks], num_tokens, local)
-    return Orders(receives=[order])
+    from kvferry.adapters.vllm_worker import WorkerSide
 
 
 @pytest.mark.parametrize("mode", ["push", "pull"])
 @pytest.mark.parametrize("decode_first", [False, True])
 def test_a_prompt_arrives_whole_and_nothing_else_does(
-    start: Callable[..., WorkerSide], mode: str, decode_first: bool
+    new_worker: Callable[..., WorkerSide], mode: str, decode_first: bool
 ) -> None:
     src, dst = make_caches(1), make_caches(None)
-    prefill, decode = start("p", "prefill", src), start("d", "decode", dst, mode=mode)
+    prefill, decode = new_worker("p", "prefill", src), new_worker("d", "decode", dst, mode=mode)
     send = Orders(sends=[SendOrder("a", "r", [[7, 2, 9]], 11)])
     wanted = ask(prefill, [4, 0, 5], 11)
     if decode_first:
@@ -128,9 +65,9 @@ def test_a_prompt_arrives_whole_and_nothing_else_does(
     assert prefill.take_figures()["sent_nbytes"] == [nbytes]
 
 
-def test_only_what_decode_has_not_is_moved(start: Callable[..., WorkerSide]) -> None:
+def test_only_what_decode_has_not_is_moved(new_worker: Callable[..., WorkerSide]) -> None:
     src, dst = make_caches(1), make_caches(None)
-    prefill, decode = start("p", "prefill", src), start("d", "decode", dst)
+    prefill, decode = new_worker("p", "prefill", src), new_worker("d", "decode", dst)
     step(prefill, Orders(sends=[SendOrder("a", "r", [[7, 2, 9]], 11)]), computes=True)
     results = until_reported(decode, ask(prefill, [1, 0, 5], 11, local=TOKENS))
     assert (results.received, results.failed) == ({"d"}, set())
@@ -139,9 +76,9 @@ def test_only_what_decode_has_not_is_moved(start: Callable[..., WorkerSide]) -> 
         assert bool((dst[name][[1, 2, 3, 4]] == SENTINEL).all())
 
 
-def test_prefill_is_told_when_nothing_is_needed(start: Callable[..., WorkerSide]) -> None:
-    prefill = start("p", "prefill", make_caches(1))
-    decode = start("d", "decode", dst := make_caches(None))
+def test_prefill_is_told_when_nothing_is_needed(new_worker: Callable[..., WorkerSide]) -> None:
+    prefill = new_worker("p", "prefill", make_caches(1))
+    decode = new_worker("d", "decode", dst := make_caches(None))
     step(prefill, Orders(sends=[SendOrder("a", "r", [[7, 2, 9]], 11)]), computes=True)
     orders = ask(prefill, [], 11, local=11)
     orders.receives[0].awaited = False
@@ -152,10 +89,10 @@ def test_prefill_is_told_when_nothing_is_needed(start: Callable[..., WorkerSide]
 
 @pytest.mark.parametrize("mode", ["push", "pull"])
 def test_other_block_sizes_of_an_opaque_cache_are_refused_by_name(
-    start: Callable[..., WorkerSide], mode: str, caplog: pytest.LogCaptureFixture
+    new_worker: Callable[..., WorkerSide], mode: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    prefill = start("p", "prefill", make_caches(1))
-    decode = start("d", "decode", dst := make_caches(None, 2 * TOKENS), mode=mode)
+    prefill = new_worker("p", "prefill", make_caches(1))
+    decode = new_worker("d", "decode", dst := make_caches(None, 2 * TOKENS), mode=mode)
     step(prefill, Orders(sends=[SendOrder("a", "r", [[7, 2, 9]], 11)]), computes=True)
     with caplog.at_level(logging.WARNING):
         results = until_reported(decode, ask(prefill, [0, 5], 11))
@@ -166,21 +103,21 @@ def test_other_block_sizes_of_an_opaque_cache_are_refused_by_name(
 
 
 def test_another_instruction_set_is_refused_by_name(
-    start: Callable[..., WorkerSide], caplog: pytest.LogCaptureFixture
+    new_worker: Callable[..., WorkerSide], caplog: pytest.LogCaptureFixture
 ) -> None:
-    prefill = start("p", "prefill", make_caches(1))
+    prefill = new_worker("p", "prefill", make_caches(1))
     other = Backend("CPU_ATTN", "amx", "0.32.0")
-    decode = start("d", "decode", make_caches(None), backend=other)
+    decode = new_worker("d", "decode", make_caches(None), backend=other)
     step(prefill, Orders(sends=[SendOrder("a", "r", [[7]], 4)]), computes=True)
     assert until_reported(decode, ask(prefill, [0], 4)).failed == {"d"}
     assert "codec differs" in caplog.text
     assert "amx" in caplog.text
 
 
-def test_a_block_of_vllm_may_be_several_of_the_cache(start: Callable[..., WorkerSide]) -> None:
+def test_a_block_of_vllm_may_be_several_of_the_cache(new_worker: Callable[..., WorkerSide]) -> None:
     src, dst = make_caches(1), make_caches(None)
-    prefill = start("p", "prefill", src, split=2)
-    decode = start("d", "decode", dst, split=3)
+    prefill = new_worker("p", "prefill", src, split=2)
+    decode = new_worker("d", "decode", dst, split=3)
     step(prefill, Orders(sends=[SendOrder("a", "r", [[4, 1]], 11)]), computes=True)  # 8 9 2
     results = until_reported(decode, ask(prefill, [2], 11))  # 6 7 8
     assert (results.received, results.failed) == ({"d"}, set())
@@ -190,9 +127,12 @@ def test_a_block_of_vllm_may_be_several_of_the_cache(start: Callable[..., Worker
 
 
 def test_a_prefill_engine_that_is_not_there_fails_the_load(
-    start: Callable[..., WorkerSide], caplog: pytest.LogCaptureFixture
+    new_worker: Callable[..., WorkerSide], caplog: pytest.LogCaptureFixture
 ) -> None:
-    prefill, decode = start("p", "prefill", make_caches(1)), start("d", "decode", make_caches(2))
+    prefill, decode = (
+        new_worker("p", "prefill", make_caches(1)),
+        new_worker("d", "decode", make_caches(2)),
+    )
     orders = ask(prefill, [0], 4)
     orders.receives[0].peer = "another"
     assert until_reported(decode, orders).failed == {"d"}
@@ -202,9 +142,12 @@ def test_a_prefill_engine_that_is_not_there_fails_the_load(
 
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_preempted_prompt_is_not_read_any_more(
-    start: Callable[..., WorkerSide], asked: bool
+    new_worker: Callable[..., WorkerSide], asked: bool
 ) -> None:
-    prefill, decode = start("p", "prefill", make_caches(1)), start("d", "decode", make_caches(2))
+    prefill, decode = (
+        new_worker("p", "prefill", make_caches(1)),
+        new_worker("d", "decode", make_caches(2)),
+    )
     send = Orders(sends=[SendOrder("a", "r", [[7, 2, 9]], 11)])
     if asked:
         assert not step(decode, ask(prefill, [0, 1, 2], 11)).received
@@ -218,8 +161,11 @@ def test_a_preempted_prompt_is_not_read_any_more(
     assert not until_reported(decode, ask(prefill, [0, 1, 2], 11)).failed
 
 
-def test_aborts_on_either_side_end_both(start: Callable[..., WorkerSide]) -> None:
-    prefill, decode = start("p", "prefill", make_caches(1)), start("d", "decode", make_caches(2))
+def test_aborts_on_either_side_end_both(new_worker: Callable[..., WorkerSide]) -> None:
+    prefill, decode = (
+        new_worker("p", "prefill", make_caches(1)),
+        new_worker("d", "decode", make_caches(2)),
+    )
     step(decode, ask(prefill, [0, 1, 2], 11))
     assert until_reported(decode, Orders(cancelled_receives=["d"])).received == {"d"}
     step(prefill, Orders(sends=[SendOrder("a", "s", [[7, 2, 9]], 11)]), computes=True)
@@ -231,12 +177,12 @@ def test_aborts_on_either_side_end_both(start: Callable[..., WorkerSide]) -> Non
     ("ranks", "decode_first"), [((1, 2), False), ((1, 2), True), ((2, 1), False), ((2, 2), False)]
 )
 def test_tensor_parallelism_may_differ(
-    start: Callable[..., WorkerSide], mode: str, ranks: tuple[int, int], decode_first: bool
+    new_worker: Callable[..., WorkerSide], mode: str, ranks: tuple[int, int], decode_first: bool
 ) -> None:
     model = make_caches(1)
     src, dst = model, {name: torch.full_like(cache, SENTINEL) for name, cache in model.items()}
-    prefills = start_ranks(start, "p", "prefill", src, ranks[0], mode)
-    decodes = start_ranks(start, "d", "decode", dst, ranks[1], mode)
+    prefills = start_ranks(new_worker, "p", "prefill", src, ranks[0], mode)
+    decodes = start_ranks(new_worker, "d", "decode", dst, ranks[1], mode)
     addresses = [worker.agent.address for worker, _ in prefills]
     order = ReceiveOrder("d", "r", "p", addresses, [[4, 0, 5]], 11, 0)
     send = Orders(sends=[SendOrder("a", "r", [[7, 2, 9]], 11)])
@@ -268,35 +214,13 @@ def test_tensor_parallelism_may_differ(
         assert torch.equal(arrived[[4, 0, 5]], src[name][[7, 2, 9]])
 
 
-def start_ranks(
-    start: Callable[..., WorkerSide],
-    name: str,
-    role: str,
-    model: dict[str, Any],
-    num: int,
-    mode: str,
-) -> list[tuple[WorkerSide, dict[str, Any]]]:
-    """An engine of several ranks, each with its share of the model's heads."""
-    shares = [
-        {layer: cache.chunk(num, 1)[rank].contiguous() for layer, cache in model.items()}
-        for rank in range(num)
-    ]
-    layouts = [
-        describe_caches(shares[0], FULL, CPU, heads_of_rank(HEADS, num, r))[0] for r in range(num)
-    ]
-    return [
-        (start(name, role, share, mode=mode, rank=rank, ranks=layouts if num > 1 else ()), share)
-        for rank, share in enumerate(shares)
-    ]
-
-
 def test_the_daemon_learns_where_the_engine_serves_and_what_it_has_to_do(
-    start: Callable[..., WorkerSide],
+    new_worker: Callable[..., WorkerSide],
 ) -> None:
     daemon = DaemonProcess()
     try:
         options = {"daemon": daemon.address, "service": "http://here:8100"}
-        prefill = start("p", "prefill", make_caches(1), model="tiny", split=2, **options)
+        prefill = new_worker("p", "prefill", make_caches(1), model="tiny", split=2, **options)
         step(prefill, Orders(queued_tokens=77, free_blocks=3))
         prefill.agent.wait_for_member("p/0", WAIT_S)
         with DaemonClient(daemon.address) as client:
@@ -314,26 +238,10 @@ def test_the_daemon_learns_where_the_engine_serves_and_what_it_has_to_do(
         daemon.end()
 
 
-def test_a_refused_handoff_fails_at_once(start: Callable[..., WorkerSide]) -> None:
-    prefill, decode = start("p", "prefill", make_caches(1)), start("d", "decode", make_caches(2))
+def test_a_refused_handoff_fails_at_once(new_worker: Callable[..., WorkerSide]) -> None:
+    prefill, decode = (
+        new_worker("p", "prefill", make_caches(1)),
+        new_worker("d", "decode", make_caches(2)),
+    )
     step(prefill, Orders(refused=["r"]))
     assert until_reported(decode, ask(prefill, [0, 1, 2], 11)).failed == {"d"}
-
-
-@pytest.mark.parametrize("name", ["model.norm", "model.layers.1.experts.2.attn"])
-def test_a_layer_has_one_number(name: str) -> None:
-    with pytest.raises(LayoutError, match="numbers in its name"):
-        describe_caches(
-            {name: make_caches(1)[NAMES[0]]},
-            (CacheGroup(0, "full", (name,), TOKENS),),
-            CPU,
-            heads_of_rank(2, 1, 0),
-        )
-
-
-@pytest.mark.parametrize(
-    ("tp_size", "rank", "want"),
-    [(1, 0, (0, 0, False)), (4, 3, (6, 2, False)), (16, 5, (2, 1, True))],
-)
-def test_heads_of_a_rank(tp_size: int, rank: int, want: tuple[int, int, bool]) -> None:
-    assert tuple(heads_of_rank(8, tp_size, rank)) == want
