@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
-import select
 import threading
 import time
 from functools import partial
@@ -20,6 +18,7 @@ import numpy as np
 from . import errors, wire
 from .block_ids import UploadedIds, check_ids, check_on_gpu
 from .bound_pieces import NO_PIECES, BoundPieces, bind
+from .control_channel import ControlChannel
 from .conversion import Conversion
 from .counters import check_imm
 from .errors import (
@@ -33,6 +32,7 @@ from .errors import (
     RegionGone,
     RegionRefused,
 )
+from .failure_detector import FailureDetector
 from .grants import Grants
 from .memory import MemoryRegion, RegionDescriptor, RegisteredCache, check_ranges
 from .tickets import Ticket
@@ -57,10 +57,6 @@ if TYPE_CHECKING:
 
     Offsets = int | Sequence[int] | npt.NDArray[np.integer]
 
-HEARTBEAT_S = 0.25
-SUSPICION_S = 0.08  # a closed socket without goodbye: how long the cause is looked for
-BUSY_PEER_S = 10.0  # how long a live process on this host may be too busy to answer
-MAX_UNSENT_NBYTES = 16 << 20
 DEFAULT_TIMEOUT_S = 30.0
 # Pieces from here on keep up with the link in any order of their destinations (256 MiB over NVLink:
 # 366 GB/s random, 367 ordered); 8 KiB ones do not (266 and 365).
@@ -96,13 +92,9 @@ class Link:
         self.token_id = b""
         self.quiesced = Ticket("quiesce", peer=peer.name)
         self.down = Ticket("link", peer=peer.name)
-        self._sock = sock
-        self._same_host = peer.host_id == core.identity.host_id
-        self._pidfd = _open_pidfd(peer.pid) if self._same_host else -1
+        self._channel = ControlChannel(sock, core.progress, peer.name, self.fail)
+        self._detector = FailureDetector(core, peer, send=self._channel.send, fail=self.fail)
         self._lock = threading.Lock()
-        self._send_lock = threading.Lock()
-        self._unsent = bytearray()
-        self._received = bytearray()
         self._transfers: dict[int, Transfer] = {}
         self._conversions: set[Conversion] = set()
         self._numbers = itertools.count(1)
@@ -110,11 +102,7 @@ class Link:
         self._halted = False
         self._peer_silent = False
         self._peer_stopped = False
-        self._socket_closed = False
         self._closing_deadline_s = 0.0
-        self._suspected_s = 0.0
-        self._heard_s = time.monotonic()
-        self._beat_s = 0.0
         self._revoked_here: set[int] = set()
         self._revocations: dict[int, threading.Event] = {}
         self._grants = Grants(self)
@@ -428,7 +416,7 @@ class Link:
 
     def heard(self) -> None:
         """The peer gave a sign of life."""
-        self._heard_s = time.monotonic()
+        self._detector.heard()
 
     def count(self, imm: int, nbytes: int, writes: int, *, staged: bool = False) -> None:
         """Counts bytes of the peer's that are visible here; `staged`: they came through staging."""
@@ -472,49 +460,20 @@ class Link:
 
     def suspect(self) -> None:
         """A socket ended without goodbye: the progress thread finds out why, then fails."""
-        with self._lock:
-            if self._error is not None or self._suspected_s:
-                return
-            self._suspected_s = time.monotonic()
-        self.core.progress.call_soon(lambda: self.tick(time.monotonic()))
+        if self._error is None and self._detector.suspect():
+            self.core.progress.call_soon(lambda: self.tick(time.monotonic()))
 
     def send(self, message: LinkMessage) -> None:
         """Sends a control message; never blocks. On a link that is down it does nothing."""
-        data = wire.encode(message)
-        with self._send_lock:
-            if self._socket_closed:
-                return
-            if not self._unsent:
-                try:
-                    done = self._sock.send(data)
-                except BlockingIOError:
-                    done = 0
-                except OSError:
-                    return  # the reading side finds out why, after what the peer still said
-                data = data[done:]
-            if data:
-                if not self._unsent:
-                    self.core.progress.change(self._sock.fileno(), select.EPOLLIN | select.EPOLLOUT)
-                self._unsent += data
-            overflow = len(self._unsent) > MAX_UNSENT_NBYTES
-        if overflow:
-            self.fail(
-                PeerLost(
-                    f"the peer has not taken {MAX_UNSENT_NBYTES} bytes of control messages",
-                    operation="send",
-                    peer=self.peer.name,
-                )
-            )
+        self._channel.send(message)
 
     # What the engine calls.
 
     def start(self) -> None:
         """Begins to serve the control channel."""
-        self._sock.setblocking(False)
-        self.core.progress.watch(self._sock.fileno(), select.EPOLLIN, self._ready)
+        self._channel.start(heard=self._detector.heard, handle=self._handle, ended=self._broken)
         self._path.start()
-        if self._pidfd >= 0:
-            self.core.progress.watch(self._pidfd, select.EPOLLIN, lambda _: self._process_ended())
+        self._detector.start(self._process_ended)
 
     def tick(self, now: float) -> None:
         """Heartbeats, deadlines and loose ends; on the progress thread."""
@@ -524,8 +483,9 @@ class Link:
                 self._close_socket()
             # A frozen peer that reaches memory may yet wake and say goodbye; if nothing else tells
             # that its process is gone, its entry in /proc does.
-            if self._halted and self._socket_closed and self._pidfd < 0 and not self._peer_stopped:
-                self._peer_stopped = _process_state(self.peer.pid) in ("", "Z", "X")
+            closed = self._halted and self._channel.closed
+            if closed and not self._detector.watches_process and not self._peer_stopped:
+                self._peer_stopped = self._detector.process_gone()
                 self._settle()
             return
         self._path.tick()
@@ -533,27 +493,7 @@ class Link:
             deadline_s = transfer.ticket.deadline_s
             if deadline_s is not None and now > deadline_s:
                 self._expire(transfer, now - deadline_s)
-        if self._suspected_s and now - self._suspected_s > SUSPICION_S:
-            self.fail(
-                PeerLost(
-                    "the peer closed its connection without a goodbye",
-                    operation="link",
-                    peer=self.peer.name,
-                )
-            )
-            return
-        if now - self._beat_s >= HEARTBEAT_S:
-            self._beat_s = now
-            self.send(wire.Heartbeat())
-        silent_s = now - self._heard_s
-        if silent_s > self.core.peer_timeout_s and not self._merely_busy(silent_s):
-            self.fail(
-                PeerLost(
-                    f"the peer has been silent for {silent_s:.1f} s: it is frozen or unreachable",
-                    operation="heartbeat",
-                    peer=self.peer.name,
-                )
-            )
+        self._detector.tick(now)
 
     def discard(self) -> None:
         """Closes what is still open: the engine's threads have stopped.
@@ -561,10 +501,7 @@ class Link:
         Ends `quiesced` badly where a peer's live process may still reach memory.
         """
         self._close_socket()
-        with self._lock:
-            pidfd, self._pidfd = self._pidfd, -1
-        if pidfd >= 0:
-            os.close(pidfd)
+        self._detector.close()
         self.quiesced._fail(
             errors.DeadlineExceeded(
                 "this engine was closed while the peer could still reach its memory",
@@ -575,7 +512,7 @@ class Link:
 
     def forgive(self, seconds: float) -> None:
         """This process itself was asleep: the peer's silence does not count."""
-        self._heard_s += seconds
+        self._detector.forgive(seconds)
 
     def revoke(self, region_id: int, deadline_s: float) -> None:
         """Returns once the peer has stopped using a region of this engine.
@@ -975,54 +912,10 @@ class Link:
 
     # The control channel; on the progress thread.
 
-    def _ready(self, events: int) -> None:
-        if events & select.EPOLLOUT:
-            self._flush()
-        if not events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
-            return
-        self._take()
-
-    def _take(self) -> bool:
-        """Handles what has come, up to a limit; False if there was nothing."""
-        try:
-            data = self._sock.recv(1 << 18)
-        except BlockingIOError:
-            return False
-        except OSError:
-            data = b""
-        if not data:
-            self._broken()
-            return False
-        self.heard()
-        self._received += data
-        try:
-            messages = wire.decode_all(self._received)
-        except EngineError as error:
-            self.fail(error)
-            self._broken()  # nothing that comes after this can be understood
-            return False
-        for message in messages:
-            self._handle(message)
-        return True
-
-    def _flush(self) -> None:
-        with self._send_lock:
-            if self._socket_closed:
-                return
-            try:
-                done = self._sock.send(self._unsent)
-            except BlockingIOError:
-                return
-            except OSError:
-                done = len(self._unsent)  # as in `send`
-            del self._unsent[:done]
-            if not self._unsent:
-                self.core.progress.change(self._sock.fileno(), select.EPOLLIN)
-
     def _broken(self) -> None:
         """The control socket has ended: everything that the peer said is read."""
         self._peer_silent = True
-        self.core.progress.unwatch(self._sock.fileno())
+        self._channel.unwatch()
         if self._error is None:
             self.suspect()
         elif self._halted:
@@ -1121,15 +1014,9 @@ class Link:
 
     # Going down.
 
-    def _merely_busy(self, silent_s: float) -> bool:
-        """Whether a peer on this host runs, but has not had the time (or the interpreter lock)."""
-        if not self._same_host or silent_s > BUSY_PEER_S:
-            return False
-        return _process_state(self.peer.pid) in ("R", "S", "D")
-
     def _process_ended(self) -> None:
-        self.core.progress.unwatch(self._pidfd)
-        while not self._socket_closed and self._take():
+        self._detector.unwatch()
+        while not self._channel.closed and self._channel.take():
             pass  # it may have finished its work, and said so, just before
         self._path.drain()
         self._peer_stopped = True
@@ -1181,26 +1068,17 @@ class Link:
         self._settle()
 
     def _close_socket(self) -> None:
-        with self._send_lock:
-            if self._socket_closed:
-                return
-            self._socket_closed = True
-            self.core.progress.unwatch(self._sock.fileno())
-            self._sock.close()
-        self._settle()
+        if self._channel.close():
+            self._settle()
 
     def _settle(self) -> None:
         """Ends `quiesced` once nothing on either side can touch memory over this link."""
-        if not (self._halted and self._socket_closed):
+        if not (self._halted and self._channel.closed):
             return
         if self._path.peer_reaches_memory and not self._peer_stopped:
             return  # its process lives and may still copy: wait for the process descriptor
-        if self._pidfd >= 0:
-            self.core.progress.unwatch(self._pidfd)
-        with self._lock:
-            pidfd, self._pidfd = self._pidfd, -1
-        if pidfd >= 0:
-            os.close(pidfd)
+        self._detector.unwatch()
+        self._detector.close()
         if self.quiesced._finish(0):
             self.core.forget(self)
 
@@ -1208,22 +1086,6 @@ class Link:
 def _nothing(transfer: Transfer) -> None:
     if transfer.begin():
         transfer.end(0)
-
-
-def _open_pidfd(pid: int) -> int:
-    try:
-        return os.pidfd_open(pid)
-    except OSError:
-        return -1  # too old a kernel, or another namespace: sockets and heartbeats remain
-
-
-def _process_state(pid: int) -> str:
-    """The letter that /proc has for a process's state; "" if there is no such process."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
 
 
 def _pieces(
