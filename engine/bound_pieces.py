@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from . import iovec
+from .errors import PlanError
 from .memory import check_ranges
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from .memory import RegionDescriptor
+
+    Offsets = int | Sequence[int] | npt.NDArray[np.integer]
 
 MAX_PIECE_NBYTES = 4 << 20  # longer pieces are cut, so that rails and copiers can share them
 
@@ -39,6 +42,31 @@ class BoundPieces(NamedTuple):
 
 _none = np.zeros(0, np.int64)
 NO_PIECES = BoundPieces(np.zeros((0, 2), np.uint64), _none, _none, _none, 0)
+
+
+def as_columns(
+    local: Offsets, remote: Offsets, nbytes: Offsets
+) -> tuple[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]], npt.NDArray[np.int64]]:
+    """Equally long int64 columns out of ints and arrays: local offsets and lengths, remote offsets.
+
+    Raises:
+        PlanError: they are no numbers, or do not go together.
+    """
+    columns = [np.atleast_1d(np.asarray(column)) for column in (local, remote, nbytes)]
+    # NumPy takes an empty list for floats.
+    columns = [column if column.size else column.astype(np.int64) for column in columns]
+    for name, column in zip(("local offsets", "remote offsets", "nbytes"), columns, strict=True):
+        if column.ndim != 1 or column.dtype.kind not in "iu":
+            raise PlanError(f"{name} must be an int or a row of ints", operation="transfer")
+    try:
+        here, there, sizes = np.broadcast_arrays(*columns)
+    except ValueError as error:
+        raise PlanError(
+            f"{len(columns[0])} local offsets, {len(columns[1])} remote offsets and "
+            f"{len(columns[2])} lengths do not go together",
+            operation="transfer",
+        ) from error
+    return (here.astype(np.int64), sizes.astype(np.int64)), there.astype(np.int64)
 
 
 def bind(

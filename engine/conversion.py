@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from .link import Link
+    from .submitter import Submitter
     from .token_move import TokenMove
     from .transfer_plan import TransferPlan
 
@@ -99,7 +99,7 @@ class Conversion:
 
     def __init__(
         self,
-        link: Link,
+        submitter: Submitter,
         operation: str,
         plan: TransferPlan,
         move: TokenMove,
@@ -118,10 +118,12 @@ class Conversion:
                 operation="plan",
             )
         check_move(plan, move)
-        self._link, self._operation, self._plan, self._imm = link, operation, plan, imm
+        self._submitter, self._operation, self._plan, self._imm = submitter, operation, plan, imm
+        self._copiers = submitter.link.core.copiers
         self._deadline_s = time.monotonic() + timeout_s
+        peer = submitter.link.peer.name
         self.ticket = Ticket(
-            operation, peer=link.peer.name, imm=imm, timeout_s=timeout_s, stop_hook=self.stop
+            operation, peer=peer, imm=imm, timeout_s=timeout_s, stop_hook=self.stop
         )
         self._chunks = chunks_of(plan, move, CHUNK_NBYTES)
         self._lock = threading.Lock()
@@ -134,7 +136,7 @@ class Conversion:
     def start(self) -> Ticket:
         """Begins it. The local memory stays acquired until it ends, between chunks too."""
         for _ in range(AHEAD):
-            self._link.core.copiers.run(self._next)
+            self._copiers.run(self._next)
         return self.ticket
 
     def _next(self) -> None:
@@ -170,14 +172,14 @@ class Conversion:
         if parts is None:
             return None
         chunk = Converting(self._plan, parts)
-        return self._link._submit(
+        return self._submitter.submit(
             self._operation,
             (self._plan.local,),
             NO_PIECES,
             self._plan.remote.regions,
             self._imm,
             max(1e-3, self._deadline_s - time.monotonic()),
-            partial(chunk.start, self._link._path, self._link.core.copiers),
+            partial(chunk.start, self._submitter.path, self._copiers),
             chunk.wire_nbytes,
             None,
         )
@@ -190,7 +192,7 @@ class Conversion:
             self._inner.discard(inner)
         self._chunk_ended(inner.nbytes, error)
         if error is None and not self._all_begun:
-            self._link.core.copiers.run(self._next)
+            self._copiers.run(self._next)
 
     def _chunk_ended(self, nbytes: int, error: EngineError | None) -> None:
         with self._lock:
@@ -213,7 +215,7 @@ class Conversion:
             else self.ticket._fail(self._error)
         )
         if ended:
-            self._link._conversion_ended(self)
+            self._submitter.table.remove_conversion(self)
             self._plan.local.release()
 
     def stop(self, error: EngineError) -> None:

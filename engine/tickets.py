@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     import torch
 
+DEFAULT_TIMEOUT_S = 30.0  # of operations that are given no deadline
+
 log = logging.getLogger(__name__)
 
 

@@ -35,13 +35,13 @@ from .errors import (
     TransportUnavailable,
 )
 from .handshake import EngineAddress, Hello, Identity
-from .link import DEFAULT_TIMEOUT_S, Link
+from .link import Link
 from .memory import CacheDescriptor, MemoryRegion, RegionTable, RegisteredCache, quarantine
 from .paths import Paths
 from .paths import load as load_paths
 from .progress import TICK_S, Progress
 from .stream_gate import StreamGate
-from .tickets import Ticket, all_of
+from .tickets import DEFAULT_TIMEOUT_S, Ticket, all_of
 from .transfer_plan import TransferPlan
 from .transports import cma, cuda_ipc, tcp, verbs
 from .transports.verbs_device import Nics

@@ -227,8 +227,8 @@ def test_closing_in_flight_ends_every_ticket_at_both_ends(
     if closes == "there":
         peer.call("close_link", engine.engine_id, timeout_s=0.05)  # I cannot answer yet
     else:
-        # `_go_down` is `close` without its wait, which would last as long as the gate is shut.
-        link._go_down(LinkClosed("this side closed the link", operation="close"))
+        # `fail` is `close` without its wait, which would last as long as the gate is shut.
+        link.fail(LinkClosed("this side closed the link", operation="close"))
     if closes == "both":
         peer.call("close_link", engine.engine_id, timeout_s=0.05)
         link_error = LinkClosed
@@ -266,7 +266,7 @@ def test_both_ends_closing_at_once_quiesce_at_once(
         ours = left.connect(right.address, transport=transport)
         theirs = right.accept_link(left.engine_id)
         for link in (ours, theirs):
-            link._go_down(LinkClosed("this side closed the link", operation="close"))
+            link.fail(LinkClosed("this side closed the link", operation="close"))
         assert ours.quiesced.wait(15.0) == 0
         assert theirs.quiesced.wait(15.0) == 0
 
@@ -363,7 +363,7 @@ def test_a_write_that_begins_while_its_region_is_revoked_is_refused(
 
     def acquire_late(region: MemoryRegion) -> None:
         acquire(region)  # the checks are over, the transfer is not known to the link yet
-        link._revoked(theirs.region_id)
+        link._revocation.obey(theirs.region_id)
 
     monkeypatch.setattr(type(mine.region), "acquire", acquire_late)
     with pytest.raises(RegionGone, match="has deregistered"):
