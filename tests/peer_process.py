@@ -31,9 +31,11 @@ if TYPE_CHECKING:
     )
     from kvferry.engine.tickets import Ticket
     from tests import shuffle
+    from tests.census import Census
     from tests.child import pipe_of_child, serve
 else:  # beside this file
     import shuffle
+    from census import Census
     from child import pipe_of_child, serve
 
 
@@ -48,6 +50,7 @@ class Commands:
         self._tickets: list[Ticket] = []
         self._links: dict[str, Link] = {}
         self._checksum = iovec.checksum
+        self._census = Census()
 
     def address(self) -> bytes:
         return self._engine.address.encode()
@@ -178,9 +181,9 @@ class Commands:
         right = self._checksum
         iovec.checksum = (lambda iov: right(iov) ^ 1) if spoil else right
 
-    def census(self) -> tuple[int, int]:
-        """Threads and open descriptors."""
-        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+    def census(self) -> None:
+        """Fails if more threads or descriptors stay than after the first call."""
+        self._census.take()
 
     def limit_descriptors(self, limit: bool) -> None:
         """Leaves this process no descriptor, or as many as before."""
