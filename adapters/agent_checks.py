@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..engine.errors import BlockOutOfRange, PlanError
-from ..engine.transfer import TRANSPORTS, TransferEngine
+from ..engine.transfer import TransferEngine
+from ..engine.transport_selection import TRANSPORTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..engine.transfer import TRANSPORTS
+from ..engine.transport_selection import TRANSPORTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

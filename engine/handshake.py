@@ -31,6 +31,8 @@ from .wire import LINK_VERSION
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+# A slow machine may need longer: an emulated one takes seconds for the first handshake.
+HANDSHAKE_TIMEOUT_S = float(os.environ.get("KVFERRY_HANDSHAKE_TIMEOUT_S", "5"))
 MAX_HELLO_NBYTES = 65_536  # the cards of 64 rails
 NONCE_NBYTES = 32
 

@@ -6,19 +6,11 @@ threads for each rail of each tcp link, and two listening sockets.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import logging
 import os
 import secrets
-import select
-import socket
-import threading
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from . import handshake
 from .admission import Admissions, token_id
@@ -26,27 +18,28 @@ from .copiers import Copiers
 from .core import EngineCore
 from .counters import CounterTable
 from .device_counters import DeviceCounters
+from .dialer import Dialer
 from .errors import (
     DeadlineExceeded,
     EngineError,
     LinkClosed,
     NotRegistered,
-    ProtocolError,
     TransportUnavailable,
 )
-from .handshake import EngineAddress, Hello, Identity
-from .link import Link
+from .handshake import HANDSHAKE_TIMEOUT_S, EngineAddress, Identity
+from .link_table import LinkTable
+from .listener import Listener, listen
 from .memory import CacheDescriptor, MemoryRegion, RegionTable, RegisteredCache, quarantine
 from .paths import Paths
 from .paths import load as load_paths
+from .process_probe import ProcessProbe
 from .progress import TICK_S, Progress
 from .stream_gate import StreamGate
 from .tickets import DEFAULT_TIMEOUT_S, Ticket, all_of
 from .transfer_plan import TransferPlan
-from .transports import cma, cuda_ipc, tcp, verbs
+from .transport_selection import TRANSPORTS, TransportSelection
+from .transports import cma, tcp
 from .transports.verbs_device import Nics
-from .transports.verbs_meeting import Meeting
-from .wire import LINK_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
@@ -54,24 +47,8 @@ if TYPE_CHECKING:
     import torch
 
     from .layout import KVLayout
+    from .link import Link
     from .memory import RegionDescriptor
-    from .transports.base import Availability
-
-TRANSPORTS = ("cuda_ipc", "cma", "verbs", "tcp")  # in order of preference
-LOCAL = ("cuda_ipc", "cma")  # between processes of one host, over a Unix socket
-# A slow machine may need longer: an emulated one takes seconds for the first handshake.
-HANDSHAKE_TIMEOUT_S = float(os.environ.get("KVFERRY_HANDSHAKE_TIMEOUT_S", "5"))
-MAX_HANDSHAKES = 256  # connections that have not proven themselves yet
-
-log = logging.getLogger(__name__)
-
-
-class _Pending(NamedTuple):
-    """A tcp link whose sockets are still arriving; number -1 is its control channel."""
-
-    hello: Hello
-    socks: dict[int, socket.socket]
-    deadline_s: float
 
 
 class TransferEngine:
@@ -116,25 +93,13 @@ class TransferEngine:
         name: str = "",
         require_tokens: bool = False,
     ) -> None:
-        unknown = set(transports) - set(TRANSPORTS)
-        if unknown:
-            raise TransportUnavailable(
-                f"transport {min(unknown)!r} is unknown: use {' or '.join(TRANSPORTS)}",
-                operation="start",
-            )
         if not 1 <= rails <= 64:
             raise TransportUnavailable(
                 f"rails is {rails}: a tcp link has 1 to 64", operation="start"
             )
-        self.unavailable: dict[str, str] = {}
-        self._nics = Nics(nics)
-        self._transports = [t for t in TRANSPORTS if t in transports and self._works(t)]
-        if not self._transports:
-            raise TransportUnavailable(
-                "; ".join(f"{t}: {why}" for t, why in self.unavailable.items())
-                or "no transport was asked for",
-                operation="start",
-            )
+        nics_here = Nics(nics)
+        self._selection = TransportSelection(transports, nics_here)
+        self.unavailable = self._selection.unavailable
         engine_id = secrets.token_hex(16)
         identity = Identity(
             engine_id=engine_id,
@@ -142,55 +107,47 @@ class TransferEngine:
             host_id=handshake.host_id(),
             pid=os.getpid(),
         )
-        local = bool(set(LOCAL) & set(self._transports))
-        unix_name = f"kvferry-{engine_id}" if local else ""
-        remote = bool({"tcp", "verbs"} & set(self._transports))
-        self._listeners = _listen(unix_name, host if remote else None)
-        tcp_port = self._listeners[-1].getsockname()[1] if remote else 0
+        unix_name = f"kvferry-{engine_id}" if self._selection.local else ""
+        socks = listen(unix_name, host if self._selection.remote else None)
+        tcp_port = socks[-1].getsockname()[1] if self._selection.remote else 0
         if unix_name:
             cma.permit_peers()
-        self._secret = secrets.token_bytes(32)
+        secret = secrets.token_bytes(32)
+        self._links = LinkTable()
         self._admissions = Admissions(required=require_tokens)
-        self._lock = threading.Condition()
-        self._links: list[Link] = []
-        self._pending: dict[str, _Pending] = {}
-        self._closed = False
-        self._rails = rails
-        self._greeting: dict[threading.Thread, socket.socket | None] = {}
         self._ticked_s = time.monotonic()
         self._plans: dict[tuple[object, ...], TransferPlan] = {}
-        self._probe_word = np.frombuffer(bytearray(secrets.token_bytes(16)), np.uint64)
-        progress = Progress(identity.name, self._tick)
         self._core = EngineCore(
             identity=identity,
             regions=RegionTable(engine_id),
             counters=CounterTable(),
-            progress=progress,
+            progress=Progress(identity.name, self._tick),
             copiers=Copiers(identity.name),
             verify=verify,
             peer_timeout_s=peer_timeout_s,
-            forget=self._forget,
+            forget=self._links.forget,
             device_counters=DeviceCounters(),
-            nics=self._nics,
+            nics=nics_here,
             max_programs=max_programs,
             gate=StreamGate(identity.name),
             paths=paths or load_paths(),
         )
         self._core.regions.counters_on = self._core.device_counters.array
         self._core.regions.on_revoke(self._revoke)
-        self._core.regions.on_forget(self._nics.forget)
+        self._core.regions.on_forget(nics_here.forget)
         self._address = EngineAddress(
             identity=identity,
-            secret=self._secret,
+            secret=secret,
             tcp_host=advertise_host or host,
             tcp_port=tcp_port,
             unix_name=unix_name,
-            nics=len(self._nics.usable()) if "verbs" in self._transports else 0,
+            nics=len(nics_here.usable()) if "verbs" in self._selection.offered else 0,
         )
-        for listener in self._listeners:
-            listener.setblocking(False)
-        self._watch_listeners()
-        progress.start()
+        shared = (self._core, self._links, self._selection, ProcessProbe())
+        self._dialer = Dialer(*shared, rails)
+        self._listener = Listener(*shared, socks, secret, self._admissions)
+        self._listener.start()
+        self._core.progress.start()
 
     def __enter__(self) -> TransferEngine:
         return self
@@ -216,13 +173,12 @@ class TransferEngine:
     @property
     def transports(self) -> tuple[str, ...]:
         """The transports that this engine offers, best first."""
-        return tuple(self._transports)
+        return self._selection.offered
 
     @property
     def links(self) -> tuple[Link, ...]:
         """Links that are up, or that a peer may still reach this process through."""
-        with self._lock:
-            return tuple(self._links)
+        return tuple(self._links.all())
 
     @property
     def late_writes(self) -> int:
@@ -387,30 +343,7 @@ class TransferEngine:
         self._check_open("connect")
         if not isinstance(address, EngineAddress):
             address = EngineAddress.decode(address)
-        reasons: list[str] = []
-        last: EngineError | None = None
-        for name in TRANSPORTS if transport is None else (transport,):
-            reason = self._mismatch(name, address)
-            if name == "cuda_ipc" and transport is None and not reason:
-                reason = self._no_gpu_memory()
-            if name == "verbs" and transport is None and not reason:
-                reason = self._gpu_memory()
-            if reason:
-                reasons.append(f"{name}: {reason}")
-                continue
-            try:
-                return self._connect(name, address, token, timeout_s)
-            except EngineError as error:
-                last = error
-                reasons.append(f"{name}: {error.message}")
-            except (OSError, UnicodeError) as error:
-                why = error.strerror if isinstance(error, OSError) else None
-                reasons.append(f"{name}: {why or error}")
-        if last is not None and len(reasons) == 1:
-            raise last
-        raise TransportUnavailable(
-            "; ".join(reasons), operation="connect", peer=address.identity.name
-        ) from last
+        return self._dialer.connect(address, transport, token, timeout_s)
 
     def admit(self, token: bytes, engine_id: str, timeout_s: float = HANDSHAKE_TIMEOUT_S) -> None:
         """Lets the engine of that id open one link here with that one-time token.
@@ -435,20 +368,7 @@ class TransferEngine:
         Raises:
             DeadlineExceeded: it did not connect.
         """
-        deadline_s = time.monotonic() + timeout_s
-        opener = token_id(token)
-        with self._lock:
-            while True:
-                for link in self._links:
-                    meant = link.peer.engine_id == engine_id and opener in (b"", link.token_id)
-                    if meant and not link.closed:
-                        return link
-                left_s = deadline_s - time.monotonic()
-                if left_s <= 0 or not self._lock.wait(left_s):
-                    raise DeadlineExceeded(
-                        f"no link from engine {engine_id[:8]} came in {timeout_s} s",
-                        operation="accept",
-                    )
+        return self._links.wait(engine_id, token_id(token), timeout_s)
 
     def scatter(
         self,
@@ -492,22 +412,10 @@ class TransferEngine:
 
         Memory that a frozen peer could still write into is kept until this process ends.
         """
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            links = list(self._links)
-            pending, self._pending = self._pending, {}
-            greeting = dict(self._greeting)
-        for listener in self._listeners:
-            self._core.progress.unwatch(listener.fileno())
-            listener.close()
-        for sock in greeting.values():
-            if sock is not None:
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)  # its thread wakes up and closes it
-        for entry in pending.values():
-            _close_all(entry.socks.values())
+        links = self._links.close()
+        if links is None:
+            return
+        self._listener.close()
         error = LinkClosed("the engine was closed", operation="close")
         deadline_s = time.monotonic() + timeout_s
         for link in links:
@@ -528,265 +436,21 @@ class TransferEngine:
         self._core.progress.stop()
         for link in links:
             link.discard()
-        self._nics.close()
-        for thread in greeting:
-            if thread is not threading.current_thread():
-                thread.join(HANDSHAKE_TIMEOUT_S)
-
-    # Meeting peers.
-
-    def _works(self, name: str) -> bool:
-        probes: dict[str, Callable[[], Availability]] = {
-            "cuda_ipc": cuda_ipc.available,
-            "cma": cma.probe,
-            "verbs": lambda: verbs.ready(self._nics),
-            "tcp": tcp.probe,
-        }
-        ok, reason = probes[name]()
-        if not ok:
-            self.unavailable[name] = reason
-        return ok
-
-    def _mismatch(self, name: str, address: EngineAddress) -> str:
-        """Why a transport cannot serve this pair, or ""."""
-        if name not in TRANSPORTS:
-            return f"unknown: use {' or '.join(TRANSPORTS)}"
-        if name not in self._transports:
-            return self.unavailable.get(name, "not enabled in this engine")
-        if name in LOCAL:
-            if not address.unix_name:
-                return "not enabled in the peer"
-            if address.identity.host_id != self._core.identity.host_id:
-                return "the peer runs on another host, or in another process namespace"
-        elif not (address.nics if name == "verbs" else address.tcp_port):
-            return "not enabled in the peer"
-        return ""
-
-    def _gpu_memory(self) -> str:
-        """Why `verbs` must not be taken, or ""."""
-        if any(region.device >= 0 for region in self._core.regions.all()):
-            return "it moves host memory, and GPU memory is registered in this engine"
-        return ""
-
-    def _no_gpu_memory(self) -> str:
-        """Why `cuda_ipc` need not be tried, or ""."""
-        if any(region.device >= 0 for region in self._core.regions.all()):
-            return ""
-        return "no GPU memory is registered in this engine yet"
-
-    def _connect(self, name: str, address: EngineAddress, token: bytes, timeout_s: float) -> Link:
-        link_id = secrets.token_hex(16)
-        num_rails = self._rails if name == "tcp" else 0
-        socks: list[socket.socket] = []
-        deadline_s = time.monotonic() + timeout_s
-        meeting = Meeting(self._nics, dialed=True) if name == "verbs" else None
-        try:
-            offer = meeting.offer(address.nics) if meeting is not None else b""
-            for rail in range(-1, num_rails):
-                left_s = max(0.01, deadline_s - time.monotonic())
-                sock = _dial(name, address, left_s)
-                socks.append(sock)
-                sock.settimeout(left_s)
-                challenge, answer = handshake.connect(
-                    sock,
-                    address,
-                    lambda nonce, rail=rail: Hello(  # type: ignore[misc]
-                        version=LINK_VERSION,
-                        identity=self._core.identity,
-                        server_engine_id=address.engine_id,
-                        transport=name,
-                        link_id=link_id,
-                        rail=rail,
-                        num_rails=num_rails,
-                        nonce=nonce,
-                        probe=self._probe_word.ctypes.data,
-                        probe_word=self._probe_word.tobytes(),
-                        token_id=token_id(token),
-                    ),
-                    partial(self._reachable, sock, name),
-                    token,
-                    offer,
-                )
-            if meeting is not None:
-                meeting.take(answer)
-        except BaseException:
-            _close_all(socks)
-            if meeting is not None:
-                meeting.close()
-            raise
-        return self._open(socks[0], challenge.identity, name, socks[1:], meeting, token_id(token))
-
-    def _reachable(self, sock: socket.socket, name: str, peer: Any) -> str:
-        """Tries to read the peer's word; a reason to refuse, or ""."""
-        if name not in LOCAL:
-            return ""
-        pid = handshake.peer_pid(sock)
-        if name == "cuda_ipc" and peer.identity.pid == pid:
-            return ""  # no need to reach its host memory
-        try:
-            if peer.identity.pid == pid and cma.read_word(pid, peer.probe) == peer.probe_word:
-                return ""
-        except OSError as error:
-            return cma.refusal(error)
-        return "the engine at the other end of the socket is not the process that it seems to be"
-
-    def _open(
-        self,
-        control: socket.socket,
-        peer: Identity,
-        name: str,
-        rails: list[socket.socket],
-        meeting: Meeting | None = None,
-        opener: bytes = b"",
-    ) -> Link:
-        with self._lock:
-            if self._closed:
-                _close_all([control, *rails])
-                if meeting is not None:
-                    meeting.close()
-                raise LinkClosed("the engine was closed", operation="connect")
-            if name in LOCAL:
-                make = cma.CmaPath if name == "cma" else cuda_ipc.CudaIpcPath
-                link = Link(self._core, control, peer, name, lambda it: make(it, peer.pid))
-            elif meeting is not None:
-                link = Link(
-                    self._core, control, peer, name, lambda it: verbs.VerbsPath(it, meeting)
-                )
-            else:
-                link = Link(self._core, control, peer, name, lambda it: tcp.TcpPath(it, rails))
-            link.token_id = opener
-            link.start()
-            self._links.append(link)
-            self._lock.notify_all()
-        return link
-
-    def _watch_listeners(self) -> None:
-        """Watches the listeners that are not watched."""
-        progress = self._core.progress
-        with self._lock:
-            for listener in [] if self._closed else self._listeners:
-                if not progress.watches(listener.fileno()):
-                    accept = partial(self._accept, listener)
-                    progress.watch(listener.fileno(), select.EPOLLIN, accept)
-
-    def _accept(self, listener: socket.socket, _: int) -> None:
-        try:
-            sock, _address = listener.accept()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                # The client stays in the backlog, and epoll would tell so for ever: `_tick` looks
-                # again.
-                self._core.progress.unwatch(listener.fileno())
-            return  # or it went away before we looked
-        unix = listener.family == socket.AF_UNIX
-        thread = threading.Thread(
-            target=self._welcome, args=(sock, unix), name=f"{self.name}-greet", daemon=True
-        )
-        with self._lock:
-            if self._closed or len(self._greeting) >= MAX_HANDSHAKES:
-                sock.close()
-                return
-            self._greeting[thread] = sock
-        thread.start()
-
-    def _welcome(self, sock: socket.socket, unix: bool) -> None:
-        """Serves one handshake, on a thread of its own: a slow client holds up nobody."""
-        owned = False
-        meetings: list[Meeting] = []
-
-        def answer(hello: Hello, offer: bytes) -> bytes:
-            if hello.transport != "verbs":
-                return b""
-            meetings.append(Meeting(self._nics, dialed=False))
-            return meetings[0].answer(offer)
-
-        try:
-            sock.settimeout(HANDSHAKE_TIMEOUT_S)
-            if not unix:
-                tcp.tune(sock)
-            hello = handshake.accept(
-                sock,
-                self._core.identity,
-                self._secret,
-                (self._probe_word.ctypes.data, self._probe_word.tobytes()),
-                lambda hello: self._admit(sock, unix, hello) or self._admissions.use(hello),
-                self._admissions.token_of,
-                answer,
-            )
-            with self._lock:
-                self._greeting[threading.current_thread()] = None  # `close` ends links otherwise
-            if hello.transport == "tcp":
-                self._file(sock, hello)
-            else:
-                meeting = meetings[0] if meetings else None
-                self._open(sock, hello.identity, hello.transport, [], meeting, hello.token_id)
-            owned = True
-        except (EngineError, OSError) as error:
-            log.debug("kvferry: a handshake failed: %s", error)  # the client was told why
-        finally:
-            if not owned:
-                sock.close()
-                for meeting in meetings:
-                    meeting.close()
-            with self._lock:
-                del self._greeting[threading.current_thread()]
-
-    def _admit(self, sock: socket.socket, unix: bool, hello: Hello) -> str:
-        """A reason to refuse a client that has proven itself, or ""."""
-        if hello.transport not in self._transports or unix != (hello.transport in LOCAL):
-            return f"transport {hello.transport!r} is not offered here"
-        if hello.transport in LOCAL:
-            return self._reachable(sock, hello.transport, hello)
-        if hello.transport == "verbs":
-            return "" if hello.rail < 0 else "a verbs link has one connection"
-        with self._lock:
-            if self._closed:
-                return "the engine is closing"
-            if hello.rail < 0:
-                if hello.link_id in self._pending or not 1 <= hello.num_rails <= 64:
-                    return f"a link of {hello.num_rails} rails, or one that exists already"
-                deadline_s = time.monotonic() + HANDSHAKE_TIMEOUT_S
-                self._pending[hello.link_id] = _Pending(hello, {}, deadline_s)
-                return ""
-            pending = self._pending.get(hello.link_id)
-            if (
-                pending is None
-                or pending.hello.identity != hello.identity
-                or not 0 <= hello.rail < pending.hello.num_rails
-            ):
-                return f"rail {hello.rail} belongs to no link that is being opened"
-        return ""
-
-    def _file(self, sock: socket.socket, hello: Hello) -> None:
-        """Files one socket of a tcp link, welcomed by now, and opens the link with its last one."""
-        with self._lock:
-            pending = self._pending.get(hello.link_id)
-            if pending is None or hello.rail in pending.socks:
-                raise ProtocolError("this link is open, or given up", operation="accept")
-            pending.socks[hello.rail] = sock
-            if len(pending.socks) <= pending.hello.num_rails:
-                return
-            del self._pending[hello.link_id]
-        control, *rails = (sock for _, sock in sorted(pending.socks.items()))
-        first = pending.hello
-        self._open(control, first.identity, "tcp", rails, opener=first.token_id)
+        self._core.nics.close()
+        self._listener.join()
 
     # Housekeeping.
 
     def _check_open(self, operation: str) -> None:
-        if self._closed:
+        if self._links.closed:
             raise LinkClosed("the engine is closed: make another", operation=operation)
 
     def _tick(self, now: float) -> None:
-        self._watch_listeners()
+        """Deadlines, and what links and listeners have to do now and then; on the progress thread."""
+        self._listener.tick(now)
         asleep_s = now - self._ticked_s - TICK_S
         self._ticked_s = now
-        with self._lock:
-            links = list(self._links)
-            late = [i for i, p in self._pending.items() if now > p.deadline_s]
-            stale = [self._pending.pop(link_id) for link_id in late]
-        for entry in stale:
-            _close_all(entry.socks.values())
+        links = self._links.all()
         for ticket in self._core.counters.tickets():
             if ticket.deadline_s is not None and now > ticket.deadline_s:
                 ticket._expire()
@@ -795,52 +459,6 @@ class TransferEngine:
                 link.forgive(asleep_s)
             link.tick(now)
 
-    def _forget(self, link: Link) -> None:
-        with self._lock:
-            if link in self._links:
-                self._links.remove(link)
-            counters = self._core.device_counters
-            if counters.dirty and not self._links and not self._closed:
-                self._core.copiers.run(counters.cleanse)
-
     def _revoke(self, region_id: int, deadline_s: float) -> None:
         for link in self.links:
             link.revoke(region_id, deadline_s)
-
-
-def _listen(unix_name: str, tcp_host: str | None) -> list[socket.socket]:
-    """The listening sockets: for processes of this host, then for `tcp`, where these are wanted."""
-    socks: list[socket.socket] = []
-    try:
-        if unix_name:
-            socks.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-            socks[-1].bind(f"\0{unix_name}")
-            socks[-1].listen(128)
-        if tcp_host is not None:
-            socks.append(socket.create_server((tcp_host, 0), backlog=128))
-    except (OSError, UnicodeError) as error:
-        _close_all(socks)
-        raise TransportUnavailable(
-            f"cannot listen on {tcp_host or unix_name}: {error}", operation="start"
-        ) from error
-    return socks
-
-
-def _dial(name: str, address: EngineAddress, timeout_s: float) -> socket.socket:
-    if name in LOCAL:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            sock.settimeout(timeout_s)
-            sock.connect(f"\0{address.unix_name}")
-        except OSError:
-            sock.close()
-            raise
-        return sock
-    sock = socket.create_connection((address.tcp_host, address.tcp_port), timeout_s)
-    tcp.tune(sock)
-    return sock
-
-
-def _close_all(socks: Iterable[socket.socket]) -> None:
-    for sock in socks:
-        sock.close()

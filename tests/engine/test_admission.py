@@ -79,7 +79,7 @@ def test_a_token_is_proven_not_shown(
     """Who saw a token's name on the wire, and has the address, lacks the token still."""
     guarded.admit(TOKEN, client.engine_id)
     name = token_id(TOKEN)
-    monkeypatch.setattr("kvferry.engine.transfer.token_id", lambda token: name)
+    monkeypatch.setattr("kvferry.engine.dialer.token_id", lambda token: name)
     with pytest.raises(TransportUnavailable, match="does not know its own secret"):
         client.connect(guarded.address, token=bytes(32))
     monkeypatch.undo()

@@ -14,7 +14,8 @@ import typer
 
 from kvferry.engine.errors import EngineError
 from kvferry.engine.paths import NEVER_DIRECT, Paths
-from kvferry.engine.transfer import TRANSPORTS, TransferEngine
+from kvferry.engine.transfer import TransferEngine
+from kvferry.engine.transport_selection import TRANSPORTS
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
