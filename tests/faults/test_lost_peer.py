@@ -261,6 +261,12 @@ def deaths(transport: str, start_peer: Callable[..., Peer], rounds: int, seed: i
         source, inbox = np.ones(size, np.uint8), np.full(size + 128, SENTINEL, np.uint8)
         mine, box = engine.register(source), engine.register(inbox)
         window = inbox[64:-64]
+        # Copiers start with the first bytes, which the first victim may not live to see.
+        with TransferEngine(name="witness") as other:
+            link = engine.connect(other.address, transport=transport)
+            theirs = other.register(np.zeros(size, np.uint8)).descriptor
+            assert link.write(mine, 0, theirs, 0, size).wait(PATIENCE_S) == size
+        assert link.quiesced.wait(PATIENCE_S) == 0
         census = Census()
         for _ in range(rounds):
             victim = start_peer()
