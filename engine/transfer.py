@@ -1,7 +1,8 @@
 """The transfer engine: registers memory, meets peers, counts what they write.
 
 One engine a process is the normal case. It owns a progress thread, up to two copier threads, two
-threads for each rail of each tcp link, and two listening sockets.
+threads for each rail of each tcp link, and two listening sockets. Here are the public API and how
+the parts are put together; docs/structure.md lists their locks and the order of these.
 """
 
 from __future__ import annotations
