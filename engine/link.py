@@ -2,9 +2,10 @@
 
 Here is what users, data paths and the engine call. The work is done by the link's parts, each of
 which owns its state: `PlannedTransfers` and `GpuBlocks` choose how a plan's bytes move, `Submitter`
-begins and ends transfers, `TransferTable` knows them, `ControlChannel` and `LinkMessages` carry what
-the two ends tell each other, `FailureDetector` watches the peer, `Teardown` ends it all. Bytes move
-over the transport's `DataPath`. docs/structure.md lists the locks and their order.
+begins and ends transfers, `TransferTable` knows them, `ControlChannel` and `LinkMessages` carry
+what the two ends tell each other, `Grants` and `Revocation` say which regions may be reached,
+`FailureDetector` watches the peer, `Teardown` ends it all. Bytes move over the transport's
+`DataPath`. docs/structure.md lists the locks and their order.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What operations of a link end with: the link's own end, the peer's refusal, a region taken back."""
+"""What operations of a link end with: the link's end, the peer's refusal, a region taken back."""
 
 from __future__ import annotations
 

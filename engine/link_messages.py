@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class LinkMessages:
-    """Hands each message of one link to the part that it concerns; the path's own go to the path."""
+    """Hands each message of one link to the part that it concerns, and the path's to the path."""
 
     def __init__(
         self, link: Link, submitter: Submitter, revocation: Revocation, teardown: Teardown

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 
 class PlannedTransfers:
-    """What a link does with plans. Thread-safe. Arguments and errors are those of `Link`'s methods."""
+    """What a link does with plans. Thread-safe.
+
+    Arguments and errors are those of `Link`'s methods.
+    """
 
     def __init__(self, submitter: Submitter, gpu_blocks: GpuBlocks) -> None:
         self._submitter = submitter

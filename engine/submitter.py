@@ -1,7 +1,7 @@
 """Transfers of one link from their submission to their end.
 
 What is submitted is checked, entered in the table, and begun: at once, or when the peer has given
-leave to reach its region. A transfer that ends frees its memory, and tells a peer that counts on it.
+leave to reach its region. What ends frees its memory, and a peer that counts on it is told.
 """
 
 from __future__ import annotations

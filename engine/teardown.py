@@ -47,7 +47,7 @@ class Teardown:
         self._peer_silent = False  # nothing more will come over the control channel
 
     def go_down(self, error: EngineError) -> None:
-        """Takes the link down; every pending ticket ends. The first error is the one that counts."""
+        """Takes the link down; every pending ticket ends. Of several errors the first counts."""
         if not self._table.close(error):
             return
         link = self._link

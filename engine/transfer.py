@@ -447,7 +447,7 @@ class TransferEngine:
             raise LinkClosed("the engine is closed: make another", operation=operation)
 
     def _tick(self, now: float) -> None:
-        """Deadlines, and what links and listeners have to do now and then; on the progress thread."""
+        """Deadlines, and what links and the listener do now and then; on the progress thread."""
         self._listener.tick(now)
         asleep_s = now - self._ticked_s - TICK_S
         self._ticked_s = now

@@ -1,7 +1,7 @@
 """The transfer table of one link: what has begun and not ended, and what forbids more of it.
 
-A link that goes down and a peer that takes a region back both have to stop what runs and refuse what
-comes. One lock decides between them: each transfer is either stopped by them or refused here.
+A link that goes down and a peer that takes a region back both have to stop what runs and refuse
+what comes. One lock decides: each transfer is either seen by them, and stopped, or refused here.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class TransportSelection:
         return bool({"tcp", "verbs"} & set(self.offered))
 
     def mismatch(self, name: str, address: EngineAddress, host_id: str) -> str:
-        """Why a transport cannot serve this engine, on `host_id`, and the one at `address`, or ""."""
+        """Why a transport cannot serve this engine, of host `host_id`, and that one, or ""."""
         if name not in TRANSPORTS:
             return f"unknown: use {' or '.join(TRANSPORTS)}"
         if name not in self.offered:
