@@ -81,10 +81,9 @@ class Revocation:
 
     def ended(self, transfer: Transfer) -> None:
         """A transfer has ended, for which the peer may be waiting."""
-        revoked = self._table.revoked
-        if revoked:
-            for region_id in revoked & {r.region_id for r in transfer.remote_regions}:
-                self._confirm(region_id)
+        used = {region.region_id for region in transfer.remote_regions}
+        for region_id in self._table.revoked & used:
+            self._confirm(region_id)
 
     def _confirm(self, region_id: int) -> None:
         if not self._table.uses(region_id):

@@ -115,7 +115,7 @@ class Submitter:
         transfer.start = start
         if nbytes is not None:
             transfer.total_nbytes = nbytes
-        self.table.add(transfer, known=known)
+        self.table.add(transfer)
         self.path.before(transfer, stream)
         if (
             (known and not self.table.revoked)
@@ -188,7 +188,8 @@ class Submitter:
         error = transfer.stopped
         if error is not None and transfer.write and transfer.imm is not None:
             self.link.abort(transfer.imm, error.message)
-        self._revocation.ended(transfer)
+        if self.table.revoked:
+            self._revocation.ended(transfer)
 
     def expire(self, now: float) -> None:
         """Ends what is past its deadline; on the progress thread."""

@@ -63,11 +63,8 @@ class TransferTable:
             if any(region.region_id == region_id for region in transfer.remote_regions)
         ]
 
-    def add(self, transfer: Transfer, *, known: bool) -> None:
+    def add(self, transfer: Transfer) -> None:
         """Takes a transfer in, before it begins.
-
-        Args:
-            known: its remote regions have passed before, and are looked at only if any was revoked.
 
         Raises:
             RegionGone, LinkError: it must not begin.
@@ -80,7 +77,7 @@ class TransferTable:
             with self._lock:
                 if self.error is not None:
                     raise self._down(transfer.ticket.operation)
-                if not known or self.revoked:
+                if self.revoked:
                     self._check_revoked(transfer)
                 self._transfers[transfer.id] = transfer
         except EngineError:
@@ -102,7 +99,8 @@ class TransferTable:
                     raise self._down(transfer.ticket.operation)
                 granted = self.routes.get(route.key) is route
                 if not granted:
-                    self._check_revoked(transfer)
+                    if self.revoked:
+                        self._check_revoked(transfer)
                     granted = self._grants.has(remote)
                     if granted:
                         self.routes[route.key] = route
