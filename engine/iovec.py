@@ -80,6 +80,22 @@ def chunks(nbytes: npt.NDArray[np.int64], limit_nbytes: int, limit: int) -> Iter
         start, done = stop, int(ends[stop - 1])
 
 
+def join_remote(local: Iovec, remote: Iovec) -> tuple[Iovec, Iovec]:
+    """The same copies in the order of their remote addresses, neighbours there as one entry.
+
+    Returns what was given if that joins less than half of them. O(n log n).
+    """
+    order = np.argsort(remote[:, 0])
+    address, nbytes = remote[:, 0][order], remote[:, 1][order]
+    breaks = address[1:] != (address + nbytes)[:-1]
+    if 2 * np.count_nonzero(breaks) > len(breaks):
+        return local, remote
+    starts = np.concatenate(([0], np.flatnonzero(breaks) + 1))
+    joined = make(address[starts], np.add.reduceat(nbytes, starts))
+    # As one number of 16 bytes each: twice as fast as picking rows.
+    return local.view(np.complex128)[order].view(np.uint64), joined
+
+
 def process_vm(
     pid: int,
     local: npt.NDArray[np.integer],

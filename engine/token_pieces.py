@@ -118,7 +118,8 @@ def make_rows(bundles: list[Bundle], low: int, high: int, layers: tuple[int, ...
             entry = np.repeat(numbers, len(inner))
             head = np.tile(of_head, len(numbers))
     whole = np.concatenate(tables)
-    order = np.lexsort((whole[:, 3], whole[:, 1], whole[:, 2], whole[:, 0]))
+    # By place at the destination: small pieces that are neighbours there can then be joined.
+    order = np.lexsort((whole[:, 1], whole[:, 3], whole[:, 2], whole[:, 0]))
     whole = whole[order]
     first = bundles[0]
     factor = np.concatenate(factors)[order] if factors else None

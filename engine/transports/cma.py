@@ -51,6 +51,9 @@ MIN_CHUNK_NBYTES = 256 << 10
 # The addresses of so few pieces are made at once; of more, each copier makes those of its share while
 # the others copy.
 FEW_PIECES = 1024
+# Pieces smaller than this are joined where they are neighbours at the peer: the kernel pins the pages
+# of each remote entry anew, 0.75 us, and joining costs a seventh of that.
+JOINED_BELOW_NBYTES = 2048
 YAMA = "/proc/sys/kernel/yama/ptrace_scope"
 _PR_SET_PTRACER = 0x59616D61
 _PR_SET_PTRACER_ANY = ctypes.c_ulong(-1)
@@ -259,7 +262,10 @@ class CmaPath(DataPath):
         if not transfer.begin():
             return
         nbytes = int(transfer.nbytes[part].sum())
-        if not self._move(transfer, transfer.local[part].copy(), remote, nbytes):
+        local = transfer.local[part].copy()
+        if nbytes < len(local) * JOINED_BELOW_NBYTES:
+            local, remote = iovec.join_remote(local, remote)
+        if not self._move(transfer, local, remote, nbytes):
             return
         if self._link.core.verify:
             self._ask_check(transfer, number, part, nbytes)

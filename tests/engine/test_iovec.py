@@ -1,0 +1,49 @@
+"""Scatter-gather lists, walked by the system call itself on this very process."""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import numpy as np
+import pytest
+
+from kvferry.engine import iovec
+
+SENTINEL = 0xA5
+PIECE = 24
+
+
+def pieces(array: np.ndarray[tuple[int], np.dtype[np.uint8]], offsets: list[int]) -> iovec.Iovec:
+    return iovec.make(array.ctypes.data + np.array(offsets), np.full(len(offsets), PIECE))
+
+
+@pytest.mark.parametrize("run", [2, 16, 1024, 3000])
+def test_pieces_that_are_neighbours_there_are_joined(run: int) -> None:
+    """Of 3,000 pieces in random order, runs of so many lie side by side at the remote end."""
+    rng = np.random.default_rng(run)
+    count = 3000
+    here = rng.integers(0, 256, count * PIECE, np.uint8)
+    there = np.full(count * 2 * PIECE + PIECE, SENTINEL, np.uint8)
+    places = [PIECE + (n + n // run * run) * PIECE for n in range(count)]
+    order = rng.permutation(count)
+    sources = [int(n) * PIECE for n in rng.permutation(count)]
+    local = pieces(here, [sources[n] for n in order])
+    remote = pieces(there, [places[n] for n in order])
+    want = there.copy()
+    for source, place in zip(sources, places, strict=True):
+        want[place : place + PIECE] = here[source : source + PIECE]
+    joined = iovec.join_remote(local, remote)
+    neighbours = sum(b - a == PIECE for a, b in itertools.pairwise(places))
+    assert len(joined[1]) == count - neighbours
+    assert len(joined[0]) == count
+    iovec.process_vm(os.getpid(), *joined, count * PIECE, write=True)
+    assert np.array_equal(there, want)
+
+
+def test_what_joins_little_stays_as_it_is() -> None:
+    memory = np.zeros(1000 * PIECE, np.uint8)
+    local, remote = (pieces(memory, [n * 3 * PIECE for n in range(300)]) for _ in range(2))
+    same = iovec.join_remote(local, remote)
+    assert same[0] is local
+    assert same[1] is remote
