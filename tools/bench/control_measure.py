@@ -52,6 +52,24 @@ class Spread(msgspec.Struct, frozen=True):
         return cls(len(seconds), float(p50), float(p99), float(worst))
 
 
+class Handoffs(msgspec.Struct, frozen=True):
+    """What handoffs of one block take between two processes.
+
+    Attributes:
+        latency: from the call of `receive` to its end, all bytes there; one after the other.
+        cpu_us: processor time of one of those, of both processes.
+        round_trip: a ZeroMQ message of 150 bytes there and back between two bare processes.
+        per_s: handoffs a second, many at a time.
+        stolen: share of the processors' time that the hypervisor gave to others meanwhile.
+    """
+
+    latency: Spread
+    cpu_us: float
+    round_trip: Spread
+    per_s: float
+    stolen: float
+
+
 def _new_agent(name: str, role: Any) -> Agent:
     layers = [np.zeros((2, NUM_BLOCKS, 4, 2, 16), np.uint8)]
     layout = KVLayout.from_tensors(layers, "plane block token head dim")
@@ -66,6 +84,9 @@ def _prefill(pipe: Connection[Any, Any]) -> None:
             command = pipe.recv()
             if command is None:
                 return
+            if command == "cpu":
+                pipe.send(time.process_time())
+                continue
             first, count = command
             sent = [agent.send(f"r{n}", [n % NUM_BLOCKS]) for n in range(first, first + count)]
             pipe.send("offered")
@@ -73,23 +94,59 @@ def _prefill(pipe: Connection[Any, Any]) -> None:
                 handoff.wait(WAIT_S)
 
 
-def measure_handoffs(latencies: int, burst: int, bursts: int) -> tuple[Spread, float]:
-    """One-block handoffs of two processes: one after the other, then `burst` at a time.
+def _echo(pipe: Connection[Any, Any]) -> None:
+    """The other end of a bare round trip."""
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        pipe.send(socket.bind_to_random_port("tcp://127.0.0.1"))
+        while True:
+            parts = socket.recv_multipart()
+            if not parts[-1]:
+                return
+            socket.send_multipart(parts)
 
-    Returns:
-        From the call of `receive` to its end, all bytes there; and handoffs a second.
-    """
+
+def _measure_round_trips(count: int) -> Spread:
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_echo, args=(theirs,), daemon=True)
+    process.start()
+    seconds = []
+    with zmq.Context() as sockets, sockets.socket(zmq.DEALER) as socket:
+        socket.connect(f"tcp://127.0.0.1:{ours.recv()}")
+        for _ in range(count):
+            began_s = time.perf_counter()
+            socket.send(bytes(150))
+            socket.recv()
+            seconds.append(time.perf_counter() - began_s)
+        socket.send(b"")
+        process.join()
+    return Spread.of(seconds[count // 10 :])
+
+
+def measure_handoffs(latencies: int, burst: int, bursts: int) -> Handoffs:
+    """One-block handoffs of two processes: one after the other, then `burst` at a time."""
     context = get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_prefill, args=(theirs,), daemon=True)
     process.start()
+
+    def cpu_s() -> float:
+        ours.send("cpu")
+        return time.process_time() + float(ours.recv())
+
     try:
         with _new_agent("decode", "decode") as agent:
             agent.connect(ours.recv())
+            stolen_s, total_s = _stolen()
+            round_trip = _measure_round_trips(latencies)
             seconds = []
             number = 0
             chunk = 100
-            for _ in range(latencies // chunk + 1):  # the first one warms up
+            chunks = max(1, latencies // chunk)
+            began_cpu_s = 0.0
+            for turn in range(chunks + 1):  # the first one warms up
+                if turn == 1:
+                    began_cpu_s = cpu_s()
                 ours.send((number, chunk))
                 ours.recv()
                 for n in range(number, number + chunk):
@@ -97,6 +154,7 @@ def measure_handoffs(latencies: int, burst: int, bursts: int) -> tuple[Spread, f
                     agent.receive(f"r{n}", "prefill", [n % NUM_BLOCKS]).wait(WAIT_S)
                     seconds.append(time.perf_counter() - began_s)
                 number += chunk
+            cpu_us = (cpu_s() - began_cpu_s) / (chunks * chunk) * 1e6
             rates = []
             for _ in range(bursts):
                 ours.send((number, burst))
@@ -111,10 +169,24 @@ def measure_handoffs(latencies: int, burst: int, bursts: int) -> tuple[Spread, f
                 rates.append(burst / (time.perf_counter() - began_s))
                 number += burst
             ours.send(None)
-            return Spread.of(seconds[chunk:]), float(np.median(rates))
+            stolen = _stolen()
+            return Handoffs(
+                latency=Spread.of(seconds[chunk:]),
+                cpu_us=cpu_us,
+                round_trip=round_trip,
+                per_s=float(np.median(rates)),
+                stolen=(stolen[0] - stolen_s) / max(1, stolen[1] - total_s),
+            )
     finally:
         process.join(5.0)
         process.kill()
+
+
+def _stolen() -> tuple[int, int]:
+    """Ticks of all processors that the hypervisor gave to others, and all ticks."""
+    with open("/proc/stat") as file:
+        ticks = [int(field) for field in file.readline().split()[1:9]]
+    return ticks[7], sum(ticks)
 
 
 class DaemonProcess:
