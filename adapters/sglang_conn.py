@@ -129,6 +129,8 @@ class KVFerryKVManager(CommonKVManager):  # type: ignore[misc]
             self._heartbeat_shutdown.set()
         self._listener.join(5.0)
         self.engine.close()
+        # Otherwise the context waits for its sockets when it is garbage-collected, for ever.
+        self._zmq_ctx.destroy(linger=0)
 
     # What SGLang's sender calls
 
@@ -187,9 +189,7 @@ class KVFerryKVManager(CommonKVManager):  # type: ignore[misc]
         """See `sglang_prefill.Host`."""
         address = NetworkAddress(host, port)
         try:
-            self._send_multipart_locked(
-                address.to_tcp(), frames(message), is_ipv6=address.is_ipv6
-            )
+            self._send_multipart_locked(address.to_tcp(), frames(message), is_ipv6=address.is_ipv6)
         except Exception as error:  # decode sees the link go down, or asks again
             log.warning("kvferry: cannot tell decode rank %s:%s: %s", host, port, error)
 

@@ -91,7 +91,9 @@ class Planner:
         dst = _layout([make(here, there, False) for _, here, there in chosen])
         remote = CacheDescriptor(dst, tuple(there.region for _, _, there in chosen))
         remote.check()
-        return TransferPlan(self._cache(number, src, [i for i, _, _ in chosen]), remote, writes=True)
+        return TransferPlan(
+            self._cache(number, src, [i for i, _, _ in chosen]), remote, writes=True
+        )
 
     def _cache(self, number: int, layout: KVLayout, entries: list[int]) -> RegisteredCache:
         """This rank's side of a plan: equal ones are one."""
@@ -121,7 +123,9 @@ def check_geometries(mine: Geometry, theirs: Geometry) -> None:
         if one != other:
             raise _differs(what, one, other)
     if max(mine.tp_size, theirs.tp_size) % min(mine.tp_size, theirs.tp_size):
-        raise _differs("attention TP size, and neither divides the other: it", mine.tp_size, theirs.tp_size)
+        raise _differs(
+            "attention TP size, and neither divides the other: it", mine.tp_size, theirs.tp_size
+        )
 
 
 def heads_of_rank(total: int, tp_size: int, tp_rank: int) -> tuple[int, int]:
@@ -148,9 +152,11 @@ def slice_heads(mine: Geometry, theirs: Geometry) -> Slice:
     other = heads_of_rank(total, theirs.tp_size, theirs.tp_rank)
     low, high = max(ours[0], other[0]), min(ours[1], other[1])
     count = max(0, high - low)
-    # Prefill ranks that share a head would all write it: the first of them does.
-    if mine.tp_size > total and mine.tp_rank % (mine.tp_size // total) and mine.tp_size > theirs.tp_size:
-        count = 0
+    if mine.tp_size > theirs.tp_size and mine.tp_size > total:
+        # Several of the prefill ranks that write to this decode rank hold the same head: the first does.
+        writers, sharers = mine.tp_size // theirs.tp_size, mine.tp_size // total
+        if mine.tp_rank % writers and mine.tp_rank % sharers:
+            count = 0
     sizes = ours[1] - ours[0], other[1] - other[0]
     return Slice(low - ours[0], low - other[0], count, *sizes)
 
@@ -165,7 +171,11 @@ def _slice_of(kind: str, mine: Geometry, theirs: Geometry) -> Slice | None:
         return None
     if kind == "mamba":
         if mine.state_tp_size != theirs.state_tp_size:
-            raise _differs("TP size, with state of type 'mamba', which", mine.state_tp_size, theirs.state_tp_size)
+            raise _differs(
+                "TP size, with state of type 'mamba', which",
+                mine.state_tp_size,
+                theirs.state_tp_size,
+            )
         return None
     if mine.tp_size == theirs.tp_size:
         return None
@@ -173,7 +183,9 @@ def _slice_of(kind: str, mine: Geometry, theirs: Geometry) -> Slice | None:
         return None if mine.hybrid_mla else slice_heads(mine, theirs)
     if kind == "swa" and {mine.swa_layout, theirs.swa_layout} == {"nhd"} and mine.pp_size == 1:
         return slice_heads(mine, theirs)
-    raise _differs(f"attention TP size, with state of type {kind!r}, which", mine.tp_size, theirs.tp_size)
+    raise _differs(
+        f"attention TP size, with state of type {kind!r}, which", mine.tp_size, theirs.tp_size
+    )
 
 
 def _pairs(mine: Component, theirs: Component, *, one_stage: bool) -> list[tuple[int, int]]:
@@ -225,8 +237,13 @@ def _sliced(page_size: int, heads: Slice) -> Callable[[Entry, Entry, bool], Regi
                 f"not hold {page_size} tokens of {heads.src_heads} and {heads.dst_heads} heads",
                 operation="sglang",
             )
-        held, start = (heads.src_heads, heads.src_start) if local else (heads.dst_heads, heads.dst_start)
-        axes = (Axis("token", page_size, held * head_nbytes), Axis("dim", heads.count * head_nbytes, 1))
+        held, start = (
+            (heads.src_heads, heads.src_start) if local else (heads.dst_heads, heads.dst_start)
+        )
+        axes = (
+            Axis("token", page_size, held * head_nbytes),
+            Axis("dim", heads.count * head_nbytes, 1),
+        )
         return _region(here if local else there, axes, page_size, start * head_nbytes)
 
     return make
@@ -252,7 +269,10 @@ def _layout(regions: list[RegionLayout]) -> KVLayout:
     """Regions numbered as layers, of as many slots as all of them have."""
     slots = min(region.num_slots for region in regions)
     numbered = (
-        RegionLayout(**{f: getattr(region, f) for f in region.__struct_fields__} | {"layers": (n,), "num_slots": slots})
+        RegionLayout(
+            **{f: getattr(region, f) for f in region.__struct_fields__}
+            | {"layers": (n,), "num_slots": slots}
+        )
         for n, region in enumerate(regions)
     )
     layout = KVLayout(

@@ -74,7 +74,7 @@ def memory_at(pointer: int, nbytes: int, gpu: int) -> Any:
         import torch
 
         return torch.as_tensor(_GpuBytes(pointer, nbytes), device=f"cuda:{gpu}")
-    return np.frombuffer((ctypes.c_ubyte * nbytes).from_address(pointer), np.uint8)
+    return np.frombuffer(memoryview((ctypes.c_ubyte * nbytes).from_address(pointer)), np.uint8)
 
 
 class _GpuBytes:

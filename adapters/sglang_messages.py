@@ -173,5 +173,7 @@ def parse(received: list[bytes]) -> ToPrefill | ToDecode | None:
     try:
         message: ToPrefill | ToDecode = _decoder.decode(received[1])
     except DECODE_ERRORS as error:
-        raise ProtocolError(f"not a message of this backend: {error}", operation="sglang") from error
+        raise ProtocolError(
+            f"not a message of this backend: {error}", operation="sglang"
+        ) from error
     return message

@@ -31,7 +31,9 @@ WORKERS = 4  # as SGLang's own backends have; a chunk that waits for its computa
 TRANSFER_TIMEOUT_S = 60.0
 MEET_TIMEOUT_S = 30.0
 LINK_WAIT_S = 2.0  # decode publishes once its end is up; this end follows within the handshake
-STOP_S = 1.0  # from cancelling until the link is taken down; a chunk's last piece takes milliseconds
+STOP_S = (
+    1.0  # from cancelling until the link is taken down; a chunk's last piece takes milliseconds
+)
 ENDED_REMEMBERED = 4096
 
 log = logging.getLogger("kvferry.sglang")
@@ -118,23 +120,17 @@ class PrefillSide:
             self._abort(message)
 
     def _register(self, register: Register) -> None:
-        answer: ToDecode
+        answer: ToDecode = Meet(self._name, register.generation, self._engine.address.encode())
         try:
-            if register.version != VERSION:
-                raise EngineError(
-                    f"prefill speaks version {VERSION} of kvferry's SGLang backend and decode "
-                    f"{register.version}: install equal versions",
-                    operation="register",
-                )
+            check_version(register)
             peer = _Peer(register, self._planner.plans(register.geometry))
             self._engine.admit(register.token, register.engine_id, MEET_TIMEOUT_S)
-        except EngineError as error:
-            log.error("kvferry: decode rank %s:%s is refused: %s", register.host, register.port, error)
-            answer = Refused(self._name, register.generation, error.message)
-        else:
             with self._lock:
                 self._peers[register.engine_id] = peer
-            answer = Meet(self._name, register.generation, self._engine.address.encode())
+        except EngineError as error:
+            where = f"{register.host}:{register.port}"
+            log.warning("kvferry: decode rank %s is refused: %s", where, error.message)
+            answer = Refused(self._name, register.generation, error.message)
         self._host.tell(register.host, register.port, answer)
 
     def _publish(self, publish: Publish) -> None:
@@ -229,7 +225,9 @@ class PrefillSide:
             room = self._rooms.get(number)
             if room is None:
                 room = self._rooms[number] = Room(
-                    number, TRANSFER_TIMEOUT_S, lambda it: self._work.put(lambda: self._conclude(it))
+                    number,
+                    TRANSFER_TIMEOUT_S,
+                    lambda it: self._work.put(lambda: self._conclude(it)),
                 )
             return room
 
@@ -269,6 +267,20 @@ class PrefillSide:
                 work()
             except Exception:  # one room's trouble must not end the others' worker
                 log.exception("kvferry: a worker of the SGLang backend failed")
+
+
+def check_version(register: Register) -> None:
+    """Both ends must speak alike.
+
+    Raises:
+        EngineError: they do not.
+    """
+    if register.version != VERSION:
+        raise EngineError(
+            f"prefill speaks version {VERSION} of kvferry's SGLang backend and decode "
+            f"{register.version}: install equal versions",
+            operation="register",
+        )
 
 
 def _lost(link: Link | None) -> str:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvferry.tools.vllm_cpu.environment import CannotInstall, ensure, environ
+from kvferry.tools.pinned import CannotInstall
+from kvferry.tools.vllm_cpu.environment import ensure, environ
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,6 +1,6 @@
 """A process with ranks of SGLang's prefill or decode servers: real managers, senders and receivers.
 
-    rank_process.py PIPE PACKAGES TRANSPORTS
+    rank_process.py PIPE PACKAGES
 
 It does what SGLang's scheduler does: makes a manager over a rank's buffers, polls, hands over pages.
 Pages, states and metadata are NumPy arrays of bytes; the managers are given pointers to them.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,17 +26,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import sglang_imports  # noqa: E402
 
-os.environ["SGLANG_HOST_IP"] = os.environ["SGLANG_LOCAL_IP_NIC"] = "127.0.0.1"
 os.environ["SGLANG_HOST_IP"] = "127.0.0.1"
-os.environ["KVFERRY_TRANSPORTS"] = sys.argv[3]
 sglang_imports.install(Path(sys.argv[2]))
 
 from agent_process import Gate  # noqa: E402
 from child import pipe_of_child, serve  # noqa: E402
 from sglang.srt.disaggregation.base.conn import KVArgs, KVPoll, StateType  # noqa: E402
 from sglang.srt.disaggregation.utils import DisaggregationMode  # noqa: E402
-
-from kvferry.adapters import sglang_decode, sglang_prefill  # noqa: E402
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -44,7 +41,7 @@ if TYPE_CHECKING:
 
 SENTINEL = 0xA5
 POLL_S = 0.002
-WAIT_S = 60.0  # reached only when something hangs
+WAIT_S = 20.0  # reached only when something hangs
 NAMES = {0: "failed", 1: "bootstrapping", 2: "waiting", 3: "transferring", 4: "success"}
 
 
@@ -117,9 +114,8 @@ class Rank:
     def __init__(self, mode: str, options: dict[str, Any], fill: int | None) -> None:
         from kvferry.adapters import sglang_conn as conn
 
-        for name in ("attn_tp", "pp", "attn_dcp"):
-            size = options.get({"attn_tp": "tp_size", "pp": "pp_size", "attn_dcp": "dcp_size"}[name], 1)
-            setattr(sglang_imports.PARALLEL, f"{name}_size", size)
+        os.environ["KVFERRY_TRANSPORTS"] = options.get("transports", "")
+        sglang_imports.PARALLEL.attn_tp_size = options.get("tp_size", 1)
         sglang_imports.PARALLEL.attn_tp_rank = options.get("tp_rank", 0)
         self.buffers = Buffers(options, fill)
         self.requests: dict[int, Any] = {}
@@ -139,11 +135,15 @@ class Commands:
         self._ranks: dict[str, Rank] = {}
         self._servers: list[Any] = []
         self._gate = Gate()
+        self._released = False
 
     def bootstrap(self) -> int:
         """Starts SGLang's bootstrap server; returns its port."""
         from kvferry.adapters.sglang_conn import KVFerryKVBootstrapServer
 
+        for old in self._servers:
+            old.close()
+        self._servers.clear()
         server = KVFerryKVBootstrapServer("127.0.0.1", 0)
         self._servers.append(server)
         deadline_s = time.monotonic() + WAIT_S
@@ -159,14 +159,6 @@ class Commands:
 
     def stop(self, name: str) -> None:
         self._ranks.pop(name).manager.close()
-
-    def settings(self, module: str, **constants: float) -> dict[str, float]:
-        """Sets constants of the backend; returns what they were."""
-        found = {"prefill": sglang_prefill, "decode": sglang_decode}[module]
-        before = {key: getattr(found, key) for key in constants}
-        for key, value in constants.items():
-            setattr(found, key, value)
-        return before
 
     def set_timeout(self, name: str, which: str, seconds: float) -> None:
         setattr(self._ranks[name].manager, which, seconds)
@@ -205,16 +197,19 @@ class Commands:
     def poll(self, name: str, room: int) -> str:
         return NAMES[int(self._ranks[name].requests[room].poll())]
 
-    def wait(self, name: str, room: int, *states: str, ends: bool = True) -> str:
-        """Polls, as a scheduler does, until the request is in one of these states, or at its end."""
-        deadline_s = time.monotonic() + WAIT_S
+    def wait(self, name: str, room: int, *states: str, patience_s: float = 0.0) -> str:
+        """Polls, as a scheduler does, until the request is in one of these states, or at its end; ""
+        if it is not when `patience_s` has passed."""
+        deadline_s = time.monotonic() + (patience_s or WAIT_S)
         seen = set()
         while time.monotonic() < deadline_s:
             state = self.poll(name, room)
             seen.add(state)
-            if state in states or (ends and state in ("failed", "success")):
+            if state in (*states, "failed", "success"):
                 return state
             time.sleep(POLL_S)
+        if patience_s:
+            return ""
         raise AssertionError(f"room {room} of {name} came to {seen}, never to {states}")
 
     def failure(self, name: str, room: int) -> str:
@@ -264,7 +259,16 @@ class Commands:
         return self._gate.reached.wait(WAIT_S)
 
     def release(self) -> None:
+        self._released = True
         self._gate.open()
+
+    def release_later(self) -> None:
+        """While the next command runs: it has to wait for what is held."""
+        self._released = False
+        threading.Timer(0.3, self.release).start()
+
+    def released(self) -> bool:
+        return self._released
 
     def drop_links(self, name: str) -> None:
         for link in self._ranks[name].manager.engine.links:

@@ -9,6 +9,7 @@ configuration is `PARALLEL`, `DISAGG` and so on.
 
 from __future__ import annotations
 
+import logging
 import sys
 import types
 from importlib.machinery import ModuleSpec
@@ -62,6 +63,8 @@ def install(packages: Path) -> None:
     _module("sglang.srt.server_args", ServerArgs=object)
     from sglang.srt import runtime_context
 
+    # Transformers, which SGLang's `__init__` imports, gives it to every logger.
+    logging.Logger.warning_once = logging.Logger.warning  # type: ignore[attr-defined]
     runtime_context.get_parallel = lambda: PARALLEL
     runtime_context.get_disagg = lambda: DISAGG
     runtime_context.get_serving = lambda: SERVING
