@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .sglang_messages import Geometry, ToDecode
 
 WORKERS = 4  # as SGLang's own backends have; a chunk that waits for its computation holds one
-TRANSFER_TIMEOUT_S = 60.0
+TRANSFER_TIMEOUT_S = 300.0  # as long as SGLang lets decode wait by default
 MEET_TIMEOUT_S = 30.0
 LINK_WAIT_S = 2.0  # decode publishes once its end is up; this end follows within the handshake
 STOP_S = (

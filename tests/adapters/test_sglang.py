@@ -434,6 +434,20 @@ def test_a_room_can_be_used_again(servers: Servers) -> None:
     assert pair.ends(again) == ("success", "success")
 
 
+def test_sglang_finds_the_backend_by_its_name(servers: Servers) -> None:
+    found = servers.prefill.call("plug_in")
+    assert found["choices"] == 1
+    assert found["members"] == ["mooncake", "mori", "nixl", "ascend", "fake", "kvferry"]
+    assert found["classes"] == {
+        "kvargs": "KVArgs",
+        "manager": "KVFerryKVManager",
+        "sender": "KVFerryKVSender",
+        "receiver": "KVFerryKVReceiver",
+        "bootstrap_server": "KVFerryKVBootstrapServer",
+    }
+    assert found["fake"] == "FakeKVSender"
+
+
 def freeze_prefill_in_mid_transfer(pair: Pair) -> tuple[int, int]:
     """A room that waits, and one that moves and that decode gives up."""
     servers = pair.servers
@@ -444,20 +458,6 @@ def freeze_prefill_in_mid_transfer(pair: Pair) -> tuple[int, int]:
     servers.prefill.freeze()
     servers.decode.call("abort", pair.target, moving)
     return waiting, moving
-
-
-def test_prefill_that_is_frozen_keeps_the_pages_until_it_is_gone(servers: Servers) -> None:
-    """Over cma its process could wake and write."""
-    pair = Pair(servers)
-    rooms = freeze_prefill_in_mid_transfer(pair)
-    for room in rooms:
-        assert servers.decode.call("wait", pair.target, room, patience_s=0.5) == ""
-    servers.prefill.kill()
-    for room in rooms:
-        assert servers.decode.call("wait", pair.target, room) == "failed"
-    assert "lost" in servers.decode.call("failure", pair.target, rooms[0])
-    assert servers.decode.call("failure", pair.target, rooms[1])
-    assert set(servers.decode.call("left_over", pair.target).values()) == {0}
 
 
 @pytest.mark.parametrize("transport", ["tcp"])
@@ -479,6 +479,20 @@ def test_prefill_that_is_frozen_is_cut_off(servers: Servers) -> None:
     assert pair.ends(again) == ("success", "success")
 
 
+def test_prefill_that_is_frozen_keeps_the_pages_until_it_is_gone(servers: Servers) -> None:
+    """Over cma its process could wake and write."""
+    pair = Pair(servers)
+    rooms = freeze_prefill_in_mid_transfer(pair)
+    for room in rooms:
+        assert servers.decode.call("wait", pair.target, room, patience_s=0.5) == ""
+    servers.prefill.kill()
+    for room in rooms:
+        assert servers.decode.call("wait", pair.target, room) == "failed"
+    assert "lost" in servers.decode.call("failure", pair.target, rooms[0])
+    assert servers.decode.call("failure", pair.target, rooms[1])
+    assert set(servers.decode.call("left_over", pair.target).values()) == {0}
+
+
 @pytest.mark.parametrize("transport", ["tcp"])
 def test_killed_decode_fails_what_goes_there(servers: Servers) -> None:
     pair = Pair(servers)
@@ -493,17 +507,3 @@ def test_killed_decode_fails_what_goes_there(servers: Servers) -> None:
     assert "the link to decode is lost" in servers.prefill.call("failure", pair.source, waiting)
     assert servers.prefill.call("failure", pair.source, moving)
     assert set(servers.prefill.call("left_over", pair.source).values()) == {0}
-
-
-def test_sglang_finds_the_backend_by_its_name(servers: Servers) -> None:
-    found = servers.prefill.call("plug_in")
-    assert found["choices"] == 1
-    assert found["members"] == ["mooncake", "mori", "nixl", "ascend", "fake", "kvferry"]
-    assert found["classes"] == {
-        "kvargs": "KVArgs",
-        "manager": "KVFerryKVManager",
-        "sender": "KVFerryKVSender",
-        "receiver": "KVFerryKVReceiver",
-        "bootstrap_server": "KVFerryKVBootstrapServer",
-    }
-    assert found["fake"] == "FakeKVSender"
