@@ -29,13 +29,13 @@ class Slice(NamedTuple):
 
     Attributes:
         src_start, dst_start: the first of them, counted from each rank's own first head.
-        count: how many; 0 if another prefill rank sends them.
+        num_heads: how many; 0 if another prefill rank sends them.
         src_heads, dst_heads: how many each rank holds.
     """
 
     src_start: int
     dst_start: int
-    count: int
+    num_heads: int
     src_heads: int
     dst_heads: int
 
@@ -76,7 +76,7 @@ class Planner:
     def _plan(self, number: int, theirs: Geometry, component: Component) -> TransferPlan | None:
         mine = self._geometry.components[number]
         heads = _slice_of(mine.kind, self._geometry, theirs)
-        if heads is not None and not heads.count:
+        if heads is not None and not heads.num_heads:
             return None
         pairs = _pairs(mine, component, one_stage=self._geometry.pp_size == 1)
         chosen = [
@@ -242,7 +242,7 @@ def _sliced(page_size: int, heads: Slice) -> Callable[[Entry, Entry, bool], Regi
         )
         axes = (
             Axis("token", page_size, held * head_nbytes),
-            Axis("dim", heads.count * head_nbytes, 1),
+            Axis("dim", heads.num_heads * head_nbytes, 1),
         )
         return _region(here if local else there, axes, page_size, start * head_nbytes)
 

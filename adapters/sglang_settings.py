@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from ..engine.transfer import TRANSPORTS
+from ..engine.transport_selection import TRANSPORTS
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from kvferry.adapters.sglang_messages import Ended, Geometry, Publish, Register,
 from kvferry.adapters.sglang_prefill import check_version
 from kvferry.adapters.sglang_rooms import Chunk, Part, Room
 from kvferry.adapters.sglang_settings import Settings
+from kvferry.control.toml import read_toml
 from kvferry.engine.errors import EngineError, LayoutError, NotRegistered, ProtocolError
 from kvferry.engine.transfer import TransferEngine
 
@@ -45,13 +48,12 @@ class Side:
         ]
         self.engine = TransferEngine(transports=("cma",))
         self.held = register_buffers(self.engine, kv_args(self.kv, layers))
-        self.geometry = Geometry(
-            **dict.fromkeys(("tp_size", "state_tp_size", "pp_size", "dcp_size"), 1)
+        options: dict[str, Any] = (
+            dict.fromkeys(("tp_size", "state_tp_size", "pp_size", "dcp_size"), 1)
             | dict.fromkeys(("tp_rank", "dcp_rank", "total_heads"), 0)
             | {"page_size": 4, "mla": False, "hybrid_mla": False, "swa_layout": ""}
-            | geometry,
-            components=self.held.components,
         )
+        self.geometry = Geometry(**options | geometry, components=self.held.components)
 
 
 def kv_args(kv: list[npt.NDArray[np.uint8]], layers: list[int], **changes: Any) -> Any:
@@ -137,8 +139,8 @@ def test_heads_that_both_ranks_hold(
         return SimpleNamespace(total_heads=total, tp_size=tp_size, tp_rank=tp_rank)
 
     found = slice_heads(geometry(*prefill), geometry(*decode))
-    assert found.count == expected.count
-    if expected.count:
+    assert found.num_heads == expected.num_heads
+    if expected.num_heads:
         assert found == expected
 
 
@@ -159,10 +161,10 @@ def test_every_head_of_a_decode_rank_is_written_once(total: int, sizes: tuple[in
             mine: Any = SimpleNamespace(total_heads=total, tp_size=sizes[0], tp_rank=source)
             part = slice_heads(mine, theirs)
             first = start + part.dst_start
-            written += range(first, first + part.count)
+            written += range(first, first + part.num_heads)
             assert (
                 heads_of_rank(total, sizes[0], source)[0] + part.src_start == first
-                or not part.count
+                or not part.num_heads
             )
         assert sorted(written) == list(range(start, stop))
 
@@ -187,6 +189,13 @@ def test_a_state_type_that_is_not_moved_is_named() -> None:
     )
     with TransferEngine() as engine, pytest.raises(NotRegistered, match="'dsa_tail'"):
         register_buffers(engine, args)
+
+
+def test_the_plug_in_is_declared() -> None:
+    project = read_toml(Path(__file__).parents[2] / "pyproject.toml")["project"]
+    (target,) = project["entry-points"]["sglang.srt.plugins"].values()
+    module, name = target.split(":")
+    assert callable(getattr(importlib.import_module(module), name))
 
 
 def test_messages_come_back_as_they_were() -> None:

@@ -24,13 +24,18 @@ sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT / "tests" / "adapters"))
 sys.path.insert(0, str(Path(__file__).parent))
 
-import sglang_imports  # noqa: E402
+if TYPE_CHECKING:
+    from tests.adapters.agent_process import Gate
+    from tests.adapters.sglang_ranks import sglang_imports
+    from tests.child import pipe_of_child, serve
+else:
+    import sglang_imports
+    from agent_process import Gate
+    from child import pipe_of_child, serve
 
 os.environ["SGLANG_HOST_IP"] = "127.0.0.1"
 sglang_imports.install(Path(sys.argv[2]))
 
-from agent_process import Gate  # noqa: E402
-from child import pipe_of_child, serve  # noqa: E402
 from sglang.srt.disaggregation.base.conn import KVArgs, KVPoll, StateType  # noqa: E402
 from sglang.srt.disaggregation.utils import DisaggregationMode  # noqa: E402
 
@@ -228,7 +233,7 @@ class Commands:
 
     def left_over(self, name: str) -> dict[str, int]:
         """What a rank remembers of requests; nothing once all are cleared."""
-        manager = self._ranks[name].manager
+        manager: Any = self._ranks[name].manager
         found = {"status": len(manager.request_status), "failures": len(manager.failure_records)}
         if manager.prefill is not None:
             found |= {"rooms": len(manager.prefill._rooms), "infos": len(manager.transfer_infos)}
@@ -256,7 +261,8 @@ class Commands:
 
     def held(self) -> bool:
         """Waits until something is held."""
-        return self._gate.reached.wait(WAIT_S)
+        reached: bool = self._gate.reached.wait(WAIT_S)
+        return reached
 
     def release(self) -> None:
         self._released = True
@@ -281,12 +287,10 @@ class Commands:
         """Registers the backend as SGLang does; what its own look-ups then find."""
         from sglang.srt.arg_groups.choices import DISAGG_TRANSFER_BACKEND_CHOICES
         from sglang.srt.disaggregation import utils
-        from sglang.srt.plugins import load_plugins_by_group
         from sglang.srt.plugins.hook_registry import HookRegistry
 
         from kvferry.adapters.sglang import register
 
-        declared = load_plugins_by_group("sglang.srt.plugins")
         for _ in range(2):  # SGLang does it in every process; again must not hurt
             register()
             HookRegistry.apply_hooks()
@@ -297,7 +301,6 @@ class Commands:
         }
         fake = utils.get_kv_class(utils.TransferBackend.FAKE, utils.KVClassType.SENDER).__name__
         return {
-            "declared": "kvferry" in declared,
             "choices": DISAGG_TRANSFER_BACKEND_CHOICES.count("kvferry"),
             "members": [member.value for member in utils.TransferBackend],
             "classes": found,
