@@ -304,6 +304,7 @@ def freeze_prefill_in_mid_transfer(pair: Pair) -> tuple[int, int]:
 @pytest.mark.parametrize("transport", ["tcp"])
 def test_prefill_that_is_frozen_is_cut_off(servers: Servers) -> None:
     """Over tcp it cannot write any more."""
+    servers.decode.call("cut_off_after", 0.5)
     pair = Pair(servers)
     rooms = freeze_prefill_in_mid_transfer(pair)
     for room in rooms:

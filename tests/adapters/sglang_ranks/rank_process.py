@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 SENTINEL = 0xA5
 POLL_S = 0.002
-WAIT_S = 20.0  # reached only when something hangs
+WAIT_S = 60.0  # reached only when something hangs
 NAMES = {0: "failed", 1: "bootstrapping", 2: "waiting", 3: "transferring", 4: "success"}
 
 
@@ -164,6 +164,12 @@ class Commands:
 
     def stop(self, name: str) -> None:
         self._ranks.pop(name).manager.close()
+
+    def cut_off_after(self, seconds: float) -> None:
+        """How long decode waits for prefill's answer before it takes the link down."""
+        from kvferry.adapters import sglang_decode
+
+        sglang_decode.ANSWER_S = seconds
 
     def set_timeout(self, name: str, which: str, seconds: float) -> None:
         setattr(self._ranks[name].manager, which, seconds)
