@@ -45,7 +45,9 @@ class Servers:
         if self.decode.process.poll() is not None:
             self.decode = self._process()
         self.port = self.prefill.call("bootstrap")
-        self.decode.call("cut_off_after", ANSWER_S)  # so that a machine that stalls changes no outcome
+        self.decode.call(
+            "cut_off_after", ANSWER_S
+        )  # so that a machine that stalls changes no outcome
 
     def rank(self, mode: str, **options: Any) -> str:
         process = self.prefill if mode == "prefill" else self.decode
