@@ -180,6 +180,7 @@ class KVFerryKVManager(CommonKVManager):  # type: ignore[misc]
         )
         if status == KVPoll.Success:
             return ""
+        self.transfer_infos.pop(room, None)
         return reason or "prefill gave this request up"
 
     def bootstrapped(self, room: Room, prefix_len: int) -> None:

@@ -236,6 +236,10 @@ class PrefillSide:
         if not room.claim():
             return
         reason = self._host.conclude(room.number, room.reason)
+        if reason:  # nobody may ever clear it: SGLang's request can have failed before it got here
+            with self._lock:
+                if self._rooms.get(room.number) is room:
+                    del self._rooms[room.number]
         for part in list(room.parts.values()):
             self._end(part, reason)
 

@@ -250,6 +250,23 @@ def test_a_request_that_nobody_asks_for_fails_at_prefill(servers: Servers) -> No
     assert servers.prefill.call("wait", pair.source, room) == "failed"
 
 
+def test_a_request_that_never_comes_to_prefill_leaves_nothing_there(servers: Servers) -> None:
+    pair = Pair(servers)
+    room = servers.room()
+    servers.decode.call("new_receiver", pair.target, room, servers.port)
+    assert servers.decode.call("wait", pair.target, room, "waiting") == "waiting"
+    servers.decode.call("publish", pair.target, room, [4], 2)
+    servers.decode.call("abort", pair.target, room)
+    assert servers.decode.call("wait", pair.target, room) == "failed"
+    assert servers.decode.call("failure", pair.target, room)
+    left = servers.prefill.call("left_over", pair.source)
+    assert (left["rooms"], left["infos"]) == (0, 0)
+    servers.prefill.call("new_sender", pair.source, room, 1, 1)  # it comes after all
+    assert servers.prefill.call("wait", pair.source, room) == "failed"
+    assert "decode gave this request up" in servers.prefill.call("failure", pair.source, room)
+    pair.nothing_left()
+
+
 def test_a_lost_link_fails_its_requests_and_the_next_one_opens_another(servers: Servers) -> None:
     pair = Pair(servers)
     room = pair.meet([1], [4])
