@@ -88,6 +88,19 @@ def make_mla() -> Any:
             qk_nope_head_dim=32,
             v_head_dim=32,
             first_k_dense_replace=3,
+            # As DeepSeek's own models have it. vLLM 0.32's CPU kernel for plain rotary positions
+            # takes keys that are a slice of a latent for contiguous, and overwrites the latent: its
+            # tokens then depend on what is computed beside them.
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 1024,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
             n_routed_experts=2,
             num_experts_per_tok=1,
             moe_intermediate_size=64,
