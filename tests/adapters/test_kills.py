@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 NUM_BLOCKS, BLOCKS_A_REQUEST, REQUESTS = 64, 4, 12
 HANDOFF_S = 20.0  # a busy machine takes seconds to start a process and to meet it
+DOOMED_S = 5.0  # where the peer dies: what it has not asked for by then it never will
 KILLS_BY_DEFAULT, KILLS_OF_A_SOAK = 3, 50  # ten combinations: 30 and 500 kills
 
 
@@ -73,7 +74,12 @@ def finish(handoff: Handoff) -> bool:
 
 
 def request_all(
-    local: Local, remote: Remote, side: str, allocator: Allocator, name: str
+    local: Local,
+    remote: Remote,
+    side: str,
+    allocator: Allocator,
+    name: str,
+    timeout_s: float = HANDOFF_S,
 ) -> list[tuple[Any, list[int], int]]:
     """A load: so many requests, asked for by whichever side is here."""
     load = []
@@ -85,11 +91,11 @@ def request_all(
             if side == "decode":
                 remote.call("fill", theirs, seed)
                 remote.call("send", request_id, theirs)
-                handoff: Any = local.agent.receive(request_id, "there", blocks, timeout_s=HANDOFF_S)
+                handoff: Any = local.agent.receive(request_id, "there", blocks, timeout_s=timeout_s)
             else:
                 local.cache.fill(blocks, seed)
-                handoff = local.agent.send(request_id, blocks, timeout_s=HANDOFF_S)
-                remote.call("receive", request_id, "here", theirs, timeout_s=HANDOFF_S)
+                handoff = local.agent.send(request_id, blocks, timeout_s=timeout_s)
+                remote.call("receive", request_id, "here", theirs, timeout_s=timeout_s)
         except ControlError:
             allocator.give_back(blocks)
             raise
@@ -145,7 +151,8 @@ def test_kills(
     remote = start()
     outcomes = {True: 0, False: 0}
     for kill in range(kills):
-        load = request_all(local, remote, side, allocator, f"{kill}")
+        timeout_s = DOOMED_S if victim == "peer" else HANDOFF_S
+        load = request_all(local, remote, side, allocator, f"{kill}", timeout_s)
         time.sleep(rng.random() * 0.02)  # somewhere in the middle of it
         (remote if victim == "peer" else daemon).kill()
         for handoff, blocks, seed in load:
