@@ -67,7 +67,7 @@ CORE = Part(
         ENGINE / "test_conformance_endings.py",
     ],
     ["-m", "not soak", "-k", " or ".join(CHOSEN)],
-    960,
+    2400,
 )
 ALL = {
     "all-faults": Part([RDMA], ["-m", "soak or not soak"], 3600),
