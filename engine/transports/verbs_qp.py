@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import socket
+import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -92,6 +93,7 @@ class QueuePair:
         self._used = 0
         self._next = 0
         self._stopped = False
+        self._stopping = threading.Lock()  # the library crashes on a queue pair that is closed
         self.entries = [library.wr.SGE(0, 0, 0) for _ in range(device.max_sge)]
         # Made once and posted again and again: the library copies what they say.
         nothing = library.wr.SGE(pad[0], 0, pad[1])
@@ -170,18 +172,21 @@ class QueuePair:
 
     def stop(self) -> None:
         """Nothing is sent or received over it any more. From any thread; safe to call twice."""
-        if self._stopped:
-            return
-        self._stopped = True
-        attributes = self._library.qp.QPAttr(port_num=self._device.nic.port)
-        attributes.qp_state = self._enums.IBV_QPS_ERR
-        with contextlib.suppress(self._library.error):  # it never was connected, or is gone
-            self.pair.modify(attributes, self._enums.IBV_QP_STATE)
+        with self._stopping:
+            if self._stopped:
+                return
+            self._stopped = True
+            attributes = self._library.qp.QPAttr(port_num=self._device.nic.port)
+            attributes.qp_state = self._enums.IBV_QPS_ERR
+            with contextlib.suppress(self._library.error):  # it never was connected, or is gone
+                self.pair.modify(attributes, self._enums.IBV_QP_STATE)
 
     def close(self) -> None:
         """Gives it back to the device. Safe to call twice."""
-        with contextlib.suppress(self._library.error):
-            self.pair.close()
+        with self._stopping:
+            self._stopped = True
+            with contextlib.suppress(self._library.error):
+                self.pair.close()
         for request in (*self._receives, *self.entries):
             request.close()
         self._receives, self.entries = [], []

@@ -6,6 +6,8 @@ In each: every ticket ends, no byte is written outside the destination, and the 
 from __future__ import annotations
 
 import subprocess
+import threading
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -255,3 +257,28 @@ def test_a_device_that_is_removed_ends_its_links_and_a_new_one_serves(
     pair.close()
     fresh = make_pair()
     serves(fresh, fresh.memory(MIB))
+
+
+def test_a_queue_pair_may_be_stopped_while_it_is_closed_and_after(
+    pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The peer's word stops a rail on one thread while its loss closes it on another. The library
+    crashes on a queue pair that is closed."""
+    rail = pair.link._path.rails[0]
+    queue = verbs_qp.QueuePair(rail.device, rail._completions, pad=(0, 0))
+    closing = threading.Thread(target=queue.close)
+
+    def attributes(**fields: Any) -> Any:
+        closing.start()
+        closing.join(0.2)  # it ends only if nothing keeps it from closing under `stop`
+        return queue._device.library.qp.QPAttr(**fields)
+
+    library = queue._library._replace(qp=SimpleNamespace(QPAttr=attributes))
+    monkeypatch.setattr(queue, "_library", library)
+    queue.stop()
+    closing.join()
+    queue.stop()
+
+    gone = verbs_qp.QueuePair(rail.device, rail._completions, pad=(0, 0))
+    gone.close()
+    gone.stop()

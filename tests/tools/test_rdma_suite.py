@@ -33,6 +33,7 @@ CHOSEN = [
     "(larger and v0)",
     "without_receives_is",
     "removed",
+    "stopped_while_it_is_closed",
     "killed_at_any_moment",
     "lying_frame",
     "(share_the_bytes and here0-there0-0)",
