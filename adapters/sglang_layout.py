@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import msgspec
+
 from ..engine.errors import LayoutError
 from ..engine.layout import Axis, GroupLayout, KVLayout, RegionLayout
 from ..engine.memory import CacheDescriptor, RegisteredCache
@@ -269,10 +271,7 @@ def _layout(regions: list[RegionLayout]) -> KVLayout:
     """Regions numbered as layers, of as many slots as all of them have."""
     slots = min(region.num_slots for region in regions)
     numbered = (
-        RegionLayout(
-            **{f: getattr(region, f) for f in region.__struct_fields__}
-            | {"layers": (n,), "num_slots": slots}
-        )
+        msgspec.structs.replace(region, layers=(n,), num_slots=slots)
         for n, region in enumerate(regions)
     )
     layout = KVLayout(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
+from ..engine import iovec
 from ..engine.errors import DeviceError, NotRegistered
 from .sglang_messages import Component, Entry
 
@@ -74,7 +72,7 @@ def memory_at(pointer: int, nbytes: int, gpu: int) -> Any:
         import torch
 
         return torch.as_tensor(_GpuBytes(pointer, nbytes), device=f"cuda:{gpu}")
-    return np.frombuffer(memoryview((ctypes.c_ubyte * nbytes).from_address(pointer)), np.uint8)
+    return iovec.bytes_at(pointer, nbytes)
 
 
 class _GpuBytes:

@@ -143,14 +143,14 @@ class PrefillSide:
             plans = peer.plans if peer is not None else None
         part = Part(publish, link, plans)
         if over is not None:
-            self._end(part, over)
+            self._end(publish, over)
             return
         room = self._room(publish.room)
         room.parts[publish.engine_id] = part
         if link is not None and link.closed:  # perhaps before anybody knew of this part
             room.fail(_lost(link))
         if room.concluded:
-            self._end(part, room.reason or "the request is over")
+            self._end(publish, room.reason or "the request is over")
         elif len(room.parts) == publish.required:
             self._host.bootstrapped(room, publish.prefix_len)
 
@@ -175,14 +175,11 @@ class PrefillSide:
             room = self._rooms.get(abort.room)
         part = room.parts.get(abort.engine_id) if room is not None else None
         if room is None or part is None or part.publish.attempt != abort.attempt:
-            with self._lock:
-                self._remember(abort.attempt, abort.reason)
-            ended = Ended(self._name, self._rank, abort.room, abort.attempt, abort.reason)
-            self._host.tell(abort.host, abort.port, ended)
+            self._end(abort, abort.reason)
             return
         room.fail(abort.reason)  # whoever concludes the room answers
         if room.concluded:
-            self._end(part, room.reason or abort.reason)
+            self._end(abort, room.reason or abort.reason)
 
     # What SGLang's scheduler says
 
@@ -241,20 +238,17 @@ class PrefillSide:
                 if self._rooms.get(room.number) is room:
                     del self._rooms[room.number]
         for part in list(room.parts.values()):
-            self._end(part, reason)
+            self._end(part.publish, reason)
 
-    def _end(self, part: Part, reason: str) -> None:
-        publish = part.publish
+    def _end(self, asked: Publish | Abort, reason: str) -> None:
+        """Nothing more is written for an attempt: who asked about it is told, unless by a dummy."""
         with self._lock:
-            self._remember(publish.attempt, reason)
-        ended = Ended(self._name, self._rank, publish.room, publish.attempt, reason)
-        if not publish.dummy:
-            self._host.tell(publish.host, publish.port, ended)
-
-    def _remember(self, attempt: str, reason: str) -> None:
-        self._ended[attempt] = reason or "it is over"
-        while len(self._ended) > ENDED_REMEMBERED:
-            self._ended.popitem(last=False)
+            self._ended[asked.attempt] = reason or "it is over"
+            while len(self._ended) > ENDED_REMEMBERED:
+                self._ended.popitem(last=False)
+        if isinstance(asked, Abort) or not asked.dummy:
+            ended = Ended(self._name, self._rank, asked.room, asked.attempt, reason)
+            self._host.tell(asked.host, asked.port, ended)
 
     def _peer_lost(self, peer: _Peer) -> None:
         with self._lock:

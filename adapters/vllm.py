@@ -176,12 +176,11 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 f"{kv_caches[first].device}"
             )
         rank, tp_size = parallel.rank % parallel.tensor_parallel_size, parallel.tensor_parallel_size
+        backend = self._backend()
         total = 1 if model.use_mla else model.get_total_num_kv_heads()  # a latent has no heads
         # All ranks' caches are alike but for the heads that they hold.
         described = [
-            describe_caches(
-                kv_caches, self._groups, self._backend(), heads_of_rank(total, tp_size, each)
-            )
+            describe_caches(kv_caches, self._groups, backend, heads_of_rank(total, tp_size, each))
             for each in range(tp_size)
         ]
         layout, names = described[rank]

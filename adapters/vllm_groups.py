@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 # Subclasses have rules of their own (sinks, gaps, compressed states): none of them is meant here.
 KINDS = {"FullAttentionSpec": "full", "MLAAttentionSpec": "mla", "SlidingWindowSpec": "swa"}
+NULL_BLOCK = 0  # in vLLM's tables: what a sliding window has left behind
 
 
 class CacheGroup(NamedTuple):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..engine.errors import LayoutError
 from ..engine.join import join_groups
 from ..engine.layout import PLAIN_CODEC, KVLayout
+from .vllm_groups import NULL_BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 DIMS = "block head token dim"
 LATENT_DIMS = "block token dim"
-NULL_BLOCK = 0
 OPAQUE_ON_CPU = ("token", "dim")
 
 

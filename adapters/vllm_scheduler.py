@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import vllm_params
+from .vllm_groups import NULL_BLOCK
 from .vllm_holds import Holds
 from .vllm_orders import Orders, ReceiveOrder, SendOrder
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 Request = Any
 SchedulerOutput = Any
 BlockTables = tuple[list[int], ...]  # one for each of vLLM's groups
-
-NULL_BLOCK = 0  # in vLLM's tables: what a sliding window has left behind
 
 log = logging.getLogger("kvferry.vllm")
 
@@ -92,9 +91,8 @@ class SchedulerSide:
         params = request.kv_transfer_params
         if vllm_params.wants_remote_decode(params):
             name = vllm_params.handoff_id(params, request.request_id)
-            tables: list[list[int]] = [[] for _ in self._groups]
             self._prefilling[request.request_id] = _Prefilling(
-                name, request.num_prompt_tokens, tables
+                name, request.num_prompt_tokens, self._no_blocks()
             )
 
     def num_remote_tokens(self, request: Request, num_local_tokens: int) -> int:
@@ -168,7 +166,7 @@ class SchedulerSide:
             if prefilling is None:
                 continue
             if req_id in cached.resumed_req_ids:
-                prefilling.tables = [[] for _ in self._groups]
+                prefilling.tables = self._no_blocks()
             if tables is not None:
                 for table, more in zip(prefilling.tables, self._own(tables), strict=True):
                     table += more
@@ -267,6 +265,10 @@ class SchedulerSide:
         """
         return int(request.num_prompt_tokens) - self._windowed
 
+    def _no_blocks(self) -> list[list[int]]:
+        """An empty table for each group that is moved."""
+        return [[] for _ in self._groups]
+
     def _own(self, tables: BlockTables) -> list[list[int]]:
         """Copies of the tables of the groups that are moved."""
         return [list(tables[group.table]) for group in self._groups]
@@ -282,9 +284,8 @@ class SchedulerSide:
 
     def _order_release(self, request: Request) -> None:
         """Tells prefill that nothing of its blocks is needed."""
-        nothing: list[list[int]] = [[] for _ in self._groups]
         count = request.num_prompt_tokens
-        self._order_receive(request, nothing, count, count, awaited=False)
+        self._order_receive(request, self._no_blocks(), count, count, awaited=False)
 
     def _order_receive(
         self,

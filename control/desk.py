@@ -84,7 +84,7 @@ class Desk:
     def forget(self, session: int) -> None:
         """Nobody asks about a session that is down any more; one with live handoffs is kept."""
         ledger = self._ledgers.get(session)
-        if ledger is not None and not (ledger.up or ledger.live):
+        if ledger is not None and ledger.idle:
             del self._ledgers[session]
 
     def _receive_unknown(self, ledger: Ledger, message: HandoffMessage) -> Steps:
@@ -122,7 +122,7 @@ class Desk:
         return Cancelled(session, handoff, self.side)
 
     def _forget_sessions(self) -> None:
-        idle = [s for s, ledger in self._ledgers.items() if not (ledger.up or ledger.live)]
+        idle = [s for s, ledger in self._ledgers.items() if ledger.idle]
         for session in idle[: max(0, len(idle) - DOWN_REMEMBERED)]:
             del self._ledgers[session]
 

@@ -31,6 +31,11 @@ class Ledger:
         self._floor = -1
         self._remembered = remembered
 
+    @property
+    def idle(self) -> bool:
+        """Whether the link is down and no handoff lives any more."""
+        return not (self.up or self.live)
+
     def begin(self, serial: int, key: int) -> None:
         """A serial that is not over becomes live."""
         self.live[serial] = key

@@ -9,12 +9,12 @@ differ from block to block, they travel beside the numbers.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from . import iovec
 from .block_scales import SCALE_NBYTES, BlockScales, group_maxima
 from .bound_pieces import NO_PIECES, BoundPieces, bind
 from .convert import convert_bytes, real_maxima, scales_for
@@ -238,7 +238,7 @@ def parts_of(moves: Moves) -> list[Part]:
 def _memory(addresses: Ids, nbytes: int) -> tuple[Bytes, Ids]:
     """The memory that equal pieces span as overlapping rows of one piece, and the row of each."""
     first, last = int(addresses.min()), int(addresses.max())
-    raw = np.ctypeslib.as_array((ctypes.c_uint8 * (last - first + nbytes)).from_address(first))
+    raw = iovec.bytes_at(first, last - first + nbytes)
     rows = np.lib.stride_tricks.as_strided(raw, (last - first + 1, nbytes), (1, 1))
     return rows, addresses - first
 

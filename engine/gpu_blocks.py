@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .block_ids import UploadedIds, check_ids, check_on_gpu
-from .bound_pieces import NO_PIECES
 from .counters import check_imm
 from .errors import LinkClosed, PlanError
 from .tickets import Ticket
-from .transports.base import Transfer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +19,7 @@ if TYPE_CHECKING:
     from .plan import BlockIds
     from .submitter import Submitter
     from .transfer_plan import TransferPlan
+    from .transports.base import Transfer
     from .transports.cuda_graph import GraphWrite
 
 # Pieces from here on keep up with the link in any order of their destinations (256 MiB over NVLink:
@@ -78,7 +77,7 @@ class GpuBlocks:
         """As `Link.upload_ids`."""
         import torch
 
-        if not self._moves(plan):
+        if not self._submitter.copies_on_gpu(plan):
             raise PlanError(
                 "upload_ids is for GPU memory: give lists of block ids to write_blocks",
                 operation="upload",
@@ -103,7 +102,7 @@ class GpuBlocks:
         layers: Sequence[int] | None,
     ) -> GraphWrite:
         """As `Link.graph_write`."""
-        if not plan.writes or not self._moves(plan):
+        if not plan.writes or not self._submitter.copies_on_gpu(plan):
             raise PlanError(
                 "a graph write needs a plan for writing GPU memory over cuda_ipc",
                 operation="graph_write",
@@ -131,20 +130,6 @@ class GpuBlocks:
             raise
         return write
 
-    def _moves(self, plan: TransferPlan) -> bool:
-        return self._path.orders_streams and self._path.takes_blocks(plan)
-
     def _transfer(self, ticket: Ticket, plan: TransferPlan, nbytes: int) -> Transfer:
-        transfer = Transfer(
-            next(self._table.numbers),
-            write=plan.writes,
-            pieces=NO_PIECES,
-            local_regions=(plan.local,),
-            remote_regions=plan.remote.regions,
-            imm=ticket.imm,
-            ticket=ticket,
-            on_end=self._submitter.ended,
-        )
-        transfer.total_nbytes = nbytes
-        ticket._stop_hook = transfer.stop
-        return transfer
+        local, remote = (plan.local,), plan.remote.regions
+        return self._submitter.make(ticket, local, remote, write=plan.writes, nbytes=nbytes)

@@ -68,6 +68,11 @@ def make(addresses: npt.NDArray[np.integer], nbytes: npt.NDArray[np.integer]) ->
     return iov
 
 
+def bytes_at(address: int, nbytes: int) -> npt.NDArray[np.uint8]:
+    """Memory of this process that is known by its address alone. Keeps nothing alive."""
+    return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+
+
 def chunks(nbytes: npt.NDArray[np.int64], limit_nbytes: int, limit: int) -> Iterator[slice]:
     """Cuts a list of pieces into consecutive parts of at most `limit` pieces and, but for the
     last piece of each, `limit_nbytes` bytes. O(parts) Python steps."""

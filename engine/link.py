@@ -438,8 +438,8 @@ class Link:
 
     def _down_error(self, operation: str) -> EngineError:
         """The link's error again, for an operation that came after it."""
-        return link_errors.link_down(self.error, operation=operation, peer=self.peer.name)
+        return self._table.down_error(operation)
 
     def _counter_error(self, imm: int) -> EngineError:
         """The same, for a counter that it writes to."""
-        return link_errors.link_down(self.error, operation="expect", peer=self.peer.name, imm=imm)
+        return self._table.down_error("expect", imm)

@@ -14,7 +14,6 @@ Pieces of many sizes gain nothing at any size.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
@@ -96,7 +95,7 @@ class HostMover:
         """Copies the pieces to `address`."""
         if _on_a_grid(pieces):
             rows, index, nbytes = _rows(pieces)
-            buffer = _bytes_at(address, len(pieces) * nbytes)
+            buffer = iovec.bytes_at(address, len(pieces) * nbytes)
             # Other modes than "clip" make NumPy copy into a temporary first; the rows are in range.
             np.take(rows, index, axis=0, out=buffer.reshape(-1, nbytes), mode="clip")
         else:
@@ -108,7 +107,7 @@ class HostMover:
         if _on_a_grid(pieces):
             rows, index, nbytes = _rows(pieces)
             item = f"V{nbytes}"
-            buffer = _bytes_at(address, len(pieces) * nbytes)
+            buffer = iovec.bytes_at(address, len(pieces) * nbytes)
             rows.reshape(-1).view(item)[index] = buffer.view(item)
         else:
             _copy(_whole(address, pieces), pieces.copy())
@@ -256,13 +255,9 @@ def _rows(
     """The memory that the pieces span as rows of one piece each, and the pieces' row numbers."""
     nbytes = int(pieces[0, 1])
     first, last = int(pieces[:, 0].min()), int(pieces[:, 0].max())
-    rows = _bytes_at(first, last - first + nbytes).reshape(-1, nbytes)
+    rows = iovec.bytes_at(first, last - first + nbytes).reshape(-1, nbytes)
     index = ((pieces[:, 0] - np.uint64(first)) // np.uint64(nbytes)).astype(np.int64)
     return rows, index, nbytes
-
-
-def _bytes_at(address: int, nbytes: int) -> npt.NDArray[np.uint8]:
-    return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
 
 
 def _whole(address: int, pieces: iovec.Iovec) -> iovec.Iovec:

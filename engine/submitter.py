@@ -101,20 +101,15 @@ class Submitter:
         if not known:
             self.check_regions(operation, local_regions, remote_regions)
         ticket = Ticket(operation, peer=self._peer.name, imm=imm, timeout_s=timeout_s)
-        transfer = Transfer(
-            next(self.table.numbers),
+        transfer = self.make(
+            ticket,
+            local_regions,
+            remote_regions,
             write=operation == "write",
             pieces=pieces,
-            local_regions=local_regions,
-            remote_regions=remote_regions,
-            imm=imm,
-            ticket=ticket,
-            on_end=self.ended,
+            nbytes=nbytes,
         )
-        ticket._stop_hook = transfer.stop
         transfer.start = start
-        if nbytes is not None:
-            transfer.total_nbytes = nbytes
         self.table.add(transfer)
         self.path.before(transfer, stream)
         if (
@@ -126,6 +121,37 @@ class Submitter:
                 self._passed[id(remote_regions)] = remote_regions
             self.begin(transfer)
         return ticket
+
+    def make(
+        self,
+        ticket: Ticket,
+        local_regions: tuple[MemoryRegion | RegisteredCache, ...],
+        remote_regions: tuple[RegionDescriptor, ...],
+        *,
+        write: bool,
+        pieces: BoundPieces = NO_PIECES,
+        nbytes: int | None = None,
+    ) -> Transfer:
+        """A transfer that `ticket` can stop, and that is not in the table yet: of pieces, or of
+        `nbytes` bytes that move by other means."""
+        transfer = Transfer(
+            next(self.table.numbers),
+            write=write,
+            pieces=pieces,
+            local_regions=local_regions,
+            remote_regions=remote_regions,
+            imm=ticket.imm,
+            ticket=ticket,
+            on_end=self.ended,
+        )
+        ticket._stop_hook = transfer.stop
+        if nbytes is not None:
+            transfer.total_nbytes = nbytes
+        return transfer
+
+    def copies_on_gpu(self, plan: TransferPlan) -> bool:
+        """Whether a kernel of the path moves a plan's blocks, in the order of streams."""
+        return self.path.orders_streams and self.path.takes_blocks(plan)
 
     def knows(self, remote_regions: tuple[RegionDescriptor, ...]) -> bool:
         """Whether a transfer that named these regions has been begun."""
@@ -162,9 +188,7 @@ class Submitter:
 
     def ask_leave(self, plan: TransferPlan) -> None:
         """Waits until the peer has let this link reach a plan's regions, if it has to be asked."""
-        if not (self.path.orders_streams and self.path.takes_blocks(plan)):
-            return
-        if self.link.core.progress.on_thread:
+        if not self.copies_on_gpu(plan) or self.link.core.progress.on_thread:
             return
         self.submit(
             "prepare",

@@ -10,7 +10,6 @@ import time
 from typing import TYPE_CHECKING
 
 from .errors import DeadlineExceeded, EngineError, LinkClosed, PeerLost
-from .link_errors import link_down
 from .wire import Bye, ByeToo
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from .grants import Grants
     from .link import Link
     from .transfer_table import TransferTable
-    from .transports.base import DataPath, Transfer
+    from .transports.base import DataPath
 
 
 class Teardown:
@@ -53,9 +52,9 @@ class Teardown:
         link = self._link
         self._deadline_s = time.monotonic() + link.core.peer_timeout_s
         for transfer in self._table.transfers():
-            transfer.stop(self._error_for(transfer))
+            transfer.stop(self._table.down_error(transfer.ticket.operation))
         for conversion in self._table.conversions():
-            conversion.stop(self._error_of(conversion.ticket.operation))
+            conversion.stop(self._table.down_error(conversion.ticket.operation))
         link.core.counters.source_lost(link, link._counter_error)
         self._grants.clear()
         self._path.halt(self._path_halted)
@@ -132,7 +131,7 @@ class Teardown:
     def _path_halted(self) -> None:
         """No thread of this process touches memory over this link any more."""
         for transfer in self._table.transfers():
-            transfer.abandon(self._error_for(transfer))
+            transfer.abandon(self._table.down_error(transfer.ticket.operation))
         self._halted = True
         error = self._table.error
         if self._peer_stopped:
@@ -160,9 +159,3 @@ class Teardown:
         self._detector.close()
         if self._link.quiesced._finish(0):
             self._link.core.forget(self._link)
-
-    def _error_for(self, transfer: Transfer) -> EngineError:
-        return self._error_of(transfer.ticket.operation)
-
-    def _error_of(self, operation: str) -> EngineError:
-        return link_down(self._table.error, operation=operation, peer=self._link.peer.name)

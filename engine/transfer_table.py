@@ -76,7 +76,7 @@ class TransferTable:
                 acquired += 1
             with self._lock:
                 if self.error is not None:
-                    raise self._down(transfer.ticket.operation)
+                    raise self.down_error(transfer.ticket.operation)
                 if self.revoked:
                     self._check_revoked(transfer)
                 self._transfers[transfer.id] = transfer
@@ -96,7 +96,7 @@ class TransferTable:
         try:
             with self._lock:
                 if self.error is not None:
-                    raise self._down(transfer.ticket.operation)
+                    raise self.down_error(transfer.ticket.operation)
                 granted = self.routes.get(route.key) is route
                 if not granted:
                     if self.revoked:
@@ -118,7 +118,7 @@ class TransferTable:
         """
         with self._lock:
             if self.error is not None:
-                raise self._down(conversion.ticket.operation)
+                raise self.down_error(conversion.ticket.operation)
             self._conversions.add(conversion)
 
     def remove(self, transfer: Transfer) -> bool:
@@ -142,6 +142,10 @@ class TransferTable:
             self.error = error
         return True
 
+    def down_error(self, operation: str, imm: int | None = None) -> EngineError:
+        """`error` again, for an operation that it ends, or that came after it."""
+        return link_down(self.error, operation=operation, peer=self._peer, imm=imm)
+
     def revoke(self, region_id: int) -> None:
         """Takes in nothing any more that touches this region of the peer's."""
         with self._lock:
@@ -151,9 +155,6 @@ class TransferTable:
                 for key, route in self.routes.items()
                 if all(region.region_id != region_id for region in route.plan.remote.regions)
             }
-
-    def _down(self, operation: str) -> EngineError:
-        return link_down(self.error, operation=operation, peer=self._peer)
 
     def _check_revoked(self, transfer: Transfer) -> None:
         for region in transfer.remote_regions:

@@ -113,8 +113,7 @@ def _grid(pieces: iovec.Iovec) -> tuple[Bytes, npt.NDArray[np.int64], int] | Non
     if grain < TABLE_GRAIN_NBYTES:
         return None
     span = int((addresses + nbytes).max()) - first
-    memory = (ctypes.c_uint8 * span).from_address(first)
-    rows = np.ctypeslib.as_array(memory).reshape(-1, grain)
+    rows = iovec.bytes_at(first, span).reshape(-1, grain)
     index = (addresses - first) // grain
     counts = nbytes // grain
     if int(counts.max()) > 1:
