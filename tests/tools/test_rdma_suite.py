@@ -71,10 +71,10 @@ CORE = Part(
     2400,
 )
 ALL = {
-    "all-faults": Part([RDMA], ["-m", "soak or not soak"], 3600),
-    "all-conformance": Part(CONFORMANCE, [], 3600),
-    "all-shuffled": Part(CONFORMANCE, [], 3600, (SHUFFLED,)),
-    "lost-peers": Part([LOST_PEER], ["-m", "not soak"], 3600),
+    "all-faults": Part([RDMA], ["-m", "soak or not soak"], 7200),
+    "all-conformance": Part(CONFORMANCE, [], 7200),
+    "all-shuffled": Part(CONFORMANCE, [], 7200, (SHUFFLED,)),
+    "lost-peers": Part([LOST_PEER], ["-m", "not soak"], 7200),
 }
 
 
