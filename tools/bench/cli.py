@@ -28,6 +28,12 @@ lazy.add(
 )
 lazy.add(
     app,
+    "streaming",
+    "kvferry.tools.bench.streaming",
+    "Stream a prompt's layers from GPU to GPU beside a forward pass, as the vLLM connector does.",
+)
+lazy.add(
+    app,
     "control",
     "kvferry.tools.bench.control",
     "Hand over small requests between two agents, and load a daemon with many.",
