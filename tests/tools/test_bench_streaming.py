@@ -30,7 +30,7 @@ def test_two_gpus_are_asked_for() -> None:
     ("case", "nbytes"),
     [
         (Case(HEADS, 1, 60, "cpu", 1), 3 * 64 * 2 * 2 * 16 * 2),
-        (Case(LATENT, 1, 60, "cpu", 1), 2 * 64 * 24 * 2),
+        pytest.param(Case(LATENT, 1, 60, "cpu", 1), 2 * 64 * 24 * 2, marks=pytest.mark.soak),
         pytest.param(  # each rank has all of a latent
             Case(LATENT, 2, 60, "cpu", 1), 2 * 2 * 64 * 24 * 2, marks=pytest.mark.soak
         ),
@@ -46,7 +46,7 @@ def test_every_way_moves_a_prompt_and_is_timed(case: Case, nbytes: int) -> None:
     streaming_measure.show(rows)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_wrong_bytes_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
     call = Bench.call
 

@@ -109,6 +109,8 @@ class Rank:
         self.cuda = device == "cuda"
         if self.cuda:
             torch.cuda.set_device(rank + (case.ranks if side == "decode" else 0))
+        else:
+            torch.set_num_threads(1)
         heads = max(1, shape.kv_heads // case.ranks)
         content = shape.latent or 2 * shape.head_dim
         blocks = POOL_FACTOR * case.num_blocks
