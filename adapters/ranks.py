@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..control.errors import NotConnected
 from ..control.events import PartsEnded, UserCancelled
+from ..control.keys import join_address, split_address
 from ..engine.tickets import Ticket, all_of
 from .agent import CONNECT_TIMEOUT_S, Agent
 from .pending import Pending
@@ -136,12 +137,17 @@ class RankHandoff(HandoffSet):
 
 
 def connect_ranks(
-    agent: Agent, addresses: Sequence[str], timeout_s: float = CONNECT_TIMEOUT_S
+    agent: Agent,
+    addresses: Sequence[str],
+    timeout_s: float = CONNECT_TIMEOUT_S,
+    *,
+    ports_follow: bool = False,
 ) -> RankPeers:
     """Connects a decode rank to the prefill ranks that it needs.
 
     Args:
         addresses: of the agents of all prefill ranks, by rank.
+        ports_follow: the first rank's address alone will do: the next ranks have the next ports.
 
     Raises:
         HelloError, EngineError: as for `Agent.connect`; the ranks do not make one model.
@@ -152,6 +158,8 @@ def connect_ranks(
     if known is None or known.peer_cache is None:
         raise NotConnected(f"{first} is gone again", peer=first, operation="connect")
     plan = rank_plan_of(known.peer_cache, mine)
+    if ports_follow and len(addresses) == 1:
+        addresses = [_port_after(addresses[0], rank) for rank in range(len(plan.src))]
     if len(plan.src) != len(addresses):
         raise NotConnected(
             f"{first} is one of {len(plan.src)} ranks, but {len(addresses)} addresses were given",
@@ -163,6 +171,13 @@ def connect_ranks(
         for route in plan.to(mine.rank)
     }
     return RankPeers(names, plan, first)
+
+
+def _port_after(address: str, count: int) -> str:
+    """The address of the agent whose port is `count` after this one's; of the same key."""
+    endpoint, key = split_address(address)
+    host, _, port = endpoint.rpartition(":")
+    return join_address(f"{host}:{int(port) + count}", key)
 
 
 def receive_from_ranks(

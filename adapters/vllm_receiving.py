@@ -15,6 +15,7 @@ from .vllm_together import at_rest, end_together, first_error
 if TYPE_CHECKING:
     from .agent import Agent
     from .handoffs import Handoff
+    from .ranks import RankPeers
     from .vllm_orders import ReceiveOrder
     from .vllm_results import Figures, Results
     from .vllm_settings import Settings
@@ -76,7 +77,7 @@ class Receiving:
         self._ranked = ranked
         self._receives: dict[str, _Receive] = {}
         self._ended: set[str] = set()
-        self._peers: dict[Addresses, dict[int, str]] = {}
+        self._peers: dict[Addresses, RankPeers] = {}
         self._connecting: dict[Addresses, list[_Receive]] = {}
 
     def __bool__(self) -> bool:
@@ -110,21 +111,21 @@ class Receiving:
     def _begin(self, receive: _Receive) -> None:
         order = receive.order
         addresses = tuple(order.addresses)
-        names = self._peers.get(addresses)
-        if names is None:
+        peers = self._peers.get(addresses)
+        if peers is None:
             self._connect_first(receive, addresses)
             return
-        for rank, name in names.items():
+        for rank, name in peers.names.items():
             wanted = agent_name(order.peer, rank)
             if name != wanted:
-                where = addresses[rank]
+                where = addresses[rank] if rank < len(addresses) else f"rank {rank}"
                 why = f"{where} is {name} now, not {wanted}: the prefill engine was restarted"
                 self._refuse(receive, HelloRefused(why, peer=name, operation="receive"))
                 return
         handoffs: list[Handoff] = []
         try:
-            for name in names.values():
-                handoffs.append(self._receive_from(name, order))
+            for name in peers.names.values():
+                handoffs.append(self._receive_from(name, order, len(peers.plan.src)))
         except (ControlError, EngineError) as error:
             lost = isinstance(error, NotConnected)
             if lost:
@@ -146,8 +147,8 @@ class Receiving:
         if receive.cancelled:
             self._cancel_all(receive)
 
-    def _receive_from(self, name: str, order: ReceiveOrder) -> Handoff:
-        """Asks one rank of prefill for what it has of a request.
+    def _receive_from(self, name: str, order: ReceiveOrder, num_ranks: int) -> Handoff:
+        """Asks one rank of prefill, of so many, for what it has of a request.
 
         Raises:
             ControlError, EngineError: it cannot be asked.
@@ -156,7 +157,7 @@ class Receiving:
         mode, timeout_s = self._settings.mode, self._settings.timeout_s
         step = self._tables.step_tokens
         skip = -(-order.num_local_tokens // step)
-        if self._tables.plain and not self._ranked and len(order.addresses) == 1:
+        if self._tables.plain and not self._ranked and num_ranks == 1:
             return self._agent.receive(
                 order.handoff_id,
                 name,
@@ -191,8 +192,9 @@ class Receiving:
         """On a thread of its own: gets acquainted, then begins what waits for it."""
         error: Exception | None = None
         try:
-            peers = connect_ranks(self._agent, addresses, CONNECT_TIMEOUT_S)
-            self._peers[addresses] = peers.names
+            # A router that calls both engines at once knows the first rank's address alone.
+            peers = connect_ranks(self._agent, addresses, CONNECT_TIMEOUT_S, ports_follow=True)
+            self._peers[addresses] = peers
         except (ControlError, EngineError) as failure:
             error = failure
         with self._changed:

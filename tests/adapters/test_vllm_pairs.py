@@ -322,7 +322,7 @@ def test_a_decode_engine_that_runs_out_of_blocks_recomputes(
         ["preempted"],
         mode="push",
         transport="cma",
-        decode={"num_gpu_blocks_override": 40, "log_stats": True},
+        decode={"num_gpu_blocks_override": 40, "max_model_len": 1024, "log_stats": True},
     )
     found = got(result, "preempted")
     assert found["preemptions"] > 0

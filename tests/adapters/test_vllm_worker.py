@@ -27,6 +27,7 @@ from .vllm_steps import (
     make_caches,
     start_ranks,
     step,
+    two_ports,
     until_reported,
 )
 
@@ -212,6 +213,24 @@ def test_tensor_parallelism_may_differ(
     for name in NAMES:
         arrived = torch.cat([caches[name] for _, caches in decodes], 1)
         assert torch.equal(arrived[[4, 0, 5]], src[name][[7, 2, 9]])
+
+
+def test_a_router_need_only_know_the_first_rank(new_worker: Callable[..., WorkerSide]) -> None:
+    """The ports of the others follow on its."""
+    src, dst = make_caches(1), make_caches(None)
+    port = two_ports()
+    prefills = start_ranks(new_worker, "p", "prefill", src, 2, "push", port=port)
+    decode = new_worker("d", "decode", dst)
+    order = ReceiveOrder("d", "r", "p", [f"tcp://127.0.0.1:{port}"], [[4, 0, 5]], 11, 0)
+    assert not step(decode, Orders(receives=[order])).received
+    for worker, _ in prefills:
+        step(worker, Orders(sends=[SendOrder("a", "r", [[7, 2, 9]], 11)]), computes=True)
+    results = until_reported(decode)
+    assert (results.received, results.failed) == ({"d"}, set())
+    for worker, _ in prefills:
+        assert until_reported(worker, Orders(finished_sends=["a"])).sent == {"a"}
+    for name in NAMES:
+        assert torch.equal(dst[name][[4, 0, 5]], src[name][[7, 2, 9]])
 
 
 def test_the_daemon_learns_where_the_engine_serves_and_what_it_has_to_do(

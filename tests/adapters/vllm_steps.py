@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +106,7 @@ def start_ranks(
     num: int,
     mode: str,
     groups: tuple[CacheGroup, ...] = FULL,
+    **options: Any,
 ) -> list[tuple[WorkerSide, dict[str, Any]]]:
     """An engine of several ranks, each with its share of the model's heads; of a latent, all of it.
 
@@ -122,8 +125,22 @@ def start_ranks(
         describe_caches(shares[0], groups, CPU, heads_of_rank(heads, num, rank))[0]
         for rank in range(num)
     ]
-    ranks = layouts if num > 1 else ()
+    options |= {"mode": mode, "ranks": layouts if num > 1 else (), "groups": groups}
     return [
-        (new_worker(name, role, share, mode=mode, rank=rank, ranks=ranks, groups=groups), share)
+        (new_worker(name, role, share, rank=rank, **options), share)
         for rank, share in enumerate(shares)
     ]
+
+
+def two_ports() -> int:
+    """The first of two ports that follow on each other, are free, and are given to nobody who asks
+    for any."""
+    for port in range(20_000 + os.getpid() % 5_000, 30_000, 2):
+        with socket.socket() as first, socket.socket() as second:
+            try:
+                first.bind(("127.0.0.1", port))
+                second.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("all ports are taken")

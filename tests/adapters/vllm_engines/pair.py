@@ -60,7 +60,10 @@ class Pair:
         """What a router that calls both at once tells prefill and decode."""
         self._count += 1
         name = f"transfer-{self._count}"
-        address = {key: first[key] for key in ("remote_engine_id", "remote_host", "remote_port")}
+        keys = ["remote_engine_id", "remote_host", "remote_port"]
+        if first["tp_size"] > 1:  # on ports that do not follow on each other
+            keys.append("remote_agents")
+        address = {key: first[key] for key in keys}
         return (
             TO_PREFILL | {"transfer_id": name},
             {"do_remote_prefill": True, "transfer_id": name} | address,
