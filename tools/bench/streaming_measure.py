@@ -394,7 +394,7 @@ def cases(num_gpus: int) -> list[Case]:
         for ranks in (1, 2)
         if 2 * ranks <= num_gpus
         for shape in (LLAMA_70B, DEEPSEEK_V3)
-        for num_tokens in (512, 4096)
+        for num_tokens in (512, 2048)
     ]
 
 

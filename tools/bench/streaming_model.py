@@ -107,9 +107,14 @@ class StandIn:
         normed = torch.nn.functional.rms_norm(hidden, hidden.shape[-1:])
         query, keys, values, kept = self._project(normed)
         cache.index_copy_(0, slots, kept)
+        # With a batch dimension: PyTorch has a fused kernel only for that.
         mixed = scaled_dot_product_attention(
-            query, keys, values, is_causal=True, enable_gqa=self._kv_heads != self._heads
-        )
+            query[None],
+            keys[None],
+            values[None],
+            is_causal=True,
+            enable_gqa=keys.shape[0] != query.shape[0],
+        )[0]
         # Where vLLM tells its connector: the attention of a layer is done, its other half is not.
         computed(layer)
         out = mixed.transpose(0, 1).flatten(1) @ self._out
