@@ -331,11 +331,14 @@ def test_a_decode_engine_that_runs_out_of_blocks_recomputes(
 
 @pytest.mark.soak
 def test_beside_another_connector(run_pair: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    """In vLLM's MultiConnector, before one that keeps prompts in files."""
+    """In vLLM's MultiConnector, before one that keeps prompts in files, and whole ones only."""
+    whole = {"max_num_batched_tokens": 2048}
     result = run_pair(
         ["tokens", "corrupted", "both_at_once"],
         mode="push",
         transport="cma",
+        prefill=whole,
+        decode=whole,
         beside=[
             {
                 "kv_connector": "ExampleConnector",
