@@ -17,25 +17,30 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .bound_pieces import NO_PIECES
-from .converting import Converting, Part, parts_of
+from .converting import Converting, Part, numbers_of, parts_of
 from .errors import EngineError, LinkError, PlanError
 from .tickets import Ticket
 from .token_move import check_move
+from .transports.staged import compute_event
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import numpy.typing as npt
+    import torch
 
     from .submitter import Submitter
     from .token_move import TokenMove
     from .transfer_plan import TransferPlan
+    from .workplaces import Workplaces
 
     Ids = npt.NDArray[np.int64]
 
 log = logging.getLogger(__name__)
 
 CHUNK_NBYTES = 4 << 20  # that travel; converting takes up to ten times as much beside it
+# On a GPU the host's work for a chunk is what counts, and staging is all that it takes there.
+GPU_CHUNK_NBYTES = 16 << 20
 AHEAD = 2
 
 
@@ -100,6 +105,7 @@ class Conversion:
     def __init__(
         self,
         submitter: Submitter,
+        workplaces: Workplaces,
         operation: str,
         plan: TransferPlan,
         move: TokenMove,
@@ -109,23 +115,26 @@ class Conversion:
         """Checks everything; moves nothing yet.
 
         Raises:
-            BlockOutOfRange, OverlappingBlocks, PlanError: as for `TokenPlan.moves`; memory of a GPU.
+            BlockOutOfRange, OverlappingBlocks, PlanError: as for `TokenPlan.moves`; or the cache here
+                is spread over several devices.
         """
-        if {plan.local.kind, plan.remote_kind} != {"host"}:
+        on_gpu = plan.local.kind == "cuda"
+        if plan.local.kind != ("cuda" if plan.local.device >= 0 else "host"):
             raise PlanError(
-                "numbers change their type, which this transport does for host memory alone: "
-                "connect GPUs of one host by cuda_ipc, or give both caches one dtype",
+                "numbers change their type, and the cache here is on several GPUs, or partly in "
+                "host memory: register a cache for each",
                 operation="plan",
             )
         check_move(plan, move)
         self._submitter, self._operation, self._plan, self._imm = submitter, operation, plan, imm
+        self._workplaces = workplaces
         self._copiers = submitter.link.core.copiers
         self._deadline_s = time.monotonic() + timeout_s
         peer = submitter.link.peer.name
         self.ticket = Ticket(
             operation, peer=peer, imm=imm, timeout_s=timeout_s, stop_hook=self.stop
         )
-        self._chunks = chunks_of(plan, move, CHUNK_NBYTES)
+        self._chunks = chunks_of(plan, move, GPU_CHUNK_NBYTES if on_gpu else CHUNK_NBYTES)
         self._lock = threading.Lock()
         self._at_work = 0  # chunks that are being made, or moved
         self._inner: set[Ticket] = set()
@@ -133,11 +142,19 @@ class Conversion:
         self._all_begun = False
         self._moved_nbytes = 0
 
-    def start(self) -> Ticket:
-        """Begins it. The local memory stays acquired until it ends, between chunks too."""
+    def start(self, stream: torch.cuda.Stream | None = None) -> Ticket:
+        """Begins it, on a GPU once a stream has done what it has been given so far (the current one
+        if None). The local memory stays acquired until it ends, between chunks too."""
+        event = compute_event(self._plan.local.device, stream)
+        if event is None:
+            self._begin()
+        else:
+            self._submitter.link.core.gate.when(event, self._begin, self.stop)
+        return self.ticket
+
+    def _begin(self) -> None:
         for _ in range(AHEAD):
             self._copiers.run(self._next)
-        return self.ticket
 
     def _next(self) -> None:
         """Makes one chunk and sends it on its way. On a copier."""
@@ -157,22 +174,23 @@ class Conversion:
         if inner is None:
             self._chunk_ended(0, None)
             return
+        ticket, chunk = inner
         with self._lock:
-            self._inner.add(inner)
+            self._inner.add(ticket)
             stopped = self._error is not None
         if stopped:
-            inner.cancel()
-        inner.add_done_callback(self._inner_ended)
+            ticket.cancel()
+        ticket.add_done_callback(partial(self._inner_ended, chunk))
 
-    def _begin_chunk(self) -> Ticket | None:
-        """The ticket of the next chunk; None if there is none."""
+    def _begin_chunk(self) -> tuple[Ticket, Converting] | None:
+        """The next chunk and its ticket; None if there is none."""
         with self._lock:
             parts = next(self._chunks, None)
             self._all_begun = parts is None
         if parts is None:
             return None
-        chunk = Converting(self._plan, parts)
-        return self._submitter.submit(
+        chunk = Converting(self._plan, parts, self._workplaces)
+        ticket = self._submitter.submit(
             self._operation,
             (self._plan.local,),
             NO_PIECES,
@@ -181,11 +199,13 @@ class Conversion:
             max(1e-3, self._deadline_s - time.monotonic()),
             partial(chunk.start, self._submitter.path, self._copiers),
             chunk.wire_nbytes,
-            None,
+            computed=True,
         )
+        return ticket, chunk
 
-    def _inner_ended(self, inner: Ticket) -> None:
+    def _inner_ended(self, chunk: Converting, inner: Ticket) -> None:
         """On the thread that ended it."""
+        chunk.release()
         error = inner.exception()
         assert error is None or isinstance(error, EngineError)
         with self._lock:
@@ -230,3 +250,25 @@ class Conversion:
             inner = list(self._inner)
         for ticket in inner:
             ticket.cancel()
+
+
+def warm(workplaces: Workplaces, plan: TransferPlan) -> None:
+    """Allocates what a transfer on a GPU takes there, and loads its kernels. May take seconds.
+
+    Raises:
+        DeviceError: the GPU's driver refuses.
+    """
+    device = plan.local.device
+    places = []
+    try:
+        for _ in range(AHEAD):
+            places.append(workplaces.take(device))
+            places[-1].reserve(GPU_CHUNK_NBYTES)
+        for pair in plan.tokens.pairs:
+            for bundle in pair.bundles:
+                types = numbers_of(bundle)
+                scaled = bundle.src_scales is not None or bundle.dst_scales is not None
+                places[0].try_out(types, converts=bundle.converts, scaled=scaled)
+    finally:
+        for place in places:
+            workplaces.give(device, place)

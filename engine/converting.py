@@ -1,6 +1,7 @@
-"""Numbers that change their type between host memories: gathered, converted, sent; or the other way.
+"""Numbers that change their type on their way through staging: gathered, converted, sent; or back.
 
-Here is one chunk of a transfer; `conversion.py` cuts a transfer into them.
+Here is one chunk of a transfer; `conversion.py` cuts a transfer into them, and a workplace of the
+device that holds the cache here converts it (`workplace.py`).
 
 On the writing side they are gathered into staging, converted and sent from there; on the reading
 side they arrive in staging, are converted and laid into the cache before the read ends. Where scales
@@ -9,16 +10,17 @@ differ from block to block, they travel beside the numbers.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from . import iovec
 from .block_scales import SCALE_NBYTES, BlockScales, group_maxima
 from .bound_pieces import NO_PIECES, BoundPieces, bind
-from .convert import convert_bytes, real_maxima, scales_for
+from .convert import scales_for
 from .errors import EngineError, LinkError
+from .workplace import Numbers
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -28,126 +30,163 @@ if TYPE_CHECKING:
     from .token_pieces import Moves
     from .transfer_plan import TransferPlan
     from .transports.base import DataPath, Transfer
+    from .workplace import Workplace
+    from .workplaces import Workplaces
 
-    Bytes = npt.NDArray[np.uint8]
     Floats = npt.NDArray[np.float32]
     Ids = npt.NDArray[np.int64]
 
 log = logging.getLogger(__name__)
 
+_ALIGNED_NBYTES = 16  # of the staging's parts: numbers lie where kernels can read them
+
 
 class Converting:
     """Some pieces of numbers that change their type, through staging of their own.
 
-    The staging holds all of them and lives until they are moved. The pieces that go into one block
-    whose scale is made are all here, or none.
+    The staging holds all of them and is lent until they are moved: `release` gives it back. The
+    pieces that go into one block whose scale is made are all here, or none.
     """
 
-    def __init__(self, plan: TransferPlan, parts: list[Part]) -> None:
+    def __init__(self, plan: TransferPlan, parts: list[Part], workplaces: Workplaces) -> None:
         self._plan = plan
         self._parts = parts
+        self._workplaces = workplaces
+        self._place: Workplace | None = None
         self._src = _tables(self._parts, source=True)
         self._dst = _tables(self._parts, source=False)
-        scales = (self._dst if plan.writes else self._src).values()
-        self.wire_nbytes = sum(part.wire_nbytes(plan.writes) for part in self._parts)
-        self.wire_nbytes += sum(len(table.values) * SCALE_NBYTES for table in scales)
-        self._staging: Bytes = np.zeros(0, np.uint8)
+        self._travelling = list((self._dst if plan.writes else self._src).values())
+        sizes = [part.wire_nbytes(plan.writes) for part in self._parts]
+        sizes += [len(table.values) * SCALE_NBYTES for table in self._travelling]
+        self.wire_nbytes = sum(sizes)
+        self._staging_nbytes = sum(map(_aligned, sizes))
 
     def start(self, path: DataPath, copiers: Copiers, transfer: Transfer) -> None:
         """Begins the transfer; on a copier, since converting takes as long as moving."""
-        copiers.run(lambda: self._start(path, transfer))
+        workers = self._workplaces.workers
+        if workers.enter():  # else the link has stopped the transfer, or is about to
+            copiers.run(lambda: workers.run(lambda: self._start(path, transfer)))
+
+    def release(self) -> None:
+        """Gives the staging back: the transfer has ended."""
+        place, self._place = self._place, None
+        if place is not None:
+            self._workplaces.give(self._plan.local.device, place)
 
     def _start(self, path: DataPath, transfer: Transfer) -> None:
         if not transfer.begin():
             return
         try:
-            self._staging = np.empty(self.wire_nbytes, np.uint8)
-            pieces = self._stage()
-        except EngineError as error:
-            transfer.stop(error)
+            place = self._place = self._workplaces.take(self._plan.local.device)
+            place.reserve(self._staging_nbytes)
+            pieces = self._stage(place)
         except Exception as error:
-            log.exception("kvferry: converting failed; please report this")
-            transfer.stop(LinkError(f"converting failed: {error}", operation="convert"))
+            self._settle()
+            transfer.stop(error if isinstance(error, EngineError) else _failed(error))
         else:
             transfer.take(pieces)
             transfer.start, transfer.keep = None, self  # from here on it is one of pieces
             if not self._plan.writes:
-                transfer.on_placed = self._land
+                transfer.on_placed = lambda: self._land(place)
             path.submit(transfer)
         transfer.end(0)
 
-    def _stage(self) -> BoundPieces:
+    def _stage(self, place: Workplace) -> BoundPieces:
         """Room in the staging for all that travels; filled, on the writing side."""
         writes = self._plan.writes
         if writes:
-            for table in self._src.values():
-                table.values[:] = _gather(self._here(table), SCALE_NBYTES).view(np.float32)[:, 0]
-            self._choose_scales([self._gathered(part) for part in self._parts])
+            self._read_scales(place, None)
+            self._choose_scales(place, None)
         columns: list[tuple[Ids, Ids, Ids, Ids]] = []
-        base, used = int(self._staging.ctypes.data), 0
-
-        def place(rows: int, size: int, region: Ids, offset: Ids) -> Bytes:
-            nonlocal used
-            room = self._staging[used : used + size].reshape(rows, -1)
-            each = size // rows
-            places = base + used + np.arange(rows) * each
-            columns.append((places, np.full(rows, each, np.int64), region, offset))
-            used += size
-            return room
-
-        for part in self._parts:
+        rooms = self._rooms(place)
+        for part, room in zip(self._parts, rooms, strict=False):
             pieces = part.moves.pieces
             region = pieces.dst_region if writes else pieces.src_region
             offset = pieces.dst_offset if writes else pieces.src_offset
-            room = place(
-                len(part.rows), part.wire_nbytes(writes), region[part.rows], offset[part.rows]
-            )
+            each = part.wire_nbytes(writes) // len(part.rows)
+            sizes = np.full(len(part.rows), each, np.int64)
+            columns.append((room, sizes, region[part.rows], offset[part.rows]))
             if writes:
-                room[...] = self._convert(part, self._gathered(part))
-        for table in (self._dst if writes else self._src).values():
-            size = len(table.values) * SCALE_NBYTES
-            room = place(len(table.values), size, table.region, table.offset)
-            room[...] = table.values.view(np.uint8).reshape(-1, SCALE_NBYTES)
+                self._convert(place, part, self._cache_rows(part), room)
+        for table, room in zip(self._travelling, rooms[len(self._parts) :], strict=True):
+            sizes = np.full(len(room), SCALE_NBYTES, np.int64)
+            columns.append((room, sizes, table.region, table.offset))
+            if writes:
+                place.put_floats(room, table.values)
+        place.finish()
         if not columns:
             return NO_PIECES
         merged = [np.concatenate(column) for column in zip(*columns, strict=True)]
         return bind(merged[0], merged[1], merged[2], merged[3], self._plan.remote.regions)
 
-    def _land(self) -> None:
-        """Lays what was read into the cache."""
-        data, used = [], 0
-        for part in self._parts:
-            size = part.wire_nbytes(False)
-            data.append(self._staging[used : used + size].reshape(len(part.rows), -1))
-            used += size
-        for table in self._src.values():
-            size = len(table.values) * SCALE_NBYTES
-            table.values[:] = self._staging[used : used + size].view(np.float32)
-            used += size
-        self._choose_scales(data)
-        for part, rows in zip(self._parts, data, strict=True):
-            pieces = part.moves.pieces
-            here = self._plan.addresses[pieces.dst_region] + pieces.dst_offset
-            _scatter(here[part.rows], self._convert(part, rows))
-        for table in self._dst.values():
-            _scatter(self._here(table), table.values.view(np.uint8).reshape(-1, SCALE_NBYTES))
+    def _land(self, place: Workplace) -> None:
+        """Lays what was read into the cache.
 
-    def _gathered(self, part: Part) -> Bytes:
+        Raises:
+            EngineError: it cannot.
+        """
+        try:
+            rooms = self._rooms(place)
+            self._read_scales(place, rooms[len(self._parts) :])
+            self._choose_scales(place, rooms[: len(self._parts)])
+            for part, room in zip(self._parts, rooms, strict=False):
+                self._convert(place, part, room, self._cache_rows(part))
+            for table in self._dst.values():
+                place.put_floats(self._here(table), table.values)
+            place.finish()
+        except Exception as error:
+            self._settle()
+            if isinstance(error, EngineError):
+                raise
+            raise _failed(error) from error
+
+    def _settle(self) -> None:
+        """Something failed: what was begun before it ends before anybody believes that it has."""
+        if self._place is not None:
+            with contextlib.suppress(EngineError):
+                self._place.finish()
+
+    def _rooms(self, place: Workplace) -> list[Ids]:
+        """Where in the staging each part's rows lie, and after them those of each table."""
+        rooms: list[Ids] = []
+        used = place.address
+        counts = [(len(part.rows), part.wire_nbytes(self._plan.writes)) for part in self._parts]
+        counts += [(len(t.values), len(t.values) * SCALE_NBYTES) for t in self._travelling]
+        for rows, nbytes in counts:
+            rooms.append(used + np.arange(rows) * (nbytes // max(1, rows)))
+            used += _aligned(nbytes)
+        return rooms
+
+    def _cache_rows(self, part: Part) -> Ids:
+        """Where a part's rows lie in the cache here."""
         pieces = part.moves.pieces
-        here = self._plan.addresses[pieces.src_region] + pieces.src_offset
-        return _gather(here[part.rows], part.elements * part.moves.bundle.src_elem)
+        region, offset = (
+            (pieces.src_region, pieces.src_offset)
+            if self._plan.writes
+            else (pieces.dst_region, pieces.dst_offset)
+        )
+        rows: Ids = self._plan.addresses[region[part.rows]] + offset[part.rows]
+        return rows
 
     def _here(self, table: _ScaleTable) -> Ids:
         addresses: Ids = self._plan.addresses[table.region] + table.offset
         return addresses
 
-    def _choose_scales(self, data: list[Bytes]) -> None:
-        """The scale of each block that is written, from all numbers that go into it."""
+    def _read_scales(self, place: Workplace, rooms: list[Ids] | None) -> None:
+        """The scales of the source: out of the cache, or where they have arrived."""
+        for number, table in enumerate(self._src.values()):
+            table.values[:] = place.floats(self._here(table) if rooms is None else rooms[number])
+
+    def _choose_scales(self, place: Workplace, rooms: list[Ids] | None) -> None:
+        """The scale of each block that is written, from all numbers that go into it: in the cache,
+        or where they have arrived."""
         for bundle, table in self._dst.items():
             largest = np.zeros(len(table.values), np.float32)
-            for part, rows in zip(self._parts, data, strict=True):
+            for number, part in enumerate(self._parts):
                 if part.moves.bundle is bundle:
-                    maxima = real_maxima(rows, self._factor(part), bundle.src_dtype)
+                    rows = self._cache_rows(part) if rooms is None else rooms[number]
+                    of, factor = numbers_of(bundle)[0], self._factor(part)
+                    maxima = place.maxima(rows, part.elements, of, factor)
                     found = group_maxima(table.rows(part), len(largest), maxima)
                     np.maximum(largest, found, out=largest)
             table.values[:] = scales_for(largest, bundle.dst_dtype)
@@ -159,16 +198,33 @@ class Converting:
         table = self._src.get(part.moves.bundle)
         return factor if table is None else factor * table.values[table.rows(part)]
 
-    def _convert(self, part: Part, data: Bytes) -> Bytes:
-        """Rows of the source's bytes as the destination's."""
+    def _convert(self, place: Workplace, part: Part, src: Ids, dst: Ids) -> None:
+        """A part's rows, as the source's numbers, into rows of the destination's."""
         bundle = part.moves.bundle
-        if part.moves.factor is None:
-            return data
-        factor = self._factor(part)
-        table = self._dst.get(bundle)
-        if table is not None:
-            factor = factor / table.values[table.rows(part)]
-        return convert_bytes(np.ascontiguousarray(data), factor, bundle.src_dtype, bundle.dst_dtype)
+        factor: Floats | None = None
+        if part.moves.factor is not None:
+            factor = self._factor(part)
+            table = self._dst.get(bundle)
+            if table is not None:
+                factor = factor / table.values[table.rows(part)]
+        place.convert(src, dst, part.elements, numbers_of(bundle), factor)
+
+
+def numbers_of(bundle: Bundle) -> tuple[Numbers, Numbers]:
+    """What its rows are made of at the source and at the destination."""
+    return (
+        Numbers(bundle.src_dtype, bundle.src_elem),
+        Numbers(bundle.dst_dtype, bundle.dst_elem),
+    )
+
+
+def _failed(error: Exception) -> LinkError:
+    log.error("kvferry: converting failed; please report this", exc_info=error)
+    return LinkError(f"converting failed: {error}", operation="convert")
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNED_NBYTES) * _ALIGNED_NBYTES
 
 
 class Part(NamedTuple):
@@ -233,22 +289,3 @@ def parts_of(moves: Moves) -> list[Part]:
     return [
         Part(moves, np.flatnonzero(elements == size), size) for size in np.unique(elements).tolist()
     ]
-
-
-def _memory(addresses: Ids, nbytes: int) -> tuple[Bytes, Ids]:
-    """The memory that equal pieces span as overlapping rows of one piece, and the row of each."""
-    first, last = int(addresses.min()), int(addresses.max())
-    raw = iovec.bytes_at(first, last - first + nbytes)
-    rows = np.lib.stride_tricks.as_strided(raw, (last - first + 1, nbytes), (1, 1))
-    return rows, addresses - first
-
-
-def _gather(addresses: Ids, nbytes: int) -> Bytes:
-    rows, index = _memory(addresses, nbytes)
-    gathered: Bytes = rows[index]
-    return gathered
-
-
-def _scatter(addresses: Ids, data: Bytes) -> None:
-    rows, index = _memory(addresses, data.shape[1])
-    rows[index] = data

@@ -30,6 +30,7 @@ from .teardown import Teardown
 from .tickets import DEFAULT_TIMEOUT_S, Ticket
 from .token_move import TokenMove, as_tables
 from .transfer_table import TransferTable
+from .workplaces import Workplaces
 
 if TYPE_CHECKING:
     import socket
@@ -83,12 +84,19 @@ class Link:
         self._table = TransferTable(peer.name, self._grants)
         self._revocation = Revocation(self, self._path, self._table, self._grants)
         self._submitter = Submitter(self, self._path, self._table, self._grants, self._revocation)
+        workplaces = Workplaces(self)
         self._gpu_blocks = GpuBlocks(self._submitter)
-        self._planned = PlannedTransfers(self._submitter, self._gpu_blocks)
+        self._planned = PlannedTransfers(self._submitter, self._gpu_blocks, workplaces)
         self._channel = ControlChannel(sock, core.progress, peer.name, self.fail)
         self._detector = FailureDetector(core, peer, send=self._channel.send, fail=self.fail)
         self._teardown = Teardown(
-            self, self._path, self._table, self._grants, self._channel, self._detector
+            self,
+            self._path,
+            self._table,
+            self._grants,
+            self._channel,
+            self._detector,
+            workplaces,
         )
         self._messages = LinkMessages(self, self._submitter, self._revocation, self._teardown)
 
@@ -268,15 +276,16 @@ class Link:
     def prepare(self, plan: TransferPlan, *, layers: Sequence[int] | None = None) -> None:
         """Does beforehand what the first transfer of a plan would have to do; may take seconds.
 
-        Over `cuda_ipc`: compiles and loads kernels, maps the peer's memory, allocates scratch.
+        Of GPU memory: compiles and loads kernels, maps the peer's memory, allocates scratch.
         Call it before a stream of this process waits on a ticket (`Ticket.wait_on`): CUDA may do
-        these things only when no stream is waiting. Elsewhere it does nothing.
+        these things only when no stream is waiting. Of host memory it does nothing.
 
         Raises:
             TransportUnavailable: the peer's memory cannot be reached from here.
         """
         self._submitter.ask_leave(plan)
         self._path.prepare(plan, layers)
+        self._planned.prepare(plan)
 
     def upload_ids(
         self,

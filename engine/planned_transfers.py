@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .bound_pieces import NO_PIECES
-from .conversion import Conversion
+from .conversion import Conversion, warm
 from .counters import check_imm
 from .errors import EngineError, PlanError
 from .token_move import bind_tokens, check_move
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .tickets import Ticket
     from .token_move import TokenMove
     from .transfer_plan import TransferPlan
+    from .workplaces import Workplaces
 
 
 class PlannedTransfers:
@@ -33,7 +34,8 @@ class PlannedTransfers:
     Arguments and errors are those of `Link`'s methods.
     """
 
-    def __init__(self, submitter: Submitter, gpu_blocks: GpuBlocks) -> None:
+    def __init__(self, submitter: Submitter, gpu_blocks: GpuBlocks, workplaces: Workplaces) -> None:
+        self._workplaces = workplaces
         self._submitter = submitter
         self._gpu_blocks = gpu_blocks
         self._path = submitter.path
@@ -102,8 +104,17 @@ class PlannedTransfers:
         if self._takes_whole(operation, plan, stream) and self._path.orders_streams:
             nbytes = check_move(plan, move)
             start = partial(self._path.submit_tokens, plan=plan, move=move)
+        elif any(
+            getattr(table, "is_cuda", False) for table in (*move.src_tables, *move.dst_tables)
+        ):
+            raise PlanError(
+                "block tables on a GPU need GPU memory at both ends and cuda_ipc: here they are "
+                "needed in host memory",
+                operation=operation,
+                peer=self._peer,
+            )
         elif plan.tokens.converts:
-            return self._convert(operation, plan, move, imm, timeout_s)
+            return self._convert(operation, plan, move, imm, stream, timeout_s)
         else:
             pieces = bind_tokens(plan, move)
         return self._submitter.submit(
@@ -119,20 +130,34 @@ class PlannedTransfers:
         )
 
     def _convert(
-        self, operation: str, plan: TransferPlan, move: TokenMove, imm: int | None, timeout_s: float
+        self,
+        operation: str,
+        plan: TransferPlan,
+        move: TokenMove,
+        imm: int | None,
+        stream: torch.cuda.Stream | None,
+        timeout_s: float,
     ) -> Ticket:
         """Begins a transfer of numbers that change their type, in chunks."""
         if imm is not None:
             imm = check_imm(imm, operation)
         self._submitter.check_regions(operation, (plan.local,), plan.remote.regions)
-        conversion = Conversion(self._submitter, operation, plan, move, imm, timeout_s)
+        conversion = Conversion(
+            self._submitter, self._workplaces, operation, plan, move, imm, timeout_s
+        )
         plan.local.acquire()
         try:
             self._table.add_conversion(conversion)
         except EngineError:
             plan.local.release()
             raise
-        return conversion.start()
+        return conversion.start(stream)
+
+    def prepare(self, plan: TransferPlan) -> None:
+        """Does beforehand what converting on a GPU would have to do. May block."""
+        direct = self._path.orders_streams and self._path.takes_blocks(plan)
+        if plan.tokens.converts and plan.local.device >= 0 and not direct:
+            warm(self._workplaces, plan)
 
     def _takes_whole(
         self, operation: str, plan: TransferPlan, stream: torch.cuda.Stream | None

@@ -89,8 +89,13 @@ class Submitter:
         start: Callable[[Transfer], None] | None = None,
         nbytes: int | None = None,
         stream: torch.cuda.Stream | None = None,
+        *,
+        computed: bool = False,
     ) -> Ticket:
         """Checks and begins a transfer of pieces, or of `nbytes` bytes that `start` begins.
+
+        Args:
+            computed: whether its memory is ready, whatever streams still have to do.
 
         Raises:
             NotRegistered, OutOfRange, RegionGone, LinkError: before any byte moves.
@@ -111,7 +116,8 @@ class Submitter:
         )
         transfer.start = start
         self.table.add(transfer)
-        self.path.before(transfer, stream)
+        if not computed:
+            self.path.before(transfer, stream)
         if (
             (known and not self.table.revoked)
             or not self.path.asks_leave

@@ -6,6 +6,7 @@ quiesced when that is known of both ends, or the other end's process is gone.
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .link import Link
     from .transfer_table import TransferTable
     from .transports.base import DataPath
+    from .workplaces import Workplaces
 
 
 class Teardown:
@@ -33,7 +35,9 @@ class Teardown:
         grants: Grants,
         channel: ControlChannel,
         detector: FailureDetector,
+        workplaces: Workplaces,
     ) -> None:
+        self._workplaces = workplaces
         self._link = link
         self._path = path
         self._table = table
@@ -57,7 +61,7 @@ class Teardown:
             conversion.stop(self._table.down_error(conversion.ticket.operation))
         link.core.counters.source_lost(link, link._counter_error)
         self._grants.clear()
-        self._path.halt(self._path_halted)
+        self._path.halt(functools.partial(self._workplaces.halt, self._path_halted))
         link.down._fail(error)
 
     def tick(self, now: float) -> None:

@@ -21,7 +21,7 @@ import torch
 from .cast import cast_reference
 from .errors import ShapeError
 from .runtime import jit
-from .scaling import signal_end, write_scales
+from .scaling import larger, saturated, signal_end, write_scales
 from .tiles import default_tuning
 from .walk import Walk, walk_constants
 
@@ -86,11 +86,6 @@ def _block_in(
     if bad_ids is not None:
         tl.store(bad_ids + place * 0, 1, mask=wanted & (good == 0))
     return block, good
-
-
-@jit()
-def _larger(one: tl.tensor, other: tl.tensor) -> tl.tensor:
-    return tl.maximum(one, other)
 
 
 @jit(
@@ -242,7 +237,7 @@ def relayout_kernel(
                         # Magnitudes are not negative: their bits are ordered as they are.
                         real = tl.abs(number * factor[:, None])
                         real = tl.where(mask & (real == real), real, 0.0)
-                        largest = tl.reduce(tl.minimum(real, 3.4028234663852886e38), 1, _larger)
+                        largest = tl.reduce(tl.minimum(real, 3.4028234663852886e38), 1, larger)
                         words = chosen.to(tl.pointer_type(tl.int32), bitcast=True)
                         tl.atomic_max(
                             words + place_of_scale, largest.to(tl.int32, bitcast=True), mask=good
@@ -251,13 +246,7 @@ def relayout_kernel(
                         scale = tl.load(chosen + place_of_scale, mask=good, other=1.0)
                         factor = tl.div_rn(factor, scale)
                 number = number * factor[:, None]
-            if LIMIT > 0:
-                number = tl.clamp(number, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-            if ROUND:
-                # Adding 1.5 * 2**23 leaves no room for a fraction: ties go to even.
-                number = tl.where(number == number, number, 0.0)
-                number = (number + 12582912.0) - 12582912.0
-            value = number.to(DST_WORD)
+            value = saturated(number, LIMIT, ROUND).to(DST_WORD)
         if not FIND:
             tl.store(dst, value, mask=mask)
         tile += step

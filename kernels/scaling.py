@@ -98,6 +98,24 @@ def scales_kernel(
 
 
 @jit()
+def larger(one: tl.tensor, other: tl.tensor) -> tl.tensor:
+    """For reductions: `tl.max` is not there in Triton's interpreter."""
+    return tl.maximum(one, other)
+
+
+@jit()
+def saturated(number: tl.tensor, LIMIT: tl.constexpr, ROUND: tl.constexpr) -> tl.tensor:
+    """Real numbers as a type of this limit (0: none) can hold them, rounded if that has no fractions."""
+    if LIMIT > 0:
+        number = tl.clamp(number, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    if ROUND:
+        # Adding 1.5 * 2**23 leaves no room for a fraction: ties go to even.
+        number = tl.where(number == number, number, 0.0)
+        number = (number + 12582912.0) - 12582912.0
+    return number
+
+
+@jit()
 def signal_end(
     finished: tl.tensor, bad_ids: tl.tensor, counter: tl.tensor, nbytes: tl.tensor
 ) -> None:

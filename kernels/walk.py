@@ -95,7 +95,7 @@ def walk_constants(walk: Walk, converts: bool, tuning: Tuning) -> WalkConstants:
         for end, steps in zip(ends, strides, strict=True)
     ]
     if converts:
-        words: list[Any] = [_type(end.dtype) for end in ends]
+        words: list[Any] = [triton_type(end.dtype) for end in ends]
         run_words, word_nbytes = walk.run, max(end.dtype.itemsize for end in ends)
     else:
         word_nbytes = min(8, *units)
@@ -131,8 +131,13 @@ def walk_constants(walk: Walk, converts: bool, tuning: Tuning) -> WalkConstants:
     return WalkConstants(walk.outer * walk.inner * run_chunks, tile_words // width, arguments)
 
 
-def _type(dtype: torch.dtype) -> Any:
+def triton_type(dtype: torch.dtype) -> Any:
+    """A type of numbers, or of bits, as kernels name it."""
     return {
+        torch.uint8: tl.uint8,
+        torch.int16: tl.int16,
+        torch.int32: tl.int32,
+        torch.int64: tl.int64,
         torch.float32: tl.float32,
         torch.float16: tl.float16,
         torch.bfloat16: tl.bfloat16,

@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .. import iovec
-from ..errors import NotRegistered
+from ..errors import EngineError, NotRegistered
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ..block_ids import CheckedIds
     from ..bound_pieces import BoundPieces
-    from ..errors import EngineError
     from ..memory import MemoryRegion, RegionDescriptor, RegisteredCache
     from ..tickets import Ticket
     from ..token_move import TokenMove
@@ -111,7 +110,8 @@ class Transfer:
         self.remote_regions = remote_regions
         self.imm = imm
         self.ticket = ticket
-        self.on_placed: Callable[[], None] | None = None  # once, before the ticket ends well
+        # Once, before the ticket ends well; with the EngineError that it raises, if it does.
+        self.on_placed: Callable[[], None] | None = None
         self.on_stop: Callable[[], None] | None = None  # once, when stopped while at work
         self.start: Callable[[Transfer], None] | None = None  # instead of the path's `submit`
         self.after: Any = None  # what must be done before its memory is touched, if anything
@@ -180,7 +180,10 @@ class Transfer:
                 return
             self._concluded = True
         if error is None and self.on_placed is not None:
-            self.on_placed()
+            try:
+                self.on_placed()
+            except EngineError as failed:
+                error = self._error = failed
         self._conclude(error)
 
     def stop(self, error: EngineError) -> None:

@@ -21,14 +21,19 @@ def note_compute(transfer: Transfer, stream: torch.cuda.Stream | None) -> None:
     Without a stream: what the caller has enqueued, as torch's own operations are ordered.
     """
     regions = transfer.local_regions
-    device = regions[0].device if regions else -1
+    transfer.after = compute_event(regions[0].device if regions else -1, stream)
+
+
+def compute_event(device: int, stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
+    """What passes once a stream (the device's current one if None) has done what it has been given
+    so far; None for host memory, whose device is -1."""
     if device < 0:
-        return
+        return None
     import torch
 
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(stream or torch.cuda.current_stream(device))
-    transfer.after = event
+    return event
 
 
 def hold_until_computed(

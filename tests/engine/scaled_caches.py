@@ -103,3 +103,24 @@ def expect(src: Scaled, dst: Scaled, tables: Any, start: int, stop: int) -> Any:
             there[target, token % size] = cast_reference(number, factor, there.dtype)
     raw = [scale.view(torch.uint8).reshape(-1).numpy() for scale in scales]
     return after.arrays() + raw
+
+
+def fill_exactly(src: Scaled, dst: Scaled) -> None:
+    """Numbers, and scales where the source has them, that the interpreter converts exactly."""
+    draw = np.random.default_rng(11)
+    exact = {torch.float8_e4m3fn, torch.float8_e5m2} & {dst.pool.tensors[0].dtype}
+    for tensor in src.pool.tensors:
+        if exact:
+            limit = LIMITS[next(iter(exact))]
+            numbers = limit * np.exp2(-draw.integers(0, 6, tensor.shape).astype(np.float32))
+            numbers *= draw.choice([-1, 1], tensor.shape)
+            if tensor.dtype in LIMITS:  # as powers of two, which int8 has
+                numbers = np.exp2(draw.integers(0, 6, tensor.shape)) * np.sign(numbers)
+        else:
+            numbers = draw.normal(0, 3, tensor.shape)
+        tensor.copy_(torch.from_numpy(np.asarray(numbers, np.float32)).to(tensor.dtype))
+        if not exact and tensor.dtype in (torch.bfloat16, torch.float16, torch.float32):
+            tensor.view(-1)[5] = torch.nan  # counts for nothing
+    for scale in src.scales if exact else ():
+        powers = torch.from_numpy(draw.integers(-3, 3, tuple(scale.shape)))
+        scale.copy_(torch.exp2(powers.to(torch.float32)))

@@ -88,6 +88,15 @@ class Commands:
         self._caches.append((registered, own))
         return registered.descriptor
 
+    def host_cache_of(
+        self, arrays: list[np.ndarray[Any, Any]], layout: KVLayout
+    ) -> CacheDescriptor:
+        """As `cache_of`, in host memory."""
+        own = [torch.from_numpy(array.copy()) for array in arrays]
+        registered = self._engine.register_cache(layout, own)
+        self._caches.append((registered, own))
+        return registered.descriptor
+
     def deregister_cache(self) -> None:
         self._caches[-1][0].deregister()
 

@@ -16,13 +16,12 @@ from kvferry.engine.errors import PlanError
 from kvferry.engine.reblock import TokenPlan
 from kvferry.engine.transports import cuda_tokens
 from kvferry.engine.transports.cuda_tokens import compile_tokens, span_of
-from kvferry.kernels.cast import LIMITS
 from kvferry.kernels.errors import ShapeError
 from kvferry.kernels.relayout import relayout
 from kvferry.kernels.scaling import scales_reference
 from kvferry.kernels.signal import Signal
 from kvferry.kernels.tiles import Tuning
-from tests.engine.scaled_caches import NUM_BLOCKS, Scaled, expect
+from tests.engine.scaled_caches import NUM_BLOCKS, Scaled, expect, fill_exactly
 
 NHD = ("plane", "block", "token", "head", "dim")
 HND = ("plane", "block", "head", "token", "dim")
@@ -46,27 +45,6 @@ CASES = [
 @pytest.fixture(autouse=True)
 def allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_tokens, "BLOCK_SCALES_ON_GPU", True)
-
-
-def fill(src: Scaled, dst: Scaled) -> None:
-    """Numbers, and scales where the source has them, that the interpreter converts exactly."""
-    draw = np.random.default_rng(11)
-    exact = {FP8, torch.float8_e5m2} & {dst.pool.tensors[0].dtype}
-    for tensor in src.pool.tensors:
-        if exact:
-            limit = LIMITS[next(iter(exact))]
-            numbers = limit * np.exp2(-draw.integers(0, 6, tensor.shape).astype(np.float32))
-            numbers *= draw.choice([-1, 1], tensor.shape)
-            if tensor.dtype in LIMITS:  # as powers of two, which int8 has
-                numbers = np.exp2(draw.integers(0, 6, tensor.shape)) * np.sign(numbers)
-        else:
-            numbers = draw.normal(0, 3, tensor.shape)
-        tensor.copy_(torch.from_numpy(np.asarray(numbers, np.float32)).to(tensor.dtype))
-        if not exact and tensor.dtype in (BF16, FP16, FP32):
-            tensor.view(-1)[5] = torch.nan  # counts for nothing
-    for scale in src.scales if exact else ():
-        powers = torch.from_numpy(draw.integers(-3, 3, tuple(scale.shape)))
-        scale.copy_(torch.exp2(powers.to(torch.float32)))
 
 
 def launch(
@@ -97,7 +75,7 @@ def test_scales_are_made_and_used_as_on_the_cpu(
     src_order, src_tokens, src_type, dst_order, dst_tokens, dst_type, by_head = case
     src = Scaled(src_order, src_tokens, src_type, by_head=by_head, seed=3)
     dst = Scaled(dst_order, dst_tokens, dst_type, by_head=by_head)
-    fill(src, dst)
+    fill_exactly(src, dst)
     tables = [np.random.default_rng(i).permutation(NUM_BLOCKS).tolist() for i in (1, 2)]
     span = 2 * dst_tokens, 2 * dst_tokens + 17
     truth = expect(src, dst, tables, *span)
