@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..kernels.pieces import copy_pieces, make_table
+from ..kernels.pieces import FEWEST_SHORT_ROWS, copy_pieces, make_table
 from .cuda import driver
 from .errors import DeviceError
 
@@ -127,13 +127,15 @@ class GpuMover:
         driver().unpin(self.device, address)
 
     def warm(self, address: int) -> None:
-        """Copies a few bytes within pinned memory, so that the kernel is compiled and loaded.
+        """Copies a few bytes within pinned memory, so that the kernels are compiled and loaded.
 
         `address` must have room for 256 bytes.
         """
         with _warming:
             pieces = np.array([[address, 64]], np.uint64)
             self.gather(pieces, address + 128).wait()
+            short = np.array([[address, 16]] * FEWEST_SHORT_ROWS, np.uint64)
+            self.gather(short, address).wait()  # the kernel for short pieces
 
     def close(self) -> None:
         """Frees the streams and the memory: nothing is in flight."""

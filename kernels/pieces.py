@@ -6,13 +6,15 @@ For what has no block structure; blocks of a cache go by `push` and `pull`, whos
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from .errors import ShapeError
+from .rows import RowTypes, move_rows
 from .runtime import jit
+from .walk import triton_type
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -25,6 +27,11 @@ else:
 # A program moves one row of the table: rows of 64 KiB keep 132 multiprocessors busy from 16 MiB on
 # and the table small.
 ROW_NBYTES = 64 << 10
+# A program waits 2 us for what it reads over PCIe, and has one row of `pieces_kernel` in flight: 4 KiB
+# fill the bus with 32 programs (decision 0016). So many or more equal rows that are shorter are
+# walked by `rows_kernel`, many at a time.
+SHORT_ROW_NBYTES = 4096
+FEWEST_SHORT_ROWS = 16
 _BLOCK_WORDS = 2048
 _NUM_WARPS = 8
 
@@ -37,18 +44,20 @@ class PieceTable(NamedTuple):
         word_nbytes: 1, 2, 4 or 8.
         unit_nbytes: what divides every address and size: `word_nbytes`, or 16.
         nbytes: of all rows together.
+        short: whether its rows are many, equal and short.
     """
 
     columns: npt.NDArray[np.int64]
     word_nbytes: int
     unit_nbytes: int
     nbytes: int
+    short: bool
 
 
 def make_table(
     src: npt.NDArray[np.int64], dst: npt.NDArray[np.int64], nbytes: npt.NDArray[np.int64]
 ) -> PieceTable:
-    """Cuts pieces into rows. O(1) NumPy calls, whatever their number.
+    """Cuts pieces into rows, neighbours at both ends as one. O(1) NumPy calls, whatever their number.
 
     Args:
         src, dst: addresses as the launching GPU sees them, int64 `[piece]`.
@@ -59,6 +68,11 @@ def make_table(
     """
     if not src.shape == dst.shape == nbytes.shape or src.ndim != 1:
         raise ShapeError(f"src {src.shape}, dst {dst.shape} and nbytes {nbytes.shape} differ")
+    total_nbytes = int(nbytes.sum())
+    apart = (src[1:] != src[:-1] + nbytes[:-1]) | (dst[1:] != dst[:-1] + nbytes[:-1])
+    if not bool(apart.all()):
+        first = np.concatenate(([0], np.flatnonzero(apart) + 1))
+        src, dst, nbytes = src[first], dst[first], np.add.reduceat(nbytes, first)
     parts = -(-nbytes // ROW_NBYTES)
     row = np.repeat(np.arange(len(nbytes)), parts)
     begin = (np.arange(len(row)) - (np.cumsum(parts) - parts)[row]) * ROW_NBYTES
@@ -66,8 +80,10 @@ def make_table(
     columns = np.stack([src[row] + begin, dst[row] + begin, sizes])
     unit = math.gcd(16, int(np.bitwise_or.reduce(columns, axis=None)) if columns.size else 16)
     word = min(8, unit)
+    short = len(row) >= FEWEST_SHORT_ROWS and 0 < int(sizes[0]) < SHORT_ROW_NBYTES
+    short = short and bool((sizes == sizes[0]).all())
     columns[2] //= word
-    return PieceTable(columns, word, unit, int(nbytes.sum()))
+    return PieceTable(columns, word, unit, total_nbytes, short)
 
 
 @jit(fixed=("num_rows", "counter", "nbytes"), unaligned=("table", "finished"))
@@ -131,6 +147,17 @@ def copy_pieces(
     num_rows = table.columns.shape[1]
     if not num_rows:
         return
+    if table.short and signal is None:
+        bits = _BITS[table.word_nbytes]
+        move_rows(
+            RowTypes(bits, bits, table.unit_nbytes, table.unit_nbytes),
+            columns.data_ptr(),
+            None,
+            num_rows,
+            int(table.columns[2, 0]),
+            max_programs=num_rows if max_programs is None else max_programs,
+        )
+        return
     programs = num_rows if max_programs is None else min(num_rows, max_programs)
     pieces_kernel[(programs,)](
         columns,
@@ -140,10 +167,9 @@ def copy_pieces(
         table.nbytes,
         _BLOCK_WORDS,
         table.unit_nbytes,
-        _word(table.word_nbytes),
+        triton_type(_BITS[table.word_nbytes]),
         num_warps=_NUM_WARPS,
     )
 
 
-def _word(nbytes: int) -> Any:
-    return {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}[nbytes]
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvferry.kernels import copy as copy_module
+from kvferry.kernels import pieces as pieces_module
 from kvferry.kernels import relayout as relayout_module
 from kvferry.kernels import rows as rows_module
 from kvferry.kernels import runtime
@@ -153,7 +154,7 @@ def interpret_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     jit = pytest.importorskip("triton.runtime.jit")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for module in (copy_module, relayout_module, rows_module, scaling_module):
+    for module in (copy_module, pieces_module, relayout_module, rows_module, scaling_module):
         for name, value in list(vars(module).items()):
             if isinstance(value, jit.JITFunction):
                 monkeypatch.setattr(module, name, interpreter.InterpretedFunction(value.fn))

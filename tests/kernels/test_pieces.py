@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
+from kvferry.kernels import rows as rows_module
 from kvferry.kernels.errors import ShapeError
-from kvferry.kernels.pieces import ROW_NBYTES, make_table
+from kvferry.kernels.pieces import FEWEST_SHORT_ROWS, ROW_NBYTES, copy_pieces, make_table
 
 
 def test_rows_cover_every_byte_of_every_piece_once() -> None:
@@ -47,3 +49,54 @@ def test_empty_pieces_take_no_row() -> None:
 def test_columns_of_different_length_are_refused() -> None:
     with pytest.raises(ShapeError):
         make_table(np.zeros(2, np.int64), np.zeros(2, np.int64), np.zeros(3, np.int64))
+
+
+def test_neighbours_at_both_ends_are_one_row() -> None:
+    nbytes = np.full(40, 100, np.int64)
+    there = 1000 + np.arange(40) * 100
+    assert make_table(there + 7, there, nbytes).columns.tolist() == [[1007], [1000], [4000]]
+    apart = there + (np.arange(40) >= 20) * 8
+    table = make_table(apart, there, nbytes)
+    assert table.columns.tolist() == [[1000, 3008], [1000, 3000], [250, 250]]
+    assert table.nbytes == 4000
+
+
+@pytest.mark.parametrize("max_programs", [None, 3])
+@pytest.mark.parametrize(
+    ("sizes", "grain", "short"),
+    [
+        ([48] * 40, 16, True),
+        ([48] * 40, 1, True),
+        ([8] * FEWEST_SHORT_ROWS, 8, True),
+        ([8] * (FEWEST_SHORT_ROWS - 1), 8, False),
+        ([48] * 39 + [47], 1, False),
+        ([4096] * 20, 16, False),
+    ],
+)
+def test_pieces_land_and_nothing_else(
+    kernel_device: str,
+    sizes: list[int],
+    grain: int,
+    short: bool,
+    max_programs: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rows_module, "TILE_WORDS", 256)
+    draw = np.random.default_rng(3)
+    nbytes = np.array(sizes, np.int64)
+    ends = []
+    for _ in range(2):
+        gaps = draw.integers(1, 5, len(sizes)) * grain
+        offsets = np.cumsum(nbytes + gaps) - nbytes
+        ends.append(offsets[draw.permutation(len(sizes))] if len(set(sizes)) == 1 else offsets)
+    span = int((nbytes + 5 * grain).sum()) + 16
+    src = torch.randint(0, 256, (span,), dtype=torch.uint8).to(kernel_device)
+    dst = torch.full((span,), 0x5A, dtype=torch.uint8, device=kernel_device)
+    expected = dst.cpu().clone()
+    for a, b, n in zip(ends[0], ends[1], sizes, strict=True):
+        expected[b : b + n] = src[a : a + n].cpu()
+    table = make_table(src.data_ptr() + ends[0], dst.data_ptr() + ends[1], nbytes)
+    assert table.short is short
+    columns = torch.from_numpy(table.columns).to(kernel_device)
+    copy_pieces(table, columns, max_programs=max_programs)
+    assert torch.equal(dst.cpu(), expected)
