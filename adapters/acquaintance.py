@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from ..engine.link import Link
     from ..engine.memory import CacheDescriptor
     from ..engine.transfer_plan import TransferPlan
-    from .mailbox import Route, Timer
+    from .mailbox import Route
+    from .turns import Timer
 
 
 class Acquaintance:

@@ -401,7 +401,8 @@ class Agent:
             fields["nbytes"] = plan.nbytes(fields["num_blocks"])
         fields["imm"] = self.engine.new_imm()
         fields["attempt"] = self._next_attempt(handoff.request_id)
-        self._soon(self._core.receive, handoff, known, fields)
+        ask = partial(self._core.receive, handoff, known, fields)
+        self._core.mailbox.turns.call_now(ask)
 
     def _meet_member(
         self, name: str, timeout_s: float, waiter: Future[str], operation: str
@@ -517,7 +518,7 @@ class Agent:
         if self._owns_engine:
             self.engine.close()
         self._core.mailbox.call_soon(self._core.end_close)
-        self._core.mailbox.close()
+        self._core.close()
         if not self._owns_engine and all_back.is_set():
             self._cache.deregister()
 

@@ -99,6 +99,8 @@ class AgentCore:
         self.rank_sets = RankSets(self, timing)
         self.mailbox = Mailbox(bind, self._on_frame, name, keys)
         self.workbench.start(self._tell, self.acquaintances, self.mailbox)
+        turns = self.mailbox.turns
+        turns.errands = engine.take_errands(turns.replace_thread)
         self.mailbox.start()
 
     # Handoffs: what users ask for
@@ -323,6 +325,13 @@ class AgentCore:
                         operation="close",
                     )
                 )
+
+    def close(self) -> None:
+        """Stops the thread and closes the sockets. Not from the thread itself. Once."""
+        self.mailbox.close()
+        errands = self.mailbox.turns.errands
+        if errands is not None:
+            self.engine.return_errands(errands)
 
     def _report_if_all_back(self) -> None:
         if self._closing and not self.num_handoffs and not self.acquaintances.any_link:

@@ -1,24 +1,21 @@
-"""An agent's post: ZeroMQ sockets, timers and wake-ups, all on one thread of its own.
+"""An agent's post: ZeroMQ sockets, and what is said and heard over them in the agent's turns.
 
 Every agent binds one ROUTER. To each agent that it connects to it opens one DEALER, and the answers
 come back on that same connection, so only one side has to be reachable. Nothing is ever dropped in
 silence: of a full queue and of a vanished peer the sender is told.
 
-What one turn of the thread has to say to one peer goes out together, as the parts of one ZeroMQ
-message: under load a message costs 3 µs instead of 11.
+What one turn has to say to one peer goes out together, as the parts of one ZeroMQ message: under
+load a message costs 3 µs instead of 11.
+
+A socket's descriptor tells of news, not of what is there: whoever has used the socket has to look
+whether more has come (`ZMQ_EVENTS`) before it is waited for.
 """
 
 from __future__ import annotations
 
-import contextlib
-import heapq
 import itertools
 import logging
-import os
 import secrets
-import threading
-import time
-from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,6 +24,7 @@ import zmq
 from ..control.client import CONNECT_MS, daemon_address
 from ..control.curve import Gatekeeper, protect_client, protect_server
 from ..control.wire import MAX_FRAME_NBYTES
+from .turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +42,10 @@ BATCH = 64  # ZeroMQ messages taken from one socket before the others have their
 BATCH_PARTS = 64  # messages that go out together, at most
 BATCH_NBYTES = 256 << 10  # and bytes; a larger message goes alone
 
+# As plain numbers: an operation on PyZMQ's own takes as long as a small message.
+_AT_ONCE, _MORE_TO_COME = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+_READABLE = int(zmq.POLLIN)
+
 log = logging.getLogger("kvferry.agent")
 
 
@@ -54,21 +56,8 @@ class Route(NamedTuple):
     identity: bytes
 
 
-class Timer:
-    """A call that is due later; `cancel` before that."""
-
-    __slots__ = ("call",)
-
-    def __init__(self, call: Callable[[], None]) -> None:
-        self.call: Callable[[], None] | None = call
-
-    def cancel(self) -> None:
-        """Stops it."""
-        self.call = None
-
-
 class Mailbox:
-    """Sockets, timers and one thread, which makes every call into the agent.
+    """Sockets, and the turns in which they are used.
 
     Args:
         bind: ZeroMQ endpoint of the ROUTER; `*` as port takes a free one.
@@ -76,11 +65,13 @@ class Mailbox:
         name: for the thread.
         keys: for CURVE on every socket; none if None.
 
+    Attributes:
+        turns: what the agent does, one thing at a time.
+
     Raises:
         zmq.ZMQError: the endpoint cannot be bound.
 
-    `call_soon` is safe from any thread; everything else but `close` is for calls that the mailbox
-    makes.
+    For whoever has the turn, but for `call_soon`, `start` and `close`.
     """
 
     def __init__(self, bind: str, on_frame: OnFrame, name: str, keys: Keys | None = None) -> None:
@@ -98,44 +89,21 @@ class Mailbox:
             raise
         self.endpoint = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         self._dealers: dict[int, zmq.Socket[bytes]] = {}
-        self._readers: dict[zmq.Socket[bytes], tuple[int, OnFrame]] = {self._router: (0, on_frame)}
+        self._takers: dict[zmq.Socket[bytes], Callable[[], None]] = {}
+        self._used: dict[zmq.Socket[bytes], None] = {}  # look into these before sleeping
         self._on_frame = on_frame
         self._outbox: dict[Route, list[tuple[bytes, OnRefused]]] = {}
         self._numbers = itertools.count(1)
-        self._calls: deque[Callable[[], None]] = deque()
-        self._timers: list[tuple[float, int, Timer]] = []
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._wake_lock = threading.Lock()
-        self._poller = zmq.Poller()
-        self._poller.register(self._wake_fd, zmq.POLLIN)
-        self._poller.register(self._router, zmq.POLLIN)
+        self.turns = Turns(name, self._end_turn, self._end_call)
+        self.call_soon, self.call_later = self.turns.call_soon, self.turns.call_later
+        self._read(self._router, 0, on_frame)
         if self.gatekeeper is not None:
-            self._poller.register(self.gatekeeper.socket, zmq.POLLIN)
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name=f"kvferry-{name}", daemon=True)
+            gate = self.gatekeeper
+            self._watch(gate.socket, gate.answer)
 
     def start(self) -> None:
         """Starts the thread."""
-        self._thread.start()
-
-    @property
-    def on_thread(self) -> bool:
-        """Whether the caller runs on the mailbox's thread."""
-        return threading.current_thread() is self._thread
-
-    def call_soon(self, call: Callable[[], None]) -> None:
-        """Makes `call` on the mailbox's thread, after those that came before. Any thread."""
-        self._calls.append(call)
-        with self._wake_lock, contextlib.suppress(BlockingIOError):  # awake anyway
-            if self._wake_fd >= 0:
-                os.eventfd_write(self._wake_fd, 1)
-
-    def call_later(self, seconds: float, call: Callable[[], None]) -> Timer:
-        """Makes `call` in a while."""
-        timer = Timer(call)
-        entry = (time.monotonic() + seconds, next(self._numbers), timer)
-        heapq.heappush(self._timers, entry)
-        return timer
+        self.turns.start()
 
     def dial(self, address: str, on_frame: OnFrame | None = None, *, queue: bool = True) -> Route:
         """A route to whoever binds this address, whether or not it is there yet.
@@ -153,6 +121,7 @@ class Mailbox:
         dealer.setsockopt(zmq.IMMEDIATE, not queue)
         self._connect(dealer, endpoint, server_key)
         route = Route(next(self._numbers), b"")
+        self._dealers[route.dealer] = dealer
         self._read(dealer, route.dealer, on_frame or self._on_frame)
         return route
 
@@ -169,6 +138,7 @@ class Mailbox:
         subscriber.setsockopt(zmq.MAXMSGSIZE, -1)  # a daemon's picture of 10,000 agents is 6 MB
         self._connect(subscriber, endpoint, server_key)
         route = Route(next(self._numbers), b"")
+        self._dealers[route.dealer] = subscriber
         self._read(subscriber, route.dealer, on_frame)
         return route
 
@@ -177,8 +147,8 @@ class Mailbox:
         self._flush(route)
         socket = self._dealers.pop(route.dealer, None)
         if socket is not None:
-            del self._readers[socket]
-            self._poller.unregister(socket)
+            del self._takers[socket]
+            self.turns.unwatch(int(socket.getsockopt(zmq.FD)))
             socket.close(LINGER_MS)
 
     def send(self, route: Route, frame: bytes, refused: OnRefused) -> None:
@@ -209,14 +179,16 @@ class Mailbox:
 
     def _hand_over(self, route: Route, frames: list[bytes]) -> str:
         """Queues one batch; returns "" or why that cannot be."""
+        socket = self._dealers.get(route.dealer) if route.dealer else self._router
+        if socket is None:
+            return "the connection was closed"
+        self._used[socket] = None
         try:
             if not route.dealer:
-                self._router.send_multipart([route.identity, *frames], zmq.NOBLOCK)
-                return ""
-            dealer = self._dealers.get(route.dealer)
-            if dealer is None:
-                return "the connection was closed"
-            dealer.send_multipart(frames, zmq.NOBLOCK)
+                socket.send(route.identity, _MORE_TO_COME)
+            for frame in frames[:-1]:
+                socket.send(frame, _MORE_TO_COME)
+            socket.send(frames[-1], _AT_ONCE)
         except zmq.Again:
             return f"{QUEUE_MESSAGES} messages wait already: the peer does not read"
         except zmq.ZMQError as error:
@@ -225,15 +197,7 @@ class Mailbox:
 
     def close(self) -> None:
         """Stops the thread and closes the sockets. Not from the thread itself. Once."""
-        self.call_soon(self._stop)
-        self._thread.join()
-        self._context.destroy(linger=LINGER_MS)
-        with self._wake_lock:  # engine threads may still report something
-            fd, self._wake_fd = self._wake_fd, -1
-        os.close(fd)
-
-    def _stop(self) -> None:
-        self._stopping = True
+        self.turns.stop(lambda: self._context.destroy(linger=LINGER_MS))
 
     def _connect(self, socket: zmq.Socket[bytes], endpoint: str, server_key: bytes) -> None:
         protect_client(socket, self._keys, server_key)
@@ -244,9 +208,12 @@ class Mailbox:
             raise
 
     def _read(self, socket: zmq.Socket[bytes], number: int, on_frame: OnFrame) -> None:
-        self._dealers[number] = socket
-        self._readers[socket] = (number, on_frame)
-        self._poller.register(socket, zmq.POLLIN)
+        self._watch(socket, partial(self._take, socket, number, on_frame))
+
+    def _watch(self, socket: zmq.Socket[bytes], take: Callable[[], None]) -> None:
+        self._takers[socket] = take
+        self._used[socket] = None  # of what has come before, its descriptor may not tell
+        self.turns.watch(int(socket.getsockopt(zmq.FD)), take)
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = self._context.socket(kind)
@@ -262,54 +229,50 @@ class Mailbox:
             socket.setsockopt(option, value)
         return socket
 
-    # The thread.
+    # What turns call.
 
-    def _run(self) -> None:
-        while not self._stopping:
-            for ready, _ in self._poller.poll(self._sleep_ms()):
-                if ready == self._wake_fd:
-                    os.eventfd_read(self._wake_fd)
-                elif self.gatekeeper is not None and ready is self.gatekeeper.socket:
-                    self.gatekeeper.answer()
-                elif isinstance(ready, zmq.Socket):
-                    self._take(ready)
-            for _ in range(len(self._calls)):
-                self._guarded(self._calls.popleft())
-            self._fire_timers()
+    def _end_turn(self) -> bool:
+        """Sends what was said, and looks into the sockets that were used; True if there may be more.
+
+        While errands wait, what was said waits for what they make of it: it goes out with that.
+        """
+        errands = self.turns.errands
+        if errands is None or not errands.waiting:
             self.flush()
+        used, self._used = self._used, {}
+        for socket in used:
+            take = self._takers.get(socket)
+            if take is not None:  # else it was hung up
+                take()
+        return bool(self._used or (self._outbox and not (errands and errands.waiting)))
 
-    def _sleep_ms(self) -> int | None:
-        if self._calls:
-            return 0
-        if not self._timers:
-            return None
-        return max(0, int((self._timers[0][0] - time.monotonic()) * 1000) + 1)
+    def _end_call(self) -> bool:
+        """Sends what was said in a call on another thread, and takes nothing there."""
+        self.flush()
+        self._used = {s: None for s in self._used if s in self._takers and _has_news(s)}
+        return bool(self._used)
 
-    def _fire_timers(self) -> None:
-        now = time.monotonic()
-        while self._timers and self._timers[0][0] <= now:
-            _, _, timer = heapq.heappop(self._timers)
-            if timer.call is not None:
-                self._guarded(timer.call)
-
-    def _take(self, socket: zmq.Socket[bytes]) -> None:
+    def _take(self, socket: zmq.Socket[bytes], number: int, on_frame: OnFrame) -> None:
         """Takes what has come, a bounded number of batches at a time."""
-        reader = self._readers.get(socket)
-        if reader is None:
-            return  # hung up meanwhile
-        number, on_frame = reader
         for _ in range(BATCH):
+            if not _has_news(socket):
+                return
             try:
-                parts = socket.recv_multipart(zmq.NOBLOCK)
+                parts = socket.recv_multipart(_AT_ONCE)
             except zmq.ZMQError:
                 return
             route = Route(number, b"" if number else parts.pop(0))
             for frame in parts[:BATCH_PARTS]:
-                self._guarded(partial(on_frame, route, frame))
+                self._hear(on_frame, route, frame)
+        self._used[socket] = None
 
-    def _guarded(self, call: Callable[[], None]) -> None:
-        """One failing call must not end the conversation with every other peer."""
+    def _hear(self, on_frame: OnFrame, route: Route, frame: bytes) -> None:
+        """One failing frame must not end the conversation with every other peer."""
         try:
-            call()
+            on_frame(route, frame)
         except Exception:
-            log.exception("a call of the agent failed; please report this")
+            log.exception("a frame could not be handled; please report this")
+
+
+def _has_news(socket: zmq.Socket[bytes]) -> bool:
+    return bool(int(socket.getsockopt(zmq.EVENTS)) & _READABLE)

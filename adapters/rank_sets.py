@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..control.messages import RankMessage
     from .acquaintance import Acquaintance
     from .agent_core import AgentCore
-    from .mailbox import Timer
+    from .turns import Timer
     from .ranks import RankHandoff
 
 ATTEMPTS_REMEMBERED = 4096  # requests whose next attempt gets the next number

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from .acquaintances import Acquaintances
     from .agent_metrics import AgentMetrics
     from .handoffs import Handoff
-    from .mailbox import Mailbox, Timer
+    from .mailbox import Mailbox
+    from .turns import Timer
 
     Tell = Callable[[Side, int, Event], None]
 
@@ -333,7 +334,10 @@ class Workbench:
 
     def _counter_ended(self, key: int, ticket: Ticket) -> None:
         """On an engine thread."""
-        if not isinstance(ticket.exception(), Cancelled):  # else the machine has retired it
+        error = ticket.exception()
+        if error is None:
+            self._mailbox.turns.call_now(partial(self._tell_counter, key, ticket))
+        elif not isinstance(error, Cancelled):  # else the machine has retired it
             self._mailbox.call_soon(partial(self._tell_counter, key, ticket))
 
     def _tell_counter(self, key: int, ticket: Ticket) -> None:

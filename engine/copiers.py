@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from .errands import Errands
+
 # One thread of a 2.5 GHz Xeon copies 3.7 GB/s with process_vm_writev, two 5.6: memory is the limit
 # from there on.
 MAX_COPIERS = 2
@@ -24,6 +26,7 @@ class Copiers:
 
     Attributes:
         count: how many.
+        errands: by thread, what threads that are no copiers do themselves.
     """
 
     def __init__(self, name: str) -> None:
@@ -32,7 +35,15 @@ class Copiers:
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._stopped = False
+        self.errands: dict[int, Errands] = {}
         self.count = min(MAX_COPIERS, len(os.sched_getaffinity(0)))
+
+    def do_here(self, task: Callable[[], None]) -> bool:
+        """Leaves a small task to the calling thread, if that does errands."""
+        errands = self.errands.get(threading.get_ident())
+        if errands is not None:
+            errands.waiting.append(task)
+        return errands is not None
 
     def run(self, task: Callable[[], None]) -> None:
         """Runs `task` on one of the threads. A task must not raise."""

@@ -20,6 +20,7 @@ from .core import EngineCore
 from .counters import CounterTable
 from .device_counters import DeviceCounters
 from .dialer import Dialer
+from .errands import Errands
 from .errors import (
     DeadlineExceeded,
     EngineError,
@@ -118,6 +119,7 @@ class TransferEngine:
         self._admissions = Admissions(required=require_tokens)
         self._ticked_s = time.monotonic()
         self._plans: dict[tuple[object, ...], TransferPlan] = {}
+        self._errands: set[Errands] = set()
         self._core = EngineCore(
             identity=identity,
             regions=RegionTable(engine_id),
@@ -312,6 +314,23 @@ class TransferEngine:
                 ticket._fail(link._counter_error(imm))
         return ticket
 
+    def take_errands(self, stalled: Callable[[], None]) -> Errands:
+        """What one thread of the caller's does itself of the small copies that it begins.
+
+        Args:
+            stalled: called, on a thread of this engine, again and again while a copy does not end:
+                another thread should go on with the work of the one that does it. It must not block.
+        """
+        self._check_open("take errands")
+        errands = Errands(self._core.copiers.errands, self._core.copiers, stalled)
+        self._errands.add(errands)
+        return errands
+
+    def return_errands(self, errands: Errands) -> None:
+        """No thread does these any more."""
+        self._errands.discard(errands)
+        errands.hand_over()
+
     def when_computed(
         self,
         event: torch.cuda.Event,
@@ -455,6 +474,8 @@ class TransferEngine:
         for ticket in self._core.counters.tickets():
             if ticket.deadline_s is not None and now > ticket.deadline_s:
                 ticket._expire()
+        for errands in list(self._errands):
+            errands.tick(now)
         for link in links:
             if asleep_s > 0.5:
                 link.forgive(asleep_s)

@@ -48,6 +48,10 @@ if TYPE_CHECKING:
 # soon (flat from 2 to 32 MiB), and at least that much, because waking a copier costs 50 microseconds.
 CHUNK_NBYTES = 4 << 20
 MIN_CHUNK_NBYTES = 256 << 10
+# A copy that is no larger, of no more pieces, is an errand of the thread that begins it, if that does
+# errands: it takes 5 to 40 microseconds, and a copier needs 50 to 150 to wake and take the interpreter.
+ERRAND_NBYTES = 64 << 10
+ERRAND_PIECES = 32
 # The addresses of so few pieces are made at once; of more, each copier makes those of its share while
 # the others copy.
 FEW_PIECES = 1024
@@ -169,6 +173,7 @@ class CmaPath(DataPath):
                 functools.partial(self._copy, transfer, number, part, remote[part])
                 for number, part in enumerate(parts)
             ],
+            len(transfer.nbytes),
         )
 
     def _is_staged(self, transfer: Transfer) -> bool:
@@ -206,7 +211,8 @@ class CmaPath(DataPath):
             if count * bound.num_rows <= FEW_PIECES:
                 whole = bound.iovecs(bound.everything, blocks)
                 copy = functools.partial(self._copy_slice, transfer, count, *whole)
-            self._start(transfer, [functools.partial(copy, share) for share in shares])
+            tasks = [functools.partial(copy, share) for share in shares]
+            self._start(transfer, tasks, count * bound.num_rows)
 
     def _announce(self, transfer: Transfer) -> bool:
         """Notes what to do at the end; False if there is nothing to copy, so that this was it."""
@@ -220,9 +226,12 @@ class CmaPath(DataPath):
         share_nbytes = -(-transfer.total_nbytes // self._link.core.copiers.count)
         return min(CHUNK_NBYTES, max(MIN_CHUNK_NBYTES, share_nbytes))
 
-    def _start(self, transfer: Transfer, tasks: list[Callable[[], None]]) -> None:
+    def _start(self, transfer: Transfer, tasks: Sequence[Callable[[], None]], pieces: int) -> None:
+        copiers = self._link.core.copiers
         guarded = [functools.partial(self._guarded, task) for task in tasks]
-        transfer.ticket._help = Batch(self._link.core.copiers, guarded).help
+        small = transfer.total_nbytes <= ERRAND_NBYTES and pieces <= ERRAND_PIECES
+        if not (small and len(tasks) == 1 and copiers.do_here(guarded[0])):
+            transfer.ticket._help = Batch(copiers, guarded).help
 
     def handle(self, message: LinkMessage) -> bool:
         if self._staging.handle(message):

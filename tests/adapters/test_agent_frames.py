@@ -186,8 +186,8 @@ def test_a_queue_without_a_reader_fills_up_and_says_so() -> None:
     def say(to: Route) -> list[str]:
         mailbox.send(to, b"x", reasons.append)
         mailbox.flush()
-        while mailbox._calls:
-            mailbox._calls.popleft()()
+        while mailbox.turns._calls:
+            mailbox.turns._calls.popleft()()
         return reasons
 
     for _ in range(QUEUE_MESSAGES):
