@@ -17,7 +17,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
-import numpy as np
 
 from ..control.client import daemon_address
 from ..control.daemon_messages import Load, Registration, Topology
@@ -32,9 +31,9 @@ from ..control.errors import (
 from ..control.events import SourceOffered
 from ..control.handoff import Timing
 from ..control.keys import check_address, join_address
-from ..control.messages import count_blocks
-from ..engine.errors import EngineError, OverlappingBlocks
-from .agent_checks import check_block_ids, describe_cache, make_engine, name_rank_set
+from ..control.messages import BLOCK_ID_NBYTES, count_blocks
+from ..engine.errors import EngineError
+from .agent_checks import describe_cache, make_engine, name_rank_set, pack_block_ids
 from .agent_core import AgentCore, refuse
 from .enrolment import Enrolment
 from .handoffs import Handoff, SendHandoff
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    import numpy as np
     import numpy.typing as npt
     import torch
 
@@ -138,6 +138,7 @@ class Agent:
         self.role: Role = role
         self._keys = keys
         self.layout = layout
+        self._num_blocks, self._num_layers = layout.num_blocks, layout.num_layers
         self._advertise_host = advertise_host
         self._owns_engine = engine is None
         self.engine = engine or make_engine(
@@ -325,16 +326,12 @@ class Agent:
             NotConnected: no such peer. BlockOutOfRange, OverlappingBlocks, PlanError: the ids.
         """
         self._check_role("receive", "decode")
-        table = check_block_ids(self.layout, dst_block_ids)
-        if len(np.unique(table)) != len(table):
-            raise OverlappingBlocks(
-                f"a destination block id of {request_id} is named twice", operation="receive"
-            )
+        table = pack_block_ids(self._num_blocks, dst_block_ids, dst_of=request_id)
         fields = {
             "mode": mode,
-            "num_blocks": len(table),
+            "num_blocks": len(table) // BLOCK_ID_NBYTES,
             "timeout_s": float(timeout_s),
-            "tables": (table.tobytes(),),
+            "tables": (table,),
             "skip_blocks": skip_blocks,
             "start_token": 0,
             "stop_token": 0,
@@ -486,10 +483,10 @@ class Agent:
         self._check_role("send", "prefill")
         tables: tuple[bytes, ...]
         if len(self.layout.groups) == 1:
-            tables = (check_block_ids(self.layout, src_block_ids).tobytes(),)
+            tables = (pack_block_ids(self._num_blocks, src_block_ids),)
         else:
             tables = pack_tables(src_block_ids)
-        num_layers = self.layout.num_layers
+        num_layers = self._num_layers
         tell = partial(self._tell, "prefill")
         device = self._cache.device
         handoff = SendHandoff(request_id, num_layers, tell, self.engine, device)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..engine.errors import BlockOutOfRange, PlanError
+from ..engine.errors import BlockOutOfRange, OverlappingBlocks, PlanError
+from ..engine.plan import FEW_IDS
 from ..engine.transfer import TransferEngine
 from ..engine.transport_selection import TRANSPORTS
 
@@ -20,27 +22,46 @@ if TYPE_CHECKING:
     BlockIds = Sequence[int] | npt.NDArray[np.integer]
 
 
-def check_block_ids(layout: KVLayout, block_ids: BlockIds) -> npt.NDArray[np.int32]:
-    """The ids, checked against the layout.
+def pack_block_ids(num_blocks: int, block_ids: BlockIds, *, dst_of: str = "") -> bytes:
+    """One table as messages carry it: the ids as little-endian int32, checked.
+
+    Args:
+        num_blocks: of the cache.
+        dst_of: the request whose destination they are, if they are one: each is named only once.
 
     Raises:
         BlockOutOfRange, PlanError: an id is not a block of the cache; these are no ids.
+        OverlappingBlocks: one is named twice.
     """
+    if type(block_ids) is list and len(block_ids) <= FEW_IDS and {*map(type, block_ids)} == {int}:
+        few = sorted(block_ids)
+        if few[0] >= 0 and few[-1] < num_blocks:
+            if dst_of and len(set(few)) != len(few):
+                raise _named_twice(dst_of)
+            return struct.pack(f"<{len(few)}i", *block_ids)
     ids = np.asarray(block_ids)
     if ids.size == 0:
-        return np.zeros(0, "<i4")
+        return b""
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise PlanError(
             f"block ids must be one row of integers, not {ids.dtype} of shape {ids.shape}",
             operation="plan",
         )
     low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= layout.num_blocks:
+    if low < 0 or high >= num_blocks:
         raise BlockOutOfRange(
-            f"block id {low if low < 0 else high} is not in a cache of {layout.num_blocks} blocks",
+            f"block id {low if low < 0 else high} is not in a cache of {num_blocks} blocks",
             operation="plan",
         )
-    return ids.astype("<i4")
+    if dst_of and len(np.unique(ids)) != len(ids):
+        raise _named_twice(dst_of)
+    return ids.astype("<i4").tobytes()
+
+
+def _named_twice(request_id: str) -> OverlappingBlocks:
+    return OverlappingBlocks(
+        f"a destination block id of {request_id} is named twice", operation="receive"
+    )
 
 
 def describe_cache(layout: KVLayout) -> dict[str, Any]:

@@ -11,8 +11,6 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from ..control import events
 from ..control.desk import DecodeDesk, PrefillDesk
 from ..control.errors import (
@@ -52,6 +50,8 @@ if TYPE_CHECKING:
     from ..engine.transfer import TransferEngine
     from .acquaintance import Acquaintance
     from .mailbox import Route
+
+ABOUT_HANDOFFS = (HandoffMessage, RankMessage)
 
 log = logging.getLogger("kvferry.agent")
 
@@ -121,7 +121,6 @@ class AgentCore:
         work.session = peer.session.number
         work.nbytes = fields["nbytes"]
         work.request = fields
-        work.block_ids = np.frombuffer(fields["tables"][0], np.int32)
         self._carry_out("decode", steps)
 
     def offer(self, handoff: Handoff, source: SourceOffered) -> None:
@@ -205,7 +204,7 @@ class AgentCore:
         except ProtocolError as error:
             self.refuse(route, 0, "protocol", error.message)
             return
-        if not isinstance(message, HandoffMessage | RankMessage):
+        if not isinstance(message, ABOUT_HANDOFFS):
             self.acquaintances.hear(route, message)
             return
         peer = self.acquaintances.get(message.session)
@@ -221,6 +220,8 @@ class AgentCore:
             self.refuse(route, 0, "role", detail)
         else:
             steps = desk.receive(message)
+            if not steps:
+                return
             if isinstance(message, Request):
                 for key in {key for key, _ in steps}:
                     self._say_who_asked(key)

@@ -257,8 +257,13 @@ class Mailbox:
         for _ in range(BATCH):
             if not _has_news(socket):
                 return
+            parts: list[bytes] = []
             try:
-                parts = socket.recv_multipart(_AT_ONCE)
+                more = True
+                while more:  # PyZMQ's `recv_multipart` asks a socket option for each part: 3 µs
+                    part = socket.recv(_AT_ONCE, copy=False)
+                    parts.append(part.bytes)
+                    more = part.more
             except zmq.ZMQError:
                 return
             route = Route(number, b"" if number else parts.pop(0))

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from ..control.messages import RankMessage
     from .acquaintance import Acquaintance
     from .agent_core import AgentCore
-    from .turns import Timer
     from .ranks import RankHandoff
+    from .turns import Timer
 
 ATTEMPTS_REMEMBERED = 4096  # requests whose next attempt gets the next number
 

@@ -161,7 +161,7 @@ class Turns:
             return
         try:
             if self._away and not self._stopping:
-                log.warning("%s: a small copy stalls: another thread goes on", self._name)
+                log.info("%s: a small copy stalls: another thread goes on", self._name)
                 self._away = False
                 self._thread = self._new_thread()
                 self._thread.start()

@@ -24,14 +24,13 @@ from .token_handoffs import read_tokens, write_tokens
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import numpy.typing as npt
-
-    from ..control.events import Action, Event
+    from ..control.events import Action, Event, Layers
     from ..control.messages import Side
     from ..control.recorder import Timeline
     from ..engine.memory import RegisteredCache
     from ..engine.tickets import Ticket
     from ..engine.transfer import TransferEngine
+    from ..engine.transfer_plan import TransferPlan
     from .acquaintances import Acquaintances
     from .agent_metrics import AgentMetrics
     from .handoffs import Handoff
@@ -46,8 +45,6 @@ RATE_NBYTES = 1 << 20  # smaller transfers tell the latency, not the bandwidth
 RATE_WEIGHT = 0.2  # of the newest transfer in a pair's bandwidth
 MAX_RATES = 256
 TIMELINES = 1024  # handoffs that the recorder remembers; half a KB each
-
-NO_IDS: npt.NDArray[np.int32] = np.zeros(0, np.int32)
 
 log = logging.getLogger("kvferry.agent")
 
@@ -64,7 +61,6 @@ class Work:
         self.nbytes = 0
         self.staged_nbytes = 0  # of those that were moved, through staging here
         self.request: dict[str, Any] | None = None  # decode: what was asked for
-        self.block_ids = NO_IDS
         self.tickets: dict[int, Ticket] = {}
         self.counter: Ticket | None = None
         self.timers: dict[str, Timer] = {}
@@ -90,7 +86,23 @@ class Workbench:
         self.metrics: AgentMetrics | None = None
         self.activity = ActivityLog()
         self._name = name
+        self._held = cache.layout.layers
         self._stream = idle_stream(cache.device)
+        # Looked up by type, because matching one class after the other takes longer than most acts.
+        self._acts: dict[type[Action], Callable[[Side, int, Work, Any], None]] = {
+            events.SetTimer: self._set_timer,
+            events.ClearTimer: self._clear_timer,
+            events.Expect: self._expect,
+            events.RetireCounter: self._retire,
+            events.StartWrite: self._start_write,
+            events.StartRead: self._start_read,
+            events.CancelOperations: self._cancel,
+            events.TearDownLink: self._tear_down,
+            events.Quarantine: self._keep,
+            events.ReleaseBlocks: self._release,
+            events.Succeed: self._succeed,
+            events.Fail: self._fail,
+        }
         self._tell: Tell
         self._acquaintances: Acquaintances
         self._mailbox: Mailbox
@@ -158,59 +170,78 @@ class Workbench:
 
     def act(self, side: Side, key: int, action: Action) -> None:
         """Carries out what a machine asks for, except `Send`."""
-        work = self._work_of(side, key)
-        match action:
-            case events.SetTimer(kind=kind, seconds=seconds):
-                self._clear_timer(work, kind)
-                work.timers[kind] = self._mailbox.call_later(
-                    seconds, partial(self._tell, side, key, events.TimerFired(kind))
-                )
-            case events.ClearTimer(kind=kind):
-                self._clear_timer(work, kind)
-            case events.Expect(imm=imm, nbytes=nbytes):
+        act = self._acts.get(type(action))
+        if act is not None:
+            act(side, key, self._work_of(side, key), action)
+
+    def _set_timer(self, side: Side, key: int, work: Work, action: events.SetTimer) -> None:
+        kind = action.kind
+        timer = work.timers.get(kind)
+        if timer is not None:
+            timer.cancel()
+        fired = partial(self._tell, side, key, events.TimerFired(kind))
+        work.timers[kind] = self._mailbox.call_later(action.seconds, fired)
+
+    def _clear_timer(self, side: Side, key: int, work: Work, action: events.ClearTimer) -> None:
+        timer = work.timers.pop(action.kind, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _expect(self, side: Side, key: int, work: Work, action: events.Expect) -> None:
+        peer = self._acquaintances.get(work.session)
+        try:
+            work.counter = self.engine.expect(
+                action.imm,
+                nbytes=action.nbytes,
                 # A handoff of no bytes is counted by its one empty write.
-                writes = None if nbytes else 1
-                try:
-                    peer = self._acquaintances.get(work.session)
-                    work.counter = self.engine.expect(
-                        imm,
-                        nbytes=nbytes,
-                        writes=writes,
-                        engine_id=peer.engine_id if peer is not None else "",
-                        timeout_s=NEVER_S,
-                    )
-                except EngineError as error:
-                    ended = events.CounterEnded(0, error)
-                    self._mailbox.call_soon(partial(self._tell, side, key, ended))
-                    return
-                work.counter.add_done_callback(partial(self._counter_ended, key))
-            case events.RetireCounter():
-                if work.counter is not None:
-                    work.counter.cancel()
-            case events.StartWrite():
-                work.session, work.nbytes = action.request.session, action.request.nbytes
-                _mark(work, "submitted")
-                self._start(side, key, work, action.op, partial(self._write, action))
-            case events.StartRead():
-                _mark(work, "submitted")
-                self._start(side, key, work, action.op, partial(self._read, work, action))
-            case events.CancelOperations():
-                for ticket in work.tickets.values():
-                    ticket.cancel()
-            case events.TearDownLink(session=number, reason=reason):
-                log.warning("%s: the link is torn down: %s", self._name, reason)
-                self._acquaintances.tear_down(number, reason)
-            case events.Quarantine(reason=reason):
-                log.warning("%s: blocks are kept in quarantine: %s", self._name, reason)
-            case events.ReleaseBlocks() if work.handoff is not None:
-                _mark(work, "free")
-                work.handoff.blocks_free._finish(0)
-            case events.Succeed(nbytes=nbytes) if work.handoff is not None:
-                self._note(side, work, nbytes, None)
-                work.handoff._outcome._finish(nbytes)
-            case events.Fail(error=error) if work.handoff is not None:
-                self._note(side, work, 0, error)
-                work.handoff._outcome._fail(error)
+                writes=None if action.nbytes else 1,
+                engine_id=peer.engine_id if peer is not None else "",
+                timeout_s=NEVER_S,
+            )
+        except EngineError as error:
+            ended = events.CounterEnded(0, error)
+            self._mailbox.call_soon(partial(self._tell, side, key, ended))
+            return
+        work.counter.add_done_callback(partial(self._counter_ended, key))
+
+    def _retire(self, side: Side, key: int, work: Work, action: events.RetireCounter) -> None:
+        if work.counter is not None:
+            work.counter.cancel()
+
+    def _start_write(self, side: Side, key: int, work: Work, action: events.StartWrite) -> None:
+        work.session, work.nbytes = action.request.session, action.request.nbytes
+        _mark(work, "submitted")
+        self._start(side, key, work, action.op, partial(self._write, action))
+
+    def _start_read(self, side: Side, key: int, work: Work, action: events.StartRead) -> None:
+        _mark(work, "submitted")
+        self._start(side, key, work, action.op, partial(self._read, work, action))
+
+    def _cancel(self, side: Side, key: int, work: Work, action: events.CancelOperations) -> None:
+        for ticket in work.tickets.values():
+            ticket.cancel()
+
+    def _tear_down(self, side: Side, key: int, work: Work, action: events.TearDownLink) -> None:
+        log.warning("%s: the link is torn down: %s", self._name, action.reason)
+        self._acquaintances.tear_down(action.session, action.reason)
+
+    def _keep(self, side: Side, key: int, work: Work, action: events.Quarantine) -> None:
+        log.warning("%s: blocks are kept in quarantine: %s", self._name, action.reason)
+
+    def _release(self, side: Side, key: int, work: Work, action: events.ReleaseBlocks) -> None:
+        if work.handoff is not None:
+            _mark(work, "free")
+            work.handoff.blocks_free._finish(0)
+
+    def _succeed(self, side: Side, key: int, work: Work, action: events.Succeed) -> None:
+        if work.handoff is not None:
+            self._note(side, work, action.nbytes, None)
+            work.handoff._outcome._finish(action.nbytes)
+
+    def _fail(self, side: Side, key: int, work: Work, action: events.Fail) -> None:
+        if work.handoff is not None:
+            self._note(side, work, 0, action.error)
+            work.handoff._outcome._fail(action.error)
 
     def _note(self, side: Side, work: Work, nbytes: int, error: Exception | None) -> None:
         """For the figures, before the user hears of it."""
@@ -232,11 +263,6 @@ class Workbench:
             if work.staged_nbytes:
                 parts["staged"] = work.staged_nbytes
             self.metrics.ended(side, transport, seconds, parts, error)
-
-    def _clear_timer(self, work: Work, kind: str) -> None:
-        timer = work.timers.pop(kind, None)
-        if timer is not None:
-            timer.cancel()
 
     def _start(
         self, side: Side, key: int, work: Work, op: int, begin: Callable[[], Ticket | None]
@@ -263,8 +289,7 @@ class Workbench:
             raise LinkError("there is no link to write over", operation="write")
         plan = peer.write_plan
         if request.stop_token:
-            held = self.cache.layout.layers
-            return write_tokens(peer.link, plan, action, held, self._stream)
+            return write_tokens(peer.link, plan, action, self._held, self._stream)
         nbytes = plan.nbytes(request.num_blocks)
         if nbytes != request.nbytes:
             raise BlocksMismatch(
@@ -273,9 +298,8 @@ class Workbench:
         timeout_s = request.timeout_s + ENGINE_MARGIN_S
         if not request.num_blocks:
             return peer.link.signal(request.imm, timeout_s=timeout_s)
-        held = self.cache.layout.layers[slice(*action.layers)]
-        layers = [layer for layer in held if layer in plan.layers]
-        if not layers:
+        layers = self._layers_of(plan, action.layers)
+        if layers is not None and not layers:
             return None  # decode's rank holds other layers
         return peer.link.write_blocks(
             plan,
@@ -287,18 +311,26 @@ class Workbench:
             timeout_s=timeout_s,
         )
 
+    def _layers_of(self, plan: TransferPlan, positions: Layers) -> tuple[int, ...] | None:
+        """The layers at these positions that a plan moves; None if these are all that it does."""
+        held = self._held[slice(*positions)]
+        if len(held) == len(self._held):
+            return None if plan.layers else ()
+        moved = set(plan.layers)
+        return tuple(layer for layer in held if layer in moved)
+
     def _read(self, work: Work, action: events.StartRead) -> Ticket | None:
         peer = self._acquaintances.get(work.session)
         if peer is None or peer.link is None or peer.read_plan is None:
             raise LinkError("there is no link to read over", operation="read")
         if work.request is not None and work.request["stop_token"]:
             return read_tokens(peer.link, peer.read_plan, action, work.request, self._stream)
-        if not action.ready.num_blocks:
+        if not action.ready.num_blocks or work.request is None:
             return None
         return peer.link.read_blocks(
             peer.read_plan,
             np.frombuffer(action.ready.tables[0], np.int32),
-            work.block_ids,
+            np.frombuffer(work.request["tables"][0], np.int32),
             stream=self._stream,
             timeout_s=NEVER_S,
         )

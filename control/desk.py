@@ -114,7 +114,7 @@ class Desk:
                 steps.append((key, action))
         if machine.finished:
             del self.machines[key]
-            if ledger is not None:
+            if ledger is not None and serial in ledger.live:
                 ledger.settle(serial, self._over(machine.session, machine.handoff))
         return steps
 
@@ -226,17 +226,17 @@ class PrefillDesk(Desk):
 
     def _receive_unknown(self, ledger: Ledger, message: HandoffMessage) -> Steps:
         session, handoff = message.session, message.handoff
-        over = self._over(session, handoff)
         if isinstance(message, Cancel):
             answer = ledger.answer(handoff.serial)
             if answer is None:
-                answer = over
+                answer = self._over(session, handoff)
                 ledger.settle(handoff.serial, answer)  # or the late Request would begin it
             return [(0, Send(answer))]
         if not isinstance(message, Request):
             return []
         if ledger.over(handoff.serial):
-            return [(0, Send(ledger.answer(handoff.serial) or over))]
+            over = ledger.answer(handoff.serial) or self._over(session, handoff)
+            return [(0, Send(over))]
         if not ledger.up:
             return self._refuse(ledger, message, LinkLost("the link is down: connect again"))
         if self._num_wanted >= MAX_WANTED:

@@ -152,8 +152,8 @@ class Machine:
     def _succeed(self, nbytes: int) -> None:
         """Ends well: the blocks are free, and then the outcome is told."""
         self._release()
-        self._deliver(Succeed(nbytes))
         self._finish()
+        self._deliver(Succeed(nbytes))  # last: whoever waits runs at once
 
     def _fail(self, error: Exception) -> None:
         self._deliver(Fail(error))

@@ -76,6 +76,7 @@ class BoundTemplate:
         self._nbytes = template.nbytes
         self._ends = np.cumsum(template.nbytes)
         self.num_rows = len(template.nbytes)
+        self._few: list[tuple[int, ...]] | None = None
         self._shares: dict[tuple[int, int, int], list[Share]] = {}
         longest = int(template.nbytes.max(initial=0))
         self.joins = bool(template.joins.any())
@@ -122,6 +123,23 @@ class BoundTemplate:
             self._remote.iovec(blocks.remote, share.rows, share.blocks),
         )
 
+    def few(self, src_ids: Column, dst_ids: Column) -> tuple[Column, Column]:
+        """`iovecs` of everything, for a few pieces: without one NumPy call for each step."""
+        if self._few is None:
+            sides = (self._local.columns(), self._remote.columns())
+            self._few = [
+                (*here, *there[:2])
+                for here, there in zip(*(s.tolist() for s in sides), strict=True)
+            ]
+        mine, theirs = (src_ids, dst_ids) if self._writes else (dst_ids, src_ids)
+        blocks = list(zip(mine.tolist(), theirs.tolist(), strict=True))
+        local, remote = [], []
+        for here, here_step, nbytes, there, there_step in self._few:
+            for my_id, their_id in blocks:
+                local.append((here + here_step * my_id, nbytes))
+                remote.append((there + there_step * their_id, nbytes))
+        return np.array(local, np.int64), np.array(remote, np.int64)
+
     def _cut(self, num_blocks: int, limit_nbytes: int, limit: int) -> Iterator[Share]:
         ends = self._ends
         first = done = 0
@@ -151,6 +169,12 @@ class _Side:
         self._one_stride = bool((stride == stride[:1]).all())
         if self._one_stride:
             self._stride = self._stride[:1]
+
+    def columns(self) -> Column:
+        """Where each row begins, what an id adds, and the row's length."""
+        stride = np.broadcast_to(self._stride, (len(self._rows), 1))
+        start, nbytes = self._rows[:, 0, :1], self._rows[:, 0, 1:]
+        return np.concatenate((start, stride, nbytes), axis=1)
 
     def steps(self, ids: Column) -> npt.NDArray[np.int64]:
         """What these ids add to a row: `[1 or row, id, 2]`."""

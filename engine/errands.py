@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from .copiers import Copiers
 
-STALL_S = 0.05  # of one errand, which takes 20 microseconds; seen with the next tick of the engine
+# Of one errand, which takes 20 microseconds, unless the host is too busy to run it.
+STALL_S = 0.2
 
 
 class Errands:

@@ -258,7 +258,8 @@ class RegisteredCache:
         self.layout = layout
         self.regions = regions
         self.descriptor = CacheDescriptor(layout, tuple(r.descriptor for r in regions))
-        self._idle = threading.Condition()
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
         self._uses = 0
         self._closing = False
         self.kind = "/".join(sorted({region.kind for region in regions}))
@@ -273,7 +274,7 @@ class RegisteredCache:
         Raises:
             RegionGone: one of them was deregistered.
         """
-        with self._idle:
+        with self._lock:
             if self._closing:
                 raise RegionGone(
                     "a region of this cache is deregistered: register the cache again",
@@ -292,9 +293,9 @@ class RegisteredCache:
 
     def release(self) -> None:
         """Ends one use."""
-        with self._idle:
+        with self._lock:
             self._uses -= 1
-            if not self._uses:
+            if not self._uses and self._closing:  # nobody waits before
                 self._idle.notify_all()
 
     def close(self) -> None:

@@ -93,6 +93,12 @@ class Plan:
         self._block_nbytes: dict[tuple[int, tuple[int, ...] | None], int] = {}
         self._finest_nbytes: dict[tuple[int, tuple[int, ...] | None], int] = {}
         self.layers = tuple(sorted(set(src.layers) & set(dst.layers)))
+        self._limits = [  # of the ids of each group, at source and destination
+            tuple(
+                layout.regions[layout.groups[group].regions[0]].num_slots for layout in (src, dst)
+            )
+            for group in range(len(dst.groups))
+        ]
         for group in range(len(dst.groups)):
             self._template(group, None)
 
@@ -192,11 +198,9 @@ class Plan:
             few = self._order_few(src_ids, dst_ids, group)
             if few is not None:
                 return few
-        for side, ids, layout in (
-            ("source", src_ids, self.src),
-            ("destination", dst_ids, self.dst),
+        for side, ids, limit in zip(
+            ("source", "destination"), (src_ids, dst_ids), self._limits[group], strict=True
         ):
-            limit = layout.regions[layout.groups[group].regions[0]].num_slots
             if int(ids.view(np.uint64).max()) >= limit:  # a negative id is a huge one
                 check_ids(side, ids, limit, None)
         if not ordered and limit <= _MARKS_A_BLOCK * len(dst_ids) + _FEWEST_MARKS:
@@ -218,14 +222,14 @@ class Plan:
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None:
         """What `check_ids` does, for a few ids; None if anything is wrong with them."""
         src, dst = src_ids.tolist(), dst_ids.tolist()
-        limits = [
-            layout.regions[layout.groups[group].regions[0]].num_slots
-            for layout in (self.src, self.dst)
-        ]
+        limits = self._limits[group]
         if min(src) < 0 or max(src) >= limits[0] or min(dst) < 0 or max(dst) >= limits[1]:
             return None
-        if len(set(dst)) < len(dst):
+        ordered = sorted(set(dst))
+        if len(ordered) < len(dst):
             return None
+        if ordered == dst:
+            return src_ids, dst_ids
         table = np.array(sorted(zip(dst, src, strict=True)), np.int64).T.copy()
         return table[1], table[0]
 
@@ -266,6 +270,8 @@ def _as_ids(side: str, ids: BlockIds) -> npt.NDArray[np.int64]:
 
 def have_neighbours(src_ids: npt.NDArray[np.int64], dst_ids: npt.NDArray[np.int64]) -> bool:
     """Whether any two blocks that follow each other are neighbours on both sides."""
+    if len(src_ids) < 2:
+        return False
     if len(src_ids) <= FEW_IDS:
         ids = list(zip(src_ids.tolist(), dst_ids.tolist(), strict=True))
         return any(a + 1 == c and b + 1 == d for (a, b), (c, d) in itertools.pairwise(ids))

@@ -173,7 +173,6 @@ class CmaPath(DataPath):
                 functools.partial(self._copy, transfer, number, part, remote[part])
                 for number, part in enumerate(parts)
             ],
-            len(transfer.nbytes),
         )
 
     def _is_staged(self, transfer: Transfer) -> bool:
@@ -205,14 +204,17 @@ class CmaPath(DataPath):
             transfer.take(plan.pieces(*ids, layers))
             self.submit(transfer)
         elif self._announce(transfer):
-            count, blocks = len(ids[1]), bound.blocks(*ids)
+            count = len(ids[1])
+            if count * bound.num_rows <= ERRAND_PIECES and transfer.total_nbytes <= ERRAND_NBYTES:
+                self._start_small(transfer, *bound.few(*ids))
+                return
+            blocks = bound.blocks(*ids)
             shares = bound.shares(count, self._share_nbytes(transfer), tables.MAX_PIECES)
             copy = functools.partial(self._copy_share, transfer, bound, blocks)
             if count * bound.num_rows <= FEW_PIECES:
                 whole = bound.iovecs(bound.everything, blocks)
                 copy = functools.partial(self._copy_slice, transfer, count, *whole)
-            tasks = [functools.partial(copy, share) for share in shares]
-            self._start(transfer, tasks, count * bound.num_rows)
+            self._start(transfer, [functools.partial(copy, share) for share in shares])
 
     def _announce(self, transfer: Transfer) -> bool:
         """Notes what to do at the end; False if there is nothing to copy, so that this was it."""
@@ -226,14 +228,18 @@ class CmaPath(DataPath):
         share_nbytes = -(-transfer.total_nbytes // self._link.core.copiers.count)
         return min(CHUNK_NBYTES, max(MIN_CHUNK_NBYTES, share_nbytes))
 
-    def _start(self, transfer: Transfer, tasks: Sequence[Callable[[], None]], pieces: int) -> None:
-        copiers = self._link.core.copiers
+    def _start(self, transfer: Transfer, tasks: list[Callable[[], None]]) -> None:
         guarded = [functools.partial(self._guarded, task) for task in tasks]
-        small = transfer.total_nbytes <= ERRAND_NBYTES and pieces <= ERRAND_PIECES
-        if not (small and len(tasks) == 1 and copiers.do_here(guarded[0])):
-            transfer.ticket._help = Batch(copiers, guarded).help
+        transfer.ticket._help = Batch(self._link.core.copiers, guarded).help
+
+    def _start_small(self, transfer: Transfer, local: Column, remote: Column) -> None:
+        copy = functools.partial(self._copy_all, transfer, local, remote)
+        if not self._link.core.copiers.do_here(functools.partial(self._guarded, copy)):
+            self._start(transfer, [copy])
 
     def handle(self, message: LinkMessage) -> bool:
+        if isinstance(message, Arrived):
+            return False  # the link counts it
         if self._staging.handle(message):
             return True
         if isinstance(message, Check):
@@ -297,6 +303,11 @@ class CmaPath(DataPath):
         part = slice(share.rows.start * count, share.rows.stop * count)
         if transfer.begin() and self._move(transfer, local[part], remote[part], share.nbytes):
             transfer.end(share.nbytes)
+
+    def _copy_all(self, transfer: Transfer, local: Column, remote: Column) -> None:
+        nbytes = transfer.total_nbytes
+        if transfer.begin() and self._move(transfer, local, remote, nbytes):
+            transfer.end(nbytes)
 
     def _move(
         self,
