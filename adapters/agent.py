@@ -500,7 +500,14 @@ class Agent:
 
         A handoff whose peer can still reach its blocks after `timeout_s` keeps them: its
         `blocks_free` then ends with `AgentClosed`.
+
+        Raises:
+            RuntimeError: it is called by a callback of this agent's, which would wait for itself.
         """
+        if self._core.mailbox.turns.mine:
+            raise RuntimeError(
+                f"{self.name} cannot be closed by a callback that it makes: close it from a thread"
+            )
         with self._lock:
             if self._closed:
                 return

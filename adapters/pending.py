@@ -73,5 +73,6 @@ class Pending:
         return self._outcome.__await__()
 
     def add_done_callback(self, callback: Callable[[Self], None]) -> None:
-        """Calls `callback(self)` when it ended. It must not block."""
+        """Calls `callback(self)` when it ended, on any thread, even one of the engine's that watches
+        over links. It must not block."""
         self._outcome.add_done_callback(lambda _: callback(self))

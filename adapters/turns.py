@@ -83,6 +83,11 @@ class Turns:
         self._away = False  # the agent's thread does its errands
         self._thread = self._new_thread()
 
+    @property
+    def mine(self) -> bool:
+        """Whether it is the calling thread's turn."""
+        return self._holder == threading.get_ident()
+
     def start(self) -> None:
         """Starts the thread."""
         self._thread.start()
@@ -91,7 +96,7 @@ class Turns:
         """Makes `call` on the agent's thread, after those that came before. Any thread."""
         self._calls.append(call)
         here = threading.get_ident()
-        if here not in (self._holder, self._thread.ident):  # else it looks again before it sleeps
+        if here not in (self._holder, self._thread.ident):  # else it looks before it sleeps
             self._wake()
 
     def call_now(self, call: Callable[[], None]) -> None:
@@ -198,7 +203,7 @@ class Turns:
                     sleep_s = 0.0 if more or self._calls else self._sleep_s()
                 if away and self.errands is not None:
                     self.errands.do()
-                    ready = []
+                    ready = self._epoll.poll(0) if self.errands.waiting else []
                 else:
                     ready = self._epoll.poll(sleep_s)
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -27,11 +29,15 @@ from kvferry.control.daemon_messages import (
 )
 from kvferry.control.fleet import Fleet
 from kvferry.control.placement import place
+from kvferry.control.recorder import read
 from kvferry.engine.layout import KVLayout
+from kvferry.tools.bench.control_floor import measure_floor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.connection import Connection
+
+    from kvferry.control.recorder import Timeline
 
 LEASE_S = 3.0
 NUM_BLOCKS = 256
@@ -56,16 +62,21 @@ class Handoffs(msgspec.Struct, frozen=True):
     """What handoffs of one block take between two processes.
 
     Attributes:
+        first_byte: from the call of `receive` until prefill sends the first byte, by both agents'
+            recorders (one clock); of the last thousand.
         latency: from the call of `receive` to its end, all bytes there; one after the other.
         cpu_us: processor time of one of those, of both processes.
         round_trip: a ZeroMQ message of 150 bytes there and back between two bare processes.
+        floor: the messages and the copy of a handoff, and nothing else; see `control_floor.py`.
         per_s: handoffs a second, many at a time.
         stolen: share of the processors' time that the hypervisor gave to others meanwhile.
     """
 
+    first_byte: Spread
     latency: Spread
     cpu_us: float
     round_trip: Spread
+    floor: Spread
     per_s: float
     stolen: float
 
@@ -86,6 +97,9 @@ def _prefill(pipe: Connection[Any, Any]) -> None:
                 return
             if command == "cpu":
                 pipe.send(time.process_time())
+                continue
+            if isinstance(command, Path):
+                pipe.send(agent.write_trace(command))
                 continue
             first, count = command
             sent = [agent.send(f"r{n}", [n % NUM_BLOCKS]) for n in range(first, first + count)]
@@ -139,6 +153,7 @@ def measure_handoffs(latencies: int, burst: int, bursts: int) -> Handoffs:
             agent.connect(ours.recv())
             stolen_s, total_s = _stolen()
             round_trip = _measure_round_trips(latencies)
+            floor = Spread.of(measure_floor(latencies)[latencies // 10 :])
             seconds = []
             number = 0
             chunk = 100
@@ -155,6 +170,12 @@ def measure_handoffs(latencies: int, burst: int, bursts: int) -> Handoffs:
                     seconds.append(time.perf_counter() - began_s)
                 number += chunk
             cpu_us = (cpu_s() - began_cpu_s) / (chunks * chunk) * 1e6
+            with TemporaryDirectory() as folder:
+                traces = [Path(folder, name) for name in ("decode", "prefill")]
+                agent.write_trace(traces[0])
+                ours.send(traces[1])
+                ours.recv()
+                first_byte = Spread.of(_until_first_byte(*map(read, traces)))
             rates = []
             for _ in range(bursts):
                 ours.send((number, burst))
@@ -171,15 +192,24 @@ def measure_handoffs(latencies: int, burst: int, bursts: int) -> Handoffs:
             ours.send(None)
             stolen = _stolen()
             return Handoffs(
+                first_byte=first_byte,
                 latency=Spread.of(seconds[chunk:]),
                 cpu_us=cpu_us,
                 round_trip=round_trip,
+                floor=floor,
                 per_s=float(np.median(rates)),
                 stolen=(stolen[0] - stolen_s) / max(1, stolen[1] - total_s),
             )
     finally:
         process.join(5.0)
         process.kill()
+
+
+def _until_first_byte(decode: list[Timeline], prefill: list[Timeline]) -> list[float]:
+    """Seconds from the call at decode until prefill's first byte sets out, of what both recorded."""
+    sent = {one.handoff: dict(one.marks).get("on wire", 0) for one in prefill}
+    asked = {one.handoff: dict(one.marks)["queued"] for one in decode}
+    return [(sent[name] - asked[name]) / 1e9 for name in asked if sent.get(name)]
 
 
 def _stolen() -> tuple[int, int]:
