@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -254,3 +255,24 @@ def test_a_closed_agent_says_so(new_agent: Callable[..., Local]) -> None:
         here.agent.receive("r", "prefill-0", [1])
     with pytest.raises(AgentClosed):
         here.agent.connect("tcp://127.0.0.1:1")
+
+
+def test_a_callback_cannot_close_its_agent(pair: Pair) -> None:
+    agent, caught = pair.here.agent, []
+    told = threading.Event()
+
+    def close(_: object) -> None:
+        try:
+            agent.close()
+        except RuntimeError as error:
+            caught.append(str(error))
+        told.set()
+
+    handoff = agent.receive("r", "prefill-0", DST)
+    handoff.add_done_callback(close)
+    pair.there.call("send", "r", SRC)
+    handoff.wait(WAIT_S)
+    assert told.wait(WAIT_S)
+    assert caught == [
+        "decode-0 cannot be closed by a callback that it makes: close it from a thread"
+    ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvferry.adapters.turns import Turns
+from kvferry.adapters.turns import CANCELLED_TIMERS, Turns
 from kvferry.engine.copiers import Copiers
 from kvferry.engine.errands import STALL_S, Errands
 
@@ -122,6 +122,23 @@ def test_a_timer_that_another_thread_sets_is_kept(desk: Desk) -> None:
 
     desk.turns.call_now(call)
     assert fired.wait(WAIT_S)
+
+
+def test_cancelled_timers_are_forgotten_and_others_kept(desk: Desk) -> None:
+    fired: list[int] = []
+    done = threading.Event()
+
+    def call() -> None:
+        for number in range(3):
+            desk.turns.call_later(0.0, partial(fired.append, number))
+        for _ in range(10_000):
+            desk.turns.call_later(30.0, done.set).cancel()
+        desk.turns.call_later(0.001, done.set)
+
+    desk.turns.call_soon(call)
+    assert done.wait(WAIT_S)
+    assert fired == [0, 1, 2]
+    assert len(desk.turns._timers) <= 2 * (CANCELLED_TIMERS + 3)
 
 
 def test_an_errand_is_done_between_turns_on_the_agents_thread(desk: Desk) -> None:
