@@ -153,10 +153,13 @@ class Mailbox:
             socket.close(LINGER_MS)
 
     def send(self, route: Route, frame: bytes, refused: OnRefused) -> None:
-        """Sends one frame at the end of this turn; `refused` is told if that cannot be."""
+        """Sends one frame: at the end of this turn, or now if this is a call that is made at once.
+
+        `refused` is told, in another turn, if that cannot be.
+        """
         waiting = self._outbox.setdefault(route, [])
         waiting.append((frame, refused))
-        if len(waiting) >= BATCH_PARTS or len(frame) > BATCH_NBYTES:
+        if self.turns.at_once or len(waiting) >= BATCH_PARTS or len(frame) > BATCH_NBYTES:
             self._flush(route)
 
     def flush(self) -> None:

@@ -61,6 +61,7 @@ class Turns:
 
     Attributes:
         errands: what the agent's thread does between its turns.
+        at_once: whether this turn is one call of another thread's, which says little.
 
     `call_soon` and `call_now` are safe from any thread; `stop` once, from any but the agent's own;
     everything else is for whoever has the turn.
@@ -70,6 +71,7 @@ class Turns:
         self, name: str, end_turn: Callable[[], bool], end_call: Callable[[], bool]
     ) -> None:
         self.errands: Errands | None = None
+        self.at_once = False
         self._name = name
         self._end_turn = end_turn
         self._end_call = end_call
@@ -119,12 +121,12 @@ class Turns:
                 self._calls.append(call)
                 more = True
             else:
-                self._holder = threading.get_ident()
+                self._holder, self.at_once = threading.get_ident(), True
                 self._guarded(call)
                 more = self._end_call() or bool(self._calls)
                 more = more or bool(self._timers and self._timers[0][0] < self._sleeps_until_s)
         finally:
-            self._holder = 0
+            self._holder, self.at_once = 0, False
             self._turn.release()
         if more:
             self._wake()

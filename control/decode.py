@@ -64,8 +64,8 @@ class DecodePush(Recalling):
         """The first actions: count before asking, so that not a byte comes unexpected."""
         self.state = REQUESTED
         self._do(Expect(self.request.imm, self.request.nbytes))
-        self._set_timer("deadline", self.request.timeout_s)
         self._start_repeating(self.request)
+        self._set_timer("deadline", self.request.timeout_s)
         return self._taken()
 
     def _react(self, event: Event) -> None:
