@@ -254,7 +254,7 @@ class Mailbox:
     def _end_call(self) -> bool:
         """Sends what was said in a call on another thread, and takes nothing there."""
         self.flush()
-        self._used = {s: None for s in self._used if s in self._takers and _has_news(s)}
+        self._used = {socket: None for socket in self._used if _has_news(socket)}
         return bool(self._used)
 
     def _take(self, socket: zmq.Socket[bytes], number: int, on_frame: OnFrame) -> None:
@@ -285,4 +285,5 @@ class Mailbox:
 
 
 def _has_news(socket: zmq.Socket[bytes]) -> bool:
-    return bool(int(socket.getsockopt(zmq.EVENTS)) & _READABLE)
+    """Whether something can be read; False of a socket that was hung up."""
+    return not socket.closed and bool(int(socket.getsockopt(zmq.EVENTS)) & _READABLE)

@@ -239,7 +239,11 @@ class Turns:
                 continue
             call, timer.call = timer.call, None
             self._guarded(call)
-        return self._end_turn()
+        try:
+            return self._end_turn()
+        except Exception:
+            log.exception("the end of an agent's turn failed; please report this")
+            return False
 
     def _sleep_s(self) -> float | None:
         self._sleeps_until_s = self._timers[0][0] if self._timers else math.inf

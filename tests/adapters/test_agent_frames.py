@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -199,3 +200,31 @@ def test_a_queue_without_a_reader_fills_up_and_says_so() -> None:
     mailbox.start()
     mailbox.close()
     mailbox.call_soon(lambda: None)  # late callers are harmless
+
+
+def test_who_hears_something_may_hang_up(caplog: pytest.LogCaptureFixture) -> None:
+    heard: list[bytes] = []
+    over = threading.Event()
+    server = Mailbox("tcp://127.0.0.1:*", lambda route, _: answer(route), "server")
+    client = Mailbox("tcp://127.0.0.1:*", lambda route, frame: None, "client")
+
+    def answer(route: Route) -> None:
+        for number in range(3):
+            server.send(route, b"answer %d" % number, lambda _: None)
+            server.flush()  # a message each: two of them are still there when the first is heard
+
+    def hang_up(route: Route, frame: bytes) -> None:
+        heard.append(frame)
+        client.hang_up(route)
+        client.call_soon(over.set)
+
+    server.start()
+    client.start()
+    client.call_soon(
+        lambda: client.send(client.dial(server.endpoint, hang_up), b"question", lambda _: None)
+    )
+    assert over.wait(WAIT_S)
+    client.close()
+    server.close()
+    assert heard == [b"answer 0"]
+    assert not caplog.records
