@@ -78,7 +78,7 @@ class Agent:
             until `close`.
         engine: a transfer engine to use; it is not closed with the agent. One is made if None.
         bind: ZeroMQ endpoint for messages; `*` as port takes a free one.
-        transports, verify: for an engine that is made here; see `TransferEngine`.
+        transports, verify, max_programs: for an engine that is made here; see `TransferEngine`.
         advertise_host: the host in `address`, where `bind` names none that peers can reach.
         timing: how long the handoff machines wait.
         keys: key pair and allow-list for every ZeroMQ socket; without them `bind` must be an
@@ -116,6 +116,7 @@ class Agent:
         bind: str = "tcp://127.0.0.1:*",
         transports: Sequence[str] | None = None,
         verify: bool = False,
+        max_programs: int | None = None,
         advertise_host: str = "",
         timing: Timing | None = None,
         keys: Keys | None = None,
@@ -142,7 +143,12 @@ class Agent:
         self._advertise_host = advertise_host
         self._owns_engine = engine is None
         self.engine = engine or make_engine(
-            name, bind, transports, verify=verify, advertise_host=advertise_host
+            name,
+            bind,
+            transports,
+            verify=verify,
+            max_programs=max_programs,
+            advertise_host=advertise_host,
         )
         self._lock = threading.Lock()
         self._closed = False

@@ -76,7 +76,13 @@ def describe_cache(layout: KVLayout) -> dict[str, Any]:
 
 
 def make_engine(
-    name: str, bind: str, transports: Sequence[str] | None, *, verify: bool, advertise_host: str
+    name: str,
+    bind: str,
+    transports: Sequence[str] | None,
+    *,
+    verify: bool,
+    max_programs: int | None,
+    advertise_host: str,
 ) -> TransferEngine:
     """An engine that listens where the agent does."""
     host = "127.0.0.1"
@@ -89,6 +95,7 @@ def make_engine(
         advertise_host=advertise_host,
         transports=tuple(transports or TRANSPORTS),
         verify=verify,
+        max_programs=max_programs,
         require_tokens=True,
     )
 

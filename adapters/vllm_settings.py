@@ -28,6 +28,8 @@ class Settings:
         timeout_s: how long a decode request may wait for its KV.
         lease_s: how long prefill keeps the KV of a finished request that nobody asks for.
         verify: compare a checksum of everything moved.
+        max_programs: that a kernel which moves KV may run at a time on a GPU beside the model's; 0
+            for no limit.
         daemon: of the cluster's daemon, `tcp://host:port`; none if "". `$KVFERRY_DAEMON` is its
             default.
         service: where this engine's HTTP server is, `http://host:port`, for routers that ask the
@@ -42,6 +44,7 @@ class Settings:
     timeout_s: float = 120.0
     lease_s: float = 120.0
     verify: bool = False
+    max_programs: int = 0
     keys: str = ""
     daemon: str = ""
     service: str = ""
@@ -67,6 +70,7 @@ class Settings:
             ("port", os.environ.get("KVFERRY_PORT", cls.port)),
             ("timeout_s", cls.timeout_s),
             ("lease_s", cls.lease_s),
+            ("max_programs", cls.max_programs),
         ):
             value = extra.get(key, fallback)
             try:
@@ -88,6 +92,7 @@ class Settings:
             timeout_s=numbers["timeout_s"],
             lease_s=numbers["lease_s"],
             verify=bool(extra.get("verify", False)),
+            max_programs=int(numbers["max_programs"]),
             daemon=str(extra.get("daemon") or os.environ.get("KVFERRY_DAEMON") or ""),
             service=service,
             keys=str(extra.get("keys") or os.environ.get("KVFERRY_KEYS") or ""),

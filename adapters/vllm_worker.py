@@ -78,6 +78,7 @@ class WorkerSide:
             bind=f"tcp://{host}:{port}",
             transports=settings.transports or None,
             verify=settings.verify,
+            max_programs=settings.max_programs or None,
             advertise_host=settings.host,
             keys=Keys.load(settings.keys) if settings.keys else None,
             # An engine is placed as one: its first rank speaks for all.

@@ -53,6 +53,7 @@ class Case:
     num_tokens: int
     device: str = "cuda"
     repeats: int = 9
+    max_programs: int = Settings.max_programs
 
     @property
     def num_blocks(self) -> int:
@@ -136,7 +137,11 @@ class Rank:
             engine_id=side,
             rank=rank,
             role=side,
-            settings=Settings(mode=mode, transports=("cuda_ipc" if self.cuda else "cma",)),  # type: ignore[arg-type]
+            settings=Settings(
+                mode=mode,  # type: ignore[arg-type]
+                transports=("cuda_ipc" if self.cuda else "cma",),
+                max_programs=case.max_programs,
+            ),
             layout=layout,
             names=self.names,
             caches=self.caches,
@@ -349,20 +354,24 @@ class Bench:
         )
 
 
-def measure(case: Case) -> list[Row]:
-    """All ways, in turns.
+def measure(case: Case, wanted: Sequence[str] = KINDS) -> list[Row]:
+    """Ways of moving prompts, in turns. The first is beside nothing.
 
     Raises:
         WrongBytes: a prompt did not arrive as it was computed.
     """
     samples: dict[str, list[Sample]] = {kind: [] for kind in KINDS}
-    for mode, kinds in (("push", (ALONE, STREAMED, AFTER)), ("pull", (PULLED,))):
+    for mode, of_mode in (("push", (ALONE, STREAMED, AFTER)), ("pull", (PULLED,))):
+        kinds = tuple(kind for kind in of_mode if kind in wanted)
+        if not kinds:
+            continue
         with contextlib.closing(Bench(case, mode)) as bench:
             for kind in kinds:
                 for _ in range(2):  # kernels are compiled, peers met
                     bench.once(kind, check=kind != ALONE)
             for turn in range(case.repeats):
-                for kind in kinds:
+                first = turn % len(kinds)  # a GPU's clock falls while it works
+                for kind in kinds[first:] + kinds[:first]:
                     last = turn == case.repeats - 1 and kind != ALONE
                     samples[kind].append(bench.once(kind, check=last))
     alone_ms = _median(samples[ALONE], "forward_ms")
@@ -380,6 +389,7 @@ def measure(case: Case) -> list[Row]:
             _median(samples[kind], "tail_ms"),
         )
         for kind in KINDS
+        if kind in wanted
     ]
 
 
@@ -424,12 +434,20 @@ def _free_port() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--caps", action="store_true", help="Try limits of programs instead.")
     options = parser.parse_args()
     if torch.cuda.device_count() < 2:
         sys.exit("two GPUs are needed")
     rows: list[Row] = []
-    for case in cases(torch.cuda.device_count()):
-        found = measure(case)
+    chosen = cases(torch.cuda.device_count())
+    if options.caps:
+        chosen = [
+            dataclasses.replace(CASES[0], max_programs=cap, repeats=30)
+            for cap in (0, 8, 16, 24, 48, 0)
+        ]
+    for case in chosen:
+        print(f"at most {case.max_programs or 'any number of'} programs")
+        found = measure(case, (ALONE, STREAMED) if options.caps else KINDS)
         show(found)
         sys.stdout.flush()
         rows += found
