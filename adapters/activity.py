@@ -31,7 +31,7 @@ MAX_ID_CHARS = 64  # of a request's id, which is shown and not used
 
 
 class ActivityLog:
-    """One agent's log. One owner: the agent's thread."""
+    """One agent's log. For whoever has the agent's turn."""
 
     def __init__(self) -> None:
         self._began_s = self._reported_s = time.monotonic()

@@ -1,4 +1,4 @@
-"""The agent's thread: it feeds the pure machines of `control/` and carries out what they ask for.
+"""What an agent does in its turns: feeds the pure machines of `control/`, carries out what they ask for.
 
 Frames, timers, engine tickets and user calls all come in here, one at a time; out go messages,
 engine calls and outcomes. What blocks (opening and closing links, making plans) runs on short-lived
@@ -57,12 +57,12 @@ log = logging.getLogger("kvferry.agent")
 
 
 class AgentCore:
-    """Everything of an agent that lives on its mailbox's thread.
+    """Everything of an agent that needs its turn.
 
     Attributes:
         described: its cache as peers see it, with its place among the ranks of its engine.
         acquaintances: the peers.
-        mailbox: its thread.
+        mailbox: its sockets, and its turns.
         rank_sets: requests that several ranks take.
         workbench: what is done with the engine.
         role: what the agent does now.

@@ -28,7 +28,7 @@ ANSWER_S = 1.0  # that the agent's thread may take to say that it lives
 
 
 class AgentMetrics:
-    """The figures of one agent. `ended` is for its thread; the rest is read at each scrape."""
+    """The figures of one agent. `ended` is for its turns; the rest is read at each scrape."""
 
     def __init__(self, core: AgentCore) -> None:
         self.registry = CollectorRegistry()

@@ -45,7 +45,7 @@ class Handoff(Pending):
         self.finished_s = 0.0
         outcome.add_done_callback(self._note_end)
         self._tell = tell
-        self._key = 0  # of its machine; the agent's thread writes and reads it
+        self._key = 0  # of its machine; for who has the agent's turn
         self._placed_ns = 0  # when its peer was known and connected; decode's side
         self._withdrawn = ""  # why it was cancelled before it had one; likewise
 

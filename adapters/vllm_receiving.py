@@ -215,7 +215,7 @@ class Receiving:
         self._note_end(receive)
 
     def _handoff_ended(self, receive: _Receive) -> None:
-        """On an agent's thread."""
+        """On any thread, an engine's too."""
         end_together(receive.handoffs)
         if at_rest(receive.handoffs):
             receive.error = receive.error or first_error(receive.handoffs)

@@ -176,7 +176,7 @@ class Sending:
                 self._add_reader(send)
 
     def _handoff_ended(self, send: _Send) -> None:
-        """On an agent's thread."""
+        """On any thread, an engine's too."""
         with self._changed:
             handoffs = list(send.handoffs)
             if at_rest(handoffs) and self._sends.get(send.order.req_id) is send:

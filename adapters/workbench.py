@@ -1,6 +1,6 @@
 """What handoff machines ask of the transfer engine, carried out: writes, reads, counters, timers.
 
-Lives on the agent's thread. An engine's tickets end on its threads and come back as events.
+For whoever has the agent's turn. An engine's tickets end on its threads and come back as events.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ log = logging.getLogger("kvferry.agent")
 
 
 class Work:
-    """What the agent's thread keeps for one handoff: its user's end, tickets and timers."""
+    """What an agent keeps for one handoff: its user's end, tickets and timers."""
 
     def __init__(self) -> None:
         self.handoff: Handoff | None = None
@@ -67,7 +67,7 @@ class Work:
 
 
 class Workbench:
-    """All handoffs' work. One owner: the agent's thread.
+    """All handoffs' work. One owner at a time: who has the turn.
 
     Attributes:
         work: by side of the handoff and its machine's key.
