@@ -111,8 +111,10 @@ class Conversion:
         move: TokenMove,
         imm: int | None,
         timeout_s: float,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
-        """Checks everything; moves nothing yet.
+        """Checks everything, and notes what a stream (the current one if None) has been given so
+        far, if the memory is a GPU's; moves nothing yet.
 
         Raises:
             BlockOutOfRange, OverlappingBlocks, PlanError: as for `TokenPlan.moves`; or the cache here
@@ -134,6 +136,7 @@ class Conversion:
         self.ticket = Ticket(
             operation, peer=peer, imm=imm, timeout_s=timeout_s, stop_hook=self.stop
         )
+        self._computed = compute_event(plan.local.device, stream)
         self._chunks = chunks_of(plan, move, GPU_CHUNK_NBYTES if on_gpu else CHUNK_NBYTES)
         self._lock = threading.Lock()
         self._at_work = 0  # chunks that are being made, or moved
@@ -142,14 +145,13 @@ class Conversion:
         self._all_begun = False
         self._moved_nbytes = 0
 
-    def start(self, stream: torch.cuda.Stream | None = None) -> Ticket:
-        """Begins it, on a GPU once a stream has done what it has been given so far (the current one
-        if None). The local memory stays acquired until it ends, between chunks too."""
-        event = compute_event(self._plan.local.device, stream)
-        if event is None:
+    def start(self) -> Ticket:
+        """Begins it, once the compute before it is done. The local memory stays acquired until it
+        ends, between chunks too."""
+        if self._computed is None:
             self._begin()
         else:
-            self._submitter.link.core.gate.when(event, self._begin, self.stop)
+            self._submitter.link.core.gate.when(self._computed, self._begin, self.stop)
         return self.ticket
 
     def _begin(self) -> None:

@@ -143,7 +143,7 @@ class PlannedTransfers:
             imm = check_imm(imm, operation)
         self._submitter.check_regions(operation, (plan.local,), plan.remote.regions)
         conversion = Conversion(
-            self._submitter, self._workplaces, operation, plan, move, imm, timeout_s
+            self._submitter, self._workplaces, operation, plan, move, imm, timeout_s, stream
         )
         plan.local.acquire()
         try:
@@ -151,7 +151,7 @@ class PlannedTransfers:
         except EngineError:
             plan.local.release()
             raise
-        return conversion.start(stream)
+        return conversion.start()
 
     def prepare(self, plan: TransferPlan) -> None:
         """Does beforehand what converting on a GPU would have to do. May block."""

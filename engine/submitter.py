@@ -227,6 +227,10 @@ class Submitter:
             deadline_s = transfer.ticket.deadline_s
             if deadline_s is not None and now > deadline_s:
                 self._expire(transfer, now - deadline_s)
+        for conversion in self.table.conversions():
+            deadline_s = conversion.ticket.deadline_s
+            if deadline_s is not None and now > deadline_s:
+                conversion.ticket._expire()  # it may wait for a stream, with no transfer begun
 
     def _check_registered(self, operation: str, mine: object, theirs: object) -> None:
         if not isinstance(mine, MemoryRegion):

@@ -32,6 +32,7 @@ class Workplaces:
         self._lock = threading.Lock()
         self._idle: dict[int, list[Workplace]] = {}
         self._closed = False
+        self._on_gpu = False
 
     def take(self, device: int) -> Workplace:
         """A workplace in the memory of a GPU, or of the host for -1. `give` it back.
@@ -45,7 +46,9 @@ class Workplaces:
             idle = self._idle.get(device)
             if idle:
                 return idle.pop()
-        return new_workplace(device, self._link.core.max_programs)
+        place = new_workplace(device, self._link.core.max_programs)
+        self._on_gpu |= not isinstance(place, HostWorkplace)
+        return place
 
     def give(self, device: int, place: Workplace) -> None:
         """Nobody touches what is in it any more."""
@@ -60,21 +63,21 @@ class Workplaces:
         self.workers.halt(lambda: self._close(halted))
 
     def _close(self, halted: Callable[[], None]) -> None:
+        if self._on_gpu:  # freeing waits for the GPU, which may be waiting for this very thread
+            threading.Thread(
+                target=self._free, args=(halted,), name="kvferry-free", daemon=True
+            ).start()
+        else:
+            self._free(halted)
+
+    def _free(self, halted: Callable[[], None]) -> None:
         with self._lock:
             self._closed = True
             idle = [place for places in self._idle.values() for place in places]
-            on_gpu = not all(isinstance(place, HostWorkplace) for place in idle)
             self._idle.clear()
-
-        def free() -> None:
-            for place in idle:
-                place.close()
-            halted()
-
-        if on_gpu:  # freeing waits for the GPU, which may be waiting for this very thread
-            threading.Thread(target=free, name="kvferry-free", daemon=True).start()
-        else:
-            free()
+        for place in idle:
+            place.close()
+        halted()
 
 
 def new_workplace(device: int, max_programs: int | None) -> Workplace:

@@ -11,7 +11,7 @@ import torch
 
 from kvferry.engine import conversion, converting
 from kvferry.engine.conversion import chunks_of
-from kvferry.engine.errors import Cancelled, EngineError
+from kvferry.engine.errors import Cancelled, DeadlineExceeded, EngineError
 from kvferry.engine.token_move import TokenMove
 
 from .caches import PagedPool
@@ -115,6 +115,18 @@ def test_between_two_chunks_a_transfer_hears_of_the_links_end(
         ticket.wait(30)
     with pytest.raises(EngineError):
         link.write_tokens(plan, *TABLES, start=12, stop=37)
+    plan.local.deregister()
+
+
+def test_a_transfer_that_never_begins_ends_at_its_deadline(
+    engine: TransferEngine, link: Link, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(engine, peer, Scaled(NHD, 4, BF16, seed=3), Scaled(HND, 6, FP8), True)
+    monkeypatch.setattr(link.core.copiers, "run", lambda task: None)  # as if a stream never ended
+    ticket = link.write_tokens(plan, *TABLES, start=12, stop=37, timeout_s=0.01)
+    with pytest.raises(DeadlineExceeded):
+        ticket.wait(30)
+    assert link.error is None
     plan.local.deregister()
 
 
