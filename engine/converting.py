@@ -86,6 +86,7 @@ class Converting:
         else:
             transfer.take(pieces)
             transfer.start, transfer.keep = None, self  # from here on it is one of pieces
+            transfer.scratch = True
             if not self._plan.writes:
                 transfer.on_placed = lambda: self._land(place)
             path.submit(transfer)

@@ -85,6 +85,7 @@ class Transfer:
         "remote_index",
         "remote_offset",
         "remote_regions",
+        "scratch",
         "start",
         "ticket",
         "total_nbytes",
@@ -116,6 +117,7 @@ class Transfer:
         self.start: Callable[[Transfer], None] | None = None  # instead of the path's `submit`
         self.after: Any = None  # what must be done before its memory is touched, if anything
         self.keep: Any = None  # what must live as long as it
+        self.scratch = False  # its local pieces lie in memory of the engine's own, in no region
         self._on_end = on_end
         self._lock = threading.Lock()
         self._active = 0

@@ -146,6 +146,9 @@ class VerbsPath(DataPath):
         self._thread.start()
 
     def submit(self, transfer: Transfer) -> None:
+        if transfer.write and transfer.imm is not None:
+            # Every byte is counted where it arrives; the write, once all of them did.
+            transfer.on_placed = functools.partial(self.link.send, Arrived(transfer.imm, 0, 1))
         self.soon(functools.partial(self._begin, transfer))
 
     def rail_states(self) -> tuple[RailState, ...]:
@@ -257,17 +260,18 @@ class VerbsPath(DataPath):
     # Transfers.
 
     def _begin(self, transfer: Transfer) -> None:
-        if transfer.write and transfer.imm is not None:
-            # Every byte is counted where it arrives; the write, once all of them did.
-            transfer.on_placed = functools.partial(self.link.send, Arrived(transfer.imm, 0, 1))
         if transfer.stopped is not None:
             return
         if not transfer.total_nbytes:
             if transfer.begin():
                 transfer.end(0)
             return
+        # No device knows memory that is in no region: frames copy it.
+        if self.link.core.verify or transfer.scratch:
+            self._frames.submit(transfer)
+            return
         pieces = pieces_of(transfer)
-        if self.link.core.verify or self._suits_frames(pieces):
+        if self._suits_frames(pieces):
             self._frames.submit(transfer)
             return
         try:

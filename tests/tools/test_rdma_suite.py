@@ -41,6 +41,7 @@ CHOSEN = [
     "places_its_pieces",
     "goodbye",
     "(blocks_are_written and ids4-dims3)",
+    "(where_a_transfer_is_cut and types0-True)",
 ]
 
 
@@ -65,6 +66,7 @@ CORE = Part(
         RDMA,
         ENGINE / "test_conformance.py",
         ENGINE / "test_conformance_blocks.py",
+        ENGINE / "test_conformance_conversion.py",
         ENGINE / "test_conformance_endings.py",
     ],
     ["-m", "not soak", "-k", " or ".join(CHOSEN)],
