@@ -84,7 +84,12 @@ class Sending:
 
     def refuse(self, handoff_id: str) -> None:
         """Decode may ask for this, and it will never have blocks."""
-        self._agent.send(handoff_id, self._tables.empty(), timeout_s=REFUSAL_S)
+        self._agent.open_send(
+            handoff_id,
+            self._tables.empty(),
+            timeout_s=REFUSAL_S,
+            on_asked=partial(self._refuse_others, handoff_id),
+        ).finish()
 
     def layer_computed(self, position: int) -> None:
         """A layer of this step's forward pass is done."""
@@ -165,12 +170,21 @@ class Sending:
         handoff.blocks_free.add_done_callback(lambda _: self._handoff_ended(send))
         handoff.add_done_callback(lambda _: self._handoff_ended(send))
 
-    def _asked(self, send: _Send, peer: str) -> None:
-        """On the agent's thread: with who asks it is known how many will."""
+    def _refuse_others(self, handoff_id: str, peer: str) -> None:
+        """On the agent's thread: the other ranks that will ask are answered, too."""
+        for _ in range(1, self._num_readers(peer)):
+            self._agent.send(handoff_id, self._tables.empty(), timeout_s=REFUSAL_S)
+
+    def _num_readers(self, peer: str) -> int:
+        """With who asks it is known how many will."""
         try:
-            readers = num_readers(self._agent, peer)
+            return num_readers(self._agent, peer)
         except (ControlError, EngineError):
-            return  # it is gone again, and the handoff ends for that reason
+            return 1  # it is gone again, and its handoff ends for that reason
+
+    def _asked(self, send: _Send, peer: str) -> None:
+        """On the agent's thread."""
+        readers = self._num_readers(peer)
         with self._changed:
             while len(send.handoffs) < readers:
                 self._add_reader(send)

@@ -215,6 +215,33 @@ def test_tensor_parallelism_may_differ(
         assert torch.equal(arrived[[4, 0, 5]], src[name][[7, 2, 9]])
 
 
+@pytest.mark.parametrize("mode", ["push", "pull"])
+@pytest.mark.parametrize("decode_first", [False, True])
+def test_a_refusal_is_for_all_ranks(
+    new_worker: Callable[..., WorkerSide],
+    mode: str,
+    decode_first: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Prefill's request ended before it had anything."""
+    prefill = new_worker("p", "prefill", make_caches(1))
+    decodes = start_ranks(new_worker, "d", "decode", make_caches(None), 2, mode)
+    order = ReceiveOrder("d", "r", "p", [prefill.agent.address], [[4, 0, 5]], 11, 0)
+    if not decode_first:
+        step(prefill, Orders(refused=["r"]))
+    for worker, _ in decodes:
+        assert not step(worker, Orders(receives=[order])).received
+    if decode_first:
+        step(prefill, Orders(refused=["r"]))
+    for worker, caches in decodes:
+        with caplog.at_level(logging.WARNING):
+            assert until_reported(worker).failed == {"d"}
+        assert all(bool((cache == SENTINEL).all()) for cache in caches.values())
+    told = [each for each in caplog.messages if "was not loaded" in each]
+    assert len(told) == 2
+    assert all("0 source blocks" in each for each in told), told  # and not that time ran out
+
+
 def test_a_router_need_only_know_the_first_rank(new_worker: Callable[..., WorkerSide]) -> None:
     """The ports of the others follow on its."""
     src, dst = make_caches(1), make_caches(None)
