@@ -37,7 +37,7 @@ else:
 
 SENTINEL = 0xA5
 LARGE = 64 << 20
-PATIENCE_S = 60.0  # bounds what has gone wrong; an emulated machine takes 20 s for some of it
+PATIENCE_S = 60.0  # for what must come; how soon it came is printed. An emulated machine needs 20 s
 
 
 def connected(engine: TransferEngine, peer: Peer, transport: str) -> Link:
