@@ -170,10 +170,10 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         config = self._vllm_config
         parallel, model = config.parallel_config, config.model_config
         first = next(iter(kv_caches))
-        if kv_caches[first].device.type != "cpu":
+        if kv_caches[first].device.type not in ("cpu", "cuda"):
             raise ValueError(
-                f"KVFerryConnector moves caches in host memory; layer {first} is on "
-                f"{kv_caches[first].device}"
+                f"KVFerryConnector moves caches in host memory and on NVIDIA GPUs; layer {first} is "
+                f"on {kv_caches[first].device}"
             )
         rank, tp_size = parallel.rank % parallel.tensor_parallel_size, parallel.tensor_parallel_size
         backend = self._backend()

@@ -1,10 +1,11 @@
 """vLLM's paged caches as a `KVLayout`.
 
-vLLM gives one tensor a layer, `[block, head, token, content]`, whatever its strides; K and V lie side
-by side in the content. A latent (MLA) is the same without heads. That holds for GPU backends. The CPU
-backends *advertise* it but store K transposed inside a block, in an order that depends on the
-machine's instruction set: so for them token and content are opaque, the codec names backend and
-instruction set, and a peer that differs in either, or in block size, is refused when agents meet.
+vLLM gives one tensor a layer, `[block, head, token, content]`, whatever its strides; a latent (MLA) is
+the same without heads. Some backends store what that says: of each token and head a row, K beside V.
+Others *advertise* it and store something else inside a block, the CPU's even in an order that depends
+on the machine's instruction set: for these token and content are opaque, and a block is moved as it
+is. The codec names backend, instruction set and version; a peer that differs in one of them, or in
+the block size of an opaque cache, is refused when agents meet.
 
 Layers of several groups may share one tensor: vLLM's block manager gives a block to one group at a
 time. Each is a region of its own, over the same bytes.
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..engine.errors import LayoutError
 from ..engine.join import join_groups
-from ..engine.layout import PLAIN_CODEC, KVLayout
+from ..engine.layout import KVLayout
 from .vllm_groups import NULL_BLOCK
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
 DIMS = "block head token dim"
 LATENT_DIMS = "block token dim"
-OPAQUE_ON_CPU = ("token", "dim")
+# Read in vLLM 0.32: these write a row a token, of each head or of the latent.
+BACKENDS_OF_ROWS = frozenset({"FLASH_ATTN", "TRITON_ATTN", "FLASH_ATTN_MLA", "TRITON_MLA"})
+INTERIOR = ("token", "dim")
 
 
 class Backend(NamedTuple):
@@ -98,7 +101,7 @@ def describe_caches(
             several head counts on a rank that holds a part of them.
     """
     _check_members(caches, groups)
-    on_cpu = next(iter(caches.values())).device.type == "cpu"
+    of_rows = BACKENDS_OF_ROWS.issuperset(backend.name.split("+"))
     parts = []
     names: list[str] = []
     for group in groups:
@@ -115,10 +118,8 @@ def describe_caches(
                 kind=group.kind,
                 window=group.window,
                 null_slot=NULL_BLOCK if group.window else None,
-                codec=f"vllm/{backend.name}/{backend.isa}/{backend.version}"
-                if on_cpu
-                else PLAIN_CODEC,
-                opaque=OPAQUE_ON_CPU if on_cpu else (),
+                codec=f"vllm/{backend.name}/{backend.isa}/{backend.version}",
+                opaque=() if of_rows else INTERIOR,
             )
         )
     return parts[0] if len(parts) == 1 else join_groups(*parts), names

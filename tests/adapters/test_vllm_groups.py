@@ -111,6 +111,26 @@ def test_groups_over_the_same_bytes_are_regions_of_their_own() -> None:
     assert layout.opaque == ("token", "dim")
 
 
+@pytest.mark.parametrize(
+    ("backend", "opaque"),
+    [
+        ("FLASH_ATTN", ()),
+        ("FLASH_ATTN+TRITON_ATTN", ()),
+        ("FLASHINFER", ("token", "dim")),
+        ("FLASH_ATTN+FLASHINFER", ("token", "dim")),
+    ],
+)
+def test_a_backend_whose_blocks_nobody_has_read_is_opaque(
+    backend: str, opaque: tuple[str, ...]
+) -> None:
+    name = "model.layers.0.attn"
+    caches = {name: torch.zeros(9, 2, 4, 16)}
+    group = CacheGroup(0, "full", (name,), 4)
+    layout, _ = describe_caches(caches, [group], Backend(backend, "", "0.32.0"), ALONE)
+    assert layout.codec == f"vllm/{backend}//0.32.0"
+    assert layout.opaque == opaque
+
+
 @pytest.mark.parametrize("shape", [(9, 4, 16), (9, 1, 4, 16)])
 def test_a_latent_is_one_plane_without_heads(shape: tuple[int, ...]) -> None:
     caches = {"model.layers.0.attn": torch.zeros(shape)}

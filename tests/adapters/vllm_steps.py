@@ -28,13 +28,16 @@ SENTINEL = -7
 FULL = (CacheGroup(0, "full", tuple(NAMES), TOKENS),)
 
 
-def make_caches(seed: int | None, tokens: int = TOKENS, blocks: int = BLOCKS) -> dict[str, Any]:
+def make_caches(
+    seed: int | None, tokens: int = TOKENS, blocks: int = BLOCKS, device: str = "cpu"
+) -> dict[str, Any]:
     """A cache a layer; all of one value if there is no seed."""
     shape = (blocks, HEADS, tokens, CONTENT)
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
     if seed is None:
-        return {name: torch.full(shape, SENTINEL, dtype=torch.bfloat16) for name in NAMES}
+        return {name: torch.full(shape, SENTINEL, **options) for name in NAMES}
     torch.manual_seed(seed)
-    return {name: torch.randn(shape, dtype=torch.bfloat16) for name in NAMES}
+    return {name: torch.randn(shape, **options) for name in NAMES}
 
 
 def make_worker(
