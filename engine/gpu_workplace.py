@@ -128,9 +128,8 @@ class GpuWorkplace:
     def floats(self, addresses: Ids) -> Floats:
         """A kernel writes them into pinned memory."""
         with _failing("reading scales"):
-            start = self._room(len(addresses) * (8 + 8 + 4))
-            out = self._here[start : start + 4 * len(addresses)].view(np.float32)
-            self._copy(addresses, _row_addresses(out), start + _aligned(out.nbytes))
+            out, start = self._pinned_floats(len(addresses), 8 + 8)
+            self._copy(addresses, _row_addresses(out), start)
             self.finish()
             found: Floats = out.copy()
         return found
@@ -138,21 +137,17 @@ class GpuWorkplace:
     def put_floats(self, addresses: Ids, values: Floats) -> None:
         """A kernel reads them from pinned memory."""
         with _failing("writing scales"):
-            start = self._room(len(addresses) * (8 + 8 + 4))
-            out = self._here[start : start + 4 * len(addresses)].view(np.float32)
+            out, start = self._pinned_floats(len(addresses), 8 + 8)
             out[...] = values
-            self._copy(_row_addresses(out), addresses, start + _aligned(out.nbytes))
+            self._copy(_row_addresses(out), addresses, start)
 
     def maxima(self, addresses: Ids, elements: int, of: Numbers, factor: Floats) -> Floats:
         """A kernel writes them into pinned memory."""
         with _failing("looking for scales"):
-            start = self._room(len(addresses) * (8 + 8 + 4 + 4))
-            out = self._here[start : start + 4 * len(addresses)].view(np.float32)
+            out, start = self._pinned_floats(len(addresses), 8 + 8 + 4)
             dtype = _dtype(of)
             types = row_types(addresses, addresses, elements, dtype, dtype)
-            table, factors = self._upload(
-                start + _aligned(out.nbytes), addresses, _row_addresses(out), factor
-            )
+            table, factors = self._upload(start, addresses, _row_addresses(out), factor)
             with self._gpu.launching():
                 find_maxima(
                     types, table, factors, len(out), elements, max_programs=self._max_programs
@@ -238,6 +233,12 @@ class GpuWorkplace:
         start = self._used_nbytes
         self._used_nbytes = start + _aligned(nbytes)
         return start
+
+    def _pinned_floats(self, count: int, row_nbytes: int) -> tuple[Floats, int]:
+        """float32 that kernels read and write, and where a table of as many rows begins after them."""
+        start = self._room(count * (4 + row_nbytes))
+        floats: Floats = self._here[start : start + 4 * count].view(np.float32)
+        return floats, start + _aligned(floats.nbytes)
 
     def _copy(self, src: Ids, dst: Ids, start: int) -> None:
         """float32 from place to place."""

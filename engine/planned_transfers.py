@@ -16,7 +16,7 @@ from .token_move import bind_tokens, check_move
 from .transfer_plan import check_block_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import torch
 
@@ -73,13 +73,8 @@ class PlannedTransfers:
                 nbytes,
                 stream,
             )
-        if ids[1] is None or any(getattr(one, "is_cuda", False) for one in ids):
-            raise PlanError(
-                "block ids on a GPU, or uploaded there, need GPU memory at both ends and cuda_ipc: here they are "
-                "needed in host memory",
-                operation=operation,
-                peer=self._peer,
-            )
+        if ids[1] is None or _any_on_gpu(ids):
+            raise self._not_here("block ids on a GPU, or uploaded there,", operation)
         return self._submitter.submit(
             operation,
             (plan.local,),
@@ -104,15 +99,8 @@ class PlannedTransfers:
         if self._takes_whole(operation, plan, stream) and self._path.orders_streams:
             nbytes = check_move(plan, move)
             start = partial(self._path.submit_tokens, plan=plan, move=move)
-        elif any(
-            getattr(table, "is_cuda", False) for table in (*move.src_tables, *move.dst_tables)
-        ):
-            raise PlanError(
-                "block tables on a GPU need GPU memory at both ends and cuda_ipc: here they are "
-                "needed in host memory",
-                operation=operation,
-                peer=self._peer,
-            )
+        elif _any_on_gpu((*move.src_tables, *move.dst_tables)):
+            raise self._not_here("block tables on a GPU", operation)
         elif plan.tokens.converts:
             return self._convert(operation, plan, move, imm, stream, timeout_s)
         else:
@@ -155,9 +143,16 @@ class PlannedTransfers:
 
     def prepare(self, plan: TransferPlan) -> None:
         """Does beforehand what converting on a GPU would have to do. May block."""
-        direct = self._path.orders_streams and self._path.takes_blocks(plan)
+        direct = self._submitter.copies_on_gpu(plan)
         if plan.tokens.converts and plan.local.device >= 0 and not direct:
             warm(self._workplaces, plan)
+
+    def _not_here(self, what: str, operation: str) -> PlanError:
+        return PlanError(
+            f"{what} need GPU memory at both ends and cuda_ipc: here they are needed in host memory",
+            operation=operation,
+            peer=self._peer,
+        )
 
     def _takes_whole(
         self, operation: str, plan: TransferPlan, stream: torch.cuda.Stream | None
@@ -184,3 +179,7 @@ class PlannedTransfers:
         if takes and self._path.orders_streams and not self._submitter.knows(plan.remote.regions):
             self._submitter.ask_leave(plan)
         return takes
+
+
+def _any_on_gpu(ids: Iterable[Any]) -> bool:
+    return any(getattr(one, "is_cuda", False) for one in ids)

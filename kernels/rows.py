@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from .cast import LIMITS
+from .cast import LIMITS, cast_reference
 from .errors import ShapeError
 from .paged import WIDEST_NBYTES
 from .runtime import jit
@@ -78,8 +78,6 @@ def rows_reference(
     src: torch.Tensor, dtype: torch.dtype, factors: torch.Tensor | None
 ) -> torch.Tensor:
     """The truth in plain PyTorch: rows `[row, element]` as rows of another type."""
-    from .cast import cast_reference
-
     return src if factors is None else cast_reference(src, factors[:, None], dtype)
 
 

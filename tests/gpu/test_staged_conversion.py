@@ -135,6 +135,17 @@ def pools(
     return made[0], made[1], cast
 
 
+def planned(
+    engine: TransferEngine, peer: GpuPeer, transport: str, sides: tuple[Any, Any], own: Any
+) -> tuple[Any, Any, Any]:
+    """Tensors of this side as the source's cache, a link, and a plan for writing."""
+    src, dst = sides
+    local = engine.register_cache(src.layout, own)
+    link = engine.connect(peer.address, transport=transport)
+    peer.call("accept", engine.engine_id)
+    return local, link, engine.plan(local, peer.call("cache_of", dst.arrays(), dst.layout))
+
+
 def check(got: list[np.ndarray[Any, Any]], truth: list[np.ndarray[Any, Any]]) -> None:
     for mine, then in zip(got, truth, strict=True):
         assert np.array_equal(mine, then)
@@ -224,10 +235,7 @@ def test_numbers_are_converted_only_after_they_were_computed(
     )
     own = [torch.zeros(len(array), dtype=torch.uint8, device="cuda") for array in src.arrays()]
     wanted = [torch.from_numpy(array).cuda() for array in src.arrays()]
-    local = engine.register_cache(src.layout, own)
-    link = engine.connect(peer.address, transport=transport)
-    peer.call("accept", engine.engine_id)
-    plan = engine.plan(local, peer.call("cache_of", dst.arrays(), dst.layout))
+    local, link, plan = planned(engine, peer, transport, (src, dst), own)
     link.prepare(plan)
     imm = peer.call("new_imm")
     arrival = peer.call("expect", imm, nbytes=plan.tokens.nbytes(0, 48))
@@ -277,10 +285,7 @@ def test_tables_on_the_gpu_are_refused_by_name(
         ("bfloat16", "float8_e4m3fn"), by_head=True, tokens=(4, 6), dim=24, blocks=14
     )
     own = [torch.from_numpy(array).cuda() for array in src.arrays()]
-    local = engine.register_cache(src.layout, own)
-    link = engine.connect(peer.address, transport=transport)
-    peer.call("accept", engine.engine_id)
-    plan = engine.plan(local, peer.call("cache_of", dst.arrays(), dst.layout))
+    local, link, plan = planned(engine, peer, transport, (src, dst), own)
     tables = [torch.tensor(table, device="cuda") for table in TABLES]
     with pytest.raises(PlanError, match="block tables on a GPU"):
         link.write_tokens(plan, *tables, stop=8)
