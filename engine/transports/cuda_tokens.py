@@ -36,11 +36,6 @@ if TYPE_CHECKING:
     Ids = npt.NDArray[np.int64]
 
 
-# Converted right in Triton's interpreter, and compiled for an H200; no GPU has run it yet, so plans
-# that need it are refused. `tests/gpu/test_cuda_block_scales.py` is what has to pass first.
-BLOCK_SCALES_ON_GPU = False
-
-
 class TokenLaunch(NamedTuple):
     """One launch of a plan, without its request."""
 
@@ -74,13 +69,6 @@ def compile_tokens(
             chosen = np.ones(len(bundle.layer), bool) if layers is None else bundle.chosen(layers)
             if not chosen.any():
                 continue
-            scaled = bundle.src_scales is not None or bundle.dst_scales is not None
-            if scaled and not BLOCK_SCALES_ON_GPU:
-                raise PlanError(
-                    "scales that differ from block to block are converted in host memory alone: "
-                    "give the layout fixed scales, or both caches one dtype",
-                    operation="plan",
-                )
             src = src_addresses[bundle.src_region[chosen]] + bundle.src_start[chosen]
             dst = dst_addresses[bundle.dst_region[chosen]] + bundle.dst_start[chosen]
             factors = None if bundle.factors is None else bundle.factors[chosen]

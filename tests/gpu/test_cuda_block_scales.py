@@ -1,7 +1,4 @@
-"""Scales that differ from block to block between GPU caches in two processes, made by kernels.
-
-No GPU has run this yet: it is what has to pass before `BLOCK_SCALES_ON_GPU` may become true.
-"""
+"""Scales that differ from block to block between GPU caches in two processes, made by kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from kvferry.engine.transports import cuda_tokens
 from tests.engine.scaled_caches import NUM_BLOCKS, Scaled, expect
 
 if TYPE_CHECKING:
@@ -41,9 +37,7 @@ def test_scales_are_made_and_used_as_on_the_cpu(
     peer: GpuPeer,
     case: Any,
     write: bool,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cuda_tokens, "BLOCK_SCALES_ON_GPU", True)  # where kernels are launched
     src_order, src_tokens, src_type, dst_order, dst_tokens, dst_type, by_head = case
     src = Scaled(src_order, src_tokens, src_type, by_head=by_head, seed=3)
     dst = Scaled(dst_order, dst_tokens, dst_type, by_head=by_head)

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from kvferry.engine.reblock import TokenPlan
-from kvferry.engine.transports import cuda_tokens
 from kvferry.engine.transports.cuda_tokens import compile_tokens
 from kvferry.kernels.relayout import relayout_kernel, scale_constants
 from kvferry.kernels.tiles import LARGE, SMALL, Tuning
@@ -105,8 +104,7 @@ def test_conversions_compile(types: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize("find", [False, True], ids=["convert", "find"])
-def test_scales_of_blocks_compile(find: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_tokens, "BLOCK_SCALES_ON_GPU", True)
+def test_scales_of_blocks_compile(find: bool) -> None:
     src, dst = Scaled(NHD, 4, torch.int8, seed=3), Scaled(HND, 8, torch.float8_e4m3fn)
     plan = TokenPlan(src.layout, dst.layout)
     nowhere = np.zeros(4, np.int64)

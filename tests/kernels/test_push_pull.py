@@ -190,7 +190,7 @@ def test_from_one_gpu_to_another() -> None:
     case = Case("gpus", "plane block token head dim", (2, 64, 16, 8, 128), num_tensors=4)
     source, pool = Pool(case, "cuda:0", seed=7), Pool(case, "cuda:1", seed=None)
     expected = pool.clone()
-    pool.owners[0][:8].to("cuda:0")  # enables peer access
+    torch.empty(1, device="cuda:0").to("cuda:1")  # enables access of GPU 0 to GPU 1, this way only
     ids = torch.randperm(64)
     src_ids, dst_ids = ids[:32].to("cuda:0"), ids[32:].to("cuda:0")
     counter = Counter.on("cuda:1")

@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvferry.engine.errors import PlanError
 from kvferry.engine.reblock import TokenPlan
-from kvferry.engine.transports import cuda_tokens
 from kvferry.engine.transports.cuda_tokens import compile_tokens, span_of
 from kvferry.kernels.errors import ShapeError
 from kvferry.kernels.relayout import relayout
@@ -40,11 +38,6 @@ CASES = [
     (NHD, 4, FP8, HND, 6, INT8, True),
     (NHD, 4, INT8, NHD, 8, torch.float8_e5m2, True),
 ]
-
-
-@pytest.fixture(autouse=True)
-def allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_tokens, "BLOCK_SCALES_ON_GPU", True)
 
 
 def launch(
@@ -109,11 +102,3 @@ def test_the_reference_makes_the_largest_of_the_largest() -> None:
     scales = scales_reference(largest, torch.int8)
     assert scales.tolist()[:3] == [1.0, float(127 * np.float32(1 / 127)), 1.0]
     assert torch.isfinite(scales).all()
-
-
-def test_engines_refuse_it_until_a_gpu_has_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    plan = TokenPlan(Scaled(NHD, 4, FP32).layout, Scaled(NHD, 8, INT8).layout)
-    nowhere = np.zeros(4, np.int64)
-    with pytest.raises(PlanError, match="converted in host memory alone"):
-        compile_tokens(plan, None, nowhere, nowhere, torch.device("cpu"))

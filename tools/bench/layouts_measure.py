@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from kvferry.engine.join import join_planes
 from kvferry.engine.layout import KVLayout
 from kvferry.engine.reblock import TokenPlan
 from kvferry.engine.transports.cuda_tokens import compile_tokens, span_of
-from kvferry.kernels.cast import cast_reference
+from kvferry.kernels.cast import LIMITS, cast_reference
 from kvferry.kernels.paged import Geometry, PagedCache
 from kvferry.kernels.push import push
 from kvferry.kernels.relayout import relayout
@@ -43,6 +44,7 @@ class Shape:
     Attributes:
         heads: range of the model's heads.
         scales: numbers a plane of a layer has: 0, 1, or one a head.
+        by_block: these lie beside the cache, as many for each block, and a transfer makes them.
     """
 
     order: str
@@ -51,6 +53,7 @@ class Shape:
     dim: int
     dtype: torch.dtype = torch.bfloat16
     scales: int = 0
+    by_block: bool = False
 
     @property
     def token_nbytes(self) -> int:
@@ -107,13 +110,29 @@ class Cache:
             self.tensors.append(tensor)
         drawn = np.random.default_rng(1).uniform(0.01, 0.05, (NUM_LAYERS, max(1, shape.scales)))
         self.scales = drawn.astype(np.float32)
+        fixed = shape.scales and not shape.by_block
         self.layout = KVLayout.from_tensors(
             self.tensors,
             shape.order,
             head_start=shape.heads[0],
-            scales={"k": self.scales, "v": self.scales} if shape.scales else None,
+            scales={"k": self.scales, "v": self.scales} if fixed else None,
         )
-        self.addresses = np.array([tensor.data_ptr() for tensor in self.tensors], np.int64)
+        self.block_scales = []
+        if shape.by_block:
+            self.block_scales = [
+                torch.zeros(2, num_blocks, shape.scales, 1, device=f"cuda:{device}")
+                for _ in range(NUM_LAYERS)
+            ]
+            beside = KVLayout.from_tensors(
+                self.block_scales,
+                "plane block head dim",
+                planes=["k_scale", "v_scale"],
+                tokens_per_block=shape.tokens,
+                head_start=shape.heads[0],
+            )
+            self.layout = join_planes(self.layout, beside)
+        regions = self.tensors + self.block_scales
+        self.addresses = np.array([tensor.data_ptr() for tensor in regions], np.int64)
         random_ids = np.random.default_rng(device + shape.tokens).permutation(num_blocks)
         self.table = random_ids[: -(-num_tokens // shape.tokens)].astype(np.int64)
 
@@ -167,13 +186,26 @@ def check(src: Cache, dst: Cache, num_tokens: int) -> None:
     for layer in (0, NUM_LAYERS - 1):
         sent = src.request(layer)[:, :num_tokens, low - src.shape.heads[0] : high - src.shape.heads[0]]  # fmt: skip
         came = dst.request(layer)[:, :num_tokens, low - dst.shape.heads[0] : high - dst.shape.heads[0]]  # fmt: skip
-        if dst.shape.dtype != src.shape.dtype:
+        if dst.shape.by_block:
+            sent = by_block(sent, dst, layer)
+        elif dst.shape.dtype != src.shape.dtype:
             factor = torch.from_numpy(np.float32(1.0) / dst.scales[layer]).to(sent.device)[:, None]
             sent = cast_reference(sent, factor, dst.shape.dtype)
         if not torch.equal(
             sent.contiguous().view(torch.uint8).cpu(), came.contiguous().view(torch.uint8).cpu()
         ):
             raise WrongBytes
+
+
+def by_block(sent: torch.Tensor, dst: Cache, layer: int) -> torch.Tensor:
+    """Numbers `[plane, token, head, dim]` as `dst` should hold them; checks the scales it made."""
+    planes, _, heads, dim = sent.shape
+    blocks = sent.to(torch.float32).reshape(planes, -1, dst.shape.tokens, heads, dim)
+    scales = blocks.abs().amax((2, 4)) * torch.tensor(1 / LIMITS[dst.shape.dtype])
+    ids = torch.from_numpy(dst.table).to("cuda:1")
+    if not torch.equal(dst.block_scales[layer][:, ids, :, 0].cpu(), scales.cpu()):
+        raise WrongBytes
+    return cast_reference(blocks, (1 / scales)[:, :, None, :, None], dst.shape.dtype).flatten(1, 2)
 
 
 def plain_push(src: Cache, dst: Cache) -> Callable[[], object]:
@@ -303,6 +335,8 @@ def measure(*, total_nbytes: int = 1 << 30) -> Report:
         ("bf16 to fp8, a scale a tensor", bf16, Shape(NHD, 16, (0, 8), 128, fp8, 1)),
         ("bf16 to fp8, a scale a head", bf16, Shape(NHD, 16, (0, 8), 128, fp8, 8)),
         ("bf16 to fp8, a scale a head, HND 64", bf16, Shape(HND, 64, (0, 8), 128, fp8, 8)),
+        ("bf16 to fp8, a scale a block and head", bf16, Shape(NHD, 16, (0, 8), 128, fp8, 8, True)),
+        ("bf16 to fp8, a scale a block and head, HND 64", bf16, Shape(HND, 64, (0, 8), 128, fp8, 8, True)),
         ("one head of 64 out of 8, NHD", Shape(NHD, 16, (0, 8), 64), Shape(NHD, 16, (3, 4), 64)),
         ("one head of 64 into 8, NHD", Shape(NHD, 16, (3, 4), 64), Shape(NHD, 16, (0, 8), 64)),
         ("8 heads of 64, NHD 16 to HND 16", Shape(NHD, 16, (0, 8), 64), Shape(HND, 16, (0, 8), 64)),
@@ -318,9 +352,9 @@ def measure(*, total_nbytes: int = 1 << 30) -> Report:
 def show(report: Report) -> None:
     """Prints the report as a table."""
     print(f"2 x {report.device}; {report.versions}")
-    print(f"{'move':<40} {'MiB':>6} {'GB/s':>7} {'of plain':>8}")
+    print(f"{'move':<46} {'MiB':>6} {'GB/s':>7} {'of plain':>8}")
     for row in report.rows:
-        print(f"{row.name:<40} {row.src_nbytes >> 20:>6} {row.gb_per_s:7.1f} {row.of_plain:8.2f}")
+        print(f"{row.name:<46} {row.src_nbytes >> 20:>6} {row.gb_per_s:7.1f} {row.of_plain:8.2f}")
     print(
         f"equal layout first, then permuted by PyTorch at the receiver: "
         f"{report.permute_gb_per_s:.1f} GB/s and {report.permute_extra_nbytes >> 20} MiB more memory"
