@@ -29,10 +29,12 @@ from kvferry.engine.layout import KVLayout
 from kvferry.engine.transfer import TransferEngine
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from multiprocessing.connection import Connection
 
     from kvferry.engine.link import Link
     from kvferry.engine.memory import RegisteredCache
+    from kvferry.engine.tickets import Ticket
     from kvferry.engine.transfer_plan import TransferPlan
 
 DIMS = "plane block dim"
@@ -53,7 +55,8 @@ PING_PONGS = 60
 class Row:
     """One shape: medians.
 
-    On the GPU, by events: one write, and one of several in flight. By the host's clock: one write
+    On the GPU, by events: one write, one of several in flight, one read of as many blocks, and one
+    contiguous copy of as many bytes in one process. By the host's clock: one write
     until its ticket ends, until a thread of the peer that waits awake has seen its bytes and
     answered, and its call alone. Block ids are uploaded before.
     """
@@ -63,6 +66,8 @@ class Row:
     gb_per_s: float
     of_ceiling: float
     streamed_gb_per_s: float
+    read_gb_per_s: float
+    copy_gb_per_s: float
     alone_us: float
     arrived_us: float
     enqueue_us: float
@@ -182,14 +187,14 @@ def _ping_pong(
     return float(begin.elapsed_time(end)) * 1e3 / len(imms) / 2 if first else 0.0
 
 
-def _enqueued(link: Link, plan: TransferPlan, ids: Any, count: int) -> float:
+def _enqueued(move: Callable[..., Ticket], plan: TransferPlan, ids: Any, count: int) -> float:
     """Seconds that transfers take on the GPU, all enqueued while it sleeps, by CUDA events."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         torch.cuda._sleep(4_000_000 + 1_000_000 * count)  # type: ignore[no-untyped-call]
         begin.record()
-        tickets = [link.write_blocks(plan, *ids, stream=stream) for _ in range(count)]
+        tickets = [move(plan, *ids, stream=stream) for _ in range(count)]
         tickets[-1].wait_on(stream)
         end.record()
     for ticket in tickets:
@@ -206,6 +211,7 @@ def ceiling(total_nbytes: int) -> float:
     seconds = []
     for _ in range(REPEATS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(1_000_000)  # type: ignore[no-untyped-call]
         begin.record()
         dst.copy_(src, non_blocking=True)
         end.record()
@@ -261,7 +267,15 @@ class Bench:
             ):
                 raise WrongBytes
 
-    def row(self, engine: TransferEngine, link: Link, total: int, piece: int, top: float) -> Row:
+    def row(
+        self,
+        engine: TransferEngine,
+        link: Link,
+        total: int,
+        piece: int,
+        top: float,
+        copy_speed: float,
+    ) -> Row:
         tensors, local, plan, ids = self.shape(engine, total, piece)
         nbytes = plan.nbytes(len(ids[0]))
         link.prepare(plan)
@@ -271,9 +285,9 @@ class Bench:
         in_flight = 8 if nbytes > 1 << 24 else 50
         on_gpu, streamed = [], []
         for _ in range(5):
-            streamed.append(_enqueued(link, plan, ids, in_flight) / in_flight)
+            streamed.append(_enqueued(link.write_blocks, plan, ids, in_flight) / in_flight)
         for _ in range(REPEATS):
-            on_gpu.append(_enqueued(link, plan, ids, 1))
+            on_gpu.append(_enqueued(link.write_blocks, plan, ids, 1))
         alone, enqueue = [], []
         for _ in range(2 * REPEATS):
             start_s = time.perf_counter()
@@ -291,10 +305,40 @@ class Bench:
         if self._profile and total == 1 << 20 and piece == 32 << 10:
             self._show_profile(link, plan, ids)
         self.check(tensors, lists)
+        read_s = self._read(engine, link, plan, tensors, lists)
         alone_speed, speed = (nbytes / statistics.median(x) / 1e9 for x in (on_gpu, streamed))
         local.deregister()
         micros = [statistics.median(x) * 1e6 for x in (alone, arrived, enqueue)]
-        return Row(nbytes, piece, alone_speed, alone_speed / top, speed, *micros)
+        return Row(
+            nbytes,
+            piece,
+            alone_speed,
+            alone_speed / top,
+            speed,
+            nbytes / read_s / 1e9,
+            copy_speed,
+            *micros,
+        )
+
+    def _read(
+        self,
+        engine: TransferEngine,
+        link: Link,
+        written: TransferPlan,
+        tensors: list[torch.Tensor],
+        ids: Any,
+    ) -> float:
+        """Seconds of reading the blocks that were written into others of the same cache."""
+        there = ids[1]
+        here = np.random.default_rng(len(there)).permutation(tensors[0].shape[1])[: len(there)]
+        plan = engine.plan(written.remote, written.local)
+        link.prepare(plan)
+        uploaded = (link.upload_ids(plan, there, here),)
+        link.read_blocks(plan, *uploaded).wait()
+        self.check(tensors, (here, there))
+        return statistics.median(
+            _enqueued(link.read_blocks, plan, uploaded, 1) for _ in range(REPEATS)
+        )
 
     def _show_profile(self, link: Link, plan: TransferPlan, ids: Any) -> None:
         profile = cProfile.Profile()
@@ -402,15 +446,20 @@ def measure(*, quick: bool = False, profile: bool = False) -> Report:
         print(f"contiguous copy onto the other process's memory: {mapped:.1f} GB/s", flush=True)
         host = bench.host(engine, link)
         for total in TOTALS_NBYTES if not quick else (1 << 20, 256 << 20):
+            copy_speed = ceiling(total)
             for piece in PIECES_NBYTES:
-                rows.append(bench.row(engine, link, total, piece, top))
-                print(total >> 20, piece >> 10, round(rows[-1].of_ceiling, 3), flush=True)
+                row = bench.row(engine, link, total, piece, top, copy_speed)
+                rows.append(row)
+                ratios = [row.of_ceiling] + [
+                    speed / copy_speed for speed in (row.gb_per_s, row.read_gb_per_s)
+                ]
+                print(total >> 20, piece >> 10, [round(ratio, 3) for ratio in ratios], flush=True)
         for total, piece in LATENCIES:
             latencies.append((total, bench.one_way(engine, link, total, piece)))
             print("one way", latencies[-1], flush=True)
     for cap in CAPS if not quick else ():
         with bench.engine(cap) as (engine, link):
-            caps.append((cap, bench.row(engine, link, 256 << 20, 32 << 10, top).gb_per_s))
+            caps.append((cap, bench.row(engine, link, 256 << 20, 32 << 10, top, top).gb_per_s))
             print("cap", caps[-1], flush=True)
     bench.close()
     versions = {
@@ -435,7 +484,7 @@ def sweep() -> None:
             for tile_kib, warps in SWEEP:
                 tuning = Tuning(tile_kib << 10, warps)
                 kernel.default_tuning = lambda *_, _tuning=tuning, **__: _tuning
-                row = bench.row(engine, link, total, 32 << 10, 1.0)
+                row = bench.row(engine, link, total, 32 << 10, 1.0, 1.0)
                 print(f"{total >> 20} MiB, tile {tile_kib} KiB, {warps} warps: {row.gb_per_s:.1f}")
     kernel.default_tuning = default
     bench.close()
@@ -452,12 +501,12 @@ def show(report: Report) -> None:
             f"p99 {cost.p99_us:.1f} us"
         )
     print(
-        f"{'bytes':>10} {'piece':>6} {'GB/s':>7} {'of top':>6} {'streamed':>8} {'alone us':>9} {'arrived us':>10} {'enqueue us':>10}"
+        f"{'bytes':>10} {'piece':>6} {'GB/s':>7} {'of top':>6} {'streamed':>8} {'read':>7} {'copy':>7} {'alone us':>9} {'arrived us':>10} {'enqueue us':>10}"
     )
     for row in report.rows:
         print(
             f"{row.total_nbytes >> 10:>8} K {row.piece_nbytes >> 10:>4} K {row.gb_per_s:7.1f} "
-            f"{row.of_ceiling:6.3f} {row.streamed_gb_per_s:8.1f} {row.alone_us:9.1f} {row.arrived_us:10.1f} {row.enqueue_us:10.1f}"
+            f"{row.of_ceiling:6.3f} {row.streamed_gb_per_s:8.1f} {row.read_gb_per_s:7.1f} {row.copy_gb_per_s:7.1f} {row.alone_us:9.1f} {row.arrived_us:10.1f} {row.enqueue_us:10.1f}"
         )
     for total, micros in report.one_way_us:
         print(f"stream to stream, {total >> 10} KiB: {micros:.1f} us one way")
