@@ -32,6 +32,10 @@ _PORTABLE_AND_MAPPED = 1 | 2  # for every device of the process, and at the host
 _ATTRIBUTE_DMABUF_SUPPORTED = 124
 _HANDLE_TYPE_DMABUF = 1
 _PAGE_NBYTES = 1 << 16  # what a dma-buf's range must start and end on
+_MAPPING_NBYTES, _MAPPING_BASE = 18, 19  # CUpointer_attribute, of one mapped chunk
+_HANDLE_TYPE_FD = 1
+_LOCATION_DEVICE = 1
+_ACCESS_READ_WRITE = 3
 
 _pointer = ctypes.POINTER
 _u64 = ctypes.c_uint64
@@ -48,6 +52,12 @@ class Uuid(ctypes.Structure):
     """CUuuid."""
 
     _fields_ = (("data", ctypes.c_ubyte * UUID_NBYTES),)
+
+
+class Access(ctypes.Structure):
+    """CUmemAccessDesc: a location, and what kernels there may do."""
+
+    _fields_ = (("kind", ctypes.c_int), ("device", ctypes.c_int), ("flags", ctypes.c_int))
 
 
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
@@ -75,6 +85,22 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuIpcGetMemHandle": (_pointer(IpcHandle), _u64),
     "cuIpcOpenMemHandle_v2": (_pointer(_u64), IpcHandle, ctypes.c_uint),
     "cuIpcCloseMemHandle": (_u64,),
+    "cuPointerGetAttribute": (ctypes.c_void_p, ctypes.c_int, _u64),
+    "cuMemRetainAllocationHandle": (_pointer(_u64), ctypes.c_void_p),
+    "cuMemExportToShareableHandle": (ctypes.c_void_p, _u64, ctypes.c_int, ctypes.c_ulonglong),
+    "cuMemImportFromShareableHandle": (_pointer(_u64), ctypes.c_void_p, ctypes.c_int),
+    "cuMemAddressReserve": (
+        _pointer(_u64),
+        ctypes.c_size_t,
+        ctypes.c_size_t,
+        _u64,
+        ctypes.c_ulonglong,
+    ),
+    "cuMemAddressFree": (_u64, ctypes.c_size_t),
+    "cuMemMap": (_u64, ctypes.c_size_t, ctypes.c_size_t, _u64, ctypes.c_ulonglong),
+    "cuMemUnmap": (_u64, ctypes.c_size_t),
+    "cuMemSetAccess": (_u64, ctypes.c_size_t, _pointer(Access), ctypes.c_size_t),
+    "cuMemRelease": (_u64,),
     "cuStreamCreate": (_pointer(_handle), ctypes.c_uint),
     "cuStreamDestroy_v2": (_handle,),
     "cuStreamSynchronize": (_handle,),
@@ -293,6 +319,60 @@ class Driver:
         """Ends one `open`."""
         with self.current(device):
             self.call("cuIpcCloseMemHandle", address)
+
+    def chunk(self, device: int, address: int) -> tuple[int, int]:
+        """Base and size of the mapping that holds an address of memory mapped in chunks."""
+        base, nbytes = _u64(), ctypes.c_size_t()
+        with self.current(device):
+            self.call("cuPointerGetAttribute", ctypes.byref(base), _MAPPING_BASE, address)
+            self.call("cuPointerGetAttribute", ctypes.byref(nbytes), _MAPPING_NBYTES, address)
+        return base.value, nbytes.value
+
+    def export_chunk(self, device: int, address: int) -> int:
+        """A file descriptor of the chunk that is mapped at an address: the caller's to close."""
+        handle, fd = _u64(), ctypes.c_int()
+        with self.current(device):
+            self.call("cuMemRetainAllocationHandle", ctypes.byref(handle), address)
+            try:
+                self.call(
+                    "cuMemExportToShareableHandle", ctypes.byref(fd), handle, _HANDLE_TYPE_FD, 0
+                )
+            finally:
+                self.call("cuMemRelease", handle)
+        return fd.value
+
+    def reserve(self, device: int, nbytes: int) -> int:
+        """Addresses for chunks to be mapped at."""
+        address = _u64()
+        with self.current(device):
+            self.call("cuMemAddressReserve", ctypes.byref(address), nbytes, 0, 0, 0)
+        return address.value
+
+    def unreserve(self, device: int, address: int, nbytes: int) -> None:
+        """Ends one `reserve`: nothing is mapped there."""
+        with self.current(device):
+            self.call("cuMemAddressFree", address, nbytes)
+
+    def map_chunk(self, device: int, address: int, nbytes: int, fd: int) -> None:
+        """Maps a chunk at reserved addresses; its descriptor may be closed afterwards."""
+        handle = _u64()
+        with self.current(device):
+            self.call("cuMemImportFromShareableHandle", ctypes.byref(handle), fd, _HANDLE_TYPE_FD)
+            try:
+                self.call("cuMemMap", address, nbytes, 0, handle, 0)
+            finally:
+                self.call("cuMemRelease", handle)
+
+    def allow(self, device: int, address: int, nbytes: int) -> None:
+        """Lets kernels on a device read and write mapped chunks."""
+        access = Access(_LOCATION_DEVICE, device, _ACCESS_READ_WRITE)
+        with self.current(device):
+            self.call("cuMemSetAccess", address, nbytes, ctypes.byref(access), 1)
+
+    def unmap_chunk(self, device: int, address: int, nbytes: int) -> None:
+        """Ends one `map_chunk`."""
+        with self.current(device):
+            self.call("cuMemUnmap", address, nbytes)
 
     def exports_dmabuf(self, device: int) -> bool:
         """Whether memory of a GPU can be exported as a dma-buf."""

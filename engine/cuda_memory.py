@@ -1,22 +1,27 @@
 """GPU memory that a peer's kernels may reach: exported here, mapped there.
 
 What is exported is always a whole allocation, so a tensor of a caching allocator is an offset in
-one. A peer maps each allocation once, for its own device, and keeps the mapping while any region
-in it is in use.
+one; or, where memory was mapped in chunks, the chunks that hold a region. A peer maps each of these
+once, for its own device, and keeps the mapping while any region in it is in use.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
 from .cuda import driver
+from .cuda_chunks import ExportedChunks, MappedChunks
 from .errors import DeviceError, NotRegistered, TransportUnavailable
+from .fields import Uint32, Uint63  # noqa: TC001 - msgspec reads them at run time
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from .memory import RegionDescriptor
 
 
@@ -24,11 +29,13 @@ class CudaMemory(msgspec.Struct, frozen=True, array_like=True):
     """Where a region of GPU memory lies, for a process that wants to map it.
 
     Attributes:
-        handle: CUDA IPC handle of the allocation that holds it.
-        offset: bytes from that allocation's start to the region's.
+        handle: CUDA IPC handle of the allocation that holds it; empty where there is none.
+        offset: bytes from the start of that allocation, or of the first chunk, to the region's.
         device_uuid: the GPU, named alike in all processes.
         counters: IPC handle of the owning engine's counters on that GPU.
         counters_address: where they lie in the owning process.
+        chunks: without a handle, the owning process's file descriptors of the chunks that hold it,
+            and the bytes of each.
     """
 
     handle: bytes
@@ -36,36 +43,48 @@ class CudaMemory(msgspec.Struct, frozen=True, array_like=True):
     device_uuid: str
     counters: bytes
     counters_address: int
+    chunks: Annotated[tuple[tuple[Uint32, Uint63], ...], msgspec.Meta(max_length=1 << 16)] = ()
 
 
 def export_tensor(
-    device: int, address: int, counters: bytes = b"", counters_address: int = 0
-) -> CudaMemory:
-    """Exports the allocation that holds `address`, and says where its engine counts on that GPU.
+    device: int, address: int, nbytes: int, counters: bytes = b"", counters_address: int = 0
+) -> tuple[CudaMemory, ExportedChunks | None]:
+    """Exports what holds a tensor, and says where its engine counts on that GPU.
+
+    Returns what a peer needs, and what must be kept, and closed when the memory is taken back.
 
     Raises:
         NotRegistered: it cannot be exported; says which setting to change.
     """
     cuda = driver()
+    handle, exported = b"", None
     try:
         base, _ = cuda.allocation(device, address)
         handle = cuda.export(device, base)
     except DeviceError as error:
-        raise NotRegistered(
-            f"this GPU memory cannot be shared with another process ({error.message}): memory of "
-            "torch's expandable segments and other virtual memory management has no IPC handle; "
-            "unset expandable_segments in PYTORCH_CUDA_ALLOC_CONF",
-            operation="register",
-        ) from error
-    return CudaMemory(handle, address - base, cuda.device_uuid(device), counters, counters_address)
+        try:
+            exported = ExportedChunks(device, address, nbytes)
+        except DeviceError as other:
+            raise NotRegistered(
+                f"this GPU memory cannot be shared with another process: neither as an allocation "
+                f"({error.message}) nor as chunks ({other.message}); use torch's own allocator "
+                "(backend:native in PYTORCH_CUDA_ALLOC_CONF), and with its expandable_segments a "
+                "file descriptor for every 20 MiB (ulimit -n)",
+                operation="register",
+            ) from other
+        base = exported.base
+    uuid = cuda.device_uuid(device)
+    chunks = exported.chunks if exported else ()
+    memory = CudaMemory(handle, address - base, uuid, counters, counters_address, chunks)
+    return memory, exported
 
 
 class _Mapping:
-    """One allocation of a peer, mapped for one device of ours."""
+    """One allocation of a peer, or the chunks of a region, mapped for one device of ours."""
 
-    def __init__(self, device: int, base: int) -> None:
-        self.device = device
+    def __init__(self, base: int, close: Callable[[], None]) -> None:
         self.base = base
+        self.close = close
         self.users: set[int] = set()  # region ids; 0 for the counters, which stay
 
 
@@ -75,6 +94,7 @@ class PeerMappings:
     def __init__(self, peer: str, pid: int) -> None:
         self._peer = peer
         # As the kernel gave it: what a peer says of itself must not aim our kernels at our memory.
+        self._pid = pid
         self._same_process = pid == os.getpid()
         self._lock = threading.Lock()
         self._mappings: dict[tuple[int, bytes], _Mapping] = {}
@@ -93,7 +113,10 @@ class PeerMappings:
             )
         if not self._foreign(device, memory):
             return region.address
-        return self._map(device, memory, memory.handle, region.region_id) + memory.offset
+        if memory.chunks and memory.offset + region.nbytes > sum(n for _, n in memory.chunks):
+            raise self._unreachable("the region is larger than its chunks")
+        name = memory.handle or region.key
+        return self._map(device, memory, name, region.region_id, memory.chunks) + memory.offset
 
     def counters(self, device: int, region: RegionDescriptor) -> int:
         """Where kernels on `device` find the device counters of the engine that owns a region.
@@ -128,21 +151,29 @@ class PeerMappings:
                 operation="map",
                 peer=self._peer,
             )
-        if not self._same_process:
-            return True
+        if not self._same_process or (memory.chunks and device != peer_device):
+            return True  # to chunks in this process, access is given with a mapping of their own
         cuda.enable_peer_access(device, peer_device)
         return False
 
-    def _map(self, device: int, memory: CudaMemory, handle: bytes, user: int) -> int:
+    def _map(
+        self,
+        device: int,
+        memory: CudaMemory,
+        name: bytes,
+        user: int,
+        chunks: Sequence[tuple[int, int]] = (),
+    ) -> int:
+        """Maps an allocation by its handle, or chunks, which `name` then only tells from others."""
         cuda = driver()
-        key = (device, handle)
+        key = (device, name)
         with self._lock:
             mapping = self._mappings.get(key)
             if mapping is None:
                 if self._closed:
                     raise self._unreachable("the link is down")
                 try:
-                    base = cuda.open(device, handle)
+                    mapping = self._open(device, name, chunks)
                 except DeviceError as error:
                     visible = cuda.find_device(memory.device_uuid) >= 0
                     unseen = (
@@ -153,9 +184,17 @@ class PeerMappings:
                         )
                     )
                     raise self._unreachable(error.message + unseen) from error
-                mapping = self._mappings[key] = _Mapping(device, base)
+                self._mappings[key] = mapping
             mapping.users.add(user)
             return mapping.base
+
+    def _open(self, device: int, handle: bytes, chunks: Sequence[tuple[int, int]]) -> _Mapping:
+        if chunks:
+            mapped = MappedChunks(device, self._pid, chunks)
+            return _Mapping(mapped.base, mapped.close)
+        cuda = driver()
+        base = cuda.open(device, handle)
+        return _Mapping(base, functools.partial(cuda.unmap, device, base))
 
     def forget(self, region_id: int) -> None:
         """The peer takes a region back, and nothing here uses it any more."""
@@ -164,7 +203,7 @@ class PeerMappings:
                 mapping.users.discard(region_id)
                 if not mapping.users:
                     del self._mappings[key]
-                    driver().unmap(mapping.device, mapping.base)
+                    mapping.close()
 
     def close(self) -> None:
         """Unmaps everything: no kernel uses it any more."""
@@ -172,7 +211,7 @@ class PeerMappings:
             self._closed = True
             mappings, self._mappings = self._mappings, {}
         for mapping in mappings.values():
-            driver().unmap(mapping.device, mapping.base)
+            mapping.close()
 
     def _unreachable(self, reason: str) -> TransportUnavailable:
         return TransportUnavailable(

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from .cuda_chunks import ExportedChunks
+
 KEY_NBYTES = 16
 
 
@@ -244,8 +246,10 @@ class MemoryRegion:
                         f"{timeout_s} s",
                         operation="deregister",
                     )
-            self._memory = None
+            memory, self._memory = self._memory, None
         self._table.forget(self)
+        if memory is not None and memory.exported is not None:
+            memory.exported.close()
 
 
 class RegisteredCache:
@@ -325,6 +329,7 @@ class RegionTable:
         self._ids = itertools.count(1)
         self._revokers: list[Callable[[int, float], None]] = []
         self._forgetters: list[Callable[[int], None]] = []
+        self.shares_gpu = True  # whether peers may map GPU memory: it is exported for them
         # Handle and address of the engine's counters on a GPU.
         self.counters_on: Callable[[int], tuple[bytes, int]] = lambda _: (b"", 0)
 
@@ -335,9 +340,11 @@ class RegionTable:
             NotRegistered: it is not memory that this engine can register; says why.
         """
         described = _Memory(memory)
-        if described.device >= 0:
+        if described.device >= 0 and self.shares_gpu:
             counters = self.counters_on(described.device)
-            described.cuda = export_tensor(described.device, described.address, *counters)
+            described.cuda, described.exported = export_tensor(
+                described.device, described.address, described.nbytes, *counters
+            )
         with self._lock:
             region = MemoryRegion(self, next(self._ids), described)
             self._regions[region.region_id] = region
@@ -446,6 +453,7 @@ class _Memory:
         torch = sys.modules.get("torch")
         self.device = -1
         self.cuda: CudaMemory | None = None
+        self.exported: ExportedChunks | None = None
         self._storage: Any = None
         if torch is not None and isinstance(memory, torch.Tensor):
             self._from_tensor(memory)

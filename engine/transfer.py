@@ -135,6 +135,7 @@ class TransferEngine:
             gate=StreamGate(identity.name),
             paths=paths or load_paths(),
         )
+        self._core.regions.shares_gpu = "cuda_ipc" in self._selection.offered
         self._core.regions.counters_on = self._core.device_counters.array
         self._core.regions.on_revoke(self._revoke)
         self._core.regions.on_forget(nics_here.forget)

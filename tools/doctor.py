@@ -175,7 +175,6 @@ def examine() -> tuple[list[Check], list[Check]]:
         Check("Python", ok=None, detail=f"{platform.python_version()} on {platform.platform()}"),
         check_package("torch", "pip install torch"),
         check_package("triton", "pip install triton (Linux only)"),
-        check_package("cuda-bindings", "pip install kvferry[cuda]"),
         check_cuda_devices(),
         check_pyverbs(),
         check_rdma_devices(),
