@@ -41,6 +41,7 @@ def check_imm(imm: SupportsIndex, operation: str) -> int:
 
 class _Counter:
     __slots__ = (
+        "announced_nbytes",
         "arrived_nbytes",
         "arrived_writes",
         "by_origin",
@@ -55,19 +56,23 @@ class _Counter:
     def __init__(self) -> None:
         self.arrived_nbytes = 0
         self.arrived_writes = 0
+        self.announced_nbytes = 0  # which writes that arrived consist of
         self.nbytes: int | None = None
         self.writes: int | None = None
         self.ticket: Ticket | None = None
         self.sources: set[object] = set()  # links that write to it: their loss fails it
         self.lost: EngineError | None = None  # a source ended before anybody expected this imm
         self.engine_id = ""  # whose arrivals and aborts count; "": anybody's
-        self.by_origin: dict[str, tuple[int, int]] = {}  # bytes and writes, before it is expected
+        # Bytes, writes and announced bytes, before it is expected.
+        self.by_origin: dict[str, tuple[int, int, int]] = {}
 
     def narrow(self, engine_id: str) -> None:
         """From now on only that engine counts, and of what came before only its own."""
         self.engine_id = engine_id
         if engine_id and set(self.by_origin) - {engine_id}:
-            self.arrived_nbytes, self.arrived_writes = self.by_origin.get(engine_id, (0, 0))
+            self.arrived_nbytes, self.arrived_writes, self.announced_nbytes = self.by_origin.get(
+                engine_id, (0, 0, 0)
+            )
             self.lost = None  # perhaps another's; the link's own end is told to whoever waits
         self.by_origin.clear()
 
@@ -76,7 +81,8 @@ class _Counter:
 
     def reached(self) -> bool:
         return (self.nbytes is None or self.arrived_nbytes >= self.nbytes) and (
-            self.writes is None or self.arrived_writes >= self.writes
+            self.writes is None
+            or (self.arrived_writes >= self.writes and self.arrived_nbytes >= self.announced_nbytes)
         )
 
 
@@ -178,15 +184,20 @@ class CounterTable:
         source: object,
         origin: str = "",
         *,
+        write_nbytes: int = 0,
         staged: bool = False,
     ) -> None:
         """Counts bytes that are already visible in memory, from `source`, a link to `origin`.
 
-        `staged`: they came through this end's staging.
+        Args:
+            write_nbytes: of these writes, besides `nbytes`: counted by other calls, and a ticket for
+                writes ends when all of them are.
+            staged: the bytes came through this end's staging.
 
         Raises:
             UnknownImmOverflow: too many imms that nobody expects; the caller closes the link.
         """
+        announced = write_nbytes + (nbytes if writes else 0)
         with self._lock:
             counter = self._live.get(imm)
             if counter is not None and counter.ticket is not None and counter.ticket.done():
@@ -212,13 +223,18 @@ class CounterTable:
                             imm=imm,
                         )
                     counter = self._unknown[imm] = _Counter()
-                before = counter.by_origin.get(origin, (0, 0))
-                counter.by_origin[origin] = (before[0] + nbytes, before[1] + writes)
+                before = counter.by_origin.get(origin, (0, 0, 0))
+                counter.by_origin[origin] = (
+                    before[0] + nbytes,
+                    before[1] + writes,
+                    before[2] + announced,
+                )
             elif not counter.takes(origin):
                 self.foreign_writes += writes
                 return
             counter.arrived_nbytes += nbytes
             counter.arrived_writes += writes
+            counter.announced_nbytes += announced
             counter.sources.add(source)
             if nbytes and counter.ticket is not None:
                 counter.ticket._mark("first byte")

@@ -365,11 +365,24 @@ class Link:
         """The peer gave a sign of life."""
         self._detector.heard()
 
-    def count(self, imm: int, nbytes: int, writes: int, *, staged: bool = False) -> None:
-        """Counts bytes of the peer's that are visible here; `staged`: they came through staging."""
+    def count(
+        self, imm: int, nbytes: int, writes: int, *, write_nbytes: int = 0, staged: bool = False
+    ) -> None:
+        """Counts bytes of the peer's that are visible here.
+
+        Args:
+            write_nbytes: more bytes of these writes, which other calls count.
+            staged: the bytes came through staging.
+        """
         try:
             self.core.counters.arrived(
-                imm, nbytes, writes, self, self.peer.engine_id, staged=staged
+                imm,
+                nbytes,
+                writes,
+                self,
+                self.peer.engine_id,
+                write_nbytes=write_nbytes,
+                staged=staged,
             )
         except EngineError as error:
             error.peer = self.peer.name

@@ -37,7 +37,9 @@ class LinkMessages:
         if isinstance(message, wire.Arrived) and (
             self._path.peer_reaches_memory or not message.nbytes
         ):  # bytes that pass through this process are counted where they are placed
-            link.count(message.imm, message.nbytes, message.writes)
+            link.count(
+                message.imm, message.nbytes, message.writes, write_nbytes=message.write_nbytes
+            )
         elif isinstance(message, wire.Refuse):
             self._refused(message)
         elif isinstance(message, wire.Abort):

@@ -30,12 +30,14 @@ class Arrived(_Message, frozen=True, tag="arrived"):
     """Bytes that I wrote into your memory are visible there: count them under `imm`.
 
     `device_nbytes` of them have been added to your device counter of that imm already.
+    `write_nbytes` more, of the same writes, are counted where they arrive, before or after this.
     """
 
     imm: Uint32
     nbytes: Uint63
     writes: Uint32
     device_nbytes: Uint63 = 0
+    write_nbytes: Uint63 = 0
 
 
 class Acknowledge(_Message, frozen=True, tag="ack"):

@@ -81,8 +81,8 @@ class _LinkView:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._link, name)
 
-    def count(self, imm: int, nbytes: int, writes: int, *, staged: bool = False) -> None:
-        self._shuffler.add(lambda: self._link.count(imm, nbytes, writes, staged=staged))
+    def count(self, imm: int, nbytes: int, writes: int, **options: Any) -> None:
+        self._shuffler.add(lambda: self._link.count(imm, nbytes, writes, **options))
 
 
 class ShufflePath(DataPath):
@@ -138,7 +138,8 @@ class ShufflePath(DataPath):
             return True
         if isinstance(message, Arrived) and (self.peer_reaches_memory or not message.nbytes):
             imm, nbytes, writes = message.imm, message.nbytes, message.writes
-            self.shuffler.add(lambda: self._link.count(imm, nbytes, writes))
+            more = message.write_nbytes
+            self.shuffler.add(lambda: self._link.count(imm, nbytes, writes, write_nbytes=more))
             return True
         return self._inner.handle(message)
 

@@ -327,8 +327,10 @@ class CmaPath(DataPath):
         return True
 
     def _count(self, imm: int, transfer: Transfer) -> None:
-        """Counts a write that is placed; the peer has counted the bytes that it verified."""
-        self._link.send(Arrived(imm, 0 if self._link.core.verify else transfer.total_nbytes, 1))
+        """Counts a write that is placed; the peer counts the bytes that it verifies."""
+        nbytes, verify = transfer.total_nbytes, self._link.core.verify
+        done = Arrived(imm, 0, 1, write_nbytes=nbytes) if verify else Arrived(imm, nbytes, 1)
+        self._link.send(done)
 
     def _error(self, error: OSError, transfer: Transfer) -> EngineError:
         peer, operation = self._link.peer.name, transfer.ticket.operation

@@ -153,7 +153,8 @@ class SharedStaging:
     def _submit(self, transfer: Transfer) -> None:
         link = self._link
         if transfer.write and transfer.imm is not None:
-            transfer.on_placed = functools.partial(link.send, Arrived(transfer.imm, 0, 1))
+            done = Arrived(transfer.imm, 0, 1, write_nbytes=transfer.total_nbytes)
+            transfer.on_placed = functools.partial(link.send, done)
         if not transfer.total_nbytes:
             if transfer.begin():
                 transfer.end(0)

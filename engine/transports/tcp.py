@@ -103,7 +103,8 @@ class TcpPath(DataPath):
     def _submit(self, transfer: Transfer) -> None:
         if transfer.write and transfer.imm is not None:
             # Every byte is counted as its frame arrives; the write, once all of them did.
-            transfer.on_placed = functools.partial(self._link.send, Arrived(transfer.imm, 0, 1))
+            done = Arrived(transfer.imm, 0, 1, write_nbytes=transfer.total_nbytes)
+            transfer.on_placed = functools.partial(self._link.send, done)
         if not transfer.total_nbytes:
             if transfer.begin():
                 transfer.end(0)

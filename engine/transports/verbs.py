@@ -148,7 +148,8 @@ class VerbsPath(DataPath):
     def submit(self, transfer: Transfer) -> None:
         if transfer.write and transfer.imm is not None:
             # Every byte is counted where it arrives; the write, once all of them did.
-            transfer.on_placed = functools.partial(self.link.send, Arrived(transfer.imm, 0, 1))
+            done = Arrived(transfer.imm, 0, 1, write_nbytes=transfer.total_nbytes)
+            transfer.on_placed = functools.partial(self.link.send, done)
         self.soon(functools.partial(self._begin, transfer))
 
     def rail_states(self) -> tuple[RailState, ...]:

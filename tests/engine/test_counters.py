@@ -46,6 +46,26 @@ def test_bytes_and_writes_must_both_be_reached() -> None:
     assert ticket.done()
 
 
+@pytest.mark.parametrize("early", range(4))
+def test_a_write_counts_when_its_bytes_do(early: int) -> None:
+    """On devices without order, word of a write may come before word of its bytes."""
+    table = CounterTable()
+    arrivals = [
+        (0, 1, "rails", 300),
+        (200, 0, "rails", 0),
+        (100, 1, "another", 0),
+        (100, 0, "rails", 0),
+    ]
+    for nbytes, writes, link, more in arrivals[:early]:
+        table.arrived(7, nbytes, writes, link, write_nbytes=more)
+    ticket = expect(table, 7, writes=2)
+    for nbytes, writes, link, more in arrivals[early:]:
+        assert not ticket.done()
+        table.arrived(7, nbytes, writes, link, write_nbytes=more)
+    assert ticket.wait(0) == 400
+    assert table.late_writes == table.late_nbytes == 0
+
+
 def test_an_imm_in_use_is_refused_and_free_afterwards() -> None:
     table = CounterTable()
     first = expect(table, 3, nbytes=1)
