@@ -16,7 +16,7 @@ import msgspec
 
 from .cuda import driver
 from .cuda_chunks import ExportedChunks, MappedChunks
-from .errors import DeviceError, NotRegistered, TransportUnavailable
+from .errors import DeviceError, NotRegistered, RegionGone, TransportUnavailable
 from .fields import Uint32, Uint63  # noqa: TC001 - msgspec reads them at run time
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ class PeerMappings:
         self._same_process = pid == os.getpid()
         self._lock = threading.Lock()
         self._mappings: dict[tuple[int, bytes], _Mapping] = {}
+        self._forgotten: set[int] = set()  # the peer gives a region's number to no other
         self._closed = False
 
     def address(self, device: int, region: RegionDescriptor) -> int:
@@ -105,6 +106,7 @@ class PeerMappings:
 
         Raises:
             TransportUnavailable: they cannot reach it, and why.
+            RegionGone: the peer has taken it back.
         """
         memory = region.cuda
         if memory is None:
@@ -168,6 +170,10 @@ class PeerMappings:
         cuda = driver()
         key = (device, name)
         with self._lock:
+            if user in self._forgotten:  # a mapping for it would outlive the memory
+                raise RegionGone(
+                    f"the peer has taken region {user} back", operation="map", peer=self._peer
+                )
             mapping = self._mappings.get(key)
             if mapping is None:
                 if self._closed:
@@ -199,6 +205,7 @@ class PeerMappings:
     def forget(self, region_id: int) -> None:
         """The peer takes a region back, and nothing here uses it any more."""
         with self._lock:
+            self._forgotten.add(region_id)
             for key, mapping in list(self._mappings.items()):
                 mapping.users.discard(region_id)
                 if not mapping.users:

@@ -361,6 +361,10 @@ class Link:
         """Answers a peer that asks for leave to reach a region; `register` yields its keys."""
         self._grants.answer(claim, register)
 
+    def has_leave(self, regions: tuple[RegionDescriptor, ...]) -> bool:
+        """Whether the peer has granted all of these regions to this link."""
+        return self._grants.has(regions)
+
     def heard(self) -> None:
         """The peer gave a sign of life."""
         self._detector.heard()

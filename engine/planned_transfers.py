@@ -178,6 +178,7 @@ class PlannedTransfers:
         # still waits for leave, since streams at both ends may depend on their order.
         if takes and self._path.orders_streams and not self._submitter.knows(plan.remote.regions):
             self._submitter.ask_leave(plan)
+            takes = self._path.takes_blocks(plan)  # it has tried now whether it reaches them
         return takes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,6 +77,25 @@ class TransferPlan:
                 operation="plan",
             )
         return self._plan
+
+    @functools.cached_property
+    def piece_nbytes(self) -> float:
+        """Mean bytes of a piece where whole blocks, or whole units of tokens, move; 0 if none do."""
+        if self._plan is not None:
+            sizes = [self._plan.template().nbytes]
+        else:
+            ranges = [
+                (number, stop)
+                for number, pair in enumerate(self.tokens.pairs)
+                for stop in sorted({0, pair.unit})
+            ]
+            sizes = [
+                rows.elements * rows.bundle.dst_elem
+                for number, stop in ranges
+                for rows in self.tokens.template(number, 0, stop, None)
+            ]
+        count = sum(map(len, sizes))
+        return sum(int(of_some.sum()) for of_some in sizes) / count if count else 0.0
 
     def nbytes(self, num_blocks: int, *, layers: Sequence[int] | None = None) -> int:
         """Bytes that `num_blocks` blocks take: what the receiver must expect."""

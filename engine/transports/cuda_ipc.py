@@ -4,12 +4,14 @@ Each side maps the other's allocations for its own GPU; a transfer is one kernel
 the number of blocks. The link's control channel, a Unix socket, carries one `Arrived` a write for
 hosts that wait; for streams that wait, the kernel itself adds to the receiver's device counter.
 Host memory of the same two processes goes by `cma`, and so does, staged, what no kernel reaches: GPUs
-without peer access, and transfers between GPU memory and host memory.
+without peer access, memory that the driver does not map, and transfers between GPU memory and host
+memory.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,8 @@ from ..errors import DeviceError, EngineError, NotRegistered, PlanError, Transpo
 from ..wire import Arrived
 from .base import Availability, DataPath, Transfer
 from .cma import CmaPath
+from .cuda_reach import PeerReach
+from .staged import compute_event
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,7 +45,6 @@ if TYPE_CHECKING:
     from .cuda_tokens import TokenLaunch
 
 
-_MOST_REMEMBERED = 4096
 _MANY_IDS = 1 << 30  # more work than any cap: what is loaded for them is loaded for all
 
 
@@ -70,14 +73,20 @@ def probe() -> Availability:
     if not count:
         return Availability(False, "no GPU is visible: look at CUDA_VISIBLE_DEVICES")
     if count == 1:
-        return Availability(True, "1 GPU: processes that share it reach each other's memory")
-    if cut_off:
-        return Availability(
-            True,
+        says = "1 GPU: processes that share it reach each other's memory"
+    elif cut_off:
+        says = (
             f"{count} GPUs, no peer access between {', '.join(cut_off)}: there, bytes go through "
-            "pinned memory that both processes share",
+            "pinned memory that both processes share"
         )
-    return Availability(True, f"{count} GPUs, each reaches the memory of the others")
+    else:
+        says = f"{count} GPUs, each reaches the memory of the others"
+    if os.environ.get("CUDA_VISIBLE_DEVICES"):
+        says += (
+            "; a peer's GPU that CUDA_VISIBLE_DEVICES hides here is tried with the first transfer, "
+            "and if the driver does not map its memory, bytes go through pinned memory too"
+        )
+    return Availability(True, says)
 
 
 class CudaIpcPath(DataPath):
@@ -92,6 +101,7 @@ class CudaIpcPath(DataPath):
         self._link = link
         self._host = CmaPath(link, pid)
         self._mappings = PeerMappings(link.peer.name, pid)
+        self._reach = PeerReach(link, self._mappings)
         self._lock = threading.Lock()
         self._lanes: dict[int, Lane] = {}
         self._plans: dict[tuple[int, tuple[int, ...] | None], CudaPlan] = {}
@@ -102,7 +112,6 @@ class CudaIpcPath(DataPath):
         self._current_stream: Callable[[int], int] | None = None
         self._halting = False
         self._limit_nbytes = link.core.paths.limit_nbytes("cuda_ipc")
-        self._reached: dict[tuple[int, int], tuple[object, bool]] = {}
 
     def before(self, transfer: Transfer, stream: torch.cuda.Stream | None) -> None:
         regions = transfer.local_regions
@@ -116,6 +125,14 @@ class CudaIpcPath(DataPath):
         # Without a stream: after what the caller has enqueued, as torch's own operations are.
         device = regions[0].device
         with self._refusing(transfer):
+            if transfer.start is None and not self._link.has_leave(transfer.remote_regions):
+                # What comes of it shows when the peer's memory is mapped, so not before it may be.
+                from .cuda_scratch import AnyonesEvent
+
+                event = compute_event(device, stream)
+                assert event is not None
+                transfer.after = AnyonesEvent(event)
+                return
             lane = self._lane(device)
             transfer.after = lane.mark(stream or torch.cuda.current_stream(device))
 
@@ -161,11 +178,9 @@ class CudaIpcPath(DataPath):
         """Whether `submit_blocks` is the way for this plan."""
         if self._link.core.verify:
             return False  # a kernel leaves nothing in between to compare: staged
-        if self._limit_nbytes and plan.blocks_pair:
-            pieces = plan.plan.template().nbytes
-            if not len(pieces) or pieces.mean() < self._limit_nbytes:
-                return False
-        return self._reaches((plan.local,), plan.remote.regions)
+        if self._limit_nbytes and plan.piece_nbytes < self._limit_nbytes:
+            return False
+        return not self._reach.obstacle((plan.local,), plan.remote.regions)
 
     def route(self, plan: TransferPlan, layers: Sequence[int] | None) -> CudaPlan:
         return self._compiled(plan, layers, plan.local.device)
@@ -345,29 +360,9 @@ class CudaIpcPath(DataPath):
         if self._link.core.verify:
             return False
         pieces = max(1, len(transfer.nbytes))
-        return transfer.total_nbytes / pieces >= self._limit_nbytes and self._reaches(
+        return transfer.total_nbytes / pieces >= self._limit_nbytes and not self._reach.obstacle(
             transfer.local_regions, transfer.remote_regions
         )
-
-    def _reaches(
-        self,
-        local: tuple[MemoryRegion | RegisteredCache, ...],
-        remote: tuple[RegionDescriptor, ...],
-    ) -> bool:
-        """Whether kernels of this side reach these regions of the peer."""
-        if not local or not remote or local[0].device < 0:
-            return False
-        device = local[0].device
-        anchor = remote[0] if len(remote) == 1 else remote  # lives as long as its user's descriptor
-        known = self._reached.get((device, id(anchor)))
-        if known is not None and known[0] is anchor:
-            return known[1]
-        reached = all(region.device == device for region in local) and not any(
-            self._mappings.obstacle(device, region) for region in remote
-        )
-        if len(self._reached) < _MOST_REMEMBERED:
-            self._reached[device, id(anchor)] = (anchor, reached)
-        return reached
 
     def _prepare(self, transfer: Transfer, kinds: set[str]) -> None:
         """Refuses what this path cannot move; arranges the count of what it can."""

@@ -82,6 +82,20 @@ class Event:
         self._idle.append(self.handle)
 
 
+class AnyonesEvent:
+    """An event of torch's, for a transfer that a lane or the host's staging will take."""
+
+    __slots__ = ("_event", "query")
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self._event = event
+        self.query = event.query
+
+    @property
+    def handle(self) -> int:
+        return int(self._event.cuda_event)
+
+
 def idle_events(device: int) -> list[int]:
     """Where the idle events of a device are kept; at least one is there."""
     idle = _idle_events.setdefault(device, [])

@@ -121,6 +121,11 @@ class Commands:
     def spin(self, ticket: int) -> int:
         return self._tickets[ticket].wait(spin=True)
 
+    def obstacles(self) -> list[str]:
+        """Why kernels of this peer do not reach the test's memory; nothing if they do."""
+        known: Any = self._link
+        return sorted({reason for _, reason in known._path._reach._known.values() if reason})
+
     def late_writes(self) -> int:
         return self._engine.late_writes
 

@@ -260,6 +260,36 @@ def test_bad_requests_are_refused_before_a_byte_moves(
     assert torch.equal(canonical(peer.call("peek_cache"), NHD), blank)
 
 
+@pytest.mark.parametrize("write", [True, False])
+def test_strided_tensors_keep_what_lies_between_their_slots(
+    engine: TransferEngine, link: Link, peer: GpuPeer, write: bool
+) -> None:
+    """Every other block, and the middle of every row, of a larger pool: the rest is nobody's."""
+    random = torch.Generator().manual_seed(7)
+    rows = torch.randint(-9999, 9999, (2, 12, 4, 3, 24), generator=random).to(torch.int16)
+    whole = (rows if write else torch.full_like(rows, SENTINEL - 0x100)).cuda()
+    before = whole.cpu()
+    mine = whole[:, ::2, :, :, 8:16]
+    layout = KVLayout.from_tensors([mine], "plane block token head dim")
+    local = engine.register_cache(layout, [mine])
+    content = torch.full((2, 6, 4, 3, 8), SENTINEL - 0x100, dtype=torch.int16)
+    if not write:
+        content = rows[:, :6, :, :, :8].clone()
+    remote = peer.call("cache", [content.numpy()], "plane block token head dim")
+    plan = engine.plan(local, remote) if write else engine.plan(remote, local)
+    src_ids, dst_ids = [5, 0, 2], [1, 4, 3]
+    move = link.write_blocks if write else link.read_blocks
+    assert move(plan, src_ids, dst_ids).wait(60) == plan.nbytes(3)
+    there = torch.from_numpy(peer.call("peek_cache")[0])
+    if write:
+        content[:, dst_ids] = before[:, ::2, :, :, 8:16][:, src_ids]
+    else:
+        expected = before[:, ::2, :, :, 8:16]
+        expected[:, dst_ids] = content[:, src_ids]  # a view: `before` is what must be there
+    assert torch.equal(there, content)
+    assert torch.equal(whole.cpu(), before)
+
+
 def test_host_memory_goes_over_the_same_link(
     engine: TransferEngine, link: Link, peer: GpuPeer
 ) -> None:

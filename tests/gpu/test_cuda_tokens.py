@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvferry.engine.convert import QUANTISED
+from kvferry.engine.errors import BlockOutOfRange, DeviceError, PlanError
 from kvferry.kernels.cast import cast_reference
 from tests.engine.caches import PagedPool, expect_tokens
 
@@ -134,3 +135,54 @@ def test_numbers_change_their_type_as_torch_casts_them(
     span = (5, 300)
     truth = expect_tokens(src, dst, shuffled(1).tolist(), shuffled(2).tolist(), *span, cast=cast)
     check(moved(engine, link, peer, src, dst, span, write=True), truth)
+
+
+def two_pools(
+    engine: TransferEngine, peer: GpuPeer
+) -> tuple[PagedPool, PagedPool, list[torch.Tensor], Any]:
+    """Blocks of 16 here, of 64 there; both sides, this one's tensors, and a plan for writing."""
+    src, dst = (
+        PagedPool.make(
+            order, tokens=tokens, heads=(0, 4), dim=64, stacked=False, seed=seed, **SHAPE
+        )
+        for order, tokens, seed in ((NHD, 16, 5), (HND, 64, None))
+    )
+    tensors = [torch.from_numpy(array).cuda() for array in src.arrays()]
+    local = engine.register_cache(src.layout, tensors)
+    return src, dst, tensors, engine.plan(local, peer.call("cache_of", dst.arrays(), dst.layout))
+
+
+def test_tables_on_the_gpu_that_are_bad_harm_nothing(
+    engine: TransferEngine, link: Link, peer: GpuPeer
+) -> None:
+    src, dst, _, plan = two_pools(engine, peer)
+    tables = [torch.from_numpy(shuffled(seed)).cuda() for seed in (1, 2)]
+    for side, bad in ((0, 20), (1, 20), (0, -1), (1, -(1 << 40)), (1, 1 << 40)):
+        wrong = [table.clone() for table in tables]
+        wrong[side][1] = bad
+        with pytest.raises(BlockOutOfRange):
+            link.write_tokens(plan, *wrong, start=5, stop=130).wait(60)
+    with pytest.raises(DeviceError, match="dst_table has 1 blocks"):
+        link.write_tokens(plan, tables[0], tables[1][:1], start=5, stop=130).wait(60)
+    with pytest.raises(PlanError, match="must all be there"):
+        link.write_tokens(plan, tables[0], shuffled(2), start=5, stop=130)
+    # What was right about them has moved, and the link is as well as before.
+    span = (5, 130)
+    link.write_tokens(plan, *tables, start=span[0], stop=span[1]).wait(60)
+    truth = expect_tokens(src, dst, shuffled(1).tolist(), shuffled(2).tolist(), *span)
+    check(peer.call("peek_cache"), truth)
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_no_tokens_at_all_are_a_write_too(
+    engine: TransferEngine, link: Link, peer: GpuPeer, on_gpu: bool
+) -> None:
+    _, dst, _, plan = two_pools(engine, peer)
+    tables: list[Any] = [shuffled(1), shuffled(2)]
+    if on_gpu:
+        tables = [torch.from_numpy(table).cuda() for table in tables]
+    imm = peer.call("new_imm")
+    ticket = peer.call("expect", imm, nbytes=0, writes=1)
+    assert link.write_tokens(plan, *tables, start=17, stop=17, imm=imm).wait(60) == 0
+    assert peer.call("wait", ticket) == 0
+    check(peer.call("peek_cache"), dst)

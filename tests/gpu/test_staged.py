@@ -11,6 +11,7 @@ import torch
 from kvferry.engine.errors import ChecksumMismatch, PeerLost, PlanError
 from kvferry.engine.paths import NEVER_DIRECT, Paths
 from kvferry.engine.transfer import TransferEngine
+from tests.engine.caches import PagedPool, expect_tokens
 from tests.gpu.test_cuda_ipc import (
     HND,
     LAYERS_INSIDE,
@@ -24,6 +25,8 @@ from tests.gpu.test_cuda_ipc import (
     some_ids,
     two_caches,
 )
+from tests.gpu.test_cuda_tokens import check, shuffled
+from tests.gpu.test_cuda_tokens import moved as tokens_moved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -199,6 +202,29 @@ def test_ids_on_the_gpu_are_refused_by_name(
     ids: Any = torch.tensor([1], device="cuda")
     with pytest.raises(PlanError, match="block ids on a GPU"):
         link.write_blocks(plan, ids, ids)
+
+
+@pytest.mark.parametrize("write", [True, False])
+def test_tokens_go_by_the_host_and_tables_on_the_gpu_are_refused(
+    engine: TransferEngine, link: Link, peer: GpuPeer, write: bool
+) -> None:
+    src, dst = (
+        PagedPool.make(
+            ("plane", "block", *inner, "dim"),
+            layers=(0, 1, 2),
+            num_blocks=20,
+            tokens=tokens,
+            heads=(0, 4),
+            dim=64,
+            stacked=False,
+            seed=seed,
+        )
+        for inner, tokens, seed in ((("token", "head"), 16, 5), (("head", "token"), 64, None))
+    )
+    truth = expect_tokens(src, dst, shuffled(1).tolist(), shuffled(2).tolist(), 5, 275)
+    check(tokens_moved(engine, link, peer, src, dst, (5, 275), write=write), truth)
+    with pytest.raises(PlanError, match="block tables on a GPU"):
+        tokens_moved(engine, link, peer, src, dst, (5, 275), write=write, on_gpu=True)
 
 
 @pytest.mark.parametrize("write", [True, False])

@@ -1,0 +1,162 @@
+"""What a link does about GPU memory of its peer that no kernel reaches, with a driver that says so."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kvferry.engine import cuda, cuda_memory
+from kvferry.engine.cuda_memory import CudaMemory, PeerMappings
+from kvferry.engine.errors import DeviceError, RegionGone
+from kvferry.engine.memory import RegionDescriptor
+from kvferry.engine.transports import cuda_ipc
+from kvferry.engine.transports.cuda_reach import PeerReach
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+HIDDEN = "cc"
+UUIDS = ["aa", "bb"]
+
+
+class Driver:
+    """Two GPUs that are visible, one that is not, and whatever else a test says."""
+
+    def __init__(self) -> None:
+        self.opened: list[bytes] = []
+        self.mapped = 0
+        self.maps = True
+        self.reaches = True
+
+    def device_count(self) -> int:
+        return len(UUIDS)
+
+    def find_device(self, uuid: str) -> int:
+        return UUIDS.index(uuid) if uuid in UUIDS else -1
+
+    def can_access(self, device: int, peer: int) -> bool:
+        return device == peer or self.reaches
+
+    def open(self, _device: int, handle: bytes) -> int:
+        self.opened.append(handle)
+        if not self.maps:
+            raise DeviceError("CUDA_ERROR_INVALID_DEVICE", operation="cuda")
+        self.mapped += 1
+        return 4096
+
+    def unmap(self, _device: int, _address: int) -> None:
+        self.mapped -= 1
+
+
+class Link:
+    """A link, as far as reach depends on it."""
+
+    closed = False
+    leave = True
+
+    def has_leave(self, _regions: Any) -> bool:
+        return self.leave
+
+
+class Local:
+    device = 0
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    fake = Driver()
+    for module in (cuda, cuda_memory):
+        monkeypatch.setattr(module, "driver", lambda: fake)
+    return fake
+
+
+def region(number: int, uuid: str) -> RegionDescriptor:
+    handle = bytes([number]) * 64
+    memory = CudaMemory(handle, 0, uuid, b"c" * 64, 0)
+    return RegionDescriptor("engine", number, b"k" * 16, 1 << 20, 64, "cuda", memory)
+
+
+@pytest.fixture
+def reach(driver: Driver) -> tuple[Link, Callable[..., str]]:
+    link = Link()
+    found = PeerReach(link, PeerMappings("peer", os.getpid() + 1))  # type: ignore[arg-type]
+    return link, lambda *remote: found.obstacle((Local(),), remote)  # type: ignore[arg-type]
+
+
+def test_a_gpu_without_peer_access_is_an_obstacle_that_nobody_maps(
+    driver: Driver, reach: tuple[Link, Callable[..., str]]
+) -> None:
+    driver.reaches = False
+    assert reach[1](region(1, "bb")) == "GPU 0 has no peer access to GPU 1"
+    assert reach[1](region(1, "aa")) == ""  # the same GPU
+    assert bytes([1]) * 64 in driver.opened
+
+
+def test_a_hidden_gpu_is_mapped_once_the_peer_has_granted_it(
+    driver: Driver, reach: tuple[Link, Callable[..., str]]
+) -> None:
+    link, obstacle = reach
+    link.leave = False
+    theirs = region(1, HIDDEN)
+    assert obstacle(theirs) == ""
+    assert driver.opened == []
+    link.leave = True
+    assert obstacle(theirs) == ""
+    assert driver.opened == [bytes([1]) * 64, b"c" * 64]
+    assert obstacle(theirs) == ""
+    assert len(driver.opened) == 2
+
+
+def test_what_the_driver_does_not_map_stays_an_obstacle_and_is_told_once(
+    driver: Driver, reach: tuple[Link, Callable[..., str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    driver.maps = False
+    one, other = region(1, HIDDEN), region(2, HIDDEN)
+    for _ in range(3):
+        for theirs in (one, other):
+            assert "CUDA_ERROR_INVALID_DEVICE" in reach[1](theirs)
+            assert "CUDA_VISIBLE_DEVICES" in reach[1](theirs)
+    assert driver.opened == [bytes([1]) * 64, bytes([2]) * 64]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "pinned host memory" in caplog.text
+
+
+def test_a_link_that_is_down_blames_no_gpu(
+    driver: Driver, reach: tuple[Link, Callable[..., str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    reach[0].closed, driver.maps = True, False
+    reach[1](region(1, HIDDEN))
+    assert not caplog.records
+
+
+def test_what_the_peer_has_taken_back_is_not_mapped_again(driver: Driver) -> None:
+    """Whoever made up its mind before the peer took it back finds it gone, not what came after it."""
+    mappings = PeerMappings("peer", os.getpid() + 1)
+    theirs = region(1, HIDDEN)
+    mappings.address(0, theirs)
+    mappings.counters(0, theirs)
+    assert driver.mapped == 2
+    mappings.forget(1)
+    with pytest.raises(RegionGone, match="region 1"):
+        mappings.address(0, theirs)
+    assert PeerReach(Link(), mappings).obstacle((Local(),), (theirs,)) == ""  # type: ignore[arg-type]
+    mappings.close()
+    assert driver.mapped == 0
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_the_probe_names_pairs_that_are_cut_off(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, hidden: bool
+) -> None:
+    monkeypatch.setattr(cuda, "absence", lambda: "")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert "each reaches the memory of the others" in cuda_ipc.probe().reason
+    driver.reaches = False
+    ok, reason = cuda_ipc.probe()
+    assert ok
+    assert "no peer access between 0-1, 1-0" in reason
+    assert ("CUDA_VISIBLE_DEVICES hides" in reason) == hidden
