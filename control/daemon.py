@@ -56,6 +56,8 @@ TICK_S = 0.5  # a lost last change is noticed within
 LOADS_S = 1.0
 ASLEEP_S = 0.25  # a loop that comes so late was not run: nobody's lease pays for it
 QUEUE_MESSAGES = 10_000
+HEARTBEAT_MS = 1000  # ZeroMQ looks whether the other end is there
+HEARTBEAT_TIMEOUT_MS = 5000
 LINGER_MS = 500
 DRAIN_S = 0.5  # for requests that wait when the daemon is told to end
 
@@ -180,8 +182,8 @@ class Daemon:
             (zmq.RCVHWM, QUEUE_MESSAGES),
             (zmq.MAXMSGSIZE, MAX_REQUEST_NBYTES),  # whoever sends more is disconnected
             (zmq.LINGER, LINGER_MS),
-            (zmq.HEARTBEAT_IVL, 1000),
-            (zmq.HEARTBEAT_TIMEOUT, 5000),
+            (zmq.HEARTBEAT_IVL, HEARTBEAT_MS),
+            (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS),
         ):
             socket.setsockopt(option, value)
         if kind == zmq.ROUTER:

@@ -1,19 +1,102 @@
-"""docs/protocol.md: its client runs, and it names every message, field of a request, and timeout."""
+"""docs/protocol.md: its client runs, and it names every message, field, state, timeout and limit."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, get_args
 
+import msgspec
 import pytest
 
-from kvferry.control import daemon_messages, messages
+from kvferry.control import daemon_messages, membership, messages, store
 from kvferry.control.client import DaemonClient
+from kvferry.engine import cuda_memory, handshake, layout, memory, wire
+from kvferry.engine.transports import verbs_cards
 from tests.daemon_process import ROOT, DaemonProcess
 
-TEXT = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
-KINDS = [*messages.MESSAGE_TYPES, *daemon_messages.REQUEST_TYPES, *daemon_messages.ANSWER_TYPES]
+from .protocol_document import (
+    TEXT,
+    documented_fields,
+    documented_numbers,
+    fields_of,
+    numbers_of,
+    parts_of,
+    sections,
+    tag_of,
+    without_fields,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import ModuleType
+
+    Kind = type[msgspec.Struct]
+
+SECTIONS = sections()
+LINK_MESSAGES: tuple[Kind, ...] = get_args(wire.LinkMessage)
+# What the tables call those that have no name on the wire.
+TITLES: dict[Kind, str] = {
+    messages.Message: "every message",
+    messages.HandoffMessage: "about a handoff",
+    messages.RankMessage: "part, verdict",
+    daemon_messages.Ask: "every request and answer",
+}
+KINDS: dict[str, tuple[Kind, ...]] = {
+    "Agent and agent": (
+        *(messages.Message, messages.HandoffMessage, messages.RankMessage, messages.HandoffId),
+        *messages.MESSAGE_TYPES,
+        *(memory.CacheDescriptor, memory.RegionDescriptor, cuda_memory.CudaMemory),
+        *(layout.KVLayout, layout.RegionLayout, layout.Axis, layout.GroupLayout, layout.Scale),
+    ),
+    "Agent and daemon": (
+        daemon_messages.Ask,
+        *daemon_messages.REQUEST_TYPES,
+        *daemon_messages.ANSWER_TYPES,
+        membership.Record,
+        store.Peer,
+    ),
+    "Engine and engine": (
+        *(handshake.EngineAddress, handshake.Identity, handshake.Hello, handshake.Challenge),
+        *(handshake.Proof, handshake.Welcome, *LINK_MESSAGES),
+        *(verbs_cards.Offer, verbs_cards.RailCard, verbs_cards.QueueCard, verbs_cards.GidCard),
+    ),
+}
+MODULES = (messages, daemon_messages, handshake, wire, verbs_cards, memory, cuda_memory, layout)
+# vLLM's and SGLang's adapters have timeouts of their own, in the documents about them.
+OTHERS = ("vllm", "sglang", "transformers")
+NUMBERS = documented_numbers(TEXT)
+SECONDS = r"(?!.*PER_S$).*_(S|MS)"
+NOT_OF_THE_PROTOCOL = {
+    "workbench.NEVER_S": "no timeout",
+    "token_handoffs.NEVER_S": "no timeout",
+    "stream_gate.POLL_S": "how a thread waits for its own GPU",
+    "cuda_lane.LINGER_S": "how a thread waits for its own GPU",
+    "cuda_lane.LOOK_S": "how a thread waits for its own GPU",
+}
+COUNTS = r"MAX_(?!LEASE_S).*|([A-Z]+_)?REMEMBERED|QUEUE_MESSAGES|BATCH_PARTS"
+FILES_WITH_LIMITS = (
+    *(f"control/{name}.py" for name in ("messages", "daemon_messages", "wire", "daemon")),
+    *(f"control/{name}.py" for name in ("handoff", "desk", "ledger", "rank_rolls", "membership")),
+    *(f"control/{name}.py" for name in ("cluster", "view")),
+    *(f"adapters/{name}.py" for name in ("mailbox", "acquaintances", "agent", "rank_sets")),
+    *(f"engine/{name}.py" for name in ("wire", "handshake", "admission", "listener", "tables")),
+    *(f"engine/{name}.py" for name in ("control_channel", "counters")),
+    *(f"engine/transports/{name}.py" for name in ("tcp_frames", "verbs_cards")),
+)
+
+
+def with_parts(kinds: tuple[Kind, ...]) -> list[Kind]:
+    """These structs, and those that their fields hold."""
+    found = list(kinds)
+    for kind in found:  # which grows
+        found += [part for part in parts_of(kind) if part not in found]
+    return found
+
+
+FIELDS = [(section, kind) for section, kinds in KINDS.items() for kind in with_parts(kinds)]
 
 
 def test_the_client_in_the_document_runs() -> None:
@@ -34,17 +117,67 @@ def test_the_client_in_the_document_runs() -> None:
         daemon.end()
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_every_message_is_named(kind: type) -> None:
-    assert f"`{kind.__name__.lower()}`" in TEXT
+@pytest.mark.parametrize("section", KINDS)
+def test_all_structs_and_no_others_are_there(section: str) -> None:
+    wanted = [TITLES.get(kind, tag_of(kind)) for kind in with_parts(KINDS[section])]
+    assert sorted(documented_fields(SECTIONS[section])) == sorted(wanted)
 
 
-@pytest.mark.parametrize("kind", daemon_messages.REQUEST_TYPES, ids=lambda kind: kind.__name__)
-def test_every_field_of_a_request_is_named(kind: type[daemon_messages.Ask]) -> None:
-    for field in set(kind.__struct_fields__) - {"request"}:
-        assert f"`{field}`" in TEXT
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_no_struct_is_forgotten_above(module: ModuleType) -> None:
+    there = [kind for kind in vars(module).values() if isinstance(kind, type)]
+    own = {kind for kind in there if kind.__module__ == module.__name__ and is_struct(kind)}
+    assert own <= {kind for _, kind in FIELDS}
 
 
-def test_both_versions_are_those_of_the_code() -> None:
+def is_struct(kind: type) -> bool:
+    return issubclass(kind, msgspec.Struct) and not kind.__name__.startswith("_")
+
+
+@pytest.mark.parametrize(
+    ("section", "kind"), FIELDS, ids=lambda value: getattr(value, "__name__", value)
+)
+def test_every_field_with_its_type_and_default(section: str, kind: Kind) -> None:
+    found = documented_fields(SECTIONS[section])[TITLES.get(kind, tag_of(kind))]
+    assert found == fields_of(kind)
+
+
+@pytest.mark.parametrize("section", KINDS)
+def test_every_message_is_explained_outside_the_tables_of_fields(section: str) -> None:
+    prose = without_fields(SECTIONS[section])
+    for kind in KINDS[section]:
+        if kind not in TITLES and kind.__struct_config__.tag:
+            assert f"`{tag_of(kind)}`" in prose
+
+
+def test_every_state_is_named() -> None:
+    for path in sorted((ROOT / "control").glob("*.py")):
+        module = import_module(f"kvferry.control.{path.stem}")
+        for name in re.findall(r"self\.state = ([A-Z]+)$", path.read_text("utf-8"), re.M):
+            assert f"`{getattr(module, name)}`" in TEXT, f"{path.stem}: {name}"
+
+
+def test_every_timeout_with_its_default() -> None:
+    paths = [*(ROOT / "control").glob("*.py"), *(ROOT / "engine").rglob("*.py")]
+    paths += [
+        path for path in (ROOT / "adapters").glob("*.py") if path.stem.split("_")[0] not in OTHERS
+    ]
+    documented = {name: value for name, value in NUMBERS.items() if value.endswith(" s")}
+    in_the_code = numbers_in(paths, SECONDS)
+    assert in_the_code.keys() >= NOT_OF_THE_PROTOCOL.keys()
+    assert documented == {n: v for n, v in in_the_code.items() if n not in NOT_OF_THE_PROTOCOL}
+
+
+def test_every_limit() -> None:
+    documented = {name: value for name, value in NUMBERS.items() if not value.endswith(" s")}
+    assert documented == numbers_in([ROOT / name for name in FILES_WITH_LIMITS], COUNTS)
+
+
+def numbers_in(paths: list[Path], pattern: str) -> dict[str, str]:
+    return {name: value for path in paths for name, value in numbers_of(path, pattern).items()}
+
+
+def test_all_versions_are_those_of_the_code() -> None:
     assert f"use a DEALER | {messages.VERSION} |" in TEXT.replace("uses", "use")
     assert f"XPUB for changes | {daemon_messages.VERSION} |" in TEXT
+    assert f"its transport needs besides | {wire.LINK_VERSION} |" in TEXT
