@@ -55,12 +55,12 @@ KINDS: dict[str, tuple[Kind, ...]] = {
         daemon_messages.Ask,
         *daemon_messages.REQUEST_TYPES,
         *daemon_messages.ANSWER_TYPES,
-        membership.Record,
-        store.Peer,
+        *(membership.Record, store.Peer),
     ),
     "Engine and engine": (
         *(handshake.EngineAddress, handshake.Identity, handshake.Hello, handshake.Challenge),
-        *(handshake.Proof, handshake.Welcome, *LINK_MESSAGES),
+        *(handshake.Proof, handshake.Welcome),
+        *LINK_MESSAGES,
         *(verbs_cards.Offer, verbs_cards.RailCard, verbs_cards.QueueCard, verbs_cards.GidCard),
     ),
 }
