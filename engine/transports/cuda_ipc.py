@@ -147,7 +147,7 @@ class CudaIpcPath(DataPath):
         with self._refusing(transfer):
             self._prepare(transfer, kinds)
             if not transfer.total_nbytes:
-                self._host.submit(transfer)
+                _end_empty(transfer)
                 return
             self._launch_pieces(transfer)
 
@@ -197,17 +197,17 @@ class CudaIpcPath(DataPath):
         Ids in host memory are checked already; those on the GPU are checked by the kernel.
         """
         try:
+            counter = 0
+            if transfer.imm is not None and transfer.write:
+                counter = route.counters + slot_offset(transfer.imm)
+                transfer.on_placed = functools.partial(self._tell_placed, transfer)
             if not transfer.total_nbytes:
-                self._host.submit(transfer)
+                _end_empty(transfer)
                 return
             device = route.plan.local.device
             raw_stream = None
             if transfer.after is None:
                 raw_stream = self._raw_stream(transfer, stream, device)
-            counter = 0
-            if transfer.imm is not None and transfer.write:
-                counter = route.counters + slot_offset(transfer.imm)
-                transfer.on_placed = functools.partial(self._tell_placed, transfer)
             lane = self._lanes.get(device) or self._lane(device)
         except EngineError as error:
             transfer.stop(error)
@@ -244,7 +244,7 @@ class CudaIpcPath(DataPath):
         with self._refusing(transfer):
             self._prepare(transfer, {plan.local.kind, plan.remote_kind})
             if not transfer.total_nbytes:
-                self._host.submit(transfer)
+                _end_empty(transfer)
                 return
             from .cuda_tokens import launch_tokens
 
@@ -367,7 +367,7 @@ class CudaIpcPath(DataPath):
     def _prepare(self, transfer: Transfer, kinds: set[str]) -> None:
         """Refuses what this path cannot move; arranges the count of what it can."""
         self._check_kinds(kinds, transfer.local_regions, transfer.ticket.operation)
-        if transfer.write and transfer.imm is not None and transfer.total_nbytes:
+        if transfer.write and transfer.imm is not None:
             transfer.on_placed = functools.partial(self._tell_placed, transfer)
 
     def _check_kinds(
@@ -455,6 +455,12 @@ class CudaIpcPath(DataPath):
             self._host.halt(halted)
 
         threading.Thread(target=drain, name="kvferry-drain", daemon=True).start()
+
+
+def _end_empty(transfer: Transfer) -> None:
+    """Ends a transfer without bytes: it needs no kernel, and waits for no stream."""
+    if transfer.begin():
+        transfer.end(0)
 
 
 class _Refusing:
