@@ -193,21 +193,18 @@ def _cells(src: _Held, dst: _Held) -> list[_Cell]:
 def _share(cell: _Cell) -> dict[tuple[int, int], list[Key]]:
     """One source for each target and plane, all sources as busy as the others.
 
-    With more targets than sources, each target has one source. With more sources, each target has
-    several, and each of them an equal share of the layers: all their rails carry something.
+    The layers of the first target, then those of the second and so on, are dealt out to the sources
+    in equal runs: a source that serves several targets may share one of them with the next source.
     """
     found: dict[tuple[int, int], list[Key]] = {}
-    num_sources, num_targets = len(cell.sources), len(cell.targets)
     layers = sorted({layer for layer, _ in cell.keys})
-    for position, target in enumerate(cell.targets):
-        first = position * num_sources // num_targets
-        last = max(first + 1, (position + 1) * num_sources // num_targets)
-        mine = cell.sources[first:last]
-        for number, source in enumerate(mine):
-            some = layers[
-                number * len(layers) // len(mine) : (number + 1) * len(layers) // len(mine)
-            ]
-            keys = [key for key in cell.keys if key[0] in set(some)]
-            if keys:
-                found[source, target] = keys
+    num_sources, num_shares = len(cell.sources), len(cell.targets) * len(layers)
+    for number, source in enumerate(cell.sources):
+        first = number * num_shares // num_sources
+        last = (number + 1) * num_shares // num_sources
+        for position, target in enumerate(cell.targets):
+            begin = position * len(layers)
+            some = set(layers[max(first - begin, 0) : max(last - begin, 0)])
+            if some:
+                found[source, target] = [key for key in cell.keys if key[0] in some]
     return found
