@@ -88,6 +88,20 @@ class Commands:
         self._caches.append((registered, own))
         return registered.descriptor
 
+    def views(
+        self,
+        memory: np.ndarray[Any, Any],
+        places: list[tuple[tuple[int, ...], tuple[int, ...], int]],
+        layout: KVLayout,
+    ) -> CacheDescriptor:
+        """Registers a cache whose tensors are views (sizes, strides, offset) of one memory."""
+        whole = torch.from_numpy(memory.copy()).to(self._device)
+        torch.cuda.synchronize()
+        own = [whole.as_strided(*place) for place in places]
+        registered = self._engine.register_cache(layout, own)
+        self._caches.append((registered, own))
+        return registered.descriptor
+
     def host_cache_of(
         self, arrays: list[np.ndarray[Any, Any]], layout: KVLayout
     ) -> CacheDescriptor:
