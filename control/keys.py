@@ -1,6 +1,7 @@
 """Key pairs, who is allowed in, and which addresses need neither.
 
-A key pair is a small TOML file that only its owner may read; an allow-list is a text file like
+A key pair is a small TOML file that only its owner may read, or a credential that systemd guards for
+one service; an allow-list is a text file like
 OpenSSH's `authorized_keys`: one public key a line, in hexadecimal, then any label. The list is read
 again whenever it has changed.
 """
@@ -36,10 +37,15 @@ class Keys(msgspec.Struct, frozen=True):
         """Reads a key file; the allow-list is `allowed_keys` beside it, unless another is named.
 
         Raises:
-            ConfigError: a file is missing, is no key, or can be read by others.
+            ConfigError: a file is missing, is no key, or can be read by others, or not by this user.
         """
         path = Path(path)
-        table = read_toml(path)
+        try:
+            table = read_toml(path)
+        except ConfigError as error:
+            if isinstance(error.__cause__, PermissionError):
+                raise _unreadable(path) from error
+            raise
         keys = {}
         for name in ("public", "secret"):
             try:
@@ -52,7 +58,7 @@ class Keys(msgspec.Struct, frozen=True):
                     "pair with `kvferry keys new`"
                 )
         mode = stat.S_IMODE(path.stat().st_mode)
-        if mode & 0o077:
+        if mode & 0o077 and not _is_credential(path, mode):
             raise ConfigError(
                 f"{path} can be read by others (mode {mode:o}): run `chmod 600 {path}`"
             )
@@ -62,7 +68,36 @@ class Keys(msgspec.Struct, frozen=True):
                 f"there is no allow-list {chosen}: write the public keys of all who may connect "
                 "into it, one a line"
             )
+        if not os.access(chosen, os.R_OK):
+            raise _unreadable(chosen)
         return cls(keys["public"], keys["secret"], str(chosen))
+
+
+def _is_credential(path: Path, mode: int) -> bool:
+    """Whether systemd hands a file to this service, and to nobody else.
+
+    On kernels whose tmpfs has access lists (6.4, systemd 254) a credential belongs to root and an
+    entry of its list lets the service read it; its mode then shows that as the group's: 0440.
+    """
+    folder = os.environ.get("CREDENTIALS_DIRECTORY", "")
+    if not folder or mode & 0o037:  # others may read it, or a group write it: nobody's credential
+        return False
+    try:
+        inside = Path(folder).resolve() in path.resolve().parents
+        return inside and not stat.S_IMODE(os.stat(folder).st_mode) & 0o007
+    except OSError:
+        return False
+
+
+def _unreadable(path: Path) -> ConfigError:
+    try:
+        owner = f", it belongs to user {path.stat().st_uid}"
+    except OSError:
+        owner = ""
+    return ConfigError(
+        f"{path} cannot be read by user {os.geteuid()}{owner}: run as the user whose it is (in a "
+        "container: `podman run --userns=keep-id:…`, `docker run --user …`), or `chown` it"
+    )
 
 
 def write_keys(path: Path, public: bytes, secret: bytes) -> None:
