@@ -117,8 +117,7 @@ def least_busy(degrees: tuple[int, int], num_heads: int) -> int:
 def test_no_source_rank_is_busier_than_it_has_to_be(num_heads: int) -> None:
     """Powers of two or not. Where one rank alone holds what two want, it sends it to both."""
     layouts = {
-        tp: [pool.layout for pool in make_ranks(tp, 1, num_heads, NHD, 2, None)]
-        for tp in DEGREES
+        tp: [pool.layout for pool in make_ranks(tp, 1, num_heads, NHD, 2, None)] for tp in DEGREES
     }
     for degrees in itertools.product(DEGREES, DEGREES):
         plan = RankPlan(layouts[degrees[0]], layouts[degrees[1]])

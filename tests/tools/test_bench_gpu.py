@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +14,7 @@ from kvferry.tools.bench import gpu, gpu_plot
 from kvferry.tools.bench.cli import app
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 REPORT: dict[str, Any] = {
@@ -64,3 +67,78 @@ def test_a_report_is_drawn_with_what_it_has(missing: str, tmp_path: Path) -> Non
     report = {key: part for key, part in json.loads(json.dumps(REPORT)).items() if key != missing}
     gpu_plot.save(report, tmp_path / "gpu.png")
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+ROW = {"total_nbytes": 1 << 20, "piece_nbytes": 32 << 10, "us": 150.0, "right": True}
+
+
+@pytest.fixture
+def interpreter(tmp_path: Path) -> Callable[[str], str]:
+    """Makes an interpreter that does what a line of shell says, if it finds kvferry alone."""
+
+    def make(line: str) -> str:
+        script = tmp_path / "python"
+        script.write_text(f'#!/bin/sh\n[ "$(ls "$PYTHONPATH")" = kvferry ] || exit 7\n{line}\n')
+        script.chmod(0o755)
+        return str(script)
+
+    return make
+
+
+def test_rows_of_nixl_are_taken(
+    interpreter: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    report: dict[str, Any] = {"left_out": {}}
+    gpu.add_nixl(report, interpreter(f"echo UCX says this; echo '{json.dumps(ROW)}'"))
+    assert report == {"left_out": {}, "nixl": [ROW]}
+    assert "NIXL, 1 MiB of 32 KiB: 150 us, 7.0 GB/s" in capsys.readouterr().out
+
+
+def test_wrong_bytes_of_nixl_are_an_error(interpreter: Callable[[str], str]) -> None:
+    report: dict[str, Any] = {"left_out": {}}
+    with pytest.raises(gpu.GpuBenchError, match="NIXL moved arrived wrong"):
+        gpu.add_nixl(report, interpreter(f"echo '{json.dumps(ROW | {'right': False})}'"))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("""echo '{"left_out": "no NIXL here"}'""", "no NIXL here"),
+        ("echo a wheel is broken >&2; exit 3", "exit status 3: a wheel is broken"),
+        ("exit 3", "exit status 3"),
+        ("exit 0", "it measured nothing"),
+    ],
+)
+def test_why_nixl_is_left_out_is_said(
+    interpreter: Callable[[str], str], line: str, reason: str
+) -> None:
+    report: dict[str, Any] = {"left_out": {}}
+    gpu.add_nixl(report, interpreter(line))
+    assert report == {"left_out": {"nixl": reason}}
+
+
+def test_an_interpreter_that_is_not_there_is_named(tmp_path: Path) -> None:
+    report: dict[str, Any] = {"left_out": {}}
+    gpu.add_nixl(report, str(tmp_path / "python"))
+    assert report["left_out"]["nixl"].endswith("python cannot be run: No such file or directory")
+
+
+def test_nixl_needs_neither_torch_nor_msgspec_and_says_what_it_needs() -> None:
+    """In an environment of its own there is NumPy alone beside it."""
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'msgspec', 'nixl', 'nixl_cu12', 'nixl_cu13'):\n"
+        "    sys.modules[name] = None\n"
+        "from kvferry.tools.bench import gpu_nixl\n"
+        "gpu_nixl.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said = json.loads(done.stdout)["left_out"]
+    assert "nixl-cu12 or nixl-cu13" in said
+    assert "--peer-python" in said
+
+
+def test_between_gpus_nixl_is_the_one_peer() -> None:
+    result = CliRunner().invoke(app, ["transfer", "--gpu", "--compare", "mooncake"])
+    assert result.exit_code == 2
+    assert "nixl alone" in result.output

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 import platform
 import subprocess
 from typing import TYPE_CHECKING, Any
+
+from kvferry.tools.bench.pairs import package_root
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,32 +61,56 @@ def measure(*, quick: bool, nixl_python: str | None) -> dict[str, Any]:
     gpu_staged.show(staged)
     report["staged"] = dataclasses.asdict(staged)
     if nixl_python is not None and count > 1:
-        _add_nixl(report, nixl_python)
+        add_nixl(report, nixl_python)
+    elif nixl_python is not None:
+        report["left_out"]["nixl"] = "one GPU: from GPU to GPU needs two"
     return report
 
 
-def _add_nixl(report: dict[str, Any], python: str) -> None:
-    """Runs NIXL in a process of its own, by the interpreter that has it."""
+def add_nixl(report: dict[str, Any], python: str) -> None:
+    """Runs NIXL in a process of its own, by the interpreter that has it.
+
+    That sees nothing of this environment but kvferry, and need not have torch.
+
+    Raises:
+        GpuBenchError: NIXL's bytes arrived wrong.
+    """
     command = [python, "-m", "kvferry.tools.bench.gpu_nixl"]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=NIXL_TIMEOUT_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        report["left_out"]["nixl"] = str(error)
-        return
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not rows:
+    with package_root() as folder:
+        try:
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                timeout=NIXL_TIMEOUT_S,
+                check=False,
+                env=os.environ | {"PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"},
+            )
+        except subprocess.TimeoutExpired:
+            report["left_out"]["nixl"] = f"it did not end within {NIXL_TIMEOUT_S:.0f} s"
+            return
+        except OSError as error:
+            report["left_out"]["nixl"] = f"{python} cannot be run: {error.strerror}"
+            return
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    rows = [row for row in found if "left_out" not in row]
+    reasons = [row["left_out"] for row in found if "left_out" in row]
+    if done.returncode and not reasons:
         said = done.stderr.strip().splitlines()
-        report["left_out"]["nixl"] = said[-1] if said else f"exit status {done.returncode}"
+        reasons = [f"exit status {done.returncode}{f': {said[-1]}' if said else ''}"]
+    if reasons or not rows:
+        report["left_out"]["nixl"] = reasons[0] if reasons else "it measured nothing"
+    if not rows:
         return
     report["nixl"] = rows
     for row in rows:
         speed = row["total_nbytes"] / row["us"] / 1e3
         print(
             f"NIXL, {row['total_nbytes'] >> 20} MiB of {row['piece_nbytes'] >> 10} KiB: "
-            f"{row['us']:.0f} us, {speed:.1f} GB/s{'' if row['right'] else ', WRONG BYTES'}"
+            f"{row['us']:.0f} us, {speed:.1f} GB/s"
         )
+    if not all(row["right"] for row in rows):
+        raise GpuBenchError("the bytes that NIXL moved arrived wrong")
 
 
 def run(*, quick: bool, nixl_python: str | None, json_path: Path | None, plot: Path | None) -> None:

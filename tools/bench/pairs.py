@@ -140,7 +140,7 @@ class Pair:
         self.packages = list(packages)
         self.versions: dict[str, str] = {}
         self._requests = 0
-        self._folder = _package_root()
+        self._folder = package_root()
         self.import_root = Path(self._folder.name)
         self._children: dict[str, Child] = {}
         if alone:
@@ -278,7 +278,7 @@ class Pair:
         )
 
 
-def _package_root() -> tempfile.TemporaryDirectory[str]:
+def package_root() -> tempfile.TemporaryDirectory[str]:
     """A folder with nothing but a link to kvferry: the one thing of this environment that another
     interpreter gets to see."""
     folder = tempfile.TemporaryDirectory(prefix="kvferry-bench-")

@@ -109,7 +109,10 @@ def _between_gpus(
 ) -> None:
     from kvferry.tools.bench import gpu
 
-    nixl_python = str(peer_python) if "nixl" in compare.split(",") else None
+    peers = _peers(compare, peer_python)
+    if "mooncake" in peers and compare:
+        raise typer.BadParameter("--compare mooncake: between GPUs there is nixl alone")
+    nixl_python = str(peer_python) if "nixl" in peers else None
     try:
         gpu.run(quick=quick, nixl_python=nixl_python, json_path=json_path, plot=plot_path)
     except ImportError as error:
