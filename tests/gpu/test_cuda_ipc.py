@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvferry.engine.cuda import driver
 from kvferry.engine.errors import (
     BlockOutOfRange,
     DeadlineExceeded,
@@ -168,28 +169,40 @@ def test_layers_go_one_by_one_and_only_those_that_were_named(
 def test_a_layer_is_read_only_after_it_was_computed(
     engine: TransferEngine, link: Link, peer: GpuPeer
 ) -> None:
-    """Each layer is written by a slow stream; its transfer is enqueued long before it is done."""
+    """Each layer is written by a slow stream; its transfer is enqueued long before it is done. The
+    last layer is held back until the others have arrived: they went while it was computed."""
     tensors, local, remote = two_caches(engine, peer, NHD, NHD)
     wanted = [tensor + 1 for tensor in tensors]
+    held = torch.zeros(1, dtype=torch.int64, device="cuda")
     torch.cuda.synchronize()
     plan = engine.plan(local, remote)
     src_ids, dst_ids = some_ids(NUM_BLOCKS)
-    imm = peer.call("new_imm")
-    ticket = peer.call("expect", imm, nbytes=plan.nbytes(NUM_BLOCKS))
-    link.write_blocks(plan, src_ids, dst_ids, layers=[0]).wait(60)  # compiled from here on
-    link.prepare(plan, layers=[1])
-    link.prepare(plan, layers=[2])
-    compute = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    imms = [peer.call("new_imm") for _ in tensors]
+    nbytes = plan.nbytes(NUM_BLOCKS, layers=[0])
+    arrivals = [peer.call("expect", imm, nbytes=nbytes) for imm in imms]
+    for layer in range(3):
+        link.prepare(plan, layers=[layer])  # compiled from here on
+        link.write_blocks(plan, src_ids, dst_ids, layers=[layer]).wait(60)
+    compute, release = (torch.cuda.Stream() for _ in range(2))  # type: ignore[no-untyped-call]
     writes = []
-    with torch.cuda.stream(compute):
-        for layer, tensor in enumerate(tensors):
-            torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call]
-            tensor.copy_(wanted[layer])
-            writes.append(
-                link.write_blocks(plan, src_ids, dst_ids, imm=imm, layers=[layer], stream=compute)
-            )
-    assert not writes[-1].done()  # the host waited for nothing
-    peer.call("wait", ticket)
+    try:
+        with torch.cuda.stream(compute):
+            for layer, tensor in enumerate(tensors):
+                torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call]
+                if layer == 2:
+                    driver().wait_value(0, compute.cuda_stream, held.data_ptr(), 1)
+                tensor.copy_(wanted[layer])
+                writes.append(
+                    link.write_blocks(
+                        plan, src_ids, dst_ids, imm=imms[layer], layers=[layer], stream=compute
+                    )
+                )
+        for arrival in arrivals[:2]:
+            assert peer.call("wait", arrival) == nbytes
+        assert not writes[2].done()
+    finally:
+        driver().write_value(0, release.cuda_stream, held.data_ptr(), 1)
+    assert peer.call("wait", arrivals[2]) == nbytes
     src = canonical([tensor.cpu() for tensor in wanted], NHD)
     got = canonical(peer.call("peek_cache"), NHD)
     assert torch.equal(got, moved(src, src_ids, dst_ids, range(3)))

@@ -18,8 +18,9 @@ import torch
 from rich.console import Console
 
 from kvferry.control.errors import HelloRefused, LayoutMismatch
-from kvferry.engine.errors import TransportUnavailable
-from kvferry.tools import demo_report, demo_run, demo_workers
+from kvferry.engine import cuda
+from kvferry.engine.errors import DeviceError, TransportUnavailable
+from kvferry.tools import demo_devices, demo_report, demo_run, demo_workers
 from kvferry.tools.demo_events import (
     Addresses,
     Finished,
@@ -310,6 +311,66 @@ class TestLeavingATransportOut:
     def test_nothing_works(self) -> None:
         with pytest.raises(TransportUnavailable, match="cma: no; tcp: neither"):
             self.connect({}, cma="no", tcp="neither")
+
+
+class TestWhereItComputes:
+    """By itself on GPUs, if there are any that torch can use."""
+
+    @pytest.fixture(autouse=True)
+    def _gpus(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count: int | Exception = 2
+
+        class Driver:
+            def device_count(driver) -> int:
+                if isinstance(self.count, Exception):
+                    raise self.count
+                return self.count
+
+        monkeypatch.setattr(cuda, "absence", lambda: "")
+        monkeypatch.setattr(cuda, "driver", Driver)
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.11.0+cu130")
+
+    @pytest.mark.parametrize("wanted", ["auto", "cuda"])
+    @pytest.mark.parametrize(
+        ("count", "devices"),
+        [
+            (1, ("cuda:0", "cuda:0")),
+            (2, ("cuda:0", "cuda:1")),
+            (8, ("cuda:0", "cuda:1")),
+        ],
+    )
+    def test_one_gpu_is_shared_and_of_more_each_has_its_own(
+        self, wanted: str, count: int, devices: tuple[str, str]
+    ) -> None:
+        self.count = count
+        assert demo_devices.choose(wanted) == devices
+
+    def test_the_cpu_may_be_asked_for(self) -> None:
+        assert demo_devices.choose("cpu") == ("cpu", "cpu")
+
+    @pytest.mark.parametrize(
+        ("why", "says"),
+        [
+            ("no driver", "no NVIDIA driver: x"),
+            ("a CPU build", "torch is built without CUDA"),
+            ("none visible", "look at CUDA_VISIBLE_DEVICES"),
+            ("a broken driver", "cuInit failed"),
+        ],
+    )
+    def test_without_gpus_it_computes_on_the_cpu_unless_told_not_to(
+        self, monkeypatch: pytest.MonkeyPatch, why: str, says: str
+    ) -> None:
+        if why == "no driver":
+            monkeypatch.setattr(cuda, "absence", lambda: "no NVIDIA driver: x")
+        elif why == "a CPU build":
+            monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.13.0+cpu")
+        else:
+            self.count = (
+                0 if why == "none visible" else DeviceError("cuInit failed", operation="cuda")
+            )
+        assert demo_devices.choose("auto") == ("cpu", "cpu")
+        with pytest.raises(demo_devices.NoGpu, match=f"--device cuda: .*{says}"):
+            demo_devices.choose("cuda")
 
 
 def assert_gone(pids: list[int], timeout_s: float = 20.0) -> None:
