@@ -13,16 +13,17 @@ time. Each is a region of its own, over the same bytes.
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..engine.errors import LayoutError
-from ..engine.join import join_groups
+from ..engine.join import join_groups, join_planes
 from ..engine.layout import KVLayout
 from .vllm_groups import NULL_BLOCK
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from .vllm_groups import CacheGroup
 
@@ -31,6 +32,9 @@ LATENT_DIMS = "block token dim"
 # Read in vLLM 0.32: these write a row a token, of each head or of the latent.
 BACKENDS_OF_ROWS = frozenset({"FLASH_ATTN", "TRITON_ATTN", "FLASH_ATTN_MLA", "TRITON_MLA"})
 INTERIOR = ("token", "dim")
+DRAFT = (
+    "draft_model."  # vLLM's prefix of a model that guesses tokens; one that shares layers has none
+)
 
 
 class Backend(NamedTuple):
@@ -61,8 +65,20 @@ class Heads(NamedTuple):
     replicated: bool
 
 
+def number_layers(names: Iterable[str]) -> dict[str, int]:
+    """The number of each layer; those of a draft model, which counts from 0 too, follow the model's.
+
+    Raises:
+        LayoutError: a name has no number, or several.
+    """
+    own = {name: layer_number(name) for name in names}
+    targets = [number for name, number in own.items() if not name.startswith(DRAFT)]
+    first = max(targets, default=-1) + 1
+    return {name: number + first * name.startswith(DRAFT) for name, number in own.items()}
+
+
 def layer_number(name: str) -> int:
-    """The model's number of a layer: `model.layers.7.self_attn.attn` is 7.
+    """A model's own number of a layer: `model.layers.7.self_attn.attn` is 7.
 
     Raises:
         LayoutError: the name has no number, or several.
@@ -101,28 +117,44 @@ def describe_caches(
             several head counts on a rank that holds a part of them.
     """
     _check_members(caches, groups)
-    of_rows = BACKENDS_OF_ROWS.issuperset(backend.name.split("+"))
-    parts = []
+    numbers = number_layers(name for group in groups for name in group.layers)
+    groups_parts = []
     names: list[str] = []
     for group in groups:
-        members = sorted(group.layers, key=layer_number)
+        members = sorted(group.layers, key=numbers.__getitem__)
         names += members
-        parts.append(
-            KVLayout.from_tensors(
-                [caches[name] for name in members],
-                _dims(group, members[0], caches[members[0]], heads),
-                layers=[layer_number(name) for name in members],
-                planes=("latent" if group.kind == "mla" else "kv",),
-                head_start=heads.start,
-                tp_mode="replicate" if heads.replicated else "split",
-                kind=group.kind,
-                window=group.window,
-                null_slot=NULL_BLOCK if group.window else None,
-                codec=f"vllm/{backend.name}/{backend.isa}/{backend.version}",
-                opaque=() if of_rows else INTERIOR,
-            )
-        )
-    return parts[0] if len(parts) == 1 else join_groups(*parts), names
+        # A draft model's layers may be of another shape than those that they share a table with.
+        alike = itertools.groupby(members, lambda name: (caches[name].shape, caches[name].dtype))
+        parts = [
+            _describe_alike(group, list(some), numbers, caches, heads, backend) for _, some in alike
+        ]
+        groups_parts.append(parts[0] if len(parts) == 1 else join_planes(*parts))
+    return groups_parts[0] if len(groups_parts) == 1 else join_groups(*groups_parts), names
+
+
+def _describe_alike(
+    group: CacheGroup,
+    names: list[str],
+    numbers: Mapping[str, int],
+    caches: Mapping[str, Any],
+    heads: Heads,
+    backend: Backend,
+) -> KVLayout:
+    """Layers of one group and one shape."""
+    of_rows = BACKENDS_OF_ROWS.issuperset(backend.name.split("+"))
+    return KVLayout.from_tensors(
+        [caches[name] for name in names],
+        _dims(group, names[0], caches[names[0]], heads),
+        layers=[numbers[name] for name in names],
+        planes=("latent" if group.kind == "mla" else "kv",),
+        head_start=heads.start,
+        tp_mode="replicate" if heads.replicated else "split",
+        kind=group.kind,
+        window=group.window,
+        null_slot=NULL_BLOCK if group.window else None,
+        codec=f"vllm/{backend.name}/{backend.isa}/{backend.version}",
+        opaque=() if of_rows else INTERIOR,
+    )
 
 
 def _check_members(caches: Mapping[str, Any], groups: Sequence[CacheGroup]) -> None:

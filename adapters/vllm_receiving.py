@@ -13,6 +13,9 @@ from .ranks import connect_ranks
 from .vllm_together import at_rest, end_together, first_error
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..engine.layout import KVLayout
     from .agent import Agent
     from .handoffs import Handoff
     from .ranks import RankPeers
@@ -125,7 +128,7 @@ class Receiving:
         handoffs: list[Handoff] = []
         try:
             for name in peers.names.values():
-                handoffs.append(self._receive_from(name, order, len(peers.plan.src)))
+                handoffs.append(self._receive_from(name, order, peers.plan.src))
         except (ControlError, EngineError) as error:
             lost = isinstance(error, NotConnected)
             if lost:
@@ -147,8 +150,8 @@ class Receiving:
         if receive.cancelled:
             self._cancel_all(receive)
 
-    def _receive_from(self, name: str, order: ReceiveOrder, num_ranks: int) -> Handoff:
-        """Asks one rank of prefill, of so many, for what it has of a request.
+    def _receive_from(self, name: str, order: ReceiveOrder, theirs: Sequence[KVLayout]) -> Handoff:
+        """Asks one rank of prefill, of those with these layouts, for what it has of a request.
 
         Raises:
             ControlError, EngineError: it cannot be asked.
@@ -157,7 +160,7 @@ class Receiving:
         mode, timeout_s = self._settings.mode, self._settings.timeout_s
         step = self._tables.step_tokens
         skip = -(-order.num_local_tokens // step)
-        if self._tables.plain and not self._ranked and num_ranks == 1:
+        if not self._ranked and len(theirs) == 1 and self._tables.pair_with(theirs[0]):
             return self._agent.receive(
                 order.handoff_id,
                 name,
@@ -166,8 +169,8 @@ class Receiving:
                 skip_blocks=skip,
                 timeout_s=timeout_s,
             )
-        # Ranks and groups know each other's tokens, not blocks; those before `start_token` are
-        # never touched.
+        # Ranks, groups and blocks of other sizes know each other's tokens, not blocks; those before
+        # `start_token` are never touched.
         return self._agent.receive_tokens(
             order.handoff_id,
             name,

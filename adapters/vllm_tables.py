@@ -34,6 +34,13 @@ class Tables:
         self.step_tokens = math.lcm(*self._tokens)
         self.plain = len(layout.groups) == 1 and not layout.groups[0].window
 
+    def pair_with(self, theirs: KVLayout) -> bool:
+        """Whether each block of a prompt is one of another cache's, which both call by its place."""
+        if not self.plain or len(theirs.groups) > 1:
+            return False
+        first = theirs.regions[theirs.groups[0].regions[0]]
+        return first.tokens_per_slot == self.step_tokens
+
     def of_cache(self, tables: Sequence[Sequence[int]], num_tokens: int) -> Any:
         """The cache's blocks of a prompt's first tokens, as agents take them: a row of ids for each
         group, or the one row."""

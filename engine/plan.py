@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from .layout import GroupLayout, KVLayout, RegionLayout
 
+    Heads = tuple[int, int]  # the model's that a region holds, first and stop
     BlockIds = Sequence[int] | npt.NDArray[np.integer]
 
 
@@ -318,10 +319,19 @@ def _planes(layout: KVLayout, group: GroupLayout) -> list[str]:
     return sorted({plane for index in group.regions for plane in layout.regions[index].planes})
 
 
-def _check_regions(src: KVLayout, dst: KVLayout, left: RegionLayout, right: RegionLayout) -> None:
+def _check_regions(
+    src: KVLayout, left: RegionLayout, right: RegionLayout, held: tuple[Heads, Heads]
+) -> None:
     """Every region for itself: what a peer says of its first one need not hold for the others."""
     _differ("block size in tokens", left.tokens_per_slot, right.tokens_per_slot)
     _differ("element size in bytes", left.elem_bytes, right.elem_bytes)
+    (src_first, src_stop), (dst_first, dst_stop) = held
+    if max(src_first, dst_first) >= min(src_stop, dst_stop):
+        raise LayoutError(
+            f"axis 'head': source holds [{src_first}, {src_stop}) and destination "
+            f"[{dst_first}, {dst_stop}), which have no head in common",
+            operation="plan",
+        )
     sizes = [
         {a.name: a.size for a in region.axes if a.name != "head" and a.size > 1}
         for region in (left, right)
@@ -330,7 +340,6 @@ def _check_regions(src: KVLayout, dst: KVLayout, left: RegionLayout, right: Regi
         _differ(f"axis {name!r}", sizes[0].get(name, 1), sizes[1].get(name, 1))
     for name in src.opaque:
         axes = [[axis for axis in region.axes if axis.name == name] for region in (left, right)]
-        held = [(layout.head_start, layout.head_stop) for layout in (src, dst)]
         if axes[0] != axes[1] or (name == "head" and held[0] != held[1]):
             raise LayoutError(
                 f"axis {name!r} is opaque in codec {src.codec!r}, so it cannot change "
@@ -351,12 +360,6 @@ def _check_pair(src: KVLayout, dst: KVLayout) -> None:
     if not set(src.layers) & set(dst.layers):
         raise LayoutError(
             f"no layer is held by both: source has {src.layers}, destination has {dst.layers}",
-            operation="plan",
-        )
-    if max(src.head_start, dst.head_start) >= min(src.head_stop, dst.head_stop):
-        raise LayoutError(
-            f"axis 'head': source holds [{src.head_start}, {src.head_stop}) and destination "
-            f"[{dst.head_start}, {dst.head_stop}), which have no head in common",
             operation="plan",
         )
 
@@ -389,8 +392,10 @@ def _make_template(src: KVLayout, dst: KVLayout, group: int, layers: tuple[int, 
         dst_index, dst_start = where[1][key]
         inner = inner_cache.get((src_index, dst_index))
         if inner is None:
-            _check_regions(src, dst, src.regions[src_index], dst.regions[dst_index])
-            inner = _inner_runs(src, dst, src.regions[src_index], dst.regions[dst_index])
+            regions = src.regions[src_index], dst.regions[dst_index]
+            held = src.region_heads(src_index), dst.region_heads(dst_index)
+            _check_regions(src, *regions, held)
+            inner = _inner_runs(*regions, held)
             inner_cache[src_index, dst_index] = inner
         block = np.empty((len(inner), 5), np.int64)
         block[:, 0], block[:, 2] = src_index, dst_index
@@ -454,11 +459,12 @@ def _merge(table: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 def _inner_runs(
-    src: KVLayout, dst: KVLayout, left: RegionLayout, right: RegionLayout
+    left: RegionLayout, right: RegionLayout, held: tuple[Heads, Heads]
 ) -> npt.NDArray[np.int64]:
     """Rows (source offset, destination offset, nbytes) of one slot of one layer and plane."""
     by_name = {axis.name: axis for axis in right.axes}
-    low, high = max(src.head_start, dst.head_start), min(src.head_stop, dst.head_stop)
+    (src_first, src_stop), (dst_first, dst_stop) = held
+    low, high = max(src_first, dst_first), min(src_stop, dst_stop)
     src_start = dst_start = 0
     steps: list[tuple[int, int, int]] = []  # size, source stride, destination stride
     for axis in left.axes:
@@ -467,8 +473,8 @@ def _inner_runs(
         size = axis.size
         if axis.name == "head":
             size = high - low
-            src_start += (low - src.head_start) * axis.stride_bytes
-            dst_start += (low - dst.head_start) * dst_stride
+            src_start += (low - src_first) * axis.stride_bytes
+            dst_start += (low - dst_first) * dst_stride
         if size > 1:
             steps.append((size, axis.stride_bytes, dst_stride))
     run = left.elem_bytes
@@ -476,7 +482,7 @@ def _inner_runs(
     while steps and steps[0][1] == run and steps[0][2] == run:
         run *= steps.pop(0)[0]
     if "head" in by_name and "head" not in {axis.name for axis in left.axes}:
-        dst_start += (low - dst.head_start) * by_name["head"].stride_bytes
+        dst_start += (low - dst_first) * by_name["head"].stride_bytes
     offsets = [
         (
             src_start + sum(i * step[1] for i, step in zip(index, steps, strict=True)),

@@ -111,6 +111,29 @@ def test_groups_over_the_same_bytes_are_regions_of_their_own() -> None:
     assert layout.opaque == ("token", "dim")
 
 
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_draft_models_layers_follow_the_models(heads: int, together: bool) -> None:
+    names = [f"model.layers.{number}.self_attn.attn" for number in range(11)]
+    drafts = [f"draft_model.model.layers.{number}.self_attn.attn" for number in (1, 0)]
+    caches = {name: torch.zeros(9, 2, 4, 16) for name in names}
+    caches |= {name: torch.zeros(9, heads, 4, 16) for name in drafts}
+    if together:
+        groups: tuple[CacheGroup, ...] = (CacheGroup(0, "full", (*drafts, *names), 4),)
+    else:
+        groups = (
+            CacheGroup(0, "full", tuple(drafts), 4),
+            CacheGroup(1, "full", tuple(names), 4),
+        )
+    layout, order = describe_caches(caches, groups, CPU, ALONE)
+    in_order = [*names, drafts[1], drafts[0]]
+    assert [in_order.index(name) for name in order] == [r.layers[0] for r in layout.regions]
+    assert layout.layers == tuple(range(13))
+    assert len(layout.groups) == len(groups)
+    held = {r.layers[0]: layout.region_heads(i) for i, r in enumerate(layout.regions)}
+    assert (held[10], held[11], held[12]) == ((0, 2), (0, heads), (0, heads))
+
+
 @pytest.mark.parametrize(
     ("backend", "opaque"),
     [

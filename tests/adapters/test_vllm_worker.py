@@ -20,6 +20,7 @@ from .vllm_steps import (
     HEADS,
     LAYERS,
     NAMES,
+    ROWS,
     SENTINEL,
     TOKENS,
     WAIT_S,
@@ -101,6 +102,36 @@ def test_other_block_sizes_of_an_opaque_cache_are_refused_by_name(
     assert "block size cannot change from 4 to 8 tokens" in caplog.text
     assert "'token' is opaque in codec 'vllm/CPU_ATTN/vec/0.32.0'" in caplog.text
     assert all(bool((cache == SENTINEL).all()) for cache in dst.values())
+
+
+@pytest.mark.parametrize("mode", ["push", "pull"])
+@pytest.mark.parametrize("sizes", [(4, 8), (8, 4)])
+@pytest.mark.parametrize(("num_tokens", "local"), [(16, 0), (11, 0), (11, 8)])
+def test_other_block_sizes_where_blocks_are_rows_of_tokens(
+    new_worker: Callable[..., WorkerSide],
+    mode: str,
+    sizes: tuple[int, int],
+    num_tokens: int,
+    local: int,
+) -> None:
+    src, dst = (make_caches(seed, size) for seed, size in zip((1, None), sizes, strict=True))
+    prefill = new_worker("p", "prefill", src, backend=ROWS)
+    decode = new_worker("d", "decode", dst, backend=ROWS, mode=mode)
+    tables = [
+        table[: -(-num_tokens // size)]
+        for table, size in zip(([7, 2, 9, 1], [4, 0, 5, 3]), sizes, strict=True)
+    ]
+    step(prefill, Orders(sends=[SendOrder("a", "r", [tables[0]], num_tokens)]), computes=True)
+    results = until_reported(decode, ask(prefill, tables[1], num_tokens, local=local))
+    assert (results.received, results.failed) == ({"d"}, set())
+    for name in NAMES:
+        sent = torch.cat([src[name][block] for block in tables[0]], 1)
+        wanted = torch.full_like(dst[name], SENTINEL)
+        for token in range(local, num_tokens):
+            block = tables[1][token // sizes[1]]
+            wanted[block, :, token % sizes[1]] = sent[:, token]
+        assert torch.equal(dst[name], wanted)
+    assert until_reported(prefill, Orders(finished_sends=["a"])).sent == {"a"}
 
 
 def test_another_instruction_set_is_refused_by_name(

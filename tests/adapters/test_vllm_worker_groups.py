@@ -208,3 +208,49 @@ def test_a_latent_goes_whole_to_every_rank(
             assert torch.equal(caches[name], wanted)
     for worker, _ in prefills:
         assert until_reported(worker, Orders(finished_sends=["a"])).sent == {"a"}
+
+
+@pytest.mark.parametrize("mode", ["push", "pull"])
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("decode_first", [False, True])
+def test_a_draft_models_caches_go_with_the_models(
+    new_worker: Callable[..., WorkerSide], mode: str, together: bool, decode_first: bool
+) -> None:
+    """Smaller ones, which a step fills when the model's are full, and then again and again."""
+    names, drafts = NAMES[:2], [f"draft_model.{name}" for name in NAMES[:2]]
+
+    def make(seed: int) -> dict[str, Any]:
+        torch.manual_seed(seed)
+        shapes = [(BLOCKS, HEADS, TOKENS, CONTENT)] * 2 + [(BLOCKS, 1, TOKENS, CONTENT)] * 2
+        return {
+            name: torch.randn(shape, dtype=torch.bfloat16)
+            for name, shape in zip([*names, *drafts], shapes, strict=True)
+        }
+
+    if together:
+        groups: tuple[CacheGroup, ...] = (CacheGroup(0, "full", (*drafts, *names), TOKENS),)
+    else:
+        groups = (
+            CacheGroup(0, "full", tuple(names), TOKENS),
+            CacheGroup(1, "full", tuple(drafts), TOKENS),
+        )
+    here, there = [[7, 2, 9], [1, 3, 5]][: len(groups)], [[4, 0, 6], [8, 10, 2]][: len(groups)]
+    src, dst = make(1), make(2)
+    was = {name: cache.clone() for name, cache in dst.items()}
+    prefill = new_worker("p", "prefill", src, groups=groups)
+    decode = new_worker("d", "decode", dst, groups=groups, mode=mode)
+    send = Orders(sends=[SendOrder("a", "r", here, 11)])
+    order = ReceiveOrder("d", "r", "p", [prefill.agent.address], there, 11, 0)
+    wanted: Orders | None = Orders(receives=[order])
+    if decode_first:
+        assert not step(decode, Orders(receives=[order])).received, "there is nothing yet"
+        wanted = None
+    step(prefill, send, computes=True, names=[*names, *drafts, *drafts])
+    results = until_reported(decode, wanted)
+    assert (results.received, results.failed) == ({"d"}, set())
+    for number, members in enumerate([group.layers for group in groups]):
+        for name in members:
+            was[name][there[number]] = src[name][here[number]]
+    for name, cache in dst.items():
+        assert torch.equal(cache, was[name]), name
+    assert until_reported(prefill, Orders(finished_sends=["a"])).sent == {"a"}

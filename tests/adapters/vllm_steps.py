@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 LAYERS, BLOCKS, HEADS, TOKENS, CONTENT = 3, 12, 2, 4, 16
 WAIT_S = 30.0
 CPU = Backend("CPU_ATTN", "vec", "0.32.0")
+ROWS = Backend("FLASH_ATTN", "", "0.32.0")
 NAMES = [f"model.layers.{number}.self_attn.attn" for number in range(LAYERS)]
 SENTINEL = -7
 FULL = (CacheGroup(0, "full", tuple(NAMES), TOKENS),)

@@ -8,10 +8,11 @@ import torch
 from kvferry.engine.errors import LayoutError
 from kvferry.engine.join import join_groups, join_planes
 from kvferry.engine.layout import KVLayout
+from kvferry.engine.plan import Plan
 from kvferry.engine.ranks import RankPlan
 from kvferry.engine.reblock import TokenPlan
 
-from .grouped_caches import SLICES, hybrid, latent, latent_ranks, move
+from .grouped_caches import SLICES, Grouped, filled, hybrid, latent, latent_ranks, move
 
 
 def test_each_group_sends_what_it_needs() -> None:
@@ -52,6 +53,34 @@ def test_groups_of_the_two_sides_may_come_in_another_order() -> None:
     src, dst = here.tensors, there.tensors
     assert torch.equal(dst[0][:, [3, 8, 1]], src[0][:, [3, 8, 1]])
     assert torch.equal(dst[2][4].view(torch.uint8), src[2][4].view(torch.uint8))
+
+
+@pytest.mark.parametrize("heads", [(2, 1), (1, 2), (2, 5)])
+def test_layers_of_other_head_counts_behind_one_table_go_by_blocks_too(
+    heads: tuple[int, int],
+) -> None:
+    """Each is moved whole, whatever the first one has."""
+    dims = "plane block token head dim"
+    shapes = [(2, 9, 4, count, 8) for count in heads]
+    src = [filled(*shape, seed=i, dtype=torch.int16) for i, shape in enumerate(shapes)]
+    dst = [torch.zeros(shape, dtype=torch.int16) for shape in shapes]
+    here, there = (
+        Grouped(
+            join_planes(
+                *(KVLayout.from_tensors([t], dims, layers=[i]) for i, t in enumerate(tensors))
+            ),
+            tensors,
+        )
+        for tensors in (src, dst)
+    )
+    plan = Plan(here.layout, there.layout)
+    pieces = plan.pieces([3, 8, 1], [0, 5, 7])
+    move(pieces, here, there)
+    assert pieces.total_nbytes == plan.nbytes(3) == 3 * sum(heads) * 2 * 4 * 8 * 2
+    for sent, came in zip(src, dst, strict=True):
+        wanted = torch.zeros_like(came)
+        wanted[:, [0, 5, 7]] = sent[:, [3, 8, 1]]
+        assert torch.equal(came, wanted)
 
 
 @pytest.mark.parametrize(("degrees"), [(1, 4), (4, 1), (2, 4), (4, 2)])
