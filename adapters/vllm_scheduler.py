@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from . import vllm_params
 from .vllm_groups import NULL_BLOCK
 from .vllm_holds import Holds
+from .vllm_load import PromptQueue
 from .vllm_orders import Orders, ReceiveOrder, SendOrder
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class SchedulerSide:
     ) -> None:
         self.engine_id = engine_id
         self.holds = Holds()
+        self._queue = PromptQueue()
         self._settings = settings
         self._groups = tuple(groups)
         self._windowed = any(group.window for group in groups)
@@ -89,6 +91,8 @@ class SchedulerSide:
     def new_request(self, request: Request) -> None:
         """A request arrived."""
         params = request.kv_transfer_params
+        if self._settings.daemon:
+            self._queue.add(request.request_id, request.num_prompt_tokens)
         if vllm_params.wants_remote_decode(params):
             name = vllm_params.handoff_id(params, request.request_id)
             self._prefilling[request.request_id] = _Prefilling(
@@ -120,6 +124,7 @@ class SchedulerSide:
                 problem,
             )
         elif num_remote_tokens:
+            self._queue.load(request.request_id)
             num_tokens = self._num_loaded(request)
             self._order_receive(
                 request, self._own(tables), num_tokens, num_tokens - num_remote_tokens
@@ -137,13 +142,13 @@ class SchedulerSide:
         orders, self._orders = self._orders, Orders()
         orders.idle = not output.total_num_scheduled_tokens
         if self._settings.daemon:
+            self._queue.follow(output)
             self._told = orders.queued_tokens, orders.free_blocks = self._load()
         return orders
 
     def _load(self) -> tuple[int, int]:
         """Tokens of prompts that are not computed yet, and free blocks."""
-        queued = sum(each.num_tokens for each in self._prefilling.values() if not each.opened)
-        return queued, self.holds.num_free_blocks
+        return self._queue.num_tokens, self.holds.num_free_blocks
 
     def _follow(self, output: SchedulerOutput) -> None:
         """Notes the blocks of prompts, and opens those that this step completes."""
@@ -214,6 +219,7 @@ class SchedulerSide:
             completed: it ended by itself, not by an abort or an error.
         """
         params, req_id = request.kv_transfer_params, request.request_id
+        self._queue.end(req_id)
         if vllm_params.wants_remote_prefill(params):  # it was never scheduled
             params["do_remote_prefill"] = False
             if not self._problem(params, 0):

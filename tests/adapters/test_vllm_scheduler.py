@@ -194,7 +194,7 @@ def test_the_load_is_told_until_the_daemon_knows_it() -> None:
     assert side.has_work, "nothing was told yet"
     side.new_request(request("a", 40, TO_PREFILL))
     orders = side.take_orders(step({"a": 16}, new=[("a", [5], 0)]))
-    assert (orders.queued_tokens, orders.free_blocks) == (40, 9)
+    assert (orders.queued_tokens, orders.free_blocks) == (24, 9)
     orders = side.take_orders(step({"a": 24}, cached=[("a", [9], 16)]))
     assert orders.queued_tokens == 0
     assert not side.has_work
@@ -202,6 +202,27 @@ def test_the_load_is_told_until_the_daemon_knows_it() -> None:
     assert side.has_work
     assert side.take_orders(step()).free_blocks == 12
     assert not side.has_work
+
+
+def test_decode_tells_what_it_has_to_compute_itself() -> None:
+    side = SchedulerSide("me", Settings(daemon="d"), groups=FULL, tp_size=1, pp_size=1)
+    side.new_request(request("plain", 30, {}))
+    side.new_request(loaded := request("loaded", 40, REMOTE))
+    side.new_request(aborted := request("aborted", 50, REMOTE))
+    assert side.take_orders(step()).queued_tokens == 120
+    side.blocks_allocated(loaded, ([5, 6, 7],), 40)
+    assert side.take_orders(step()).queued_tokens == 81
+    side.request_ended(aborted, ([],), completed=False)
+    orders = side.take_orders(step({"plain": 14}, new=[("plain", [9, 8], 16)]))
+    assert orders.queued_tokens == 1
+    # The load failed: vLLM computes it here, in two steps.
+    side.transfers_ended([], ["loaded"])
+    orders = side.take_orders(step({"loaded": 25}, new=[("loaded", [5, 6, 7], 0)]))
+    assert orders.queued_tokens == 15
+    orders = side.take_orders(step({"loaded": 15}, cached=[("loaded", None, 25)]))
+    assert orders.queued_tokens == 0
+    orders = side.take_orders(step({"loaded": 1}, cached=[("loaded", None, 40)]))
+    assert orders.queued_tokens == 0
 
 
 @pytest.mark.parametrize(
