@@ -24,12 +24,15 @@ from .daemon_messages import (
     Place,
     Placed,
     Restore,
+    Show,
+    Shown,
     Snapshot,
     answers,
     requests,
 )
 from .errors import ConfigError, DaemonDenied, DaemonTimeout, PlacementError
 from .keys import split_address
+from .summary import merge
 from .view import View
 
 if TYPE_CHECKING:
@@ -83,6 +86,40 @@ class DaemonClient:
         """Who is there."""
         return self._ask(Look(next(self._numbers), loads), Snapshot, timeout_s)
 
+    def show(self, timeout_s: float = TIMEOUT_S) -> Shown:
+        """What the agents do, as all daemons that answer tell.
+
+        Raises:
+            DaemonTimeout: none answers. DaemonDenied: none can tell; it may be an older one.
+        """
+        ask = Show(next(self._numbers))
+        frame, waiting, found = requests.encode(ask), list(self._sockets), []
+        denial: Denied | None = None
+        end_s, again_s = time.monotonic() + timeout_s, 0.0
+        while waiting and (now_s := time.monotonic()) < end_s:
+            if now_s >= again_s:
+                again_s = now_s + ASK_AGAIN_S
+                for socket in waiting:
+                    with contextlib.suppress(zmq.Again):
+                        socket.send(frame, zmq.NOBLOCK)
+            ready = zmq.select(waiting, [], [], min(end_s, again_s) - now_s)[0]
+            for socket in ready:
+                answer: Any = answers.decode(socket.recv())
+                if answer.request not in (ask.request, 0):
+                    continue  # to what was given up
+                waiting.remove(socket)
+                if isinstance(answer, Shown):
+                    found.append(answer)
+                elif isinstance(answer, Denied):
+                    denial = answer
+            if ready and found:  # what is known now is worth more than a daemon that is away
+                end_s = min(end_s, now_s + ASK_AGAIN_S)
+        if found:
+            return merge(found)
+        if denial is not None:
+            raise DaemonDenied(denial.detail or denial.reason, operation="show")
+        raise self._timeout(ask, timeout_s)
+
     def place(
         self,
         tokens: int,
@@ -134,11 +171,7 @@ class DaemonClient:
                 answer: Any = answers.decode(socket.recv())
                 if answer.request in (ask.request, 0):
                     return answer  # type: ignore[no-any-return]
-        raise DaemonTimeout(
-            f"the daemon at {self.address} did not answer in {timeout_s} s: is it running, and is "
-            "this key in its allow-list?",
-            operation=type(ask).__name__.lower(),
-        )
+        raise self._timeout(ask, timeout_s)
 
     def watch(self) -> Watch:
         """Follows the cluster."""
@@ -162,6 +195,13 @@ class DaemonClient:
                 raise PlacementError(detail, operation=operation, retryable=True)
             raise DaemonDenied(detail, operation=operation, retryable=store)
         raise DaemonDenied(f"the daemon answered with {type(answer).__name__}", operation=operation)
+
+    def _timeout(self, ask: Ask, timeout_s: float) -> DaemonTimeout:
+        return DaemonTimeout(
+            f"the daemon at {self.address} did not answer in {timeout_s} s: is it running, and is "
+            "this key in its allow-list?",
+            operation=type(ask).__name__.lower(),
+        )
 
     def _connect(self, kind: int, endpoint: str, server_key: bytes) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = self._context.socket(kind)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from .daemon_messages import Denied, Look, Place, Register, Registered
+from .daemon_messages import Denied, Look, Place, Register, Registered, Show
 from .store import Away, Back, Failed, Peer, PeerSeen, Picture, Seen, Settled
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Cluster:
         """What a request is answered with, or None: `reply` gets it later, or it is asked again."""
         if not self._revision:
             return Denied(ask.request, "store", self.away)
-        if isinstance(ask, Look | Place):
+        if isinstance(ask, Look | Place | Show):
             return None
         answer, proposal = self._membership.judge(ask, now_s, key)
         if proposal is None:

@@ -14,6 +14,7 @@ import socket as sockets
 import time
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import zmq
 
 from .cluster import Cluster
@@ -28,6 +29,8 @@ from .daemon_messages import (
     Look,
     Place,
     Placed,
+    Show,
+    Shown,
     answers,
     requests,
 )
@@ -40,11 +43,10 @@ from .membership import Membership
 from .peer_loads import PeerLoads
 from .placement import place
 from .store import Peer, open_store
+from .summary import summarize
 
 if TYPE_CHECKING:
-    import msgspec
-
-    from .daemon_messages import AnyAnswer, AnyRequest
+    from .daemon_messages import Activity, AnyAnswer, AnyRequest
     from .http import HttpServer
     from .keys import Keys
     from .settings import Settings
@@ -54,6 +56,7 @@ MAX_PARTS = 64  # requests in one ZeroMQ message
 FLUSH_S = 0.02  # changes wait as long for others, so that 2,000 agents at once are 50 publications
 TICK_S = 0.5  # a lost last change is noticed within
 LOADS_S = 1.0
+SHOWN_S = 1.0  # agents beat once a second
 ASLEEP_S = 0.25  # a loop that comes so late was not run: nobody's lease pays for it
 QUEUE_MESSAGES = 10_000
 HEARTBEAT_MS = 1000  # ZeroMQ looks whether the other end is there
@@ -109,7 +112,8 @@ class Daemon:
         self._peer_loads = PeerLoads(self._context, keys, self._poller)
         self._stopping = False
         self._read_s = time.monotonic()
-        self.history = History(self._read_s) if settings.http else None
+        self.history = History(self._read_s)
+        self._shown: tuple[float, Shown] | None = None
         self.figures = self._look()
         self.http: HttpServer | None = None
         if settings.http:
@@ -249,7 +253,7 @@ class Daemon:
         except ProtocolError as error:
             return Denied(0, "protocol", error.message[:1024])
         answer = self._decide(ask, now_s, key, envelope)
-        if self.history is not None and isinstance(ask, Heartbeat) and isinstance(answer, Beat):
+        if isinstance(ask, Heartbeat) and isinstance(answer, Beat):
             self.history.take(ask.name, ask.activity, now_s)
         return answer
 
@@ -258,13 +262,15 @@ class Daemon:
     ) -> AnyAnswer | None:
         if self.cluster is not None:
             answer = self.cluster.answer(ask, now_s, key, envelope)
-            if answer is not None or not isinstance(ask, Look | Place):
+            if answer is not None or not isinstance(ask, Look | Place | Show):
                 return answer
         if isinstance(ask, Look):
             self._flush()
             return self.membership.snapshot(ask.request, loads=ask.loads)
         if isinstance(ask, Place):
             return self._place(ask)
+        if isinstance(ask, Show):
+            return self._show(ask, now_s)
         return self.membership.answer(ask, now_s, key)
 
     def _place(self, ask: Place) -> AnyAnswer:
@@ -284,6 +290,19 @@ class Daemon:
             decision.reason[:1024],
         )
 
+    def _show(self, ask: Show, now_s: float) -> Shown:
+        """Worked out once a second at most, however many look."""
+        if self._shown is None or now_s >= self._shown[0] + SHOWN_S:
+            there, loads = self.membership.members, self.membership.loads
+            shown = summarize(0, there, loads, self._activities(), self.history.errors)
+            self._shown = (now_s, shown)
+        return msgspec.structs.replace(self._shown[1], request=ask.request)
+
+    def _activities(self) -> dict[str, Activity]:
+        """What agents told last that are heard here: those that went, or went elsewhere, do not."""
+        activities = self.history.activities.items()
+        return {name: one for name, one in activities if self.membership.hears(name)}
+
     def _housekeep(self, now_s: float) -> float:
         """What is due; returns the seconds until something is again."""
         lease_s = self.membership.expire(now_s)
@@ -298,8 +317,8 @@ class Daemon:
             self._publish(CHANGES_TOPIC, self.membership.tick())
         if now_s >= self._loads_due_s:
             self._loads_due_s = now_s + LOADS_S
-            if self.history is not None:
-                self.history.turn(now_s, time.time())
+            self.history.turn(now_s, time.time())
+            if self.http is not None:
                 self.figures = self._look()
             loads = self.membership.flush_loads()
             if loads is not None:
@@ -342,9 +361,9 @@ class Daemon:
             self._stopping,
             self.membership.epoch,
             self._keys is not None,
-            dict(self.history.activities) if self.history is not None else {},
-            tuple(self.history.points) if self.history is not None else (),
-            dict(self.history.errors) if self.history is not None else {},
+            self._activities(),
+            tuple(self.history.points),
+            dict(self.history.errors),
         )
 
     def _drain(self) -> None:

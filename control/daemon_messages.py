@@ -5,6 +5,7 @@ Each is one MessagePack map with a `type` key, as in `messages.py`, and fields a
     Requests       to the daemon's ROUTER; each is answered once, with the same `request` number
         Register → Registered        Heartbeat → Beat         Deregister → Done
         Look → Snapshot              Place → Placed           Drain, Restore, Flip → Done
+        Show → Shown
         anything → Denied, with a reason
     Publications   from the daemon's XPUB, two frames: the topic, then the message
         topic `c`   Changes, numbered without gaps; Tick, the last number, when all is quiet
@@ -16,6 +17,7 @@ name a generation, and one of an old generation is denied and changes nothing.
 Version history:
     1   the first
         `Heartbeat.activity` was appended: older daemons pass it over, older agents have none
+        `Show` was added: older daemons deny it as `protocol`, and its asker shows less
 """
 
 from __future__ import annotations
@@ -43,6 +45,9 @@ MAX_LINKS = 16  # an agent shows: its busiest
 MAX_LIVE = 8  # handoffs that an agent shows: its oldest
 MAX_FAILURES = 4
 MAX_ERRORS = 32
+MAX_SHOWN_LINKS = 600  # the busiest of all; more lines than that nobody can tell apart
+MAX_SHOWN_ROWS = 50  # of handoffs and failures
+MAX_ERROR_KINDS = 256
 # Handoffs are counted by how long they took: up to the first bound, the second, ..., and longer.
 SECONDS_BOUNDS = tuple(1e-4 * 1.5**number for number in range(31))  # 0.1 ms to 19 s
 
@@ -187,6 +192,36 @@ class Gone(msgspec.Struct, frozen=True):
     reason: Text = ""
 
 
+class LinkRow(msgspec.Struct, frozen=True):
+    """Bytes go from `source` to `target`: so many a second now, and when they were measured."""
+
+    source: Name
+    target: Name
+    transport: Short
+    nbytes_per_s: Amount
+    measured_nbytes_per_s: Amount
+
+
+class HandoffRow(msgspec.Struct, frozen=True):
+    """A handoff that is under way."""
+
+    handoff: Name
+    prefill: Short
+    decode: Short
+    nbytes: Natural
+    age_s: Amount
+
+
+class FailureRow(msgspec.Struct, frozen=True):
+    """A handoff that failed, as `agent` tells."""
+
+    handoff: Name
+    agent: Name
+    peer: Short
+    error: Name
+    age_s: Amount
+
+
 # Requests ----------------------------------------------------------------------------------------
 
 
@@ -267,6 +302,10 @@ class Flip(Ask, frozen=True, tag_field="type", tag=str.lower):
     generation: Natural = 0
 
 
+class Show(Ask, frozen=True, tag_field="type", tag=str.lower):
+    """What do the agents do? Of those that this daemon hears."""
+
+
 # Answers -----------------------------------------------------------------------------------------
 
 
@@ -307,6 +346,19 @@ class Placed(Ask, frozen=True, tag_field="type", tag=str.lower):
     reason: Text = ""
 
 
+class Shown(Ask, frozen=True, tag_field="type", tag=str.lower):
+    """The busiest links, the oldest handoffs under way, the last failures; at most a second old.
+
+    `num_links` is how many there are; `errors` counts failures since the daemon began, by name.
+    """
+
+    links: Annotated[tuple[LinkRow, ...], Meta(max_length=MAX_SHOWN_LINKS)]
+    num_links: Natural
+    live: Annotated[tuple[HandoffRow, ...], Meta(max_length=MAX_SHOWN_ROWS)]
+    failures: Annotated[tuple[FailureRow, ...], Meta(max_length=MAX_SHOWN_ROWS)]
+    errors: Annotated[dict[Name, Natural], Meta(max_length=MAX_ERROR_KINDS)]
+
+
 class Done(Ask, frozen=True, tag_field="type", tag=str.lower):
     """It is done."""
 
@@ -345,10 +397,10 @@ class Loads(msgspec.Struct, frozen=True, tag_field="type", tag=str.lower):
 
 
 AnyRequest = Union[  # noqa: UP007 - `get_args` of it works alike on every Python
-    Register, Heartbeat, Deregister, Look, Place, Drain, Restore, Flip
+    Register, Heartbeat, Deregister, Look, Place, Drain, Restore, Flip, Show
 ]
 AnyAnswer = Union[  # noqa: UP007
-    Registered, Beat, Snapshot, Placed, Done, Denied, Changes, Tick, Loads
+    Registered, Beat, Snapshot, Placed, Shown, Done, Denied, Changes, Tick, Loads
 ]
 REQUEST_TYPES: tuple[type[Ask], ...] = get_args(AnyRequest)
 ANSWER_TYPES: tuple[type[msgspec.Struct], ...] = get_args(AnyAnswer)

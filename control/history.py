@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from .daemon_messages import MAX_MEMBERS, SECONDS_BOUNDS, Activity
+from .daemon_messages import MAX_ERROR_KINDS, MAX_MEMBERS, SECONDS_BOUNDS, Activity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 STEP_S = 2.0  # every agent beats once or twice in it
 POINTS = 300
+OTHER_ERRORS = "other"  # agents name errors, so there may be any number of names
 NUM_BUCKETS = len(SECONDS_BOUNDS) + 1
 
 
@@ -71,7 +72,9 @@ class History:
         if activity.errors != before.errors:
             for error, count in activity.errors.items():
                 new = max(0, count - before.errors.get(error, 0))
-                self.errors[error] = self.errors.get(error, 0) + new
+                known = error in self.errors or len(self.errors) < MAX_ERROR_KINDS - 1
+                kind = error if known else OTHER_ERRORS
+                self.errors[kind] = self.errors.get(kind, 0) + new
                 self._failed += new
 
     def turn(self, now_s: float, unix_s: float) -> None:

@@ -141,6 +141,11 @@ class Membership:
         """The last load of each."""
         return {name: seat.load for name, seat in self._seats.items()}
 
+    def hears(self, name: str) -> bool:
+        """Whether it is this daemon that `name` tells that it lives."""
+        seat = self._seats.get(name)
+        return seat is not None and seat.daemon == self.daemon
+
     def answer(self, ask: Ask, now_s: float, key: bytes = b"") -> AnyAnswer:
         """What a request is answered with by a daemon that is alone."""
         answer, proposal = self.judge(ask, now_s, key)

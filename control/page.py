@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from .daemon_messages import Load
+from .daemon_messages import FailureRow, HandoffRow, LinkRow, Load
+from .summary import summarize
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,8 +31,6 @@ KINDS = {
     ".svg": "image/svg+xml",
 }
 JSON = "application/json"
-MAX_LINKS = 600  # that are told: the busiest; more lines than that nobody can tell apart
-MAX_ROWS = 50  # of handoffs and failures
 
 
 class Agent(msgspec.Struct, frozen=True):
@@ -53,36 +52,6 @@ class Agent(msgspec.Struct, frozen=True):
     inflight_nbytes: int
 
 
-class LinkRow(msgspec.Struct, frozen=True):
-    """Bytes go from `source` to `target`: so many a second now, and when they were measured."""
-
-    source: str
-    target: str
-    transport: str
-    nbytes_per_s: float
-    measured_nbytes_per_s: float
-
-
-class HandoffRow(msgspec.Struct, frozen=True):
-    """A handoff that is under way."""
-
-    handoff: str
-    prefill: str
-    decode: str
-    nbytes: int
-    age_s: float
-
-
-class FailureRow(msgspec.Struct, frozen=True):
-    """A handoff that failed, as `agent` tells."""
-
-    handoff: str
-    agent: str
-    peer: str
-    error: str
-    age_s: float
-
-
 class Picture(msgspec.Struct, frozen=True):
     """What `/api/state` answers."""
 
@@ -93,23 +62,17 @@ class Picture(msgspec.Struct, frozen=True):
     served: int
     denied: int
     agents: list[Agent]
-    links: list[LinkRow]
+    links: tuple[LinkRow, ...]
     num_links: int
-    live: list[HandoffRow]
-    failures: list[FailureRow]
+    live: tuple[HandoffRow, ...]
+    failures: tuple[FailureRow, ...]
     errors: dict[str, int]
     points: tuple[Point, ...]
 
 
 def picture(now: DaemonFigures) -> Picture:
     """The figures as the page wants them."""
-    links = _links(now)
-    handoffs = _handoffs(now)
-    failures = [
-        FailureRow(failure.handoff, name, failure.peer, failure.error, failure.age_s)
-        for name, activity in now.activities.items()
-        for failure in activity.failures
-    ]
+    shown = summarize(0, now.members, now.loads, now.activities, now.errors)
     return Picture(
         epoch=str(now.epoch),  # more digits than JavaScript's numbers have
         sequence=now.sequence,
@@ -118,11 +81,11 @@ def picture(now: DaemonFigures) -> Picture:
         served=now.served,
         denied=now.denied,
         agents=[_agent(member, now.loads.get(member.name, Load())) for member in now.members],
-        links=sorted(links, key=_busy, reverse=True)[:MAX_LINKS],
-        num_links=len(links),
-        live=sorted(handoffs, key=lambda row: row.age_s, reverse=True)[:MAX_ROWS],
-        failures=sorted(failures, key=lambda row: row.age_s)[:MAX_ROWS],
-        errors=now.errors,
+        links=shown.links,
+        num_links=shown.num_links,
+        live=shown.live,
+        failures=shown.failures,
+        errors=shown.errors,
         points=now.points,
     )
 
@@ -145,45 +108,6 @@ def _agent(member: Member, load: Load) -> Agent:
         handoffs=load.handoffs,
         inflight_nbytes=load.inflight_nbytes,
     )
-
-
-def _links(now: DaemonFigures) -> list[LinkRow]:
-    """Each pair once: decode tells what flows, either side what it has measured."""
-    roles = {member.name: member.role for member in now.members}
-    flows: dict[tuple[str, str], tuple[str, float]] = {}
-    for name, activity in now.activities.items():
-        if name in roles:
-            for link in activity.links:
-                if link.peer in roles:
-                    flows[link.peer, name] = (link.transport, link.nbytes_per_s)
-    measured: dict[tuple[str, str], float] = {}
-    for name, load in now.loads.items():
-        for peer, rate in load.rates.items():
-            if name in roles and peer in roles:
-                ends = (peer, name) if roles[name] == "decode" else (name, peer)
-                measured[ends] = max(rate, measured.get(ends, 0.0))
-    return [
-        LinkRow(*ends, *flows.get(ends, ("", 0.0)), measured.get(ends, 0.0))
-        for ends in {**flows, **measured}
-    ]
-
-
-def _busy(link: LinkRow) -> tuple[float, float, str, str]:
-    return (link.nbytes_per_s, link.measured_nbytes_per_s, link.source, link.target)
-
-
-def _handoffs(now: DaemonFigures) -> list[HandoffRow]:
-    """Those under way, each once: decode's word, or prefill's while nobody has asked."""
-    rows: dict[tuple[str, str], HandoffRow] = {}
-    for name, activity in sorted(now.activities.items()):
-        for live in activity.live:
-            decodes = live.side == "decode"
-            ends = (live.peer, name) if decodes else (name, live.peer)
-            row = HandoffRow(live.handoff, *ends, live.nbytes, live.age_s)
-            key = (live.handoff, row.prefill)
-            if decodes or key not in rows:
-                rows[key] = row
-    return list(rows.values())
 
 
 class StatePage:

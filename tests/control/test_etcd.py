@@ -9,11 +9,13 @@ import pytest
 
 from kvferry.control.client import DaemonClient
 from kvferry.control.daemon_messages import (
+    Activity,
     Beat,
     Denied,
     Deregister,
     Done,
     Heartbeat,
+    LiveHandoff,
     Load,
     Register,
     Registered,
@@ -177,6 +179,36 @@ def test_any_daemon_places_by_loads_that_another_was_told(
                 beat(one, "busy-0", busy.generation, Load(queued_tokens=queue))
                 watch.poll(1.0)
         assert two.place(100, model="m").prefill == "idle-0"
+
+
+def test_what_agents_do_is_told_by_all_daemons_together(
+    mortal_pair: tuple[DaemonProcess, DaemonProcess],
+) -> None:
+    one, two = mortal_pair
+    with (
+        DaemonClient(one.address) as first,
+        DaemonClient(two.address) as second,
+        DaemonClient(f"{one.address},{two.address}") as both,
+    ):
+
+        def work(client: DaemonClient, name: str, generation: int, handoff: str) -> None:
+            doing = Activity(age_s=1.0, live=(LiveHandoff(handoff, "decode", "p", 1, 1.0),))
+            beat = Heartbeat(next(numbers), name, generation, activity=doing)
+            assert isinstance(ask(client, beat), Beat)
+
+        def under_way(client: DaemonClient) -> set[str]:
+            return {row.handoff for row in client.show(WAIT_S).live}
+
+        left = register(first, "left", "decode").generation
+        right = register(second, "right", "decode").generation
+        work(first, "left", left, "r-left")
+        work(second, "right", right, "r-right")
+        while under_way(both) != {"r-left", "r-right"}:
+            pass
+        two.kill()
+        work(first, "right", right, "r-new")  # it goes to the other one
+        while under_way(both) != {"r-left", "r-new"}:
+            work(first, "right", right, "r-new")
 
 
 def test_an_agent_goes_to_another_daemon_and_stays_the_same(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvferry.control.daemon_messages import MAX_MEMBERS, SECONDS_BOUNDS, Activity
+from kvferry.control.daemon_messages import MAX_ERROR_KINDS, MAX_MEMBERS, SECONDS_BOUNDS, Activity
 from kvferry.control.history import NUM_BUCKETS, POINTS, STEP_S, History, percentile
 
 
@@ -69,6 +69,15 @@ def test_memory_is_bounded() -> None:
     for number in range(MAX_MEMBERS + 5):
         history.take(f"a{number}", Activity(), 1.0)
     assert len(history.activities) == MAX_MEMBERS
+
+
+def test_names_of_errors_are_bounded_and_every_failure_counts() -> None:
+    history = History(0.0)
+    for number in range(MAX_ERROR_KINDS + 5):
+        history.take("a", Activity(age_s=number + 1.0, errors={f"e{number}": 1}), 1e6)
+    assert len(history.errors) == MAX_ERROR_KINDS
+    assert history.errors["other"] == 6
+    assert sum(history.errors.values()) == MAX_ERROR_KINDS + 5
 
 
 def test_percentiles() -> None:

@@ -1,4 +1,4 @@
-"""`kvferry agents` and `kvferry top` against a real daemon."""
+"""`kvferry agents` against a real daemon."""
 
 from __future__ import annotations
 
@@ -62,10 +62,3 @@ def test_what_cannot_be_done_is_one_line(daemon: DaemonProcess) -> None:
     no_daemon = kvferry("agents", "list", daemon="tcp://127.0.0.1:1")
     assert no_daemon.returncode == 1
     assert "did not answer" in no_daemon.stderr
-
-
-def test_top_shows_agents_and_pairs(daemon: DaemonProcess) -> None:
-    found = kvferry("top", "--once", daemon=daemon.address)
-    assert found.returncode == 0, found.stderr
-    for words in ("1 agents", "p0", "7/10 free", "2.50"):
-        assert words in found.stdout
