@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kvferry.engine.errors import LayoutError
-from kvferry.engine.join import join_planes
+from kvferry.engine.join import join_groups, join_planes
 from kvferry.engine.layout import KVLayout
 from kvferry.engine.reblock import TokenPlan
 
@@ -29,6 +29,7 @@ def layouts() -> dict[str, KVLayout]:
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
     names: dict[str, Any] = {
         "KVLayout": KVLayout,
+        "join_groups": join_groups,
         "join_planes": join_planes,
         "vllm_caches": empty(BLOCKS, HEADS, TOKENS, 2 * DIM),
         "mla_caches": empty(BLOCKS, 1, TOKENS, 576),
@@ -42,6 +43,11 @@ def layouts() -> dict[str, KVLayout]:
         "k_scales": [0.5] * LAYERS,
         "v_scales": [[0.25] * HEADS] * LAYERS,
         "tpla_caches": empty(BLOCKS, TOKENS, 256 + 64),
+        "index_caches": empty(BLOCKS, TOKENS, 132, dtype=torch.uint8),
+        "full_caches": empty(2, BLOCKS, TOKENS, HEADS, DIM)[:1],
+        "window_caches": empty(2, BLOCKS, TOKENS, HEADS, DIM)[:1],
+        "conv_states": empty(BLOCKS, 3, 96)[:1],
+        "ssm_states": empty(BLOCKS, HEADS, DIM, 16, dtype=torch.float32)[:1],
     }
     exec(blocks[-1], names)
     return {name: value for name, value in names.items() if isinstance(value, KVLayout)}
@@ -59,8 +65,22 @@ def test_every_pair_of_one_model_goes_together(layouts: dict[str, KVLayout]) -> 
 
 
 def test_the_others_are_what_they_are(layouts: dict[str, KVLayout]) -> None:
-    assert set(layouts) == {*LIKE_LLAMA, "vllm_mla", "vllm_cpu", "tpla"}
+    others = {"vllm_mla", "vllm_cpu", "tpla", "vllm_indexed", "windowed", "mamba"}
+    assert set(layouts) == {*LIKE_LLAMA, *others}
     assert layouts["vllm_mla"].regions[0].slot_nbytes == TOKENS * 576 * 2
     assert layouts["tpla"].region_heads(0) == (1, 2)
     with pytest.raises(LayoutError, match="codec differs"):
         TokenPlan(layouts["vllm_cpu"], layouts["vllm"])
+
+
+def test_groups_move_what_each_of_them_needs(layouts: dict[str, KVLayout]) -> None:
+    """Of 40 tokens, and of 200, with a page of state."""
+    token = 2 * HEADS * DIM * 2
+    state = 3 * 96 * 2 + HEADS * DIM * 16 * 4
+    for name, of_40, of_200 in (
+        ("vllm_indexed", 40 * LAYERS * (576 * 2 + 132), 200 * LAYERS * (576 * 2 + 132)),
+        ("windowed", 2 * 40 * token, (200 + 128) * token),
+        ("mamba", 40 * token + state, 200 * token + state),
+    ):
+        plan = TokenPlan(layouts[name], layouts[name])
+        assert (plan.nbytes(0, 40), plan.nbytes(0, 200)) == (of_40, of_200), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from typing import TYPE_CHECKING
@@ -37,11 +38,12 @@ def test_a_wrong_kernel_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "kvferry bench kernels: gather of 1024 B pieces" in result.output
 
 
-def test_the_tables_show_the_best_of_a_sweep() -> None:
+@pytest.fixture
+def report() -> Report:
     slow = Row("gather", 4096, 1 << 30, 600.0, 1789.6, 0.84, tile_nbytes=4096, num_warps=4)
     fast = Row("gather", 4096, 1 << 30, 500.0, 2147.5, 0.99, tile_nbytes=16384, num_warps=8)
     capped = Row("gather", 4096, 1 << 30, 900.0, 1193.0, 0.56, max_programs=24)
-    report = Report(
+    return Report(
         device="H200",
         num_multiprocessors=132,
         versions={"torch": "2.11"},
@@ -51,12 +53,28 @@ def test_the_tables_show_the_best_of_a_sweep() -> None:
         sweep=[slow, fast],
         host=[HostCost("gather", 12.0, 19.0, 2.1)],
     )
+
+
+def test_the_tables_show_the_best_of_a_sweep(report: Report) -> None:
     text = io.StringIO()
     bench_kernels.show(Console(file=text, width=100), report)
     shown = text.getvalue()
     for words in ("H200", "torch 2.11", "2150 GB/s", "1193.0", "16 KiB, 8", "12.0"):
         assert words in shown
     assert "4 KiB, 4" not in shown.partition("best of every tile")[2]
+
+
+@pytest.mark.parametrize("curves", [True, False])
+def test_a_report_is_drawn_with_what_it_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, report: Report, curves: bool
+) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib draws the pictures")
+    report = report if curves else dataclasses.replace(report, curves=[])
+    monkeypatch.setattr(kernels_measure, "measure", lambda *_: report)
+    path = tmp_path / "kernels.png"
+    result = CliRunner().invoke(app, ["bench", "kernels", "--plot", str(path)])
+    assert result.exit_code == 0, result.output
+    assert path.read_bytes().startswith(b"\x89PNG\r\n")
 
 
 @pytest.mark.gpu

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.connection import Connection
 
+    from kvferry.engine.block_ids import UploadedIds
     from kvferry.engine.link import Link
     from kvferry.engine.memory import RegisteredCache
     from kvferry.engine.tickets import Ticket
@@ -48,7 +49,9 @@ SWEEP = ((4, 4), (8, 4), (8, 8), (16, 4), (16, 8), (16, 16), (32, 8), (32, 16), 
 REPEATS = 20
 HOST_BLOCKS = (1, 32, 256, 1024)  # of 1 MiB each: 32 pieces
 HOST_CALLS = 300
-PING_PONGS = 60
+PING_PONGS = 60  # each of other blocks
+BATCHES = 7  # of ping-pongs; the first compiles the peer's kernel
+FLUSH_NBYTES = 256 << 20  # five times the L2 of an H200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,16 +104,39 @@ class WrongBytes(Exception):
     """Bytes arrived wrong: no figure is worth printing."""
 
 
-def _tensors(total_nbytes: int, piece_nbytes: int, device: int, *, random: bool) -> Any:
+def _tensors(
+    total_nbytes: int, piece_nbytes: int, device: int, *, random: bool, factor: int = POOL_FACTOR
+) -> Any:
     rows = NUM_LAYERS * NUM_PLANES
     num_ids = max(1, total_nbytes // (rows * piece_nbytes))
     layers = NUM_LAYERS if total_nbytes >= rows * piece_nbytes else 1
-    shape = (NUM_PLANES if layers > 1 else 1, POOL_FACTOR * num_ids, piece_nbytes // 8)
+    shape = (NUM_PLANES if layers > 1 else 1, factor * num_ids, piece_nbytes // 8)
     with torch.cuda.device(device):
         tensors = [torch.zeros(shape, dtype=torch.int64, device="cuda") for _ in range(layers)]
         for tensor in tensors if random else ():
             tensor.random_()
     return tensors, num_ids
+
+
+def _sums(tensor: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """A checksum of each of these blocks, `[plane, block]`: every word has an odd factor of its own,
+    so that no word that is wrong alone, or in another place, goes unseen."""
+    random = torch.Generator(tensor.device).manual_seed(1)
+    shape, where = tensor.shape[-1:], tensor.device
+    factors = torch.randint(-(1 << 62), 1 << 62, shape, generator=random, device=where) * 2 + 1
+    return (tensor[:, ids] * factors).sum(-1)
+
+
+def _blank_elsewhere(tensor: torch.Tensor, ids: torch.Tensor) -> bool:
+    """Whether all blocks but these are zero, as they were made."""
+    touched = tensor.any(-1)
+    touched[:, ids] = False
+    return not bool(touched.any())
+
+
+def _flush() -> None:
+    """Takes everything else out of the current GPU's L2, on the current stream."""
+    torch.empty(FLUSH_NBYTES, dtype=torch.uint8, device="cuda").zero_()
 
 
 def peer_main(pipe: Connection[Any, Any], device: int) -> None:
@@ -133,7 +159,8 @@ def peer_main(pipe: Connection[Any, Any], device: int) -> None:
             if cache is not None:
                 cache.deregister()
             cache = None
-            tensors, _ = _tensors(arguments[0], arguments[1], device, random=False)
+            total, piece, factor = arguments
+            tensors, _ = _tensors(total, piece, device, random=False, factor=factor)
             torch.cuda.synchronize()
             cache = engine.register_cache(KVLayout.from_tensors(tensors, DIMS), tensors)
             pipe.send(cache.descriptor)
@@ -147,39 +174,49 @@ def peer_main(pipe: Connection[Any, Any], device: int) -> None:
                 pipe.send(None)
         elif command == "sums":
             ids = torch.from_numpy(arguments[0]).to(device)
-            pipe.send([(tensor[:, ids].cpu().numpy()) for tensor in tensors])
+            blank = all(_blank_elsewhere(tensor, ids) for tensor in tensors)
+            pipe.send((blank, [_sums(tensor, ids).cpu().numpy() for tensor in tensors]))
         elif command == "ping-pong":
             assert link is not None
             assert cache is not None
-            remote, src_ids, dst_ids, imms, count = arguments
-            mine = [engine.new_imm() for _ in range(count)]
+            remote, turns, imms = arguments
+            mine = [engine.new_imm() for _ in turns]
             plan = engine.plan(cache, remote)
             link.prepare(plan)
-            uploaded = (link.upload_ids(plan, src_ids, dst_ids),)
-            tickets = [engine.expect(imm, nbytes=plan.nbytes(len(src_ids))) for imm in mine]
+            uploaded = [link.upload_ids(plan, *ids) for ids in turns]
+            nbytes = plan.nbytes(len(turns[0][0]))
+            tickets = [engine.expect(imm, nbytes=nbytes) for imm in mine]
             pipe.send(mine)
             _ping_pong(link, plan, uploaded, imms, tickets, first=False)
             pipe.send(None)
 
 
 def _ping_pong(
-    link: Link, plan: TransferPlan, ids: Any, imms: list[int], tickets: list[Any], *, first: bool
+    link: Link,
+    plan: TransferPlan,
+    turns: list[UploadedIds],
+    imms: list[int],
+    tickets: list[Any],
+    *,
+    first: bool,
 ) -> float:
-    """Enqueues all turns behind a sleeping kernel; microseconds of one way."""
+    """Enqueues all turns, each of blocks that no other turn touches, behind a sleeping kernel and
+    out of a cold L2; microseconds of one way."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     last = None
     with torch.cuda.stream(stream):
+        _flush()
         if first:
             # 0.1 s: both sides enqueue meanwhile.
             torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
             begin.record()
-        for imm, ticket in zip(imms, tickets, strict=True):
+        for ids, imm, ticket in zip(turns, imms, tickets, strict=True):
             if first:
-                last = link.write_blocks(plan, *ids, imm=imm, stream=stream)
+                last = link.write_blocks(plan, ids, imm=imm, stream=stream)
             ticket.wait_on(stream)
             if not first:
-                last = link.write_blocks(plan, *ids, imm=imm, stream=stream)
+                last = link.write_blocks(plan, ids, imm=imm, stream=stream)
         end.record()
     stream.synchronize()
     if last is not None:
@@ -248,24 +285,35 @@ class Bench:
             self.call("accept", engine.engine_id)
             yield engine, link
 
-    def shape(self, engine: TransferEngine, total_nbytes: int, piece_nbytes: int) -> Any:
-        remote = self.call("cache", total_nbytes, piece_nbytes)
-        tensors, num_ids = _tensors(total_nbytes, piece_nbytes, 0, random=True)
+    def shape(
+        self,
+        engine: TransferEngine,
+        total_nbytes: int,
+        piece_nbytes: int,
+        factor: int = POOL_FACTOR,
+    ) -> Any:
+        remote = self.call("cache", total_nbytes, piece_nbytes, factor)
+        tensors, num_ids = _tensors(total_nbytes, piece_nbytes, 0, random=True, factor=factor)
         torch.cuda.synchronize()
         local = engine.register_cache(KVLayout.from_tensors(tensors, DIMS), tensors)
         random = np.random.default_rng(total_nbytes + piece_nbytes)
-        ids = tuple(random.permutation(POOL_FACTOR * num_ids)[:num_ids] for _ in range(2))
+        ids = tuple(random.permutation(factor * num_ids)[:num_ids] for _ in range(2))
         return tensors, local, engine.plan(local, remote), ids
 
     def check(self, tensors: list[torch.Tensor], ids: Any) -> None:
-        step = max(1, len(ids[0]) // 64)
-        src, dst = (np.ascontiguousarray(side[::step]) for side in ids)
-        there = self.call("sums", dst)
+        """Compares every block that moved, and looks for bytes where none belong.
+
+        Raises:
+            WrongBytes: some arrived wrong, or elsewhere.
+        """
+        src, dst = (np.ascontiguousarray(side) for side in ids)
+        blank, there = self.call("sums", dst)
+        src_ids = torch.from_numpy(src).to(0)
         for mine, theirs in zip(tensors, there, strict=True):
-            if not torch.equal(
-                mine[:, torch.from_numpy(src).to(0)].cpu(), torch.from_numpy(theirs)
-            ):
+            if not torch.equal(_sums(mine, src_ids).cpu(), torch.from_numpy(theirs)):
                 raise WrongBytes
+        if not blank:
+            raise WrongBytes
 
     def row(
         self,
@@ -352,20 +400,25 @@ class Bench:
         print(text.getvalue()[:4500])
 
     def one_way(self, engine: TransferEngine, link: Link, total: int, piece: int) -> float:
-        _, local, plan, ids = self.shape(engine, total, piece)
+        """Microseconds from a stream here to one there, the median of several batches."""
+        _, local, plan, ids = self.shape(engine, total, piece, PING_PONGS)
         link.prepare(plan)
-        link.write_blocks(plan, *ids).wait()
-        nbytes = plan.nbytes(len(ids[0]))
-        uploaded = (link.upload_ids(plan, *ids),)
+        num_ids = len(ids[0])
+        random = np.random.default_rng(total)
+        sides = [random.permutation(PING_PONGS * num_ids).reshape(-1, num_ids) for _ in range(4)]
+        here, there = (list(zip(*sides[i : i + 2], strict=True)) for i in (0, 2))
+        uploaded = [link.upload_ids(plan, *turn) for turn in here]
+        link.write_blocks(plan, uploaded[0]).wait()
+        nbytes = plan.nbytes(num_ids)
         results = []
-        for _ in range(3):  # the first compiles the peer's kernel
-            imms = [engine.new_imm() for _ in range(PING_PONGS)]
+        for _ in range(BATCHES):
+            imms = [engine.new_imm() for _ in here]
             tickets = [engine.expect(imm, nbytes=nbytes) for imm in imms]
-            theirs = self.call("ping-pong", local.descriptor, *ids, imms, PING_PONGS)
+            theirs = self.call("ping-pong", local.descriptor, there, imms)
             results.append(_ping_pong(link, plan, uploaded, theirs, tickets, first=True))
             self.pipe.recv()
         local.deregister()
-        return min(results)
+        return statistics.median(results[1:])
 
     def mapped(self, link: Link, engine: TransferEngine) -> float:
         """GB/s of one contiguous copy, by the copy engine, onto the other process's memory."""

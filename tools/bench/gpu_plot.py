@@ -43,7 +43,7 @@ def _direct(panel: Any, report: dict[str, Any]) -> None:
     totals = sorted({row["total_nbytes"] >> 20 for row in direct["rows"]} - {0})
     for color, total in zip(COLORS, totals, strict=False):
         rows = [row for row in direct["rows"] if row["total_nbytes"] >> 20 == total]
-        _line(
+        line(
             panel,
             [row["piece_nbytes"] / 1024 for row in rows],
             [row["gb_per_s"] for row in rows],
@@ -52,7 +52,7 @@ def _direct(panel: Any, report: dict[str, Any]) -> None:
         )
     top = direct["ceiling_gb_per_s"]
     panel.axhline(top, color=CEILING, linewidth=1.2, label=f"one contiguous copy, {top:.0f}")
-    _finish(panel, "From GPU to GPU, scattered blocks", "block, KiB", "GB/s")
+    finish(panel, "From GPU to GPU, scattered blocks", "block, KiB", "GB/s")
 
 
 def _staged(panel: Any, report: dict[str, Any]) -> None:
@@ -64,39 +64,41 @@ def _staged(panel: Any, report: dict[str, Any]) -> None:
     for name, speed in staged["ceilings_gb_per_s"].items():
         if "pinned" in name:
             panel.axvline(speed, color=CEILING, linewidth=1.2, label=f"{name}, {speed:.1f}")
-    _finish(panel, "Staged through pinned host memory, 1 GiB", "GB/s", "")
+    finish(panel, "Staged through pinned host memory, 1 GiB", "GB/s", "")
 
 
 def _caps(panel: Any, report: dict[str, Any]) -> None:
     caps = report["direct"]["caps"]
-    _line(panel, [cap for cap, _ in caps], [speed for _, speed in caps], "cuda_ipc", COLORS[0])
+    line(panel, [cap for cap, _ in caps], [speed for _, speed in caps], "cuda_ipc", COLORS[0])
     best = max(speed for _, speed in caps)
     panel.axhline(0.9 * best, color=CEILING, linewidth=1.2, label="0.9 of the best")
     panel.set_ylim(0, 1.1 * best)
-    _finish(panel, "256 MiB of 32 KiB blocks, by programs at a time", "programs", "GB/s")
+    finish(panel, "256 MiB of 32 KiB blocks, by programs at a time", "programs", "GB/s")
 
 
 def _latency(panel: Any, report: dict[str, Any]) -> None:
     one_way = report["direct"]["one_way_us"]
     sizes = [nbytes / 1024 for nbytes, _ in one_way]
-    _line(panel, sizes, [micros for _, micros in one_way], "stream to stream, one way", COLORS[0])
+    line(panel, sizes, [micros for _, micros in one_way], "stream to stream, one way", COLORS[0])
     rows = [row for row in report["direct"]["rows"] if row["piece_nbytes"] == 32 << 10]
     sizes = [row["total_nbytes"] / 1024 for row in rows]
-    _line(panel, sizes, [row["alone_us"] for row in rows], "the host's clock", COLORS[3])
+    line(panel, sizes, [row["alone_us"] for row in rows], "the host's clock", COLORS[3])
     nixl = report.get("nixl") or []
     if nixl:
         sizes = [row["total_nbytes"] / 1024 for row in nixl]
-        _line(panel, sizes, [row["us"] for row in nixl], "NIXL, the host's clock", COLORS[5])
+        line(panel, sizes, [row["us"] for row in nixl], "NIXL, the host's clock", COLORS[5])
     panel.set_yscale("log")
-    _finish(panel, "Latency of one handoff", "KiB", "µs")
+    finish(panel, "Latency of one handoff", "KiB", "µs")
 
 
-def _line(panel: Any, x: list[float], y: list[float], label: str, color: str) -> None:
+def line(panel: Any, x: list[float], y: list[float], label: str, color: str) -> None:
+    """A line with its points, over powers of two."""
     panel.plot(x, y, marker="o", markersize=3, linewidth=1.4, label=label, color=color)
     panel.set_xscale("log", base=2)
 
 
-def _finish(panel: Any, title: str, x: str, y: str) -> None:
+def finish(panel: Any, title: str, x: str, y: str) -> None:
+    """What a panel is of."""
     panel.set_title(title, fontsize=9, loc="left")
     panel.set_xlabel(x, fontsize=8)
     panel.set_ylabel(y, fontsize=8)

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvferry.tools.bench import kernels_measure
+from kvferry.tools.bench import kernels_measure, kernels_plot
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,6 +30,9 @@ def kernels(
     json_path: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write a JSON report.")
     ] = None,
+    plot_path: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.png", help="Also draw a picture.")
+    ] = None,
 ) -> None:
     """Gather, scatter and push blocks on one GPU, beside a device-to-device copy.
 
@@ -37,6 +40,11 @@ def kernels(
     compared with its reference first. Exits 1 if one is wrong.
     """
     console = Console(stderr=True)
+    if plot_path is not None:
+        try:
+            kernels_plot.check()
+        except ImportError as error:
+            raise typer.BadParameter(f"{error}; pip install kvferry[plot]") from error
     options = kernels_measure.Options(total_mib << 20, repeats, sweep)
     try:
         with console.status("measuring") as status:
@@ -47,6 +55,8 @@ def kernels(
     show(Console(), report)
     if json_path is not None:
         json_path.write_text(json.dumps(dataclasses.asdict(report), indent=1), encoding="utf-8")
+    if plot_path is not None:
+        kernels_plot.save(report, plot_path)
 
 
 def show(console: Console, report: Report) -> None:
