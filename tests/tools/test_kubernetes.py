@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+import subprocess
+from typing import TYPE_CHECKING, Any
 
 import kubernetes_validate
 import pytest
@@ -12,8 +13,14 @@ import yaml
 
 from kvferry.adapters.vllm_settings import Settings
 from kvferry.control.settings import Settings as DaemonSettings
+from kvferry.control.store import parse_store
 from kvferry.tools.router.cli import router
 from tests.daemon_process import ROOT
+
+if TYPE_CHECKING:
+    from tests.needs import need
+else:
+    from needs import need  # in the folder above: `pythonpath` in pyproject.toml
 
 FOLDER = ROOT / "deploy" / "kubernetes"
 KUSTOMIZATION: dict[str, Any] = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())
@@ -22,10 +29,10 @@ MANIFESTS = [
     for name in KUSTOMIZATION["resources"]
     for manifest in yaml.safe_load_all((FOLDER / name).read_text())
 ]
-DEPLOYMENTS = {
+WORKLOADS = {
     manifest["metadata"]["name"]: manifest
     for _, manifest in MANIFESTS
-    if manifest["kind"] == "Deployment"
+    if manifest["kind"] in ("Deployment", "StatefulSet")
 }
 CONFIG = dict(
     literal.split("=", 1)
@@ -59,16 +66,17 @@ def test_every_file_is_applied() -> None:
     assert files == {*KUSTOMIZATION["resources"], "kustomization.yaml"}
 
 
-@pytest.mark.parametrize("name", sorted(DEPLOYMENTS))
+@pytest.mark.parametrize("name", sorted(WORKLOADS))
 def test_what_is_named_is_there(name: str) -> None:
-    spec = DEPLOYMENTS[name]["spec"]
+    spec = WORKLOADS[name]["spec"]
     labels = spec["template"]["metadata"]["labels"]
     assert spec["selector"]["matchLabels"] == labels
     pod = spec["template"]["spec"]
-    volumes = {volume["name"] for volume in pod["volumes"]}
-    for each in (*pod["containers"], *pod["initContainers"]):
+    volumes = {volume["name"] for volume in pod.get("volumes", ())}
+    volumes |= {claim["metadata"]["name"] for claim in spec.get("volumeClaimTemplates", ())}
+    for each in (*pod["containers"], *pod.get("initContainers", ())):
         assert {mount["name"] for mount in each["volumeMounts"]} <= volumes
-    main = container(DEPLOYMENTS[name])
+    main = container(WORKLOADS[name])
     ports = {port["name"] for port in main["ports"]}
     probes = [main[probe] for probe in main if probe.endswith("Probe")]
     assert probes
@@ -82,6 +90,53 @@ def test_what_is_named_is_there(name: str) -> None:
     ]
     for service in services:
         assert {port["targetPort"] for port in service["ports"]} <= ports
+    maps = {source["configMapRef"]["name"] for source in main.get("envFrom", ())}
+    assert maps <= {generator["name"] for generator in KUSTOMIZATION["configMapGenerator"]}
+
+
+def pods_of(name: str, port: int) -> list[str]:
+    """The addresses that a StatefulSet's pods have, whatever happens to them."""
+    spec = WORKLOADS[name]["spec"]
+    (service,) = [
+        m["spec"]
+        for _, m in MANIFESTS
+        if m["kind"] == "Service" and m["metadata"]["name"] == spec["serviceName"]
+    ]
+    assert service["clusterIP"] == "None", "else its pods have no names"
+    assert port in {each["port"] for each in service["ports"]}
+    return [f"{name}-{n}.{spec['serviceName']}:{port}" for n in range(spec["replicas"])]
+
+
+def test_agents_and_routers_know_all_daemons() -> None:
+    addresses = [each.partition("#")[0] for each in CONFIG["KVFERRY_DAEMON"].split(",")]
+    assert addresses == [f"tcp://{each}" for each in pods_of("kvferry-daemon", 7717)]
+    assert len(addresses) >= 2
+
+
+def test_the_daemons_know_all_servers_of_etcd() -> None:
+    store = parse_store(CONFIG["KVFERRY_DAEMON_STORE"])
+    found = [f"{host}:{port}" for host, port in store.endpoints]
+    assert found == pods_of("kvferry-etcd", 2379)
+    main = container(WORKLOADS["kvferry-daemon"])
+    (publish,) = [e["value"] for e in main["env"] if e["name"] == "KVFERRY_DAEMON_PUBLISH"]
+    assert publish == "tcp://$(POD_IP):7718"  # what others are told: no pod resolves another's name
+
+
+def test_the_servers_of_etcd_know_each_other() -> None:
+    flags = dict(each.removeprefix("--").split("=", 1) for each in etcd_command()[1:])
+    members = dict(each.split("=", 1) for each in flags["initial-cluster"].split(","))
+    assert list(members.values()) == [f"http://{each}" for each in pods_of("kvferry-etcd", 2380)]
+    for pod, url in members.items():
+        assert url == flags["initial-advertise-peer-urls"].replace("$(POD_NAME)", pod)
+    known = subprocess.run(
+        [need("etcd", "etcd-server"), "--help"], capture_output=True, text=True, check=True
+    )
+    assert all(f"--{flag} " in known.stdout for flag in flags)
+
+
+def etcd_command() -> list[str]:
+    command: list[str] = container(WORKLOADS["kvferry-etcd"])["command"]
+    return command
 
 
 @pytest.mark.parametrize(
@@ -90,7 +145,7 @@ def test_what_is_named_is_there(name: str) -> None:
 def test_the_engines_settings_are_settings(
     name: str, role: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    main = container(DEPLOYMENTS[name])
+    main = container(WORKLOADS[name])
     (argument,) = [each for each in main["args"] if each.startswith("--kv-transfer-config=")]
     config = json.loads(argument.partition("=")[2])
     assert config["kv_connector"] == "KVFerryConnector"
@@ -102,11 +157,11 @@ def test_the_engines_settings_are_settings(
     assert settings.host == "10.0.0.7"
     assert settings.service == "http://10.0.0.7:8000"
     assert settings.keys == "/keys/engine.key"
-    assert settings.daemon.startswith("tcp://kvferry-daemon:7717#")
+    assert settings.daemon == CONFIG["KVFERRY_DAEMON"]
 
 
 def test_the_routers_flags_are_flags() -> None:
-    flags = container(DEPLOYMENTS["kvferry-router"])["command"][2:]
+    flags = container(WORKLOADS["kvferry-router"])["command"][2:]
     names = {flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in flags}
     assert names <= set(router.__annotations__)
 
@@ -116,7 +171,7 @@ def test_the_daemon_listens_where_its_service_leads() -> None:
     bound = dict(re.findall(r"KVFERRY_DAEMON_(\w+)=\S*:(\d+)", text))
     ports = {
         port["name"]: port["containerPort"]
-        for port in container(DEPLOYMENTS["kvferry-daemon"])["ports"]
+        for port in container(WORKLOADS["kvferry-daemon"])["ports"]
     }
     assert ports == {
         "requests": int(bound["BIND"]),
