@@ -100,7 +100,7 @@ class Mailbox:
         self._read(self._router, 0, on_frame)
         if self.gatekeeper is not None:
             gate = self.gatekeeper
-            self._watch(gate.socket, gate.answer)
+            self._watch(gate.socket, gate.answer, gate.answer)
 
     def start(self) -> None:
         """Starts the thread."""
@@ -212,12 +212,16 @@ class Mailbox:
             raise
 
     def _read(self, socket: zmq.Socket[bytes], number: int, on_frame: OnFrame) -> None:
-        self._watch(socket, partial(self._take, socket, number, on_frame))
+        take = partial(self._take, socket, number, on_frame)
+        self._watch(socket, take, partial(take, told=True))
 
-    def _watch(self, socket: zmq.Socket[bytes], take: Callable[[], None]) -> None:
+    def _watch(
+        self, socket: zmq.Socket[bytes], take: Callable[[], None], told: Callable[[], None]
+    ) -> None:
+        """Calls `told` when the socket's descriptor tells of news, and `take` after its use."""
         self._takers[socket] = take
         self._used[socket] = None  # of what has come before, its descriptor may not tell
-        self.turns.watch(int(socket.getsockopt(zmq.FD)), take)
+        self.turns.watch(int(socket.getsockopt(zmq.FD)), told)
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = self._context.socket(kind)
@@ -257,11 +261,17 @@ class Mailbox:
         self._used = {socket: None for socket in self._used if _has_news(socket)}
         return bool(self._used)
 
-    def _take(self, socket: zmq.Socket[bytes], number: int, on_frame: OnFrame) -> None:
-        """Takes what has come, a bounded number of batches at a time."""
+    def _take(
+        self, socket: zmq.Socket[bytes], number: int, on_frame: OnFrame, *, told: bool = False
+    ) -> None:
+        """Takes what has come, a bounded number of batches at a time.
+
+        `told`: there is something, most probably, and to ask takes as long as to read it.
+        """
         for _ in range(BATCH):
-            if not _has_news(socket):
+            if not told and not _has_news(socket):
                 return
+            told = False
             parts: list[bytes] = []
             try:
                 more = True

@@ -15,8 +15,10 @@ import numpy as np
 from ..control import events
 from ..control.daemon_messages import MAX_LIVE, Activity, LiveHandoff
 from ..control.errors import BlocksMismatch, ControlError
+from ..control.messages import BLOCK_ID_NBYTES, unpack_block_ids
 from ..control.recorder import Recorder
 from ..engine.errors import Cancelled, EngineError, LinkError
+from ..engine.plan import FEW_IDS
 from .activity import ActivityLog, short
 from .compute_order import idle_stream
 from .token_handoffs import read_tokens, write_tokens
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from ..control.messages import Side
     from ..control.recorder import Timeline
     from ..engine.memory import RegisteredCache
+    from ..engine.plan import BlockIds
     from ..engine.tickets import Ticket
     from ..engine.transfer import TransferEngine
     from ..engine.transfer_plan import TransferPlan
@@ -303,8 +306,8 @@ class Workbench:
             return None  # decode's rank holds other layers
         return peer.link.write_blocks(
             plan,
-            np.frombuffer(action.tables[0], np.int32),
-            np.frombuffer(request.tables[0], np.int32),
+            _unpack(action.tables[0]),
+            _unpack(request.tables[0]),
             imm=request.imm,
             layers=layers,
             stream=self._stream,
@@ -329,8 +332,8 @@ class Workbench:
             return None
         return peer.link.read_blocks(
             peer.read_plan,
-            np.frombuffer(action.ready.tables[0], np.int32),
-            np.frombuffer(work.request["tables"][0], np.int32),
+            _unpack(action.ready.tables[0]),
+            _unpack(work.request["tables"][0]),
             stream=self._stream,
             timeout_s=NEVER_S,
         )
@@ -381,6 +384,13 @@ class Workbench:
         if error is not None and peer is not None and peer.link is not None and peer.link.closed:
             return  # `LinkDown` is on its way, and says more
         self._tell("decode", key, events.CounterEnded(ticket.nbytes, error))
+
+
+def _unpack(table: bytes) -> BlockIds:
+    """Block ids for the engine, which moves a few of them without NumPy."""
+    if len(table) <= FEW_IDS * BLOCK_ID_NBYTES:
+        return unpack_block_ids(table)
+    return np.frombuffer(table, np.int32)
 
 
 def _learn(work: Work, ticket: Ticket) -> None:

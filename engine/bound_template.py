@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from . import iovec
 from .bound_pieces import MAX_PIECE_NBYTES, NO_PIECES, BoundPieces
+from .plan import as_list
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import numpy.typing as npt
 
-    from .plan import Template
+    from .plan import Ids, Template
 
     Column = npt.NDArray[np.int64]
 
@@ -110,7 +112,7 @@ class BoundTemplate:
             self._shares[key] = shares
         return shares
 
-    def blocks(self, src_ids: Column, dst_ids: Column) -> BoundBlocks:
+    def blocks(self, src_ids: Ids, dst_ids: Ids) -> BoundBlocks:
         """Block ids as steps in memory, for `iovecs`."""
         mine, theirs = (src_ids, dst_ids) if self._writes else (dst_ids, src_ids)
         return BoundBlocks(self._local.steps(mine), self._remote.steps(theirs))
@@ -123,8 +125,8 @@ class BoundTemplate:
             self._remote.iovec(blocks.remote, share.rows, share.blocks),
         )
 
-    def few(self, src_ids: Column, dst_ids: Column) -> tuple[Column, Column]:
-        """`iovecs` of everything, for a few pieces: without one NumPy call for each step."""
+    def few(self, src_ids: Ids, dst_ids: Ids) -> tuple[iovec.FewEntries, iovec.FewEntries]:
+        """`iovecs` of everything, for a few pieces: without NumPy."""
         if self._few is None:
             sides = (self._local.columns(), self._remote.columns())
             self._few = [
@@ -132,13 +134,14 @@ class BoundTemplate:
                 for here, there in zip(*(s.tolist() for s in sides), strict=True)
             ]
         mine, theirs = (src_ids, dst_ids) if self._writes else (dst_ids, src_ids)
-        blocks = list(zip(mine.tolist(), theirs.tolist(), strict=True))
-        local, remote = [], []
+        blocks = list(zip(as_list(mine), as_list(theirs), strict=True))
+        local: list[int] = []
+        remote: list[int] = []
         for here, here_step, nbytes, there, there_step in self._few:
             for my_id, their_id in blocks:
-                local.append((here + here_step * my_id, nbytes))
-                remote.append((there + there_step * their_id, nbytes))
-        return np.array(local, np.int64), np.array(remote, np.int64)
+                local += (here + here_step * my_id, nbytes)
+                remote += (there + there_step * their_id, nbytes)
+        return iovec.few(local), iovec.few(remote)
 
     def _cut(self, num_blocks: int, limit_nbytes: int, limit: int) -> Iterator[Share]:
         ends = self._ends
@@ -176,7 +179,7 @@ class _Side:
         start, nbytes = self._rows[:, 0, :1], self._rows[:, 0, 1:]
         return np.concatenate((start, stride, nbytes), axis=1)
 
-    def steps(self, ids: Column) -> npt.NDArray[np.int64]:
+    def steps(self, ids: Ids) -> npt.NDArray[np.int64]:
         """What these ids add to a row: `[1 or row, id, 2]`."""
         steps = np.zeros((len(self._stride), len(ids), 2), np.int64)
         np.multiply(self._stride, ids, out=steps[:, :, 0])

@@ -18,6 +18,7 @@ from .errors import LayoutError, PlanError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import TypeGuard
 
     import numpy.typing as npt
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     Heads = tuple[int, int]  # the model's that a region holds, first and stop
     BlockIds = Sequence[int] | npt.NDArray[np.integer]
+    Ids = list[int] | npt.NDArray[np.int64]  # checked and ordered; a few may be a list
 
 
 # Up to so many ids Python's own sort and comparisons are quicker than NumPy's ten calls, which cost
@@ -222,17 +224,31 @@ class Plan:
         self, src_ids: npt.NDArray[np.int64], dst_ids: npt.NDArray[np.int64], group: int
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None:
         """What `check_ids` does, for a few ids; None if anything is wrong with them."""
-        src, dst = src_ids.tolist(), dst_ids.tolist()
+        dst = dst_ids.tolist()
+        few = self.order_few(src_ids.tolist(), dst, group)
+        if few is None:
+            return None
+        if few[1] is dst:
+            return src_ids, dst_ids
+        return np.array(few[0], np.int64), np.array(few[1], np.int64)
+
+    def order_few(
+        self, src: list[int], dst: list[int], group: int = 0
+    ) -> tuple[list[int], list[int]] | None:
+        """A few ids, ordered as by `check_ids`, as the same lists if they were; None if anything is
+        wrong with them, which `check_ids` says."""
         limits = self._limits[group]
+        if not dst or len(src) != len(dst):
+            return None
         if min(src) < 0 or max(src) >= limits[0] or min(dst) < 0 or max(dst) >= limits[1]:
             return None
         ordered = sorted(set(dst))
         if len(ordered) < len(dst):
             return None
         if ordered == dst:
-            return src_ids, dst_ids
-        table = np.array(sorted(zip(dst, src, strict=True)), np.int64).T.copy()
-        return table[1], table[0]
+            return src, dst
+        pairs = sorted(zip(dst, src, strict=True))
+        return [src_id for _, src_id in pairs], ordered
 
     def _template(self, group: int, layers: tuple[int, ...] | None) -> Template:
         key = (group, layers)
@@ -269,12 +285,22 @@ def _as_ids(side: str, ids: BlockIds) -> npt.NDArray[np.int64]:
     return array.astype(np.int64, copy=False)
 
 
-def have_neighbours(src_ids: npt.NDArray[np.int64], dst_ids: npt.NDArray[np.int64]) -> bool:
+def are_few(ids: object) -> TypeGuard[list[int]]:
+    """Whether ids are a list of a few of Python's own numbers."""
+    return type(ids) is list and 0 < len(ids) <= FEW_IDS and {*map(type, ids)} == {int}
+
+
+def as_list(ids: Ids) -> list[int]:
+    """Ids that `check_ids` or `order_few` has returned, as Python's own numbers."""
+    return ids if isinstance(ids, list) else ids.tolist()
+
+
+def have_neighbours(src_ids: Ids, dst_ids: Ids) -> bool:
     """Whether any two blocks that follow each other are neighbours on both sides."""
     if len(src_ids) < 2:
         return False
-    if len(src_ids) <= FEW_IDS:
-        ids = list(zip(src_ids.tolist(), dst_ids.tolist(), strict=True))
+    if isinstance(src_ids, list) or isinstance(dst_ids, list) or len(src_ids) <= FEW_IDS:
+        ids = list(zip(as_list(src_ids), as_list(dst_ids), strict=True))
         return any(a + 1 == c and b + 1 == d for (a, b), (c, d) in itertools.pairwise(ids))
     return bool(((src_ids[1:] - src_ids[:-1] == 1) & (dst_ids[1:] - dst_ids[:-1] == 1)).any())
 

@@ -10,7 +10,7 @@ import numpy as np
 from .bound_pieces import BoundPieces, bind
 from .bound_template import BoundTemplate
 from .errors import PlanError
-from .plan import Plan, have_neighbours
+from .plan import Plan, are_few, have_neighbours
 from .reblock import TokenPlan
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from .held_planes import Key
     from .memory import CacheDescriptor, RegisteredCache
-    from .plan import BlockIds
+    from .plan import BlockIds, Ids
 
     Column = npt.NDArray[np.int64]
 
@@ -122,7 +122,7 @@ class TransferPlan:
         return bind(addresses, pieces.nbytes, there, there_offset, self.remote.regions)
 
     def bound(
-        self, src_ids: Column, dst_ids: Column, layers: Sequence[int] | None
+        self, src_ids: Ids, dst_ids: Ids, layers: Sequence[int] | None
     ) -> BoundTemplate | None:
         """What multiplies these blocks out as they are; None if some form longer runs together, or
         a piece has to be cut."""
@@ -147,13 +147,17 @@ def _blocks_pair(tokens: TokenPlan) -> bool:
 
 
 def check_block_ids(plan: TransferPlan, src_block_ids: Any, dst_block_ids: Any) -> tuple[Any, Any]:
-    """Ids as a transport's `submit_blocks` takes them: checked and ordered int64 rows.
+    """Ids as a transport's `submit_blocks` takes them: checked and ordered int64 rows, or lists.
 
-    Two tensors on a GPU stay where they are, unread.
+    Two tensors on a GPU stay where they are, unread. Lists of a few ids stay lists.
 
     Raises:
         BlockOutOfRange, OverlappingBlocks, PlanError: as for `Plan.pieces`.
     """
+    if are_few(src_block_ids) and are_few(dst_block_ids):
+        few = plan.plan.order_few(src_block_ids, dst_block_ids)
+        if few is not None:
+            return few
     on_gpu = [getattr(ids, "is_cuda", False) for ids in (src_block_ids, dst_block_ids)]
     if not any(on_gpu):
         return plan.plan.check_ids(src_block_ids, dst_block_ids)

@@ -232,7 +232,9 @@ class CmaPath(DataPath):
         guarded = [functools.partial(self._guarded, task) for task in tasks]
         transfer.ticket._help = Batch(self._link.core.copiers, guarded).help
 
-    def _start_small(self, transfer: Transfer, local: Column, remote: Column) -> None:
+    def _start_small(
+        self, transfer: Transfer, local: iovec.FewEntries, remote: iovec.FewEntries
+    ) -> None:
         copy = functools.partial(self._copy_all, transfer, local, remote)
         if not self._link.core.copiers.do_here(functools.partial(self._guarded, copy)):
             self._start(transfer, [copy])
@@ -304,7 +306,9 @@ class CmaPath(DataPath):
         if transfer.begin() and self._move(transfer, local[part], remote[part], share.nbytes):
             transfer.end(share.nbytes)
 
-    def _copy_all(self, transfer: Transfer, local: Column, remote: Column) -> None:
+    def _copy_all(
+        self, transfer: Transfer, local: iovec.FewEntries, remote: iovec.FewEntries
+    ) -> None:
         nbytes = transfer.total_nbytes
         if transfer.begin() and self._move(transfer, local, remote, nbytes):
             transfer.end(nbytes)
@@ -312,8 +316,8 @@ class CmaPath(DataPath):
     def _move(
         self,
         transfer: Transfer,
-        local: npt.NDArray[np.integer],
-        remote: npt.NDArray[np.integer],
+        local: npt.NDArray[np.integer] | iovec.FewEntries,
+        remote: npt.NDArray[np.integer] | iovec.FewEntries,
         nbytes: int,
     ) -> bool:
         """Copies, for work that was begun; ends it, and says False, if that fails."""

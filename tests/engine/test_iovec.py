@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 
@@ -47,3 +48,34 @@ def test_what_joins_little_stays_as_it_is() -> None:
     same = iovec.join_remote(local, remote)
     assert same[0] is local
     assert same[1] is remote
+
+
+@pytest.mark.parametrize("write", [True, False])
+def test_a_few_entries_are_copied_without_numpy(write: bool) -> None:
+    ours, theirs = (np.full(10 * PIECE, value, np.uint8) for value in (1, SENTINEL))
+    want = [ours.copy(), theirs.copy()]
+    entries: list[list[int]] = [[], []]
+    for number, (here, there) in enumerate([(7, 1), (2, 8), (5, 5)]):
+        source, target = (ours, theirs) if write else (theirs, ours)
+        fresh = np.arange(number, number + PIECE, dtype=np.uint8)
+        for array, place in ((ours, here), (theirs, there)):
+            copied = array is target
+            want[copied == write][place * PIECE : (place + 1) * PIECE] = fresh
+            if array is source:
+                array[place * PIECE : (place + 1) * PIECE] = fresh
+        entries[0] += [ours.ctypes.data + here * PIECE, PIECE]
+        entries[1] += [theirs.ctypes.data + there * PIECE, PIECE]
+    iovec.process_vm(os.getpid(), *map(iovec.few, entries), 3 * PIECE, write=write)
+    assert np.array_equal(ours, want[0])
+    assert np.array_equal(theirs, want[1])
+
+
+def test_a_few_entries_that_cannot_all_be_copied_fail_as_many_do() -> None:
+    """Memory that is not mapped, behind one entry that is: the first is copied, the error told."""
+    ours, theirs = np.arange(PIECE, dtype=np.uint8), np.full(PIECE, SENTINEL, np.uint8)
+    local = iovec.few([ours.ctypes.data, PIECE, ours.ctypes.data, PIECE])
+    remote = iovec.few([theirs.ctypes.data, PIECE, 16, PIECE])
+    with pytest.raises(OSError) as caught:  # noqa: PT011 - the number says which
+        iovec.process_vm(os.getpid(), local, remote, 2 * PIECE, write=True)
+    assert caught.value.errno == errno.EFAULT
+    assert np.array_equal(theirs, ours)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvferry.engine.errors import BlockOutOfRange, LayoutError, OverlappingBlocks, PlanError
 from kvferry.engine.layout import KVLayout
-from kvferry.engine.plan import Pieces, Plan
+from kvferry.engine.plan import FEW_IDS, Pieces, Plan, are_few
 
 Array = np.ndarray[Any, Any]
 AXES = ("layer", "plane", "block", "token", "head", "dim")
@@ -228,3 +228,23 @@ def test_ids_that_need_no_order_are_checked_all_the_same(num_blocks: int) -> Non
         dst[7] = bad
         with pytest.raises(BlockOutOfRange, match=f"block id {bad} is not"):
             plan.check_ids(src, dst, ordered=False)
+
+
+def test_a_few_ids_of_pythons_own_are_ordered_like_rows() -> None:
+    layout = KVLayout.from_tensors([np.zeros((20, 1), np.uint8)], "block dim")
+    plan = Plan(layout, layout)
+    rng = np.random.default_rng(3)
+    for _ in range(300):
+        count = int(rng.integers(1, 5))
+        src, dst = (rng.integers(-1, 21, count).tolist() for _ in range(2))
+        few = plan.order_few(src, dst)
+        if {*src, *dst} <= set(range(20)) and len(set(dst)) == count:
+            assert few is not None
+            assert list(zip(few[1], few[0], strict=True)) == sorted(zip(dst, src, strict=True))
+        else:
+            assert few is None
+            with pytest.raises((BlockOutOfRange, OverlappingBlocks)):
+                plan.check_ids(src, dst)
+    assert plan.order_few([1, 2], [1]) is None
+    assert not are_few([1, True])
+    assert not are_few(list(range(FEW_IDS + 1)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -62,8 +63,8 @@ class Handoffs(msgspec.Struct, frozen=True):
     """What handoffs of one block take between two processes.
 
     Attributes:
-        first_byte: from the call of `receive` until prefill sends the first byte, by both agents'
-            recorders (one clock); of the last thousand.
+        first_byte: from the call of `receive` until prefill sends the first byte, by its agent's
+            recorder (the same clock); of the last thousand. Prefill has taken in its offers by then.
         latency: from the call of `receive` to its end, all bytes there; one after the other.
         cpu_us: processor time of one of those, of both processes.
         round_trip: a ZeroMQ message of 150 bytes there and back between two bare processes.
@@ -101,8 +102,12 @@ def _prefill(pipe: Connection[Any, Any]) -> None:
             if isinstance(command, Path):
                 pipe.send(agent.write_trace(command))
                 continue
-            first, count = command
+            first, count, settled = command
             sent = [agent.send(f"r{n}", [n % NUM_BLOCKS]) for n in range(first, first + count)]
+            if settled:  # else the first request waits for the last of the offers
+                offered = threading.Event()
+                agent._core.mailbox.call_soon(offered.set)
+                offered.wait(WAIT_S)
             pipe.send("offered")
             for handoff in sent:
                 handoff.wait(WAIT_S)
@@ -155,6 +160,7 @@ def measure_handoffs(latencies: int, burst: int, bursts: int) -> Handoffs:
             round_trip = _measure_round_trips(latencies)
             floor = Spread.of(measure_floor(latencies)[latencies // 10 :])
             seconds = []
+            asked_s: dict[str, float] = {}
             number = 0
             chunk = 100
             chunks = max(1, latencies // chunk)
@@ -162,23 +168,22 @@ def measure_handoffs(latencies: int, burst: int, bursts: int) -> Handoffs:
             for turn in range(chunks + 1):  # the first one warms up
                 if turn == 1:
                     began_cpu_s = cpu_s()
-                ours.send((number, chunk))
+                ours.send((number, chunk, True))
                 ours.recv()
                 for n in range(number, number + chunk):
-                    began_s = time.perf_counter()
+                    began_s = asked_s[f"r{n}"] = time.monotonic()
                     agent.receive(f"r{n}", "prefill", [n % NUM_BLOCKS]).wait(WAIT_S)
-                    seconds.append(time.perf_counter() - began_s)
+                    seconds.append(time.monotonic() - began_s)
                 number += chunk
             cpu_us = (cpu_s() - began_cpu_s) / (chunks * chunk) * 1e6
             with TemporaryDirectory() as folder:
-                traces = [Path(folder, name) for name in ("decode", "prefill")]
-                agent.write_trace(traces[0])
-                ours.send(traces[1])
+                trace = Path(folder, "prefill")
+                ours.send(trace)
                 ours.recv()
-                first_byte = Spread.of(_until_first_byte(*map(read, traces)))
+                first_byte = Spread.of(_until_first_byte(asked_s, read(trace)))
             rates = []
             for _ in range(bursts):
-                ours.send((number, burst))
+                ours.send((number, burst, False))
                 ours.recv()
                 began_s = time.perf_counter()
                 handoffs = [
@@ -205,11 +210,9 @@ def measure_handoffs(latencies: int, burst: int, bursts: int) -> Handoffs:
         process.kill()
 
 
-def _until_first_byte(decode: list[Timeline], prefill: list[Timeline]) -> list[float]:
-    """Seconds from the call at decode until prefill's first byte sets out, of what both recorded."""
-    sent = {one.handoff: dict(one.marks).get("on wire", 0) for one in prefill}
-    asked = {one.handoff: dict(one.marks)["queued"] for one in decode}
-    return [(sent[name] - asked[name]) / 1e9 for name in asked if sent.get(name)]
+def _until_first_byte(asked_s: dict[str, float], prefill: list[Timeline]) -> list[float]:
+    """Seconds from the call at decode until prefill's first byte sets out, as far as recorded."""
+    return [dict(one.marks)["on wire"] / 1e9 - asked_s[one.handoff] for one in prefill]
 
 
 def _stolen() -> tuple[int, int]:
