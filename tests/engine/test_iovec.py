@@ -65,7 +65,8 @@ def test_a_few_entries_are_copied_without_numpy(write: bool) -> None:
                 array[place * PIECE : (place + 1) * PIECE] = fresh
         entries[0] += [ours.ctypes.data + here * PIECE, PIECE]
         entries[1] += [theirs.ctypes.data + there * PIECE, PIECE]
-    iovec.process_vm(os.getpid(), *map(iovec.few, entries), 3 * PIECE, write=write)
+    local, remote = iovec.few(entries[0]), iovec.few(entries[1])
+    iovec.process_vm(os.getpid(), local, remote, 3 * PIECE, write=write)
     assert np.array_equal(ours, want[0])
     assert np.array_equal(theirs, want[1])
 
