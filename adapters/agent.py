@@ -88,7 +88,7 @@ class Agent:
         model, topology, tokens_per_s: what the daemon places by; see `Registration`.
         service: where its engine serves clients; the daemon tells routers.
         lease_s: how long after its last sign of life the daemon still counts on this agent.
-        http: `host:port` for /metrics, /healthz and /readyz; not served if "".
+        http: `host:port` for /metrics, /trace, /healthz and /readyz; not served if "".
         ranks: the layouts of all ranks of this engine, where the model's cache is spread over
             several; this agent is one of them. See `ranks.py`.
         rank: which.

@@ -24,6 +24,7 @@ SECONDS_BUCKETS = (
     *(0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05),
     *(0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0),
 )
+TRACE = "application/octet-stream"
 ANSWER_S = 1.0  # that the agent's thread may take to say that it lives
 
 
@@ -70,7 +71,7 @@ class AgentMetrics:
             self._nbytes.labels(transport or "none", path, direction).inc(count)
 
     def serve(self, address: str, unready: Callable[[], str]) -> HttpServer:
-        """Serves the figures, and health.
+        """Serves the figures, health, and the last handoffs' timelines for `kvferry trace`.
 
         Raises:
             ConfigError: it cannot listen there.
@@ -79,6 +80,7 @@ class AgentMetrics:
             address,
             {
                 "/metrics": metrics_page(self.registry),
+                "/trace": lambda: (200, TRACE, self._core.workbench.recorder.encode()[0]),
                 "/healthz": health(self._stuck),
                 "/readyz": health(lambda: self._stuck() or unready()),
             },

@@ -34,6 +34,8 @@ class Settings:
             default.
         service: where this engine's HTTP server is, `http://host:port`, for routers that ask the
             daemon. `$KVFERRY_SERVICE` is its default.
+        http: `host:port` where rank 0's agent serves /metrics and /trace, rank 1 at the next port, and
+            so on; not served if "". `$KVFERRY_HTTP` is its default.
         keys: a key file (`kvferry keys new`); needed where `host` is no address of this machine.
     """
 
@@ -48,6 +50,12 @@ class Settings:
     keys: str = ""
     daemon: str = ""
     service: str = ""
+    http: str = ""
+
+    def http_of(self, rank: int) -> str:
+        """Where the agent of that rank serves its figures; "" if it does not."""
+        host, _, port = self.http.rpartition(":")
+        return f"{host}:{int(port) + rank if int(port) else 0}" if self.http else ""
 
     @classmethod
     def read(cls, extra: Mapping[str, Any]) -> Settings:
@@ -84,6 +92,9 @@ class Settings:
             raise ValueError(
                 f"kv_connector_extra_config: service is {service!r}: write http://host:port"
             )
+        http = str(extra.get("http") or os.environ.get("KVFERRY_HTTP") or "")
+        if http and not http.rpartition(":")[2].isdecimal():
+            raise ValueError(f"kv_connector_extra_config: http is {http!r}: write host:port")
         return cls(
             mode=mode,
             host=str(extra.get("host") or os.environ.get("KVFERRY_HOST") or cls.host),
@@ -95,5 +106,6 @@ class Settings:
             max_programs=int(numbers["max_programs"]),
             daemon=str(extra.get("daemon") or os.environ.get("KVFERRY_DAEMON") or ""),
             service=service,
+            http=http,
             keys=str(extra.get("keys") or os.environ.get("KVFERRY_KEYS") or ""),
         )

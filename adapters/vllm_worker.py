@@ -84,6 +84,7 @@ class WorkerSide:
             # An engine is placed as one: its first rank speaks for all.
             daemon=settings.daemon if rank == 0 else "",
             service=settings.service,
+            http=settings.http_of(rank),
             model=model,
             ranks=ranks,
             rank=rank if ranks else 0,

@@ -62,7 +62,8 @@ _decoder = msgspec.msgpack.Decoder(Timeline)
 
 
 class Recorder:
-    """The last `capacity` timelines. One owner begins them; `write` may come from any thread."""
+    """The last `capacity` timelines. One owner begins them; `write` and `encode` may come
+    from any thread."""
 
     def __init__(self, capacity: int) -> None:
         self._timelines: deque[Timeline] = deque(maxlen=capacity)
@@ -73,22 +74,29 @@ class Recorder:
         self._timelines.append(timeline)
         return timeline
 
+    def encode(self) -> tuple[bytes, int]:
+        """All timelines, oldest first, as records with their length (4 bytes, little-endian) in
+        front; and how many."""
+        timelines = list(self._timelines)
+        parts = []
+        for timeline in timelines:  # whose owner may be adding to it: it is not sorted in its place
+            marks = sorted(timeline.marks, key=lambda mark: mark[1])
+            frame = _encoder.encode(msgspec.structs.replace(timeline, marks=marks))
+            parts += [len(frame).to_bytes(4, "little"), frame]
+        return b"".join(parts), len(timelines)
+
     def write(self, path: Path) -> int:
         """Writes all timelines, oldest first; returns how many.
 
         Raises:
             ConfigError: the file cannot be written (the disk is full, say); the recorder goes on.
         """
-        timelines = list(self._timelines)
+        data, count = self.encode()
         try:
-            with path.open("wb") as file:
-                for timeline in timelines:
-                    timeline.marks.sort(key=lambda mark: mark[1])
-                    frame = _encoder.encode(timeline)
-                    file.write(len(frame).to_bytes(4, "little") + frame)
+            path.write_bytes(data)
         except OSError as error:
             raise ConfigError(f"the trace {path} cannot be written: {error.strerror}") from error
-        return len(timelines)
+        return count
 
 
 def read(path: Path) -> list[Timeline]:
@@ -101,6 +109,15 @@ def read(path: Path) -> list[Timeline]:
         data = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"the trace {path} cannot be read: {error.strerror}") from error
+    return decode(data, str(path))
+
+
+def decode(data: bytes, source: str) -> list[Timeline]:
+    """The timelines that `Recorder.encode` encoded; `source` is named in errors.
+
+    Raises:
+        ConfigError: it is no trace.
+    """
     timelines, at = [], 0
     try:
         while at < len(data):
@@ -108,7 +125,7 @@ def read(path: Path) -> list[Timeline]:
             timelines.append(_decoder.decode(data[at + 4 : at + 4 + size]))
             at += 4 + size
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path} is no trace of kvferry, from byte {at}: {error}") from error
+        raise ConfigError(f"{source} is no trace of kvferry, from byte {at}: {error}") from error
     return timelines
 
 

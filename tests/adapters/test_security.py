@@ -8,9 +8,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import zmq
 
 from kvferry.control.client import DaemonClient
-from kvferry.control.curve import new_pair
+from kvferry.control.curve import new_pair, protect_client
+from kvferry.control.daemon_messages import Changes, Register, Registration, Tick, answers
 from kvferry.control.errors import (
     ConfigError,
     DaemonTimeout,
@@ -96,6 +98,39 @@ def test_a_key_that_is_not_allowed_gets_no_answer(
         stranger.look(timeout_s=0.5)
     with DaemonClient(address, new_keys("tool")) as client:
         client.look()  # the allow-list is read again
+
+
+def test_a_stranger_hears_no_publication(
+    daemon: DaemonProcess, new_keys: Callable[[str], Keys], strange_keys: Keys
+) -> None:
+    """Whoever is allowed hears changes and ticks by then, and these three nothing."""
+    server, tool = bytes.fromhex(daemon.key), new_keys("tool")
+    with zmq.Context() as context:
+
+        def follow(keys: Keys | None, server: bytes) -> zmq.Socket[bytes]:
+            socket: zmq.Socket[bytes] = context.socket(zmq.SUB)
+            socket.setsockopt(zmq.LINGER, 0)
+            protect_client(socket, keys, server)
+            socket.subscribe(b"")
+            socket.connect(daemon.publisher)
+            return socket
+
+        strangers = [
+            follow(strange_keys, server),
+            follow(None, b""),
+            follow(tool, new_pair()[0]),  # it takes another for the daemon
+        ]
+        friend = follow(tool, server)
+        with DaemonClient(f"{daemon.address}#{daemon.key}", tool) as client:
+            there = Registration("p", "prefill", 1, "tcp://127.0.0.1:9", public_key=tool.public)
+            client.ask(Register(1, 1, there, 60.0))
+            heard: set[type] = set()
+            while heard != {Changes, Tick}:
+                assert friend.poll(int(WAIT_S * 1000)), "the friend hears nothing"
+                heard.add(type(answers.decode(friend.recv_multipart()[1])))
+        assert [stranger.poll(0) for stranger in strangers] == [0, 0, 0]
+        for socket in (friend, *strangers):
+            socket.close()
 
 
 def test_without_a_key_or_with_the_wrong_one_of_the_daemon_there_is_no_answer(

@@ -40,6 +40,13 @@ def daemon() -> Iterator[DaemonProcess]:
     process.end()
 
 
+@pytest.fixture
+def daemon_with_http() -> Iterator[DaemonProcess]:
+    process = DaemonProcess("--http", "127.0.0.1:0")
+    yield process
+    process.end()
+
+
 def test_a_trace_of_two_agents(new_agent: Callable[..., Local], tmp_path: Path) -> None:
     prefill, decode = new_agent("prefill-0", "prefill"), new_agent("decode-0", "decode")
     decode.agent.connect(prefill.agent.address)
@@ -122,6 +129,59 @@ def test_marks_of_a_staged_handoff(
     else:
         assert here["submitted"] < here["first byte"] <= here["scattered"] < here["read"]
         assert not {"on wire", "gathered", "scattered"} & set(there)
+
+
+def trace(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "kvferry.tools.cli", "trace", *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "http_proxy": "http://127.0.0.1:1"},
+    )
+
+
+def test_agents_that_run_are_asked(new_agent: Callable[..., Local], tmp_path: Path) -> None:
+    options = {"http": "127.0.0.1:0"}
+    prefill = new_agent("prefill-0", "prefill", options=options)
+    decode = new_agent("decode-0", "decode", options=options)
+    decode.agent.connect(prefill.agent.address)
+    sending = prefill.agent.send("r", SRC)
+    decode.agent.receive("r", "prefill-0", DST).wait(WAIT_S)
+    sending.wait(WAIT_S)
+    prefill.agent.write_trace(tmp_path / "prefill")
+    out = tmp_path / "t.json"
+    agents = [f"--from=http://{decode.agent.http_address}/", f"--from={prefill.agent.http_address}"]
+    done = trace(*agents, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("2 handoffs in ")
+    events = json.loads(out.read_text())["traceEvents"]
+    assert {e["args"]["name"] for e in events if e["ph"] == "M"} == {"decode-0", "prefill-0"}
+    mixed = trace(agents[0], str(tmp_path / "prefill"), "--out", str(out))
+    assert mixed.stdout.startswith("2 handoffs in ")
+
+
+def test_whoever_cannot_be_traced_is_named(daemon_with_http: DaemonProcess) -> None:
+    nobody = trace("--from=http://127.0.0.1:1")
+    assert nobody.returncode == 1
+    assert "http://127.0.0.1:1/trace does not answer" in nobody.stderr
+    other = trace(f"--from={daemon_with_http.http}")
+    assert other.returncode == 1
+    assert "is no agent that can be traced: there is: " in other.stderr
+    assert trace().returncode == 1
+
+
+def test_a_timeline_that_grows_while_it_is_written(tmp_path: Path) -> None:
+    """Its owner marks on, on another thread: nothing of it is lost, and nobody stumbles."""
+    recorder = Recorder(1)
+    timeline = recorder.begin("r", "decode", "a", "b", 0.0)
+    for mark in range(40):
+        timeline.take({f"late {mark}": 40 - mark})
+    before = list(timeline.marks)
+    recorder.write(tmp_path / "t")
+    assert timeline.marks == before, "it is the owner's"
+    assert [at for _, at in read(tmp_path / "t")[0].marks] == list(range(41))
 
 
 def test_a_handoff_is_placed_when_its_peer_is_connected(

@@ -234,11 +234,19 @@ def test_decode_tells_what_it_has_to_compute_itself() -> None:
         ({"port": "x"}, "port"),
         ({"timeout_s": -1}, "timeout_s"),
         ({"service": "here:8100"}, "service"),
+        ({"http": "here"}, "http"),
     ],
 )
 def test_a_wrong_setting_is_named(extra: dict[str, Any], word: str) -> None:
     with pytest.raises(ValueError, match=word):
         Settings.read(extra)
+
+
+def test_each_rank_serves_its_figures_at_a_port_of_its_own() -> None:
+    settings = Settings.read({"http": "10.0.0.1:9700"})
+    assert [settings.http_of(rank) for rank in (0, 1)] == ["10.0.0.1:9700", "10.0.0.1:9701"]
+    assert Settings.read({"http": "10.0.0.1:0"}).http_of(1) == "10.0.0.1:0"
+    assert Settings.read({}).http_of(1) == ""
 
 
 HYBRID = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from typing import TYPE_CHECKING
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from kvferry.adapters.vllm_layout import Backend
 from kvferry.adapters.vllm_orders import Orders, ReceiveOrder, SendOrder
 from kvferry.control.client import DaemonClient
+from kvferry.control.recorder import decode as decode_trace
 from tests.daemon_process import DaemonProcess
 
 from .vllm_steps import (
@@ -65,6 +67,12 @@ def test_a_prompt_arrives_whole_and_nothing_else_does(
     assert step(prefill, Orders()).sent == set(), "nobody said yet that the request ended"
     assert until_reported(prefill, Orders(finished_sends=["a"])).sent == {"a"}
     assert prefill.take_figures()["sent_nbytes"] == [nbytes]
+
+
+def test_a_worker_can_be_traced_from_outside(new_worker: Callable[..., WorkerSide]) -> None:
+    worker = new_worker("p", "prefill", make_caches(1), http="127.0.0.1:0")
+    with urlopen(f"http://{worker.agent.http_address}/trace", timeout=10) as answer:
+        assert decode_trace(answer.read(), "the worker") == []
 
 
 def test_only_what_decode_has_not_is_moved(new_worker: Callable[..., WorkerSide]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -371,6 +372,8 @@ def measure_comebacks(daemon: DaemonProcess, rounds: int) -> tuple[list[float], 
 
 def _member(daemon: str, name: str) -> None:
     """A process with an agent in it, until it is killed."""
+    # That a daemon which was killed does not know it, it would say, each time.
+    logging.getLogger("kvferry.agent").setLevel(logging.ERROR)
     layers = [np.zeros((2, 4, 4, 2, 16), np.uint8)]
     layout = KVLayout.from_tensors(layers, "plane block token head dim")
     with Agent(
