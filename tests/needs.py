@@ -26,6 +26,14 @@ def need(program: str, package: str) -> str:
     return found
 
 
+def need_network_namespaces() -> None:
+    """What it takes to make another host of a network and a process namespace."""
+    for program, package in (("ip", "iproute2"), ("unshare", "util-linux")):
+        need(program, package)
+    if os.geteuid() != 0:
+        lack("network namespaces need root")
+
+
 def lack(reason: str) -> NoReturn:
     """Skips this test, or fails it where nothing may be missing."""
     if os.environ.get("KVFERRY_REQUIRE_TOOLS"):

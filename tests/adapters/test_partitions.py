@@ -7,7 +7,6 @@ broken by a wrong hardware address for the other end: frames that go there vanis
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from kvferry.control.curve import new_pair
 from kvferry.control.errors import ControlError
 from kvferry.control.keys import Keys, write_keys
 from tests.daemon_process import DaemonProcess
+from tests.needs import lack, need_network_namespaces
 
 from .agent_process import WAIT_S
 from .conftest import Remote
@@ -33,8 +33,6 @@ HERE, THERE = (f"10.214.{os.getpid() % 250}.{host}" for host in (1, 2))
 NOBODY = "02:00:00:00:00:99"
 SRC, DST = [9, 2, 11, 40, 3], [1, 0, 7, 30, 12]
 LEASE_S = 3.0
-
-pytestmark = pytest.mark.soak
 
 
 class Cable:
@@ -86,17 +84,13 @@ class Cable:
 
 @pytest.fixture
 def cable() -> Iterator[Cable]:
-    for tool in ("ip", "unshare"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"needs {tool} (Debian: iproute2, util-linux)")
-    if os.geteuid() != 0:
-        pytest.skip("network namespaces need root")
+    need_network_namespaces()
     cable = Cable()
     try:
         cable.lay()
     except subprocess.CalledProcessError as error:
         cable.remove()
-        pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
+        lack(f"no network namespaces here: {error.stderr.strip()}")
     yield cable
     cable.remove()
 
@@ -125,7 +119,14 @@ def daemon(cable: Cable, keys: dict[str, Keys], tmp_path: Path) -> Iterator[Daem
     process.end()
 
 
-@pytest.mark.parametrize("way", ["both", "here", "there"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param("both", marks=pytest.mark.slow),
+        pytest.param("here", marks=pytest.mark.soak),
+        pytest.param("there", marks=pytest.mark.soak),
+    ],
+)
 def test_a_partition_ends_what_is_under_way_and_heals(
     cable: Cable,
     daemon: DaemonProcess,

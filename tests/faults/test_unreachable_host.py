@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import pytest
 
 from kvferry.engine.errors import PeerLost, TransportUnavailable
 from kvferry.engine.transfer import TransferEngine
+from tests.needs import lack, need_network_namespaces
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,17 +27,13 @@ def _ip(*arguments: str) -> None:
 @pytest.fixture
 def host() -> Iterator[tuple[list[str], Callable[[str], None]]]:
     """How to start a process on the other host, and what cuts (`down`) or mends (`up`) its cable."""
-    for tool in ("ip", "unshare"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"needs {tool} (Debian: iproute2, util-linux)")
-    if os.geteuid() != 0:
-        pytest.skip("network namespaces need root")
+    need_network_namespaces()
     name = f"kvferry-{os.getpid()}"
     near, far = f"kn{os.getpid()}", f"kf{os.getpid()}"
     try:
         _ip("netns", "add", name)
     except subprocess.CalledProcessError as error:
-        pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
+        lack(f"no network namespaces here: {error.stderr.strip()}")
     try:
         _ip("link", "add", near, "type", "veth", "peer", "name", far, "netns", name)
         _ip("addr", "add", f"{OUR_ADDRESS}/24", "dev", near)

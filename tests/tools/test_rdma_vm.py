@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from kvferry.tools.cli import app
 from kvferry.tools.rdma_vm import missing
+from tests.needs import lack
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
 COMMAND = (sys.executable, "-m", "kvferry.tools.cli", "rdma-vm", "run")
 PATIENCE_S = 300.0
 
-in_a_machine = pytest.mark.skipif(bool(missing.missing()), reason=missing.missing())
+
+@pytest.fixture
+def machine() -> None:
+    reason = missing.missing()
+    if reason:
+        lack(reason)
 
 
 def test_a_host_without_a_program_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,7 +42,7 @@ def test_another_processor_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@in_a_machine
+@pytest.mark.usefixtures("machine")
 def test_a_command_runs_on_rdma_devices_and_returns_its_status(tmp_path: Path) -> None:
     note = tmp_path / "note"
     note.write_text("from the host")
@@ -56,7 +62,7 @@ def test_a_command_runs_on_rdma_devices_and_returns_its_status(tmp_path: Path) -
 
 
 @pytest.mark.slow
-@in_a_machine
+@pytest.mark.usefixtures("machine")
 def test_a_machine_that_does_not_end_is_ended() -> None:
     since_s = time.monotonic()
     done = subprocess.run(
