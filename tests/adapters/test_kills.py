@@ -3,25 +3,29 @@
 After every round: each handoff ended, in success with the right bytes or in a named error; every
 block came back; and no block that came back was written again (it is filled with a canary when it
 is free, and looked at when it is next taken).
+
+What a test did (kills, and how the handoffs ended, by mode) is in artifacts/kills/.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from kvferry.control.client import DaemonClient
 from kvferry.control.errors import ControlError
-from tests.daemon_process import DaemonProcess
+from tests.daemon_process import ROOT, DaemonProcess
 from tests.etcd_process import EtcdProcess
 
 from .agent_process import SENTINEL, WAIT_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from kvferry.adapters.handoffs import Handoff
@@ -31,7 +35,10 @@ if TYPE_CHECKING:
 NUM_BLOCKS, BLOCKS_A_REQUEST, REQUESTS = 64, 4, 12
 HANDOFF_S = 20.0  # a busy machine takes seconds to start a process and to meet it
 DOOMED_S = 5.0  # where the peer dies: what it has not asked for by then it never will
-KILLS_BY_DEFAULT, KILLS_OF_A_SOAK = 3, 50  # ten combinations: 30 and 500 kills
+# Ten combinations of sides, victims and transports: 30 kills, and 500 of both modes together.
+KILLS_BY_DEFAULT, KILLS_OF_A_SOAK = 3, 25
+PUSH_AND_PULL = ("push", "pull")
+ARTIFACTS = ROOT / "artifacts" / "kills"
 
 
 class Allocator:
@@ -63,14 +70,41 @@ def daemon() -> Iterator[DaemonProcess]:
     process.end()
 
 
-def finish(handoff: Handoff) -> bool:
-    """Whether it succeeded; its blocks are free either way."""
+def finish(handoff: Handoff) -> str:
+    """The name of the error that it ended with, or ""; its blocks are free either way."""
     try:
         handoff.wait(WAIT_S)
-    except ControlError:
+    except ControlError as error:
         handoff.blocks_free.wait(WAIT_S)
-        return False
-    return True
+        return type(error).__name__
+    return ""
+
+
+class Report:
+    """What a test has done so far, in a file: also of a test that fails."""
+
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self._path = ARTIFACTS / f"{request.node.name}.json"
+        self._kills: Counter[str] = Counter()
+        self._ended: dict[str, Counter[str]] = {}
+
+    def ended(self, mode: str, error: str) -> None:
+        self._ended.setdefault(mode, Counter())[error or "well"] += 1
+
+    def killed(self, victim: str) -> None:
+        """At the end of a round."""
+        self._kills[victim] += 1
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps({"kills": self._kills, "handoffs": self._ended}, indent=1))
+
+    @property
+    def num_handoffs(self) -> int:
+        return sum(count.total() for count in self._ended.values())
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest) -> Report:
+    return Report(request)
 
 
 def request_all(
@@ -79,35 +113,39 @@ def request_all(
     side: str,
     allocator: Allocator,
     name: str,
+    modes: Sequence[str],
     timeout_s: float = HANDOFF_S,
-) -> list[tuple[Any, list[int], int]]:
-    """A load: so many requests, asked for by whichever side is here."""
+) -> list[tuple[Any, str, list[int], int]]:
+    """A load: so many requests, asked for by whichever side is here, in each of `modes` in turn."""
     load = []
     for request in range(REQUESTS):
         blocks = allocator.take()
         request_id, seed = f"{name}.{request}", request
+        mode = modes[request % len(modes)]
+        options: Any = {"mode": mode, "timeout_s": timeout_s}
         theirs = [request * BLOCKS_A_REQUEST + n for n in range(BLOCKS_A_REQUEST)]
         try:
             if side == "decode":
                 remote.call("fill", theirs, seed)
                 remote.call("send", request_id, theirs)
-                handoff: Any = local.agent.receive(request_id, "there", blocks, timeout_s=timeout_s)
+                handoff: Any = local.agent.receive(request_id, "there", blocks, **options)
             else:
                 local.cache.fill(blocks, seed)
                 handoff = local.agent.send(request_id, blocks, timeout_s=timeout_s)
-                remote.call("receive", request_id, "here", theirs, timeout_s=timeout_s)
+                remote.call("receive", request_id, "here", theirs, **options)
         except ControlError:
             allocator.give_back(blocks)
             raise
-        load.append((handoff, blocks, seed))
+        load.append((handoff, mode, blocks, seed))
     return load
 
 
 how_many = pytest.mark.parametrize(
-    "kills",
+    ("modes", "kills"),
     [
-        pytest.param(KILLS_BY_DEFAULT, marks=pytest.mark.slow),
-        pytest.param(KILLS_OF_A_SOAK, marks=pytest.mark.soak),
+        pytest.param(PUSH_AND_PULL, KILLS_BY_DEFAULT, marks=pytest.mark.slow, id="both"),
+        pytest.param(("push",), KILLS_OF_A_SOAK, marks=pytest.mark.soak, id="push"),
+        pytest.param(("pull",), KILLS_OF_A_SOAK, marks=pytest.mark.soak, id="pull"),
     ],
 )
 
@@ -119,8 +157,10 @@ def test_kills(
     daemon: DaemonProcess,
     new_agent: Callable[..., Local],
     start_agent: Callable[..., Remote],
+    report: Report,
     side: str,
     victim: str,
+    modes: tuple[str, ...],
     kills: int,
 ) -> None:
     rng = random.Random(f"{side} {victim}")
@@ -149,32 +189,32 @@ def test_kills(
         return remote
 
     remote = start()
-    outcomes = {True: 0, False: 0}
     for kill in range(kills):
         timeout_s = DOOMED_S if victim == "peer" else HANDOFF_S
-        load = request_all(local, remote, side, allocator, f"{kill}", timeout_s)
+        load = request_all(local, remote, side, allocator, f"{kill}", modes, timeout_s)
         time.sleep(rng.random() * 0.02)  # somewhere in the middle of it
         (remote if victim == "peer" else daemon).kill()
-        for handoff, blocks, seed in load:
-            succeeded = finish(handoff)
-            outcomes[succeeded] += 1
-            assert succeeded or victim == "peer", "a daemon's death must not touch a handoff"
-            if succeeded and side == "decode":
+        for handoff, mode, blocks, seed in load:
+            error = finish(handoff)
+            report.ended(mode, error)
+            assert not error or victim == "peer", "a daemon's death must not touch a handoff"
+            if not error and side == "decode":
                 assert local.cache.holds(blocks, seed)
             allocator.give_back(blocks)
         assert len(allocator) == NUM_BLOCKS
+        report.killed(role if victim == "peer" else victim)
         if victim == "peer":
             remote = start()
         else:
             daemon.start()
     # As good as new: nothing is left of what was killed.
-    for handoff, blocks, seed in request_all(local, remote, side, allocator, "last"):
-        assert finish(handoff)
+    for handoff, _, blocks, seed in request_all(local, remote, side, allocator, "last", modes):
+        assert not finish(handoff)
         assert side == "prefill" or local.cache.holds(blocks, seed)
         allocator.give_back(blocks)
     for _ in range(NUM_BLOCKS // BLOCKS_A_REQUEST):
         allocator.take()
-    assert outcomes[True] + outcomes[False] == kills * REQUESTS
+    assert report.num_handoffs == kills * REQUESTS
 
 
 @how_many
@@ -182,6 +222,8 @@ def test_kills_of_what_keeps_the_cluster(
     tmp_path: Path,
     new_agent: Callable[..., Local],
     start_agent: Callable[..., Remote],
+    report: Report,
+    modes: tuple[str, ...],
     kills: int,
 ) -> None:
     """Two daemons and their etcd: no handoff may notice, and the picture is whole again after."""
@@ -197,15 +239,18 @@ def test_kills_of_what_keeps_the_cluster(
         remote = start_agent("there", "prefill", **options)
         local.agent.wait_for_member("there", WAIT_S)
         for kill in range(kills):
-            load = request_all(local, remote, "decode", allocator, f"{kill}")
+            load = request_all(local, remote, "decode", allocator, f"{kill}", modes)
             time.sleep(rng.random() * 0.02)  # somewhere in the middle of it
             victims: list[DaemonProcess | EtcdProcess] = [*daemons, etcd]
             victim = rng.choice(victims)
             victim.kill()
-            for handoff, blocks, seed in load:
-                assert finish(handoff), "the death of a daemon or of etcd must not touch a handoff"
+            for handoff, mode, blocks, seed in load:
+                error = finish(handoff)
+                report.ended(mode, error)
+                assert not error, "the death of a daemon or of etcd must not touch a handoff"
                 assert local.cache.holds(blocks, seed)
                 allocator.give_back(blocks)
+            report.killed("etcd" if victim is etcd else "daemon")
             victim.start()
         for daemon in daemons:
             with DaemonClient(daemon.address) as client, client.watch() as watch:
