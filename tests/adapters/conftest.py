@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,11 @@ import pytest
 from kvferry.adapters.agent import Agent
 from kvferry.engine.paths import NEVER_DIRECT, Paths
 from kvferry.engine.transfer import TransferEngine
+from kvferry.tools.pinned import CannotInstall
+from kvferry.tools.vllm_cpu.environment import ensure
 
 from .agent_process import Cache, Gate
+from .vllm_servers import run_nicely
 from .vllm_steps import make_worker
 
 if TYPE_CHECKING:
@@ -144,3 +148,26 @@ def new_worker(transport: str) -> Iterator[Callable[..., WorkerSide]]:
     yield make
     for worker in made:
         worker.close()
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    """The Python of an environment with vLLM for CPUs."""
+    try:
+        return str(ensure())
+    except CannotInstall as error:
+        pytest.skip(f"vLLM cannot be installed here: {error}")
+
+
+@pytest.fixture(scope="session")
+def model(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Makes a model of that kind, once."""
+
+    @functools.cache
+    def make(kind: str) -> str:
+        folder = tmp_path_factory.mktemp(kind)
+        command = [vllm_python, "-m", "kvferry.tools.vllm_cpu.models", str(folder), kind]
+        run_nicely(command, folder / "log.txt")
+        return str(folder)
+
+    return make

@@ -6,22 +6,18 @@ reason where it cannot be. Each pair of engines runs several checks, in `vllm_en
 
 from __future__ import annotations
 
-import functools
 import json
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvferry.tools.pinned import CannotInstall
-from kvferry.tools.vllm_cpu.environment import ensure, environ
+from .vllm_servers import run_nicely
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 HERE = Path(__file__).parent / "vllm_engines"
-PAIR_TIMEOUT_S = 900.0  # reached only when something hangs: a pair takes one to two minutes
 CONNECTOR = {
     "kv_connector": "KVFerryConnector",
     "kv_connector_module_path": "kvferry.adapters.vllm",
@@ -33,29 +29,6 @@ OPTIONS: dict[str, dict[str, int]] = {
 }
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="session")
-def vllm_python() -> str:
-    """The Python of an environment with vLLM for CPUs."""
-    try:
-        return str(ensure())
-    except CannotInstall as error:
-        pytest.skip(f"vLLM cannot be installed here: {error}")
-
-
-@pytest.fixture(scope="session")
-def model(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """Makes a model of that kind, once."""
-
-    @functools.cache
-    def make(kind: str) -> str:
-        folder = tmp_path_factory.mktemp(kind)
-        command = [vllm_python, "-m", "kvferry.tools.vllm_cpu.models", str(folder), kind]
-        run(command, folder / "log.txt")
-        return str(folder)
-
-    return make
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +73,7 @@ def run_pair(
         (folder / "spec.json").write_text(json.dumps(spec))
         log = folder / "log.txt"
         files = [str(folder / "spec.json"), str(folder / "result.json")]
-        run([vllm_python, str(HERE / "pair.py"), *files], log)
+        run_nicely([vllm_python, str(HERE / "pair.py"), *files], log)
         result: dict[str, Any] = json.loads((folder / "result.json").read_text()) | {
             "log": log.read_text()
         }
@@ -117,19 +90,6 @@ def together(first: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, A
         "kv_connector": "MultiConnector",
         "kv_connector_extra_config": {"connectors": [first, *(each | role for each in others)]},
     }
-
-
-def run(command: list[str], log: Path) -> None:
-    with log.open("wb") as output:
-        done = subprocess.run(
-            ["nice", "-n", "5", *command],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environ() | {"HF_HOME": str(log.parent)},
-            cwd=log.parent,
-            timeout=PAIR_TIMEOUT_S,
-        )
-    assert done.returncode == 0, log.read_text()[-4000:]
 
 
 def got(result: dict[str, Any], check: str) -> Any:
