@@ -78,7 +78,27 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 groups=self._groups,
                 tp_size=parallel.tensor_parallel_size,
                 pp_size=parallel.pipeline_parallel_size,
+                token_nbytes=self._token_nbytes_in_step(vllm_config, kv_cache_config),
             )
+
+    @staticmethod
+    def _token_nbytes_in_step(vllm_config: Any, kv_cache_config: Any) -> int:
+        """Bytes of a token's KV; 0 where a step must not wait for a load.
+
+        A failure in a step is told by blocks. vLLM refuses that where there are several groups of
+        layers; where it recomputes, other requests may find the blocks in its prefix cache before
+        they are; and steps that are scheduled before the one before has ended go on without them.
+        """
+        groups = kv_cache_config.kv_cache_groups
+        if (
+            len(groups) != 1
+            or vllm_config.kv_transfer_config.kv_load_failure_policy != "fail"
+            or vllm_config.scheduler_config.async_scheduling
+            or vllm_config.speculative_config is not None
+        ):
+            return 0
+        spec = groups[0].kv_cache_spec
+        return int(spec.page_size_bytes * len(groups[0].layer_names) // spec.block_size)
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
@@ -136,7 +156,7 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         count = self._side.num_remote_tokens(request, num_computed_tokens)
-        return count, count > 0
+        return count, count > 0 and not self._side.loads_in_step(request)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         self._side.blocks_allocated(request, blocks.get_block_ids(), num_external_tokens)
@@ -146,7 +166,10 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def update_connector_output(self, connector_output: Any) -> None:
         self._side.transfers_ended(
-            connector_output.finished_sending or (), connector_output.finished_recving or ()
+            connector_output.finished_sending or (),
+            connector_output.finished_recving or (),
+            connector_output.failed_recving or (),
+            connector_output.invalid_block_ids or (),
         )
 
     def request_finished_all_groups(
@@ -231,7 +254,7 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._worker.begin_receives(self._step)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Requests are scheduled when they are loaded, all layers of them."""
+        """Requests are computed when they are loaded, all layers of them."""
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
@@ -252,6 +275,10 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             finished_recving=results.received,
             failed_recving=results.failed,
         )
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Of loads that this step waited for; others are reported by request."""
+        return self._worker.take_failed_blocks() if self._worker is not None else set()
 
     def shutdown(self) -> None:
         if self._worker is not None:

@@ -38,6 +38,7 @@ class ReceiveOrder:
         tables: where the prompt goes.
         num_tokens: of the prompt that are to be here in the end, with those that are already.
         num_local_tokens: of it that are here already; whole blocks.
+        in_step: whether this step waits for it: its forward pass needs it.
         awaited: whether the request waits for it; if not, prefill is only told to free its blocks.
     """
 
@@ -49,6 +50,7 @@ class ReceiveOrder:
     num_tokens: int
     num_local_tokens: int
     awaited: bool = True
+    in_step: bool = False
 
 
 @dataclass

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from ..control.errors import ControlError, HelloRefused, NotConnected
 from ..engine.errors import EngineError
 from .ranks import connect_ranks
+from .vllm_in_step import TIMEOUT_S as IN_STEP_TIMEOUT_S
+from .vllm_results import Results
 from .vllm_together import at_rest, end_together, first_error
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from .handoffs import Handoff
     from .ranks import RankPeers
     from .vllm_orders import ReceiveOrder
-    from .vllm_results import Figures, Results
+    from .vllm_results import Figures
     from .vllm_settings import Settings
     from .vllm_tables import Tables
 
@@ -80,6 +82,7 @@ class Receiving:
         self._ranked = ranked
         self._receives: dict[str, _Receive] = {}
         self._ended: set[str] = set()
+        self._failed_blocks: set[int] = set()
         self._peers: dict[Addresses, RankPeers] = {}
         self._connecting: dict[Addresses, list[_Receive]] = {}
 
@@ -110,6 +113,29 @@ class Receiving:
         for req_id in self._ended:
             self._note(self._receives.pop(req_id), results)
         self._ended.clear()
+
+    def wait_for(self, orders: Sequence[ReceiveOrder]) -> None:
+        """Waits until these are loaded or failed, and nobody touches their blocks any more.
+
+        They have deadlines of their own.
+        """
+        results = Results()
+        wanted = {order.req_id for order in orders}
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended.issuperset(wanted))
+            self._ended -= wanted
+            for req_id in wanted:
+                self._note(self._receives.pop(req_id), results)
+        for order in orders:
+            if order.req_id in results.failed:  # what was here before is as good as ever
+                block_tokens = self._tables.step_tokens * self._tables.split
+                first = order.num_local_tokens // block_tokens
+                self._failed_blocks.update(order.tables[0][first:])
+
+    def take_failed_blocks(self) -> set[int]:
+        """vLLM's blocks that were to be loaded and were not, of what failed in `wait_for`; once."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
 
     def _begin(self, receive: _Receive) -> None:
         order = receive.order
@@ -158,6 +184,9 @@ class Receiving:
         """
         tables = self._tables.of_cache(order.tables, order.num_tokens)
         mode, timeout_s = self._settings.mode, self._settings.timeout_s
+        if order.in_step:
+            # A read is over when this side says so. A peer that is frozen while it writes is not.
+            mode, timeout_s = "pull", min(timeout_s, IN_STEP_TIMEOUT_S)
         step = self._tables.step_tokens
         skip = -(-order.num_local_tokens // step)
         if not self._ranked and len(theirs) == 1 and self._tables.pair_with(theirs[0]):

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from . import vllm_params
 from .vllm_groups import NULL_BLOCK
 from .vllm_holds import Holds
+from .vllm_in_step import StepLoads
 from .vllm_load import PromptQueue
 from .vllm_orders import Orders, ReceiveOrder, SendOrder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Container, Iterable, Sequence
 
     from .vllm_groups import CacheGroup
     from .vllm_params import Params
@@ -48,6 +49,7 @@ class SchedulerSide:
         settings: see there.
         groups: the cache groups that are moved.
         tp_size, pp_size: of this engine.
+        token_nbytes: of a token's KV on one rank, if a step may wait for a load; see `vllm_in_step`.
 
     Attributes:
         holds: blocks of windows that prefill keeps; takes vLLM's block pool.
@@ -61,10 +63,12 @@ class SchedulerSide:
         groups: Sequence[CacheGroup],
         tp_size: int,
         pp_size: int,
+        token_nbytes: int = 0,
     ) -> None:
         self.engine_id = engine_id
         self.holds = Holds()
         self._queue = PromptQueue()
+        self._in_step = StepLoads(settings.in_step_nbytes, token_nbytes)
         self._settings = settings
         self._groups = tuple(groups)
         self._windowed = any(group.window for group in groups)
@@ -72,7 +76,7 @@ class SchedulerSide:
         self._pp_size = pp_size
         self._addresses: list[str] = []
         self._prefilling: dict[str, _Prefilling] = {}
-        self._receiving: set[str] = set()
+        self._receiving: dict[str, str] = {}  # from which engine
         self._sending: set[str] = set()
         self._orders = Orders()
         self._told = (0, 0)
@@ -106,7 +110,13 @@ class SchedulerSide:
             return 0
         if self._problem(params, request.num_prompt_tokens):
             return 0
-        return int(max(0, self._num_loaded(request) - num_local_tokens))
+        # In the step that loads them, something must be left to compute.
+        count = self._num_loaded(request) - self.loads_in_step(request)
+        return int(max(0, count - num_local_tokens))
+
+    def loads_in_step(self, request: Request) -> bool:
+        """Whether the step that allocates this request's blocks also waits for them."""
+        return self._in_step.waits(request.kv_transfer_params, request.num_prompt_tokens)
 
     def blocks_allocated(
         self, request: Request, tables: BlockTables, num_remote_tokens: int
@@ -126,10 +136,14 @@ class SchedulerSide:
         elif num_remote_tokens:
             self._queue.load(request.request_id)
             num_tokens = self._num_loaded(request)
-            self._order_receive(
-                request, self._own(tables), num_tokens, num_tokens - num_remote_tokens
-            )
-            self._receiving.add(request.request_id)
+            in_step = self.loads_in_step(request)
+            num_local_tokens = num_tokens - in_step - num_remote_tokens
+            own = self._own(tables)
+            self._order_receive(request, own, num_tokens, num_local_tokens, in_step=in_step)
+            if in_step:
+                self._in_step.begin(params, request.num_prompt_tokens)
+            else:
+                self._receiving[request.request_id] = str(params["remote_engine_id"])
         else:
             self._order_release(request)
 
@@ -141,6 +155,7 @@ class SchedulerSide:
             self._follow(output)
         orders, self._orders = self._orders, Orders()
         orders.idle = not output.total_num_scheduled_tokens
+        self._in_step.scheduled(output.num_scheduled_tokens)
         if self._settings.daemon:
             self._queue.follow(output)
             self._told = orders.queued_tokens, orders.free_blocks = self._load()
@@ -191,13 +206,28 @@ class SchedulerSide:
                 SendOrder(req_id, prefilling.handoff_id, tables, prefilling.num_tokens)
             )
 
-    def transfers_ended(self, sent: Iterable[str], received: Iterable[str]) -> None:
-        """The workers say that nobody touches these requests' blocks any more."""
+    def transfers_ended(
+        self,
+        sent: Iterable[str],
+        received: Iterable[str],
+        failed: Container[str] = (),
+        invalid_blocks: Iterable[int] = (),
+    ) -> None:
+        """The workers say that nobody touches these requests' blocks any more.
+
+        Args:
+            failed: those of `received` that were not loaded.
+            invalid_blocks: of loads that the step waited for, and that failed.
+        """
         sent = tuple(sent)
         for req_id in sent:
             self.holds.release(req_id)
         self._sending.difference_update(sent)
-        self._receiving.difference_update(received)
+        for req_id in received:
+            engine_id = self._receiving.pop(req_id, None)
+            if engine_id is not None:
+                self._in_step.load_ended(engine_id, failed=req_id in failed)
+        self._in_step.step_ended(invalid_blocks)
 
     @property
     def has_work(self) -> bool:
@@ -220,6 +250,7 @@ class SchedulerSide:
         """
         params, req_id = request.kv_transfer_params, request.request_id
         self._queue.end(req_id)
+        self._in_step.request_ended(req_id)
         if vllm_params.wants_remote_prefill(params):  # it was never scheduled
             params["do_remote_prefill"] = False
             if not self._problem(params, 0):
@@ -301,6 +332,7 @@ class SchedulerSide:
         num_local_tokens: int,
         *,
         awaited: bool = True,
+        in_step: bool = False,
     ) -> None:
         remote = vllm_params.find_remote(request.kv_transfer_params)
         assert not isinstance(remote, str), remote
@@ -317,5 +349,6 @@ class SchedulerSide:
                 num_tokens=num_tokens,
                 num_local_tokens=num_local_tokens,
                 awaited=awaited,
+                in_step=in_step,
             )
         )

@@ -28,6 +28,7 @@ class Settings:
         timeout_s: how long a decode request may wait for its KV.
         lease_s: how long prefill keeps the KV of a finished request that nobody asks for.
         verify: compare a checksum of everything moved.
+        in_step_nbytes: of loads that a step of vLLM's may wait for; 0 for none. See `vllm_in_step`.
         max_programs: that a kernel which moves KV may run at a time on a GPU beside the model's; 0
             for no limit.
         daemon: of the cluster's daemon, `tcp://host:port`; none if "". `$KVFERRY_DAEMON` is its
@@ -46,6 +47,7 @@ class Settings:
     timeout_s: float = 120.0
     lease_s: float = 120.0
     verify: bool = False
+    in_step_nbytes: int = 16 << 20  # 10 ms at 1.6 GB/s, which tcp reaches between two processes
     max_programs: int = 0
     keys: str = ""
     daemon: str = ""
@@ -78,6 +80,7 @@ class Settings:
             ("port", os.environ.get("KVFERRY_PORT", cls.port)),
             ("timeout_s", cls.timeout_s),
             ("lease_s", cls.lease_s),
+            ("in_step_nbytes", cls.in_step_nbytes),
             ("max_programs", cls.max_programs),
         ):
             value = extra.get(key, fallback)
@@ -103,6 +106,7 @@ class Settings:
             timeout_s=numbers["timeout_s"],
             lease_s=numbers["lease_s"],
             verify=bool(extra.get("verify", False)),
+            in_step_nbytes=int(numbers["in_step_nbytes"]),
             max_programs=int(numbers["max_programs"]),
             daemon=str(extra.get("daemon") or os.environ.get("KVFERRY_DAEMON") or ""),
             service=service,

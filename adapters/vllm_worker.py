@@ -140,11 +140,21 @@ class WorkerSide:
         self._sending.all_computed()
 
     def begin_receives(self, orders: Orders) -> None:
-        """Begins to load, and ends loads that nobody waits for any more."""
+        """Begins to load, and ends loads that nobody waits for any more.
+
+        Waits for those that this step's forward pass needs; it comes after this then.
+        """
         for order in orders.receives:
             self._receiving.begin(order)
         for req_id in orders.cancelled_receives:
             self._receiving.cancel(req_id)
+        needed = [order for order in orders.receives if order.in_step]
+        if needed:
+            self._receiving.wait_for(needed)
+
+    def take_failed_blocks(self) -> set[int]:
+        """Blocks, by vLLM's ids, that a forward pass needed and that were not loaded; once."""
+        return self._receiving.take_failed_blocks()
 
     def take_results(self, *, idle: bool) -> Results:
         """What has ended since the last call. Waits a little if the step has nothing else to do."""

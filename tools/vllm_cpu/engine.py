@@ -10,6 +10,8 @@ import queue
 import threading
 import time
 from concurrent.futures import Future
+from multiprocessing import active_children
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
@@ -37,6 +39,7 @@ class Engine:
 
         options = dict(options)
         connector = options.pop("connector", None)
+        others = active_children()
         self.name = name
         self.llm = LLM(
             enforce_eager=True,
@@ -47,6 +50,7 @@ class Engine:
             **options,
         )
         self._engine = self.llm.llm_engine
+        self._started = [each for each in active_children() if each not in others]
         self._commands: queue.Queue[Any] = queue.Queue()
         self._futures: dict[str, Future[Any]] = {}
         self._count = 0
@@ -76,13 +80,15 @@ class Engine:
             if future is not None:
                 future.set_result(output)
 
-    def submit(self, prompt: list[int], max_tokens: int, params: Any = None) -> tuple[str, Any]:
-        """Adds a request; returns its name and the future of its output."""
+    def submit(
+        self, prompt: list[int], max_tokens: int, params: Any = None, name: str = ""
+    ) -> tuple[str, Any]:
+        """Adds a request; returns its name, a new one if "", and the future of its output."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         self._count += 1
-        name = f"{self.name}-{self._count}"
+        name = name or f"{self.name}-{self._count}"
         sampling = SamplingParams(
             temperature=0,
             max_tokens=max_tokens,
@@ -124,10 +130,30 @@ class Engine:
         self._commands.put(run)
         return done.result(WAIT_S)
 
-    def generate(self, prompt: list[int], max_tokens: int, params: Any = None) -> Any:
+    def generate(
+        self, prompt: list[int], max_tokens: int, params: Any = None, name: str = ""
+    ) -> Any:
         """One request, to its end."""
-        _, future = self.submit(prompt, max_tokens, params)
+        _, future = self.submit(prompt, max_tokens, params, name)
         return future.result(WAIT_S)
+
+    def processes(self) -> list[int]:
+        """The engine's processes, its scheduler's first."""
+        children: dict[int, list[int]] = {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            except OSError:  # it ended just now
+                continue
+            children.setdefault(parent, []).append(int(stat.parent.name))
+        found = [each.pid for each in self._started if each.pid is not None]
+        for pid in found:
+            found += children.get(pid, [])
+        return found
+
+    def close(self) -> None:
+        """Ends its processes."""
+        self._engine.engine_core.shutdown()
 
     def forget_prefixes(self, wait_s: float = 30.0) -> bool:
         """Empties the prefix cache; False if blocks are still held by requests after `wait_s`."""

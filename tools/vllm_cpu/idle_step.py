@@ -1,0 +1,67 @@
+"""What vLLM's connector costs a step in which it has nothing to move. Needs no vLLM.
+
+python -m kvferry.tools.vllm_cpu.idle_step
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ...adapters.vllm_groups import CacheGroup
+from ...adapters.vllm_layout import Backend, describe_caches, heads_of_rank
+from ...adapters.vllm_scheduler import SchedulerSide
+from ...adapters.vllm_settings import Settings
+from ...adapters.vllm_worker import WorkerSide
+
+LAYERS = 32
+
+
+def measure(steps: int = 20_000) -> dict[str, float]:
+    """Medians in microseconds, of both sides."""
+    names = [f"model.layers.{number}.attn" for number in range(LAYERS)]
+    caches = {name: torch.zeros(8, 2, 32, 64) for name in names}
+    backend = Backend("CPU_ATTN", "vec", "")
+    groups = (CacheGroup(0, "full", tuple(names), 32),)
+    layout, in_order = describe_caches(caches, groups, backend, heads_of_rank(2, 1, 0))
+    worker = WorkerSide(
+        engine_id="idle",
+        rank=0,
+        role="both",
+        settings=Settings(),
+        layout=layout,
+        names=in_order,
+        caches=caches,
+        num_blocks=layout.num_blocks,
+    )
+    scheduler = SchedulerSide("idle", Settings(), groups=groups, tp_size=1, pp_size=1)
+    output = SimpleNamespace(total_num_scheduled_tokens=8, num_scheduled_tokens={"a": 8})
+
+    def worker_step(orders: Any) -> None:
+        worker.end_preempted(orders)
+        worker.before_forward(orders)
+        for name in names:
+            worker.layer_computed(name)
+        worker.begin_receives(orders)
+        worker.after_forward()
+        worker.take_results(idle=False)
+
+    took: dict[str, list[float]] = {"scheduler": [], "worker": []}
+    for _ in range(steps):
+        started_s = time.perf_counter()
+        orders = scheduler.take_orders(output)
+        between_s = time.perf_counter()
+        worker_step(orders)
+        took["scheduler"].append(between_s - started_s)
+        took["worker"].append(time.perf_counter() - between_s)
+    worker.close()
+    return {f"{name}_us": round(1e6 * statistics.median(each), 2) for name, each in took.items()}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure()))
