@@ -94,8 +94,9 @@ class CounterTable:
         self._live: dict[int, _Counter] = {}
         self._unknown: dict[int, _Counter] = {}
         self._aborted: OrderedDict[int, dict[str, EngineError]] = OrderedDict()
-        # imm: bytes seen, but not yet announced
-        self._retired: OrderedDict[int, int] = OrderedDict()
+        # imm: bytes that a stream has seen and nobody has told of yet, and bytes of writes whose end
+        # is still to be told of
+        self._retired: OrderedDict[int, tuple[int, int]] = OrderedDict()
         self._next_imm = itertools.count(1)
         self._max_unknown = max_unknown
         self._closed: EngineError | None = None
@@ -205,8 +206,12 @@ class CounterTable:
                 counter = None
             if counter is None:
                 if imm in self._retired:
-                    if nbytes and nbytes <= self._retired[imm]:
-                        self._retired[imm] -= nbytes  # a stream has seen them before
+                    seen, unended = self._retired[imm]
+                    if nbytes and nbytes <= seen:
+                        self._retired[imm] = (seen - nbytes, unended)
+                        return
+                    if write_nbytes and not nbytes and write_nbytes <= unended:
+                        self._retired[imm] = (seen, unended - write_nbytes)
                         return
                     self.late_writes += writes
                     self.late_nbytes += nbytes
@@ -302,9 +307,10 @@ class CounterTable:
 
     def _retire(self, imm: int) -> None:
         counter = self._live.pop(imm)
-        ticket, missing = counter.ticket, 0
-        if ticket is not None and ticket.exception() is None and counter.nbytes is not None:
-            missing = max(0, counter.nbytes - counter.arrived_nbytes)
-        self._retired[imm] = missing
+        seen = unended = 0
+        if counter.ticket is not None and counter.ticket.exception() is None:
+            seen = max(0, (counter.nbytes or 0) - counter.arrived_nbytes)
+            unended = max(0, counter.arrived_nbytes - counter.announced_nbytes)
+        self._retired[imm] = (seen, unended)
         while len(self._retired) > RETIRED_REMEMBERED:
             self._retired.popitem(last=False)

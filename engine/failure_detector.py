@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 HEARTBEAT_S = 0.25
 SUSPICION_S = 0.08  # a closed socket without goodbye: how long the cause is looked for
+_PF_EXITING = 0x4  # of the flags in /proc/PID/stat
 BUSY_PEER_S = 10.0  # how long a live process on this host may be too busy to answer
 
 
@@ -83,7 +84,11 @@ class FailureDetector:
 
     def tick(self, now: float) -> None:
         """Sends heartbeats, and judges; on the progress thread, while the link is up."""
-        if self._suspected_s and now - self._suspected_s > SUSPICION_S:
+        if (
+            self._suspected_s
+            and now - self._suspected_s > SUSPICION_S
+            and not self._dying(now - self._suspected_s)
+        ):
             self._fail(
                 PeerLost(
                     "the peer closed its connection without a goodbye",
@@ -121,6 +126,13 @@ class FailureDetector:
         if pidfd >= 0:
             os.close(pidfd)
 
+    def _dying(self, suspected_s: float) -> bool:
+        """Whether the end of the peer's process, which closes its sockets first, is about to be told."""
+        if self._pidfd < 0 or suspected_s > self._core.peer_timeout_s:
+            return False
+        fields = _process_fields(self._peer.pid)
+        return len(fields) > 6 and bool(int(fields[6]) & _PF_EXITING)
+
     def _merely_busy(self, silent_s: float) -> bool:
         """Whether a peer on this host runs, but has not had the time (or the interpreter lock)."""
         if not self._same_host or silent_s > BUSY_PEER_S:
@@ -137,8 +149,14 @@ def _open_pidfd(pid: int) -> int:
 
 def _process_state(pid: int) -> str:
     """The letter that /proc has for a process's state; "" if there is no such process."""
+    fields = _process_fields(pid)
+    return fields[0] if fields else ""
+
+
+def _process_fields(pid: int) -> list[str]:
+    """What /proc/PID/stat says after the name, from the state on; [] if there is no such process."""
     try:
         with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0]
+            return file.read().rpartition(")")[2].split()
     except OSError:
-        return ""
+        return []

@@ -76,6 +76,17 @@ def test_an_imm_in_use_is_refused_and_free_afterwards() -> None:
     assert not expect(table, 3, nbytes=1).done()
 
 
+def test_word_of_a_write_whose_bytes_were_in_time_is_not_late() -> None:
+    table = CounterTable()
+    ticket = expect(table, 7, nbytes=300)
+    table.arrived(7, 300, 0, "link")
+    assert ticket.wait(0) == 300
+    table.arrived(7, 0, 1, "link", write_nbytes=300)
+    assert table.late_writes == table.late_nbytes == 0
+    table.arrived(7, 0, 1, "link", write_nbytes=300)  # one that nobody asked for
+    assert table.late_writes == 1
+
+
 def test_a_late_write_completes_nothing() -> None:
     table = CounterTable()
     expect(table, 3, nbytes=10).cancel()
