@@ -13,7 +13,7 @@ from msgspec import Meta
 from .errors import ProtocolError
 from .fields import DECODE_ERRORS, Key, Uint32, Uint63
 
-LINK_VERSION = 2  # 2: one-time tokens
+LINK_VERSION = 3  # 2: one-time tokens; 3: Arrived.write_nbytes
 LENGTH_NBYTES = 4
 MAX_MESSAGE_NBYTES = 1 << 20
 
