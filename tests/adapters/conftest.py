@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
     from kvferry.adapters.vllm_worker import WorkerSide
     from tests.child import Child
+    from tests.needs import lack
 else:
     from child import Child  # in the folder above: `pythonpath` in pyproject.toml
+    from needs import lack
 
 ANSWER_S = 60.0  # reached only when something hangs
 
@@ -156,7 +158,7 @@ def vllm_python() -> str:
     try:
         return str(ensure())
     except CannotInstall as error:
-        pytest.skip(f"vLLM cannot be installed here: {error}")
+        lack(f"vLLM cannot be installed here: {error}")
 
 
 @pytest.fixture(scope="session")

