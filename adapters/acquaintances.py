@@ -34,7 +34,7 @@ from ..control.session import (
 )
 from ..engine.admission import TOKEN_NBYTES
 from ..engine.errors import EngineError, LinkClosed
-from ..engine.handshake import EngineAddress
+from ..engine.handshake import HANDSHAKE_TIMEOUT_S, EngineAddress
 from ..engine.memory import CacheDescriptor
 from .acquaintance import Acquaintance
 from .rank_plans import plan_between
@@ -52,9 +52,9 @@ if TYPE_CHECKING:
     from .mailbox import Route
 
 MAX_STRANGERS = 256  # sessions that peers began and that are not up yet
-STRANGER_TIMEOUT_S = 10.0
-LINK_TIMEOUT_S = 5.0
-TOKEN_TIMEOUT_S = 20.0  # the peer may have to make its plans first, which can take seconds
+LINK_TIMEOUT_S = HANDSHAKE_TIMEOUT_S
+STRANGER_TIMEOUT_S = 2 * LINK_TIMEOUT_S
+TOKEN_TIMEOUT_S = 4 * LINK_TIMEOUT_S  # the peer may have to make its plans first, for seconds
 PATIENCE_S = 0.1  # for what is in flight when a peer says goodbye; it has all it waits for
 FAREWELL_S = 0.25  # for a peer to hear that this agent leaves, before its links are cut
 

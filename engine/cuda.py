@@ -30,8 +30,6 @@ _CAPTURE_MODE_RELAXED = 2
 _PEER_ACCESS_ALREADY_ENABLED = 704
 _PORTABLE_AND_MAPPED = 1 | 2  # for every device of the process, and at the host's own address
 _ATTRIBUTE_DMABUF_SUPPORTED = 124
-_HANDLE_TYPE_DMABUF = 1
-_PAGE_NBYTES = 1 << 16  # what a dma-buf's range must start and end on
 _MAPPING_NBYTES, _MAPPING_BASE = 18, 19  # CUpointer_attribute, of one mapped chunk
 _HANDLE_TYPE_FD = 1
 _LOCATION_DEVICE = 1
@@ -73,13 +71,6 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuMemFree_v2": (_u64,),
     "cuMemsetD8_v2": (_u64, ctypes.c_ubyte, ctypes.c_size_t),
     "cuMemcpyDtoH_v2": (ctypes.c_void_p, _u64, ctypes.c_size_t),
-    "cuMemGetHandleForAddressRange": (
-        ctypes.c_void_p,
-        _u64,
-        ctypes.c_size_t,
-        ctypes.c_int,
-        ctypes.c_ulonglong,
-    ),
     "cuDeviceGetAttribute": (_pointer(ctypes.c_int), ctypes.c_int, ctypes.c_int),
     "cuMemGetAddressRange_v2": (_pointer(_u64), _pointer(ctypes.c_size_t), _u64),
     "cuIpcGetMemHandle": (_pointer(IpcHandle), _u64),
@@ -379,23 +370,6 @@ class Driver:
         value = ctypes.c_int()
         self.call("cuDeviceGetAttribute", ctypes.byref(value), _ATTRIBUTE_DMABUF_SUPPORTED, device)
         return bool(value.value)
-
-    def dmabuf(self, device: int, address: int, nbytes: int) -> tuple[int, int]:
-        """A dma-buf around memory of a GPU: its descriptor, the caller's to close, and the offset
-        at which the memory begins in it."""
-        start = address // _PAGE_NBYTES * _PAGE_NBYTES
-        stop = -(-(address + nbytes) // _PAGE_NBYTES) * _PAGE_NBYTES
-        fd = ctypes.c_int()
-        with self.current(device):
-            self.call(
-                "cuMemGetHandleForAddressRange",
-                ctypes.byref(fd),
-                start,
-                stop - start,
-                _HANDLE_TYPE_DMABUF,
-                0,
-            )
-        return fd.value, address - start
 
     def new_stream(self, device: int) -> int:
         """A stream of its own: torch's come from a pool, so two users may share one."""

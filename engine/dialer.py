@@ -33,6 +33,7 @@ class Dialer:
     Args:
         links: where links are opened.
         rails: sockets of a tcp link.
+        queues: queue pairs for direct writes on each rail of a verbs link.
     """
 
     def __init__(
@@ -42,12 +43,14 @@ class Dialer:
         selection: TransportSelection,
         probe: ProcessProbe,
         rails: int,
+        queues: int,
     ) -> None:
         self._core = core
         self._links = links
         self._selection = selection
         self._probe = probe
         self._rails = rails
+        self._queues = queues
 
     def connect(
         self, address: EngineAddress, transport: str | None, token: bytes, timeout_s: float
@@ -89,7 +92,7 @@ class Dialer:
         meeting = Meeting(self._core.nics, dialed=True) if name == "verbs" else None
         opener = token_id(token)
         try:
-            offer = meeting.offer(address.nics) if meeting is not None else b""
+            offer = meeting.offer(address.nics, self._queues) if meeting is not None else b""
             for rail in range(-1, num_rails):
                 left_s = max(0.01, deadline_s - time.monotonic())
                 sock = _dial(name, address, left_s)

@@ -41,7 +41,9 @@ from .tickets import DEFAULT_TIMEOUT_S, Ticket, all_of
 from .transfer_plan import TransferPlan
 from .transport_selection import TRANSPORTS, TransportSelection
 from .transports import cma, tcp
+from .transports.verbs_cards import MAX_QUEUES
 from .transports.verbs_device import Nics
+from .transports.verbs_meeting import DEFAULT_QUEUES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
@@ -64,6 +66,8 @@ class TransferEngine:
         rails: sockets of a tcp link that this engine opens.
         nics: names of the RDMA devices to use; all that are active if None, or those that the
             environment's `KVFERRY_NICS` names.
+        queues: queue pairs for direct writes on each rail of a verbs link that this engine opens. Each
+            is a flow of its own to the network: more of them spread a rail over several paths.
         verify: compare a checksum of every chunk that this engine writes or reads, before it is
             counted. Costs a pass over the bytes at each end, and GPU memory is staged for it.
         peer_timeout_s: silence after which a peer counts as frozen or unreachable.
@@ -88,6 +92,7 @@ class TransferEngine:
         advertise_host: str = "",
         rails: int = tcp.DEFAULT_RAILS,
         nics: Sequence[str] | None = None,
+        queues: int = DEFAULT_QUEUES,
         verify: bool = False,
         peer_timeout_s: float = 1.5,
         max_programs: int | None = None,
@@ -98,6 +103,11 @@ class TransferEngine:
         if not 1 <= rails <= 64:
             raise TransportUnavailable(
                 f"rails is {rails}: a tcp link has 1 to 64", operation="start"
+            )
+        if not 1 <= queues < MAX_QUEUES:
+            raise TransportUnavailable(
+                f"queues is {queues}: a rail of a verbs link has 1 to {MAX_QUEUES - 1}",
+                operation="start",
             )
         nics_here = Nics(nics)
         self._selection = TransportSelection(transports, nics_here)
@@ -148,7 +158,7 @@ class TransferEngine:
             nics=len(nics_here.usable()) if "verbs" in self._selection.offered else 0,
         )
         shared = (self._core, self._links, self._selection, ProcessProbe())
-        self._dialer = Dialer(*shared, rails)
+        self._dialer = Dialer(*shared, rails, queues)
         self._listener = Listener(*shared, socks, secret, self._admissions)
         self._listener.start()
         self._core.progress.start()

@@ -63,11 +63,13 @@ class Peer(Child):
     """A transfer engine in another process, and that process's fate."""
 
     def __init__(self, *, launcher: Sequence[str] = (), **options: Any) -> None:
-        """Starts the peer, by way of the command `launcher`, with these options of its engine."""
+        """Starts the peer, by way of the command `launcher`, with these options of its engine; with
+        `interpreted_gpu`, which imports torch and Triton, it has a GPU (`engine/interpreted_gpu.py`).
+        """
         super().__init__(
             ROOT / "tests" / "peer_process.py",
             json.dumps(options),
-            answer_s=ANSWER_S,
+            answer_s=4 * ANSWER_S if "interpreted_gpu" in options else ANSWER_S,
             launcher=launcher,
             environment={NICS_VARIABLE: NICS[-1]} if NICS else {},
         )

@@ -12,6 +12,7 @@ import resource
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +44,7 @@ class Commands:
     """What a test can make the peer do: every public method is a command."""
 
     def __init__(self, options: dict[str, Any]) -> None:
+        self._gpu: Any = stand_in_gpu() if options.pop("interpreted_gpu", False) else None
         self._engine = TransferEngine(**options)
         self._arrays: dict[int, np.ndarray[Any, Any]] = {}
         self._regions: dict[int, MemoryRegion] = {}
@@ -85,6 +87,13 @@ class Commands:
     def peek_cache(self) -> list[np.ndarray[Any, Any]]:
         """The content of the latest cache."""
         return self._caches[-1][1]
+
+    def gpu(self, **state: bool) -> tuple[int, int, int]:
+        """Sets `registers` or `broken` of this process's GPU. Its movers, pinned bytes and moved
+        pieces."""
+        for name, value in state.items():
+            setattr(self._gpu, name, value)
+        return self._gpu.movers, sum(self._gpu.pinned.values()), self._gpu.moved
 
     def deregister(self, region_id: int, timeout_s: float = 10.0) -> None:
         """Deregisters a pool. Its memory stays, so that a test can see late writes in it."""
@@ -215,6 +224,16 @@ class Commands:
     def _keep(self, ticket: Ticket) -> int:
         self._tickets.append(ticket)
         return len(self._tickets) - 1
+
+
+def stand_in_gpu() -> Any:
+    """A GPU for this process whose kernels are interpreted. Needs torch and Triton."""
+    import pytest
+
+    sys.path.append(str(Path(__file__).parent.parent))
+    from tests.engine.interpreted_gpu import StandIn
+
+    return StandIn(pytest.MonkeyPatch())
 
 
 def main() -> None:

@@ -120,11 +120,12 @@ def check_nearest_nics(root: Path = SYSFS) -> Check:
 
 
 def check_gpu_over_rdma() -> Check:
-    """How an RDMA device would reach GPU memory here."""
+    """How GPU memory goes over RDMA, and what this machine would offer besides."""
     from kvferry.engine.transports import verbs_gpu
 
-    how, why = verbs_gpu.choose()
-    return Check("GPU memory over RDMA", ok=None, detail=f"{how}: {why}")
+    offered, why = verbs_gpu.offered()
+    detail = f"pinned host staging; offered here and not used: {offered} ({why})"
+    return Check("GPU memory over RDMA", ok=None, detail=detail)
 
 
 def check_ptrace_scope(path: Path = PTRACE_SCOPE) -> Check:

@@ -1,9 +1,9 @@
-"""Verbs: RDMA between hosts, host memory, straight from registered memory to registered memory.
+"""Verbs: RDMA between hosts, straight from registered memory to registered memory.
 
 A link has one rail for each pair of devices (`verbs_rail`), and one thread that posts, polls and
 sleeps. Long runs go direct: the device writes into the peer's blocks, every work request carries the
-imm, and the peer counts the bytes that each completed receive reports. Small pieces go through
-staging (`verbs_frames`). A rail that breaks is taken out, what was on its way there fails by name,
+imm, and the peer counts the bytes that each completed receive reports. Small pieces, and all GPU
+memory, go through staging (`verbs_frames`). A rail that breaks is taken out, what was on its way there fails by name,
 and it is opened again in the background. Nothing assumes an order between writes.
 """
 
@@ -44,7 +44,9 @@ from ..wire import (
 )
 from . import verbs_device, verbs_errors, verbs_library, verbs_qp
 from .base import Availability, DataPath, RailState, Transfer
+from .staged import hold_until_computed, note_compute
 from .verbs_frames import Frames
+from .verbs_movers import gpus_of
 from .verbs_qp import REPLENISH, Batch, QueuePair, imm_of
 from .verbs_reopen import Reopener
 from .verbs_staging import SLOTS_NBYTES
@@ -53,10 +55,13 @@ from .verbs_work import Pieces, Share, own_regions, pieces_of, split, starts_of_
 from .workers import Workers, guard
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    import torch
 
     from ..link import Link
     from ..memory import RegionDescriptor
+    from ..transfer_plan import TransferPlan
     from ..wire import LinkMessage
     from .verbs_device import Device
     from .verbs_meeting import Meeting
@@ -108,6 +113,7 @@ class VerbsPath(DataPath):
     """One link's rails and the thread that serves them."""
 
     asks_leave = True
+    kinds = frozenset({"host", "cuda"})
 
     def __init__(self, link: Link, meeting: Meeting) -> None:
         self.link = link
@@ -144,8 +150,20 @@ class VerbsPath(DataPath):
             if rail.up:
                 self.link.send(RailReady(rail.number, rail.epoch))
         self._thread.start()
+        if gpus_of(self.link):
+            self.copy(self._frames.warm)
+
+    def prepare(self, plan: TransferPlan, layers: Sequence[int] | None) -> None:
+        if plan.local.device >= 0 and self._copies.enter():
+            self._copies.run(self._frames.warm)
+
+    def before(self, transfer: Transfer, stream: torch.cuda.Stream | None) -> None:
+        note_compute(transfer, stream)
 
     def submit(self, transfer: Transfer) -> None:
+        hold_until_computed(self.link.core.gate, transfer, self._submit)
+
+    def _submit(self, transfer: Transfer) -> None:
         if transfer.write and transfer.imm is not None:
             # Every byte is counted where it arrives; the write, once all of them did.
             done = Arrived(transfer.imm, 0, 1, write_nbytes=transfer.total_nbytes)
@@ -267,8 +285,10 @@ class VerbsPath(DataPath):
             if transfer.begin():
                 transfer.end(0)
             return
-        # No device knows memory that is in no region: frames copy it.
-        if self.link.core.verify or transfer.scratch:
+        # No RDMA device knows memory that is in no region, or a GPU's: frames copy it.
+        regions = (*transfer.local_regions, *transfer.remote_regions)
+        unknown = transfer.scratch or any(region.kind != "host" for region in regions)
+        if self.link.core.verify or unknown:
             self._frames.submit(transfer)
             return
         pieces = pieces_of(transfer)
@@ -317,7 +337,10 @@ class VerbsPath(DataPath):
         return np.array(local, np.int64), np.array(remote, np.int64)
 
     def _register(self, region: Any) -> tuple[int, ...]:
-        """The keys of one of this engine's regions, for the peer."""
+        """The keys of one of this engine's regions, for the peer: none of GPU memory, which frames
+        reach."""
+        if region.device >= 0:
+            return ()
         return tuple(device.register(region).remote for device in self._meeting.devices)
 
     def _post_queue(self, rail: Rail, pair: QueuePair) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import topology
 from ..errors import NotRegistered, TransportUnavailable
-from . import verbs_gpu, verbs_library
+from . import verbs_library
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -126,7 +126,7 @@ class Device:
             self.close()
 
     def register(self, region: MemoryRegion) -> Keys:
-        """The keys of a region, registered now or before. May take long: its pages are pinned.
+        """The keys of a region of host memory, registered now or before. May take long: its pages are pinned.
 
         Raises:
             NotRegistered: the device does not take it; says why.
@@ -134,7 +134,8 @@ class Device:
         with self._lock:
             entry = self._regions.get(region.region_id)
             if entry is None:
-                entry = self._regions[region.region_id] = self._pin(region)
+                entry = self.pin(region.address, region.nbytes)
+                self._regions[region.region_id] = entry
             return Keys(entry.lkey, entry.rkey)
 
     def pin(self, address: int, nbytes: int) -> Any:
@@ -191,11 +192,6 @@ class Device:
             raise NotRegistered(
                 f"RDMA device {self.name} is closed in this engine", operation="register"
             )
-
-    def _pin(self, region: MemoryRegion) -> Any:
-        if region.device < 0:
-            return self.pin(region.address, region.nbytes)
-        return verbs_gpu.register(self, region)
 
 
 class Nics:

@@ -1,7 +1,8 @@
 """The staged path of a verbs link: many small pieces as one frame in a slot, one write a frame.
 
 Copies run on the engine's copier threads, posts on the link's thread: while one frame is on the
-wire, the next is gathered and the one before is scattered.
+wire, the next is gathered and the one before is scattered. GPU memory goes this way whatever the
+size of its pieces.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .. import iovec, tables
-from ..errors import EngineError, LinkError, ProtocolError
+from ..errors import DeviceError, EngineError, LinkError, ProtocolError
 from ..wire import Acknowledge, ReadRequest, Refuse, SlotFree
 from . import tcp_frames as frames
 from .cma import answer_to_nothing, checksum_mismatch
+from .verbs_movers import Movers
 from .verbs_staging import (
     FRAME_NBYTES,
     FRAME_PIECES,
     NUM_SLOTS,
     PIECE_NBYTES,
     SLOT_NBYTES,
-    gather,
-    scatter,
+    bytes_begin,
 )
 from .verbs_work import MIN_SHARE_NBYTES, cuts
 
@@ -69,6 +70,8 @@ class Frames:
         self._path = path
         self._link = path.link
         self._slots = slots
+        self._movers = Movers(path.link, slots)
+        self.warm = self._movers.warm
         self._free = deque(range(NUM_SLOTS))
         self._waiting: deque[Part | Reply] = deque()
         self._gathered: deque[tuple[int, int]] = deque()
@@ -100,7 +103,7 @@ class Frames:
     def serve(self, ask: ReadRequest) -> None:
         """Answers a peer that reads."""
         try:
-            admitted = tables.admit(self._link.core.regions, ask.regions, ask.pieces)
+            admitted = tables.admit(self._link.core.regions, ask.regions, ask.pieces, staged=True)
         except LinkError as error:
             self._link.fail(error)
             return
@@ -153,26 +156,46 @@ class Frames:
         """On a copier thread."""
         if isinstance(item, Part):
             transfer, part = item
-            local = transfer.local[part]
+            local, device = transfer.local[part], transfer.device()
             header, body = frames.of_write(transfer, part)
             verify = self._link.core.verify
         else:
-            local, body, verify = item.admitted.iov, b"", item.verify
+            local, device = item.admitted.iov, item.admitted.device
+            body, verify = b"", item.verify
             header = frames.of_reply(item.transfer, item.first, item.admitted)
-        if verify:
-            crc = iovec.checksum(local)
-            header = header._replace(flags=header.flags | frames.HAS_CRC, crc=crc)
-        head = np.frombuffer(frames.encode(header) + body, np.uint8)
         buffer = self._slots.outgoing(slot)
-        buffer[: len(head)] = head
-        gather(buffer[len(head) : len(head) + header.nbytes], local)
+        head_nbytes = frames.HEADER_NBYTES + len(body)
+        start = bytes_begin(head_nbytes)
+        staged = buffer[start : start + header.nbytes]
+        try:
+            self._movers.gather(staged, local, device)
+        except DeviceError as error:
+            self._path.soon(functools.partial(self._not_gathered, slot, error))
+            return
+        if verify:
+            # No processor reads a GPU's memory: there, what lies in the slot has to do.
+            crc = iovec.checksum(local if device < 0 else _whole(staged))
+            header = header._replace(flags=header.flags | frames.HAS_CRC, crc=crc)
+        buffer[:head_nbytes] = np.frombuffer(frames.encode(header) + body, np.uint8)
         if isinstance(item, Part):
             item.transfer.ticket._mark_staged("gathered", header.nbytes)
-        self._path.soon(functools.partial(self._ready, slot, len(head) + header.nbytes))
+        self._path.soon(functools.partial(self._ready, slot, start + header.nbytes))
 
     def _ready(self, slot: int, nbytes: int) -> None:
         self._gathered.append((slot, nbytes))
         self.advance()
+
+    def _not_gathered(self, slot: int, error: DeviceError) -> None:
+        """A frame that cannot be filled is not sent, and so not answered."""
+        frame = self._frames[slot]
+        frame.answered = True
+        if isinstance(frame.item, Part):
+            frame.item.transfer.stop(error)
+            frame.item.transfer.end(0)
+        else:
+            self._refuse_reply(frame.item, "DeviceError", error)
+        self._leave(frame)
+        self._settle(slot, frame)
 
     def left(self, slot: int) -> None:
         """A frame's bytes are in the peer's slot."""
@@ -221,7 +244,7 @@ class Frames:
         if isinstance(frame.item, Part):
             frame.item.transfer.stop(error)
         else:
-            self._refuse_reply(frame.item, error)
+            self._refuse_reply(frame.item, "RailError", error)
         self._leave(frame)
         self._settle(slot, frame)
 
@@ -235,10 +258,10 @@ class Frames:
                 self._settle(slot, frame)
         self.advance()
 
-    def _refuse_reply(self, reply: Reply, error: EngineError) -> None:
+    def _refuse_reply(self, reply: Reply, kind: str, error: EngineError) -> None:
         """The reader learns that its bytes are lost. They may have come all the same: then the
         refusal answers nothing that is still asked, and is passed over."""
-        self._link.send(Refuse(reply.transfer, "RailError", error.message, reply.first))
+        self._link.send(Refuse(reply.transfer, kind, error.message, reply.first))
 
     def _leave(self, frame: _Frame) -> None:
         if frame.left:
@@ -263,6 +286,7 @@ class Frames:
         for frame in self._frames.values():
             if isinstance(frame.item, Reply) and not frame.left:
                 frame.item.admitted.release()
+        self._movers.close()
 
     # Receiving.
 
@@ -301,13 +325,14 @@ class Frames:
     def _place_write(self, slot: int, data: Any, header: frames.Header) -> None:
         link = self._link
         first = frames.HEADER_NBYTES + header.table * tables.REGION_ROW.itemsize
-        start = first + header.num_pieces * tables.PIECE_ROW.itemsize
+        stop = first + header.num_pieces * tables.PIECE_ROW.itemsize
+        start = bytes_begin(stop)
         _check_size(len(data), start + header.nbytes)
         # Out of the slot before they are checked: the peer could change them there.
-        regions, pieces = data[frames.HEADER_NBYTES : first].tobytes(), data[first:start].tobytes()
+        regions, pieces = data[frames.HEADER_NBYTES : first].tobytes(), data[first:stop].tobytes()
         imm = header.imm if header.flags & frames.HAS_IMM else None
         try:
-            admitted = tables.admit(link.core.regions, regions, pieces)
+            admitted = tables.admit(link.core.regions, regions, pieces, staged=True)
         except LinkError:
             raise
         except EngineError as error:
@@ -316,12 +341,11 @@ class Frames:
             return
         try:
             _check_size(admitted.nbytes, header.nbytes)
-            scatter(data[start:], admitted.iov)
-            crc = iovec.checksum(admitted.iov) if header.flags & frames.HAS_CRC else 0
+            failure = self._place(data[start:], header, admitted.iov, admitted.device, imm)
         finally:
             admitted.release()
-        if header.flags & frames.HAS_CRC and crc != header.crc:
-            link.reject(header.transfer, imm, checksum_mismatch(link.peer.name, imm))
+        if failure is not None:
+            link.reject(header.transfer, imm, failure)
             link.send(SlotFree(slot))
             return
         if imm is not None:
@@ -329,7 +353,8 @@ class Frames:
         link.send(Acknowledge(header.transfer, header.nbytes, slot))
 
     def _place_read(self, slot: int, data: Any, header: frames.Header) -> None:
-        _check_size(len(data), frames.HEADER_NBYTES + header.nbytes)
+        start = bytes_begin(frames.HEADER_NBYTES)
+        _check_size(len(data), start + header.nbytes)
         entry = self._reads.pop((header.transfer, header.table), None)
         self_nbytes = header.nbytes
         if entry is None:
@@ -339,15 +364,35 @@ class Frames:
         transfer, part = entry
         local = transfer.local[part]
         _check_size(int(transfer.nbytes[part].sum()), self_nbytes)
-        scatter(data[frames.HEADER_NBYTES :], local)
-        wrong = header.flags & frames.HAS_CRC and iovec.checksum(local) != header.crc
+        failure = self._place(data[start:], header, local, transfer.device(), None)
         self._link.send(SlotFree(slot))
-        if wrong:
-            transfer.stop(checksum_mismatch(self._link.peer.name, None))
+        if failure is not None:
+            transfer.stop(failure)
         else:
             transfer.ticket._mark("first byte")
             transfer.ticket._mark_staged("scattered", self_nbytes)
-        transfer.end(0 if wrong else self_nbytes)
+        transfer.end(0 if failure is not None else self_nbytes)
+
+    def _place(
+        self,
+        staged: Any,
+        header: frames.Header,
+        pieces: iovec.Iovec,
+        device: int,
+        imm: int | None,
+    ) -> EngineError | None:
+        """Puts a frame's bytes where they belong; the error if that fails or they are not what was
+        sent. A checksum is that of host memory, or of what goes to a GPU."""
+        checked, on_gpu = header.flags & frames.HAS_CRC, device >= 0
+        if checked and on_gpu and iovec.checksum(_whole(staged)) != header.crc:
+            return checksum_mismatch(self._link.peer.name, imm)
+        try:
+            self._movers.scatter(staged, pieces, device)
+        except DeviceError as error:
+            return error
+        if checked and not on_gpu and iovec.checksum(pieces) != header.crc:
+            return checksum_mismatch(self._link.peer.name, imm)
+        return None
 
 
 def even_limit(total_nbytes: int, rails: int) -> int:
@@ -357,6 +402,10 @@ def even_limit(total_nbytes: int, rails: int) -> int:
         return limit_nbytes
     rounds = -(-total_nbytes // (rails * limit_nbytes))
     return -(-total_nbytes // (rails * rounds))
+
+
+def _whole(staged: Any) -> iovec.Iovec:
+    return iovec.make(np.array([staged.ctypes.data]), np.array([len(staged)]))
 
 
 def _check_size(nbytes: int, announced_nbytes: int) -> None:

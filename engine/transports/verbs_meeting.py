@@ -16,7 +16,7 @@ from .verbs_staging import Slots
 if TYPE_CHECKING:
     from .verbs_device import Device, Nics
 
-DEFAULT_QUEUES = 1
+DEFAULT_QUEUES = 1  # one fills a device; more are for networks with several paths
 
 
 class Meeting:
@@ -35,7 +35,8 @@ class Meeting:
         self._mine: tuple[Offer, ...] = ()
 
     def offer(self, peer_nics: int, queues: int = DEFAULT_QUEUES) -> bytes:
-        """The dialing end's cards, for a peer with so many devices.
+        """The dialing end's cards, for a peer with so many devices; `queues` for direct writes on each
+        rail.
 
         Raises:
             TransportUnavailable: a device does not give what it takes.

@@ -3,7 +3,7 @@
 A frame is what a tcp rail carries (`tcp_frames`): header, tables, bytes. It is put together in a
 slot here, written into the slot of the same number at the peer by one work request, checked and
 taken apart there. Whoever owns the bytes decides where they go, so a lying peer is refused as on
-tcp.
+tcp. The bytes begin at a multiple of 256, which a GPU's kernel reads and writes at its widest.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ NUM_SLOTS = 8
 FRAME_NBYTES = 512 << 10
 FRAME_PIECES = 4096
 PIECE_NBYTES = 64 << 10  # longer pieces are cut before they are staged
+BYTES_ALIGN_NBYTES = 256
 _PAGE_NBYTES = 4096
 _TABLES_NBYTES = MAX_REGIONS * REGION_ROW.itemsize + FRAME_PIECES * PIECE_ROW.itemsize
 SLOT_NBYTES = (
-    -(-(frames.HEADER_NBYTES + _TABLES_NBYTES + FRAME_NBYTES) // _PAGE_NBYTES) * _PAGE_NBYTES
+    -(-(frames.HEADER_NBYTES + _TABLES_NBYTES + BYTES_ALIGN_NBYTES + FRAME_NBYTES) // _PAGE_NBYTES)
+    * _PAGE_NBYTES
 )
 SLOTS_NBYTES = 2 * NUM_SLOTS * SLOT_NBYTES  # of one end of a link
 TABLE_GRAIN_NBYTES = 16  # finer grids are left to the kernel
@@ -40,15 +42,23 @@ _FEW = 16
 
 
 class Slots:
-    """The slots of one end of a link: half to send from, half to receive into."""
+    """The slots of one end of a link: half to send from, half to receive into.
+
+    Attributes:
+        address, nbytes: all of its memory, and one page more, which no peer reaches.
+        inbox: address of the half to receive into.
+        spare: address of that page.
+    """
 
     def __init__(self) -> None:
         half = NUM_SLOTS * SLOT_NBYTES
-        whole = np.empty(2 * half + _PAGE_NBYTES, np.uint8)
+        whole = np.empty(2 * half + 2 * _PAGE_NBYTES, np.uint8)
         start = -whole.ctypes.data % _PAGE_NBYTES
         self._memory: Bytes = whole[start : start + 2 * half]
         self.address = int(self._memory.ctypes.data)
+        self.nbytes = 2 * half + _PAGE_NBYTES
         self.inbox = self.address + half
+        self.spare = self.inbox + half
         self._pinned: dict[Device, Any] = {}
 
     def keys(self, device: Device) -> tuple[int, int]:
@@ -79,6 +89,11 @@ class Slots:
         """Unpins the slots everywhere."""
         for device in list(self._pinned):
             self.release(device)
+
+
+def bytes_begin(head_nbytes: int) -> int:
+    """Where in a slot the bytes begin, behind a header and tables of this size."""
+    return -(-head_nbytes // BYTES_ALIGN_NBYTES) * BYTES_ALIGN_NBYTES
 
 
 def gather(into: Bytes, pieces: iovec.Iovec) -> None:

@@ -3,68 +3,30 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvferry.adapters.agent import Agent
 from kvferry.engine.paths import NEVER_DIRECT, Paths
 from kvferry.engine.transfer import TransferEngine
 from kvferry.tools.pinned import CannotInstall
 from kvferry.tools.vllm_cpu.environment import ensure
 
 from .agent_process import Cache, Gate
+from .agents import TRANSPORTS, Local, Remote
 from .vllm_servers import run_nicely
 from .vllm_steps import make_worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from kvferry.adapters.vllm_worker import WorkerSide
-    from tests.child import Child
     from tests.needs import lack
 else:
-    from child import Child  # in the folder above: `pythonpath` in pyproject.toml
-    from needs import lack
-
-ANSWER_S = 60.0  # reached only when something hangs
+    from needs import lack  # in the folder above: `pythonpath` in pyproject.toml
 
 
-class Local:
-    """An agent of this process, with its cache."""
-
-    def __init__(self, name: str, role: str, transport: str, cache: Cache, **options: Any) -> None:
-        self.cache = cache
-        self.agent = Agent(
-            name=name,
-            role=role,  # type: ignore[arg-type]
-            layout=cache.layout,
-            tensors=cache.layers,
-            transports=(transport,),
-            **options,
-        )
-
-
-class Remote(Child):
-    """An agent of another process, and that process's fate; it can be started long before it is
-    needed."""
-
-    farewell = ("open_gate", "close")
-
-    def __init__(self, launcher: Sequence[str] = ()) -> None:
-        script = Path(__file__).with_name("agent_process.py")
-        super().__init__(script, answer_s=ANSWER_S, launcher=launcher)
-        self.address = ""
-
-    def begin(self, **options: Any) -> None:
-        """Makes its agent."""
-        self.pipe.send(options)
-        self.answer("start")
-        self.address = self.call("address")
-
-
-@pytest.fixture(params=["cma", "tcp"])
+@pytest.fixture(params=TRANSPORTS)
 def transport(request: pytest.FixtureRequest) -> str:
     """Every transport in turn."""
     name: str = request.param

@@ -23,7 +23,7 @@ from .agent_process import NUM_LAYERS, WAIT_S
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .conftest import Local, Remote
+    from .agents import Local, Remote
 
 MODES = pytest.mark.parametrize("mode", ["push", "pull"])
 SRC = [9, 2, 11, 40, 3]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .agent_process import Gate
-    from .conftest import Local, Remote
+    from .agents import Local, Remote
 
 MODES = pytest.mark.parametrize("mode", ["push", "pull"])
 SRC = [9, 2, 11, 40, 3]

@@ -29,7 +29,7 @@ from .agent_process import WAIT_S
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from .conftest import Local, Remote
+    from .agents import Local, Remote
 
 SRC, DST = [9, 2, 11], [1, 0, 7]
 MIB_OF_A_HANDOFF = 64  # what meeting somebody and a first handoff take, and more

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from .conftest import Local, Remote
+    from .agents import Local, Remote
 
 SRC, DST = [9, 2, 11, 40, 3], [1, 0, 7, 30, 12]
 LEASE_S = 7.0  # kept by etcd for 15 s: agents look for another daemon after 3

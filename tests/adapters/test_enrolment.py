@@ -15,7 +15,7 @@ from .agent_process import WAIT_S, Cache
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from .conftest import Local, Remote
+    from .agents import Local, Remote
 
 SRC, DST = [9, 2, 11, 40, 3], [1, 0, 7, 30, 12]
 

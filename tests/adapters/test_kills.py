@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from kvferry.adapters.handoffs import Handoff
 
-    from .conftest import Local, Remote
+    from .agents import Local, Remote
 
 NUM_BLOCKS, BLOCKS_A_REQUEST, REQUESTS = 64, 4, 12
 HANDOFF_S = 20.0  # a busy machine takes seconds to start a process and to meet it

@@ -20,13 +20,13 @@ from tests.daemon_process import DaemonProcess
 from tests.needs import lack, need_network_namespaces
 
 from .agent_process import WAIT_S
-from .conftest import Remote
+from .agents import Remote
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from .conftest import Local
+    from .agents import Local
 
 # A network of its own for each process that tests: two of them may run at once.
 HERE, THERE = (f"10.214.{os.getpid() % 250}.{host}" for host in (1, 2))

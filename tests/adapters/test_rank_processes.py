@@ -17,7 +17,7 @@ from .agent_process import DIM, NUM_LAYERS, TOKENS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .conftest import Remote
+    from .agents import Remote
 
 DEGREE = 2
 HEADS = 2

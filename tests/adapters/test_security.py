@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from .conftest import Local
+    from .agents import Local
 
 SRC, DST = [9, 2, 11, 40, 3], [1, 0, 7, 30, 12]
 

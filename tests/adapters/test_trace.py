@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from kvferry.engine.transfer import TransferEngine
 
-    from .conftest import Local
+    from .agents import Local
 
 SRC, DST = [9, 2, 11, 40, 3], [1, 0, 7, 30, 12]
 

@@ -22,7 +22,7 @@ from .agent_process import SENTINEL, WAIT_S
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .conftest import Local, Remote
+    from .agents import Local, Remote
 
 SRC = [9, 2, 11, 40, 3]
 DST = [1, 0, 7, 30, 12]

@@ -371,3 +371,9 @@ def test_a_callback_may_close_the_link_and_the_engine(peer: Peer, transport: str
             await engine.expect(5, nbytes=1)
 
     asyncio.run(refused())
+
+
+@pytest.mark.parametrize("queues", [0, 17])
+def test_a_rail_has_a_bounded_number_of_queue_pairs(queues: int) -> None:
+    with pytest.raises(TransportUnavailable, match=f"queues is {queues}.*1 to 16"):
+        TransferEngine(queues=queues)

@@ -32,7 +32,6 @@ USED = {
     "device.Context": ["close", "query_device", "query_port"],
     "device.DeviceAttr": ["max_qp_rd_atom", "max_sge"],
     "device.PortAttr": ["active_mtu"],
-    "mr.DmaBufMR": ["close", "lkey", "rkey"],
     "mr.MR": ["close", "lkey", "rkey"],
     "pd.PD": ["close"],
     "qp.QPAttr": [

@@ -94,10 +94,10 @@ class Pair:
     """Two engines of this process, a link between them, and memory with sentinels around it."""
 
     def __init__(
-        self, here: tuple[str, ...] = ("rxe0",), there: tuple[str, ...] = ("rxe1",)
+        self, here: tuple[str, ...] = ("rxe0",), there: tuple[str, ...] = ("rxe1",), queues: int = 1
     ) -> None:
         options: dict[str, Any] = {"transports": ("verbs",), "peer_timeout_s": 20.0}
-        self.here = TransferEngine(name="here", nics=here, **options)
+        self.here = TransferEngine(name="here", nics=here, queues=queues, **options)
         self.there = TransferEngine(name="there", nics=there, **options)
         self.link = self.connect()
         self.back: Link = self.there.accept_link(self.here.engine_id, PATIENCE_S)
@@ -118,6 +118,14 @@ class Pair:
         """Waits until every rail is up again at both ends."""
         deadline_s = time.monotonic() + PATIENCE_S
         while not all(rail.up for rail in (*self.link.rails, *self.back.rails)):
+            assert time.monotonic() < deadline_s, (self.link.rails, self.back.rails)
+            time.sleep(0.05)
+
+    def reopened(self, epoch: int) -> None:
+        """Waits until every rail is up at both ends, opened after that epoch."""
+        deadline_s = time.monotonic() + PATIENCE_S
+        rails = [rail for link in (self.link, self.back) for rail in link._path.rails]  # type: ignore[attr-defined]
+        while not all(rail.up and rail.epoch > epoch for rail in rails):
             assert time.monotonic() < deadline_s, (self.link.rails, self.back.rails)
             time.sleep(0.05)
 
@@ -184,8 +192,8 @@ class Memory:
 def make_pair() -> Iterator[Callable[..., Pair]]:
     pairs: list[Pair] = []
 
-    def make(**nics: tuple[str, ...]) -> Pair:
-        pairs.append(Pair(**nics))
+    def make(**options: Any) -> Pair:
+        pairs.append(Pair(**options))
         return pairs[-1]
 
     yield make

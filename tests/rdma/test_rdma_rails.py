@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from kvferry.engine import tables
+from kvferry.engine.errors import RailError
 from kvferry.engine.transports import verbs_device, verbs_qp
 
 if TYPE_CHECKING:
@@ -33,6 +35,39 @@ def test_two_rails_share_the_bytes_evenly(
         assert sent.sent_nbytes == received.received_nbytes
         assert abs(sent.sent_nbytes - memory.nbytes / 2) < 0.05 * memory.nbytes / 2
     assert [rail.device for rail in pair.link.rails] == [*here, *here][:2]
+
+
+def test_the_queue_pairs_of_a_rail_share_its_bytes_evenly(
+    make_pair: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The listening end, which was told nothing, has as many; so has the rail that is opened again."""
+    posted: dict[int, int] = {}
+    post = verbs_qp.post
+
+    def noted(queue: Any, kind: str, rows: Any, imm: int | None, number: int) -> None:
+        nbytes = sum(sum(row[3::3]) for row in rows)
+        posted[queue.number] = posted.get(queue.number, 0) + nbytes
+        post(queue, kind, rows, imm, number)
+
+    monkeypatch.setattr(verbs_qp, "post", noted)
+    pair = make_pair(queues=3)
+    memory = pair.memory(3 * MIB)
+    for life in range(2):
+        for link in (pair.link, pair.back):
+            assert [len(rail.direct) for rail in link._path.rails] == [3]
+        posted.clear()
+        memory.write(piece=65536).wait()
+        memory.arrived()
+        assert sum(posted.values()) == memory.nbytes
+        assert sorted(posted) == sorted(q.number for q in pair.link._path.rails[0].direct)
+        assert all(abs(n - MIB) < 0.05 * MIB for n in posted.values())
+        memory.clear()
+        if not life:
+            path = pair.back._path
+            epoch = path.rails[0].epoch
+            why = RailError("the test takes it out", rail="0")
+            path.soon(functools.partial(path.take_out, path.rails[0], why))
+            pair.reopened(epoch)
 
 
 def test_a_fast_sender_never_meets_a_receiver_without_receives(pair: Any) -> None:

@@ -1,4 +1,4 @@
-"""The verbs suite, in the machine of `kvferry rdma-vm`: rails, faults, conformance, lost peers.
+"""The verbs suite, in the machine of `kvferry rdma-vm`: rails, faults, conformance, agents, lost peers.
 
 Its core takes minutes and runs wherever the machine does. All of it, with every fault and the
 conformance suite in order and shuffled, is `make test-rdma`.
@@ -22,6 +22,7 @@ ENGINE = ROOT / "tests" / "engine"
 CONFORMANCE = sorted(ENGINE.glob("test_conformance*.py"))
 RDMA = ROOT / "tests" / "rdma"
 LOST_PEER = ROOT / "tests" / "faults" / "test_lost_peer.py"
+AGENT = ROOT / "tests" / "adapters" / "test_agent.py"
 SHUFFLED = "KVFERRY_TEST_SHUFFLE=1"
 # What the core has: each kind of fault once, two rails, unequal ends, and bytes both ways.
 CHOSEN = [
@@ -42,6 +43,7 @@ CHOSEN = [
     "goodbye",
     "(blocks_are_written and ids4-dims3)",
     "(where_a_transfer_is_cut and types0-True)",
+    "(a_handoff_goes and push)",
 ]
 
 
@@ -76,6 +78,8 @@ ALL = {
     "all-faults": Part([RDMA], ["-m", "soak or not soak"], 7200),
     "all-conformance": Part(CONFORMANCE, [], 7200),
     "all-shuffled": Part(CONFORMANCE, [], 7200, (SHUFFLED,)),
+    "gpu-memory": Part([ENGINE / "test_gpu_over_hosts.py"], [], 7200),
+    "agents": Part([AGENT, ENGINE / "test_admission.py"], [], 7200),
     "lost-peers": Part([LOST_PEER], ["-m", "not soak"], 7200),
 }
 
