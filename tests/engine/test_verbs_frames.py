@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ class End:
         self.counted = 0
         self.regions = RegionTable(name)
         self.slots = Slots()
-        self.rail = SimpleNamespace(number=0, up=True, peer_slots=(0, 0), device=Device())
+        self.rail: Any = SimpleNamespace(number=0, up=True, peer_slots=(0, 0), device=Device())
         self.transfers: dict[int, Transfer] = {}
         self.core = SimpleNamespace(regions=self.regions, verify=verify, max_programs=None)
         self.link: Any = SimpleNamespace(
@@ -64,7 +64,7 @@ class End:
             post_frame=self.post,
             settle=lambda rail: None,
         )
-        self.frames = Frames(self.path, self.slots)
+        self.frames = Frames(cast("Any", self.path), self.slots)
 
     def count(self, imm: int, nbytes: int, writes: int, *, staged: bool) -> None:
         self.counted += nbytes
