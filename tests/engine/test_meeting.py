@@ -153,7 +153,7 @@ def test_the_address_of_a_restarted_engine_is_refused_by_name(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"version": LINK_VERSION + 1}, "link protocol 3 is not 2"),
+        ({"version": LINK_VERSION + 1}, f"link protocol {LINK_VERSION + 1} is not {LINK_VERSION}"),
         ({"server_engine_id": "somebody else"}, "was restarted"),
         ({"transport": "carrier-pigeon"}, "'carrier-pigeon' is not offered here"),
     ],
