@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import os
@@ -461,7 +462,13 @@ class TestWholeRuns:
     def test_workers_end_with_their_parent(self, how: signal.Signals, when: str) -> None:
         command = [*COMMAND, "--prompts", "40", "--transport", "tcp"]
         pids = []
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as parent:
+        # A shell's jobs in the background ignore SIGINT, and what they start inherits that.
+        with subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        ) as parent:
             assert parent.stderr is not None
             for line in parent.stderr:
                 if " is process " in line:
