@@ -46,17 +46,19 @@ def run_pair(
         policy: str = "fail",
         patience_s: float = 60,
         beside: list[dict[str, Any]] | None = None,
+        connector: dict[str, Any] | None = None,
         **options: dict[str, Any],
     ) -> dict[str, Any]:
+        """`connector` says what is not the usual: name, module, role."""
         extra: dict[str, Any] = {"mode": mode, "transports": [transport], "timeout_s": patience_s}
         extra["lease_s"] = patience_s
         connectors = {
-            side: CONNECTOR
-            | {
+            side: {
                 "kv_connector_extra_config": extra,
                 "kv_role": role,
                 "kv_load_failure_policy": policy,
             }
+            | (connector or CONNECTOR)
             for side, role in (("prefill", "kv_producer"), ("decode", "kv_consumer"))
         }
         if beside:
@@ -310,3 +312,113 @@ def test_beside_another_connector(run_pair: Callable[..., dict[str, Any]], tmp_p
     assert all_equal(got(result, "both_at_once"))
     _, want, tokens = got(result, "corrupted")
     assert want != tokens
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("mode", "transport"), [("push", "cma"), ("pull", "tcp")])
+def test_guessed_from_the_prompt(
+    run_pair: Callable[..., dict[str, Any]], mode: str, transport: str
+) -> None:
+    """Speculation by n-grams; decode checks its guesses against what it has loaded."""
+    result = speculate(
+        run_pair,
+        {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3},
+        mode=mode,
+        transport=transport,
+    )
+    assert got(result, "speculated")["loaded"] == got(result, "speculated")["alone"]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("mode", "transport"), [("push", "cma"), ("pull", "tcp")])
+def test_guessed_by_a_draft_model(
+    run_pair: Callable[..., dict[str, Any]],
+    model: Callable[[str], str],
+    mode: str,
+    transport: str,
+) -> None:
+    """It is the model itself: every guess is right if its own cache was moved, too."""
+    draft = {"method": "draft_model", "model": model("llama")}
+    result = speculate(run_pair, draft, mode=mode, transport=transport)
+    found = got(result, "speculated")
+    assert found["loaded"] == found["alone"]
+    assert found["loaded"][1] > found["loaded"][0] // 2, found
+
+
+def speculate(
+    run_pair: Callable[..., dict[str, Any]], how: dict[str, Any], **options: Any
+) -> dict[str, Any]:
+    """A pair of engines that guess three tokens at a time."""
+    both = {"speculative_config": how | {"num_speculative_tokens": 3}}
+    result = run_pair(
+        ["speculated", "both_at_once", "prefix", "corrupted", "aborts"],
+        prefill=both,
+        decode=both | {"log_stats": True},
+        **options,
+    )
+    assert all_equal(got(result, "speculated")["rows"])
+    for check in ("both_at_once", "prefix"):
+        assert all_equal(got(result, check)), check
+    assert all_equal([got(result, "aborts")["after"]])
+    _, want, tokens = got(result, "corrupted")
+    assert want != tokens
+    assert got(result, "speculated")["loaded"][0] > 0, "decode guessed nothing"
+    return result
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("kind", "mode", "transport", "ranks"),
+    [
+        ("llama", "pull", "cma", (2, 2)),
+        ("hybrid", "push", "tcp", (2, 1)),
+        ("hybrid", "pull", "cma", (1, 2)),
+        ("mla", "push", "cma", (2, 1)),
+        ("mla", "pull", "tcp", (1, 1)),
+    ],
+)
+def test_kinds_modes_and_ranks(
+    run_pair: Callable[..., dict[str, Any]],
+    kind: str,
+    mode: str,
+    transport: str,
+    ranks: tuple[int, int],
+) -> None:
+    same = ["tokens", "both_at_once", "prefix"]
+    sides = [{"tensor_parallel_size": count} for count in ranks]
+    result = run_pair(
+        [*same, "corrupted", "unreachable"],
+        kind=kind,
+        mode=mode,
+        transport=transport,
+        prefill=sides[0],
+        decode=sides[1],
+    )
+    for check in same:
+        assert all_equal(got(result, check)), check
+    assert got(result, "unreachable")["finish_reason"] == "error"
+    _, want, tokens = got(result, "corrupted")
+    assert want != tokens
+
+
+@pytest.mark.soak
+def test_both_roles_by_name_alone(run_pair: Callable[..., dict[str, Any]]) -> None:
+    """As installed: vLLM finds the connector by its entry point. Both engines could do either."""
+    result = run_pair(
+        ["tokens", "corrupted", "figures"],
+        mode="push",
+        transport="cma",
+        connector={"kv_connector": "KVFerryConnector", "kv_role": "kv_both"},
+        prefill={"log_stats": True},
+        decode={"log_stats": True},
+    )
+    assert all_equal(got(result, "tokens"))
+    _, want, tokens = got(result, "corrupted")
+    assert want != tokens
+    found = got(result, "figures")
+    (prefilled, decoded), (before, earlier) = found["after"], found["before"]
+    loaded = decoded["load_bytes"] - earlier["load_bytes"]
+    assert loaded == prefilled["sent_bytes"] - before["sent_bytes"] > 0
+    assert decoded["load_seconds"] > earlier["load_seconds"] > 0
+    for metrics in found["after"]:
+        assert (metrics["loads_failed"], metrics["sends_failed"]) == (0, 0)

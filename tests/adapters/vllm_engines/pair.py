@@ -247,6 +247,52 @@ def _count_preemptions(llm: Any) -> int:
     return int(sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"))
 
 
+def check_speculated(pair: Pair) -> Any:
+    """Tokens, and how many guesses decode made and took after a load and without one."""
+    rows, alone, loaded = [], [0, 0], [0, 0]
+    for length in (64, 129, 300):
+        prompt = pair.prompt(length)
+        seen = [pair.decode.call(_count_guesses)]
+        want = pair.alone(prompt)
+        seen.append(pair.decode.call(_count_guesses))
+        rows.append([length, want, tokens(pair.one_after_the_other(prompt))])
+        seen.append(pair.decode.call(_count_guesses))
+        for counts, before, after in ((alone, *seen[:2]), (loaded, *seen[1:])):
+            for which in range(2):
+                counts[which] += after[which] - before[which]
+        assert pair.decode.forget_prefixes(), "blocks leaked on decode"
+    assert pair.prefill.forget_prefixes(), "blocks leaked on prefill"
+    return {"rows": rows, "alone": alone, "loaded": loaded}
+
+
+def _count_guesses(llm: Any) -> tuple[int, int]:
+    found = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    made, taken = (f"vllm:spec_decode_num_{what}_tokens" for what in ("draft", "accepted"))
+    return int(found[made]), int(found[taken])
+
+
+def check_figures(pair: Pair) -> Any:
+    """What both engines' Prometheus metrics have of the connector, before and after one load."""
+    prompt = pair.prompt(129)
+    before = [each.call(_kvferry_metrics) for each in (pair.prefill, pair.decode)]
+    pair.one_after_the_other(prompt)
+    assert pair.decode.forget_prefixes()
+    assert pair.prefill.forget_prefixes()
+    pair.prefill.generate(pair.prompt(5), 2)  # one more step tells what ended meanwhile
+    after = [each.call(_kvferry_metrics) for each in (pair.prefill, pair.decode)]
+    return {"before": before, "after": after}
+
+
+def _kvferry_metrics(llm: Any) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for metric in llm.get_metrics():
+        if metric.name.startswith("vllm:kvferry_"):
+            name = metric.name.removeprefix("vllm:kvferry_")
+            value = metric.value if hasattr(metric, "value") else metric.sum
+            found[name] = found.get(name, 0) + value
+    return found
+
+
 def main(spec_file: str, result_file: str) -> None:
     """Runs the checks in order; one that fails does not stop the others."""
     spec = json.loads(Path(spec_file).read_text())
