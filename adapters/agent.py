@@ -33,6 +33,7 @@ from ..control.handoff import Timing
 from ..control.keys import check_address, join_address
 from ..control.messages import BLOCK_ID_NBYTES, count_blocks
 from ..engine.errors import EngineError
+from ..engine.handshake import HANDSHAKE_TIMEOUT_S
 from .agent_checks import describe_cache, make_engine, name_rank_set, pack_block_ids
 from .agent_core import AgentCore, refuse
 from .enrolment import Enrolment
@@ -61,8 +62,8 @@ if TYPE_CHECKING:
 DEFAULT_TIMEOUT_S = 30.0
 DEFAULT_LEASE_S = 3.0
 # Both sides make plans first, which takes seconds for a large cache or on a busy host.
-CONNECT_TIMEOUT_S = 15.0
-MEET_TIMEOUT_S = 5.0  # for a member that a handoff has to connect to first
+CONNECT_TIMEOUT_S = 3 * HANDSHAKE_TIMEOUT_S
+MEET_TIMEOUT_S = HANDSHAKE_TIMEOUT_S  # for a member that a handoff has to connect to first
 CLOSE_TIMEOUT_S = 2.0
 ATTEMPTS_REMEMBERED = 4096  # requests whose next attempt gets the next number
 
