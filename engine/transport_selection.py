@@ -91,12 +91,6 @@ class TransportSelection:
 
 def unsuited(name: str, regions: RegionTable) -> str:
     """Why a transport is not tried unless it is asked for, with what is registered, or ""."""
-    if name not in ("cuda_ipc", "verbs"):
-        return ""
-    on_gpu = any(region.device >= 0 for region in regions.all())
-    if name == "cuda_ipc" and not on_gpu:
+    if name == "cuda_ipc" and not any(region.device >= 0 for region in regions.all()):
         return "no GPU memory is registered in this engine yet"
-    if name == "verbs" and on_gpu:
-        # Until frames with GPU memory have run over devices, and not from slot to slot alone.
-        return "GPU memory is registered in this engine, and goes over verbs only if that is named"
     return ""
