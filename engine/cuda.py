@@ -62,6 +62,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuInit": (ctypes.c_uint,),
     "cuDeviceGetCount": (_pointer(ctypes.c_int),),
     "cuDeviceGetUuid_v2": (_pointer(Uuid), ctypes.c_int),
+    "cuDeviceGetPCIBusId": (ctypes.c_char_p, ctypes.c_int, ctypes.c_int),
     "cuDeviceCanAccessPeer": (_pointer(ctypes.c_int), ctypes.c_int, ctypes.c_int),
     "cuDevicePrimaryCtxRetain": (_pointer(_handle), ctypes.c_int),
     "cuCtxPushCurrent_v2": (_handle,),
@@ -236,6 +237,13 @@ class Driver:
         uuid = Uuid()
         self.call("cuDeviceGetUuid_v2", ctypes.byref(uuid), device)
         return bytes(uuid.data).hex()
+
+    @functools.cache  # noqa: B019 - there is one Driver a process
+    def pci_address(self, device: int) -> str:
+        """A device's PCI address as sysfs writes it: `0000:1b:00.0`."""
+        text = ctypes.create_string_buffer(32)
+        self.call("cuDeviceGetPCIBusId", text, len(text), device)
+        return text.value.decode("ascii").lower()
 
     def find_device(self, uuid: str) -> int:
         """The index of a device in this process, or -1 if it is not visible."""

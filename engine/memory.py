@@ -7,6 +7,7 @@ is resized) is noticed before any byte moves.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import itertools
 import secrets
@@ -18,8 +19,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import numpy as np
 
+from .cuda import driver
 from .cuda_memory import CudaMemory, export_tensor
-from .errors import DeadlineExceeded, LayoutError, NotRegistered, OutOfRange, RegionGone
+from .errors import (
+    DeadlineExceeded,
+    DeviceError,
+    LayoutError,
+    NotRegistered,
+    OutOfRange,
+    RegionGone,
+)
 from .fields import DECODE_ERRORS, Key, Uint32, Uint63
 from .layout import KVLayout  # noqa: TC001 - msgspec reads it at run time
 
@@ -413,6 +422,14 @@ class RegionTable:
         """The regions registered now."""
         with self._lock:
             return list(self._regions.values())
+
+    def gpus(self) -> set[str]:
+        """PCI addresses of the GPUs that regions lie on, of those that the driver knows."""
+        found = set()
+        for device in {region.device for region in self.all()} - {-1}:
+            with contextlib.suppress(DeviceError):
+                found.add(driver().pci_address(device))
+        return found
 
 
 _quarantined: list[_Memory] = []

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 SYSFS = Path("/sys")
 _PCI_ADDRESS = re.compile(r"^[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]$")
@@ -161,6 +164,17 @@ def nearest(gpu: Gpu, candidates: list[Nic]) -> list[Nic]:
     """The active NICs that no other one is nearer than."""
     ranked = rank(gpu, candidates)
     return [nic for nic in ranked if distance(gpu, nic) == distance(gpu, ranked[0])]
+
+
+def near_any(addresses: Collection[str], candidates: list[Nic], root: Path = SYSFS) -> list[Nic]:
+    """The active NICs that are nearest to one of the GPUs at these PCI addresses, in the order given.
+
+    All active ones if there is no such GPU here.
+    """
+    near = {
+        nic for gpu in gpus(root) if gpu.address in addresses for nic in nearest(gpu, candidates)
+    }
+    return [nic for nic in candidates if nic.active and (not near or nic in near)]
 
 
 def _pci_path(link: Path) -> tuple[str, ...]:

@@ -13,6 +13,8 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from . import handshake
 from .admission import Admissions, token_id
 from .copiers import Copiers
@@ -64,8 +66,9 @@ class TransferEngine:
         host: address to listen on, and to publish unless `advertise_host` is given.
         advertise_host: address that peers should use instead of `host`.
         rails: sockets of a tcp link that this engine opens.
-        nics: names of the RDMA devices to use; all that are active if None, or those that the
-            environment's `KVFERRY_NICS` names.
+        nics: names of the RDMA devices to use. If None: those that the environment's `KVFERRY_NICS`
+            names, else those nearest to the GPUs whose memory is registered when a link is
+            opened, else all that are active.
         queues: queue pairs for direct writes on each rail of a verbs link that this engine opens. Each
             is a flow of its own to the network: more of them spread a rail over several paths.
         verify: compare a checksum of every chunk that this engine writes or reads, before it is
@@ -149,13 +152,13 @@ class TransferEngine:
         self._core.regions.counters_on = self._core.device_counters.array
         self._core.regions.on_revoke(self._revoke)
         self._core.regions.on_forget(nics_here.forget)
+        nics_here.gpus = self._core.regions.gpus
         self._address = EngineAddress(
             identity=identity,
             secret=secret,
             tcp_host=advertise_host or host,
             tcp_port=tcp_port,
             unix_name=unix_name,
-            nics=len(nics_here.usable()) if "verbs" in self._selection.offered else 0,
         )
         shared = (self._core, self._links, self._selection, ProcessProbe())
         self._dialer = Dialer(*shared, rails, queues)
@@ -171,8 +174,13 @@ class TransferEngine:
 
     @property
     def address(self) -> EngineAddress:
-        """What a peer needs to connect. It holds a secret: send it over a trusted channel only."""
-        return self._address
+        """What a peer needs to connect. It holds a secret: send it over a trusted channel only.
+
+        The number of its RDMA devices is the one that fits the memory that is registered by now.
+        """
+        if "verbs" not in self._selection.offered:
+            return self._address
+        return msgspec.structs.replace(self._address, nics=max(1, len(self._core.nics.usable())))
 
     @property
     def engine_id(self) -> str:

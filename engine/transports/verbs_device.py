@@ -17,7 +17,7 @@ from ..errors import NotRegistered, TransportUnavailable
 from . import verbs_library
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from ..memory import MemoryRegion
     from ..topology import Gid, Nic
@@ -198,22 +198,25 @@ class Nics:
     """The devices of one engine. Thread-safe.
 
     Attributes:
-        names: of those that it may use; all if empty.
+        names: of those that it may use. If empty: those that are nearest to its GPUs, or all if it
+            has none.
+        gpus: tells the PCI addresses of the GPUs whose memory the engine has registered.
     """
 
-    def __init__(self, names: Sequence[str] | None = None) -> None:
+    def __init__(self, names: Sequence[str] | None = None, root: Path = topology.SYSFS) -> None:
         wanted = os.environ.get(NICS_VARIABLE, "")
         self.names = tuple(names) if names is not None else tuple(filter(None, wanted.split(",")))
+        self.gpus: Callable[[], Collection[str]] = tuple
+        self._root = root
         self._lock = threading.Lock()
         self._open: list[Device] = []
 
     def usable(self) -> list[Nic]:
-        """The active ports that this engine may use."""
-        return [
-            nic
-            for nic in topology.nics()
-            if nic.active and (not self.names or nic.name in self.names)
-        ]
+        """The active ports that this engine would use for a link now."""
+        nics = topology.nics(self._root)
+        if self.names:
+            return [nic for nic in nics if nic.active and nic.name in self.names]
+        return topology.near_any(self.gpus(), nics, self._root)
 
     def devices(self) -> list[Device]:
         """The usable devices, opened.

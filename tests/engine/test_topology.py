@@ -8,6 +8,7 @@ import pytest
 
 from kvferry.engine import topology
 from kvferry.engine.topology import Gid, gids, gpus, nearest, nics, rank
+from kvferry.engine.transports.verbs_device import NICS_VARIABLE, Nics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,6 +94,37 @@ def test_each_gpu_of_a_dgx_h100_has_a_nic_of_its_own(machine: Machine) -> None:
         assert {nic.numa_node for nic in ranked[5:]} == {1 - node}
         assert topology.distance(gpu, ranked[1]).name == "NODE"
         assert topology.distance(gpu, ranked[-1]).name == "SYS"
+
+
+@pytest.mark.parametrize(
+    ("mine", "used"),
+    [([2], [2]), ([5, 2], [2, 5]), (range(8), range(8)), ([], range(10))],
+)
+def test_an_engine_uses_the_nics_of_its_gpus(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, mine: Sequence[int], used: Sequence[int]
+) -> None:
+    monkeypatch.delenv(NICS_VARIABLE, raising=False)
+    dgx_h100(machine)
+    addresses = [gpu.address for gpu in gpus(machine.root)]
+    here = Nics(root=machine.root)
+    here.gpus = lambda: [addresses[number] for number in mine]
+    assert [nic.name for nic in here.usable()] == [f"mlx5_{number}" for number in used]
+    here.gpus = lambda: ["0000:77:00.0"]  # of another machine's: nothing is known of it
+    assert len(here.usable()) == 10
+
+
+def test_nics_that_are_named_are_used_wherever_the_gpus_are(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dgx_h100(machine)
+    (first, *_) = gpus(machine.root)
+    monkeypatch.setenv(NICS_VARIABLE, "mlx5_8,mlx5_9")
+    for here, used in (
+        (Nics(("mlx5_3",), machine.root), ["mlx5_3"]),
+        (Nics(root=machine.root), ["mlx5_8", "mlx5_9"]),
+    ):
+        here.gpus = lambda: [first.address]
+        assert [nic.name for nic in here.usable()] == used
 
 
 def test_each_gpu_of_a_p5_has_four_efa_devices(machine: Machine) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from kvferry.engine import cuda
+from kvferry.engine import cuda, topology
 from kvferry.engine.errors import DeviceError, PlanError
 from tests.engine.caches import PagedPool, expect_tokens
 from tests.gpu.test_cuda_ipc import HND, NHD, canonical, moved, some_ids, two_caches
@@ -40,6 +40,14 @@ def unreached(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(cuda.Driver, "open", refuse)
     name: str = request.param
     return name
+
+
+def test_an_engine_knows_where_its_gpu_is(engine: TransferEngine) -> None:
+    """So it uses the RDMA devices that are near."""
+    assert engine._core.regions.gpus() == set()
+    engine.register(torch.zeros(1, dtype=torch.uint8, device="cuda"))
+    (address,) = engine._core.regions.gpus()
+    assert address in [gpu.address for gpu in topology.gpus()]
 
 
 @pytest.mark.usefixtures("unreached")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from kvferry.engine import topology
 from kvferry.engine.errors import EngineError
 from kvferry.engine.transfer import TransferEngine
 
@@ -62,6 +63,29 @@ class Wire:
             address = ADDRESSES[other]
             run("ip", "neigh", "replace", address, "lladdr", hardware, "dev", name)
 
+    def forget_ipv4(self) -> None:
+        """Leaves the devices their link-local IPv6 addresses."""
+        local = {}
+        for line in Path("/proc/net/if_inet6").read_text().splitlines():
+            digits, *_, name = line.split()
+            local[name] = ":".join(digits[i : i + 4] for i in range(0, 32, 4))
+        for name, other in (("v0", "v1"), ("v1", "v0")):
+            run("ip", "addr", "del", f"{ADDRESSES[name]}/24", "dev", name)
+            hardware = Path(f"/sys/class/net/{other}/address").read_text().strip()
+            run("ip", "neigh", "replace", local[other], "lladdr", hardware, "dev", name)
+        self.agree(ipv4=False)
+
+    def agree(self, *, ipv4: bool) -> None:
+        """Waits until the devices have heard of their interfaces' addresses."""
+        deadline_s = time.monotonic() + PATIENCE_S
+        while any(
+            ipv4 != ("ipv4" in {gid.family for gid in topology.gids(nic)})
+            for nic in topology.nics()
+            if nic.name in ("rxe0", "rxe1")
+        ):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+
     def spoil(self, *netem: str) -> None:
         for name in ADDRESSES:
             run("tc", "qdisc", "replace", "dev", name, "root", "netem", *netem)
@@ -85,9 +109,11 @@ def wire() -> Iterator[Wire]:
     yield mended
     mended.mend()
     mended.mtu(9000)
-    for name in ADDRESSES:
+    for name, address in ADDRESSES.items():
+        run("ip", "addr", "replace", f"{address}/24", "dev", name)
         run("ip", "link", "set", name, "up")
     mended.introduce()
+    mended.agree(ipv4=True)
 
 
 class Pair:

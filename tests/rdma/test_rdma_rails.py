@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 
 from kvferry.engine import tables
 from kvferry.engine.errors import RailError
-from kvferry.engine.transports import verbs_device, verbs_qp
+from kvferry.engine.transports import verbs, verbs_device, verbs_qp
+
+from .conftest import PATIENCE_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,6 +38,51 @@ def test_two_rails_share_the_bytes_evenly(
         assert sent.sent_nbytes == received.received_nbytes
         assert abs(sent.sent_nbytes - memory.nbytes / 2) < 0.05 * memory.nbytes / 2
     assert [rail.device for rail in pair.link.rails] == [*here, *here][:2]
+
+
+def test_rails_go_over_ipv6_where_there_is_no_ipv4(
+    wire: Any, make_pair: Callable[..., Any]
+) -> None:
+    wire.forget_ipv4()
+    pair = make_pair()
+    for link in (pair.link, pair.back):
+        gids = [gid for rail in link._path.rails for gid in rail.card().gids]
+        assert {gid.family for gid in gids} == {"link-local"}
+    memory = pair.memory(MIB)
+    for piece in (0, 4096):
+        memory.write(piece=piece).wait()
+        memory.arrived()
+        memory.clear()
+
+
+def test_a_link_with_nothing_to_do_sleeps(pair: Any) -> None:
+    """Once what it did is over, it looks at its queues twice between sleeps, and nothing wakes it."""
+    pair.memory(MIB).write().wait()
+    path = pair.link._path
+    looks, sleeps = [0], []
+    asleep = threading.Event()
+    epoll, poll_all = path._epoll, path._poll_all
+
+    class Epoll:
+        """Notes each sleep: how long it may take, what ended it, and the looks before it."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(epoll, name)
+
+        def poll(self, timeout_s: float) -> Any:
+            events = epoll.poll(timeout_s)
+            sleeps.append((timeout_s, events, looks[0]))
+            looks[0] = 0
+            if sleeps[-3:] == [(verbs.LOOK_AROUND_S, [], 2)] * 3:
+                asleep.set()
+            return events
+
+    def poll_all_noted() -> bool:
+        looks[0] += 1
+        return bool(poll_all())
+
+    path._epoll, path._poll_all = Epoll(), poll_all_noted
+    assert asleep.wait(PATIENCE_S), sleeps[-10:]
 
 
 def test_the_queue_pairs_of_a_rail_share_its_bytes_evenly(

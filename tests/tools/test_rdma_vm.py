@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -13,9 +14,6 @@ from typer.testing import CliRunner
 from kvferry.tools.cli import app
 from kvferry.tools.rdma_vm import missing
 from tests.needs import lack
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 COMMAND = (sys.executable, "-m", "kvferry.tools.cli", "rdma-vm", "run")
 PATIENCE_S = 300.0
@@ -63,14 +61,27 @@ def test_a_command_runs_on_rdma_devices_and_returns_its_status(tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("machine")
-def test_a_machine_that_does_not_end_is_ended() -> None:
+def test_a_machine_that_does_not_end_is_ended_and_leaves_nothing(tmp_path: Path) -> None:
     since_s = time.monotonic()
     done = subprocess.run(
         [*COMMAND, "--timeout-s", "2", "--", "sleep", "1000"],
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
     )
     print(f"ended after {time.monotonic() - since_s:.1f} s")
     assert done.returncode == 70
     assert "not done after 2 s" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    of_the_machine = str(tmp_path).encode()
+    assert not [
+        path for path in Path("/proc").glob("[0-9]*/cmdline") if of_the_machine in words(path)
+    ]
+
+
+def words(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # it has ended meanwhile
+        return b""
