@@ -3,7 +3,9 @@
     python examples/vllm/run.py [MODEL] [--serve]
 
 Run it with the Python that has vLLM and kvferry. It starts two OpenAI-compatible servers, sends one
-request through the router, prints what each server said it did, and ends; with `--serve` it stays.
+request through the router and the same to prefill alone, prints both answers and what decode says
+that it loaded, and ends: with status 1 if the answers differ or nothing was loaded. With `--serve` it
+stays until Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ import urllib.request
 from typing import Any
 
 START_S = 900.0
-PREFILL, DECODE, ROUTER = 8100, 8200, 8000
-DAEMON = "tcp://127.0.0.1:7717"
 
 
-def start_server(model: str, port: int, role: str, mode: str) -> subprocess.Popen[bytes]:
+def start_server(
+    model: str, port: int, role: str, mode: str, daemon: str
+) -> subprocess.Popen[bytes]:
     """One vLLM server; all that kvferry needs is `--kv-transfer-config`."""
     config = {
         "kv_connector": "KVFerryConnector",
@@ -31,7 +33,7 @@ def start_server(model: str, port: int, role: str, mode: str) -> subprocess.Pope
         "kv_role": role,
         "kv_connector_extra_config": {
             "mode": mode,
-            "daemon": DAEMON,
+            "daemon": daemon,
             "service": f"http://127.0.0.1:{port}",
         },
     }
@@ -80,13 +82,13 @@ def wait_healthy(port: int, server: subprocess.Popen[bytes]) -> None:
     sys.exit(f"the server at port {port} did not start in {START_S} s")
 
 
-def loaded_tokens(port: int) -> str:
-    """What a server counts of tokens that it did not compute itself, and of loads."""
+def loads(port: int) -> tuple[list[str], float]:
+    """What a server counts of tokens that it did not compute itself and of loads, and their bytes."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
         lines = answer.read().decode().splitlines()
-    names = ("vllm:prompt_tokens_by_source_total", "vllm:kvferry_load_bytes_sum")
-    counts = [line for line in lines if line.startswith(names)]
-    return "\n".join(counts)
+    nbytes = "vllm:kvferry_load_bytes_sum"
+    counts = [line for line in lines if line.startswith(("vllm:prompt_tokens_by_source", nbytes))]
+    return counts, sum(float(line.split()[-1]) for line in counts if line.startswith(nbytes))
 
 
 def main() -> None:
@@ -94,30 +96,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="Qwen/Qwen3-0.6B")
     parser.add_argument("--mode", choices=["push", "pull"], default="push")
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=8000,
+        help="the router's; 100, 200 and 300 above it are used, too",
+    )
     parser.add_argument("--serve", action="store_true", help="stay, for more requests")
     options = parser.parse_args()
-    processes = [start_tool("daemon", "--bind", DAEMON)]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    router, prefill, decode, daemon = (options.port + above for above in (0, 100, 200, 300))
+    at = f"tcp://127.0.0.1:{daemon}"
+    processes = [start_tool("daemon", "--bind", at)]
     try:
         servers = {
-            port: start_server(options.model, port, role, options.mode)
-            for port, role in ((PREFILL, "kv_producer"), (DECODE, "kv_consumer"))
+            port: start_server(options.model, port, role, options.mode, at)
+            for port, role in ((prefill, "kv_producer"), (decode, "kv_consumer"))
         }
         processes += servers.values()
         for port, server in servers.items():
             wait_healthy(port, server)
-        processes.append(start_tool("router", "--port", str(ROUTER), "--daemon", DAEMON))
-        wait_healthy(ROUTER, processes[-1])
+        processes.append(start_tool("router", "--port", str(router), "--daemon", at))
+        wait_healthy(router, processes[-1])
         prompt = "A ferry carries what two shores have in common, and nothing else. " * 8
         body = {"model": "model", "prompt": prompt, "max_tokens": 16, "temperature": 0}
-        with post(ROUTER, "/v1/completions", body) as answer:
+        with post(router, "/v1/completions", body) as answer:
             through_both = json.load(answer)["choices"][0]["text"]
-        with post(PREFILL, "/v1/completions", body) as answer:
+        with post(prefill, "/v1/completions", body) as answer:
             alone = json.load(answer)["choices"][0]["text"]
         print("through both: ", repr(through_both))
         print("prefill alone:", repr(alone))
-        print(loaded_tokens(DECODE), flush=True)
+        counts, loaded_nbytes = loads(decode)
+        print(*counts, sep="\n", flush=True)
+        if through_both != alone or not loaded_nbytes:
+            sys.exit("these should be equal, and decode should have loaded the prompt's KV")
         if options.serve:
-            print(f"serving at http://127.0.0.1:{ROUTER}/v1; end with Ctrl-C", flush=True)
+            print(f"serving at http://127.0.0.1:{router}/v1; end with Ctrl-C", flush=True)
             signal.pause()
     except KeyboardInterrupt:
         pass

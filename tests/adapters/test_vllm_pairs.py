@@ -409,16 +409,13 @@ def test_both_roles_by_name_alone(run_pair: Callable[..., dict[str, Any]]) -> No
         mode="push",
         transport="cma",
         connector={"kv_connector": "KVFerryConnector", "kv_role": "kv_both"},
-        prefill={"log_stats": True},
         decode={"log_stats": True},
     )
     assert all_equal(got(result, "tokens"))
     _, want, tokens = got(result, "corrupted")
     assert want != tokens
     found = got(result, "figures")
-    (prefilled, decoded), (before, earlier) = found["after"], found["before"]
-    loaded = decoded["load_bytes"] - earlier["load_bytes"]
-    assert loaded == prefilled["sent_bytes"] - before["sent_bytes"] > 0
-    assert decoded["load_seconds"] > earlier["load_seconds"] > 0
-    for metrics in found["after"]:
-        assert (metrics["loads_failed"], metrics["sends_failed"]) == (0, 0)
+    loaded, before = found["after"], found["before"]
+    assert loaded["load_bytes"] > before["load_bytes"] > 0
+    assert loaded["load_seconds"] > before["load_seconds"] > 0
+    assert (loaded["loads_failed"], loaded["sends_failed"]) == (0, 0)
