@@ -28,6 +28,8 @@ OPTIONS: dict[str, dict[str, int]] = {
     "mla": {"block_size": 16, "max_num_batched_tokens": 2048},  # vLLM knows no chunks there
 }
 
+NUM_GUESSES = 3  # at a time
+
 pytestmark = pytest.mark.slow
 
 
@@ -326,7 +328,6 @@ def test_guessed_from_the_prompt(
         mode=mode,
         transport=transport,
     )
-    assert got(result, "speculated")["loaded"] == got(result, "speculated")["alone"]
 
 
 @pytest.mark.soak
@@ -340,16 +341,15 @@ def test_guessed_by_a_draft_model(
     """It is the model itself: every guess is right if its own cache was moved, too."""
     draft = {"method": "draft_model", "model": model("llama")}
     result = speculate(run_pair, draft, mode=mode, transport=transport)
-    found = got(result, "speculated")
-    assert found["loaded"] == found["alone"]
-    assert found["loaded"][1] > found["loaded"][0] // 2, found
+    made, taken = got(result, "speculated")["alone"]
+    assert taken > made // 2
 
 
 def speculate(
     run_pair: Callable[..., dict[str, Any]], how: dict[str, Any], **options: Any
 ) -> dict[str, Any]:
     """A pair of engines that guess three tokens at a time."""
-    both = {"speculative_config": how | {"num_speculative_tokens": 3}}
+    both = {"speculative_config": how | {"num_speculative_tokens": NUM_GUESSES}}
     result = run_pair(
         ["speculated", "both_at_once", "prefix", "corrupted", "aborts"],
         prefill=both,
@@ -362,7 +362,11 @@ def speculate(
     assert all_equal([got(result, "aborts")["after"]])
     _, want, tokens = got(result, "corrupted")
     assert want != tokens
-    assert got(result, "speculated")["loaded"][0] > 0, "decode guessed nothing"
+    found = got(result, "speculated")
+    made, taken = found["alone"]
+    assert made > 0, "decode guessed nothing"
+    # vLLM pads the step of a request that lacks one token with guesses that are never right.
+    assert found["loaded"] == [made + NUM_GUESSES * len(found["rows"]), taken]
     return result
 
 
@@ -384,7 +388,9 @@ def test_kinds_modes_and_ranks(
     transport: str,
     ranks: tuple[int, int],
 ) -> None:
-    same = ["tokens", "both_at_once", "prefix"]
+    same = ["tokens", "both_at_once"]
+    if kind != "mla":  # there vLLM keeps no prefixes on CPUs
+        same.append("prefix")
     sides = [{"tensor_parallel_size": count} for count in ranks]
     result = run_pair(
         [*same, "corrupted", "unreachable"],

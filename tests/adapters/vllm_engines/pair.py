@@ -168,7 +168,12 @@ def check_prefix(pair: Pair) -> Any:
     pair.decode.generate(prompt[:KEPT], 1)
     assert pair.prefill.forget_prefixes()
     params = pair.prefilled(prompt)
-    there = {block for table in params["remote_block_ids"] for block in table[:4] if block}
+    there = {
+        block
+        for table in params["remote_block_ids"]
+        for block in table[: KEPT * len(table) // len(prompt)]
+        if block
+    }
     assert there
     pair.prefill.call(lambda llm: llm.collective_rpc(_zero_blocks, args=(sorted(there),)))
     zeroed = pair.decode.generate(prompt, NUM_TOKENS, params)
