@@ -322,7 +322,7 @@ def test_guessed_from_the_prompt(
     run_pair: Callable[..., dict[str, Any]], mode: str, transport: str
 ) -> None:
     """Speculation by n-grams; decode checks its guesses against what it has loaded."""
-    result = speculate(
+    speculate(
         run_pair,
         {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3},
         mode=mode,
