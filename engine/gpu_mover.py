@@ -84,6 +84,13 @@ class _Flight:
         self._table = table
         self._event = event
 
+    def done(self) -> bool:
+        """Whether the kernel has ended, or failed."""
+        try:
+            return bool(self._event.query())  # type: ignore[no-untyped-call]
+        except RuntimeError:
+            return True  # `wait` says why
+
     def wait(self) -> None:
         """Spins in native code, without the interpreter lock, until the kernel has ended."""
         try:

@@ -20,6 +20,7 @@ def work_off(
     finish: Callable[[Begun], None],
     ahead: Callable[[Begun, int], bool],
     drop: Callable[[Begun], None],
+    done: Callable[[Begun], bool] = lambda _: False,
 ) -> None:
     """Takes items until a None comes. While something is begun, it never sleeps on the queue.
 
@@ -28,11 +29,14 @@ def work_off(
         finish: waits for a work and goes on with what it gave.
         ahead: whether another may begin, given the latest of so many that are begun.
         drop: waits for a work that is not to be finished: an error ended the loop.
+        done: whether `finish` would not wait: then it is called before another work begins. For
+            works whose end somebody waits for; by default they are finished late, so that another
+            runs meanwhile.
     """
     begun: deque[Begun] = deque()
     try:
         while True:
-            if begun and not ahead(begun[-1], len(begun)):
+            if begun and (done(begun[0]) or not ahead(begun[-1], len(begun))):
                 finish(begun.popleft())
                 continue
             try:

@@ -50,6 +50,9 @@ class StagingMeter:
 class Moved(Protocol):
     """A gather or scatter that was begun."""
 
+    def done(self) -> bool:
+        """Whether `wait` would return, or raise, at once."""
+
     def wait(self) -> None:
         """Returns when its bytes are visible.
 
@@ -81,6 +84,9 @@ class Mover(Protocol):
 
 
 class _Done:
+    def done(self) -> bool:
+        return True
+
     def wait(self) -> None:
         return
 

@@ -195,7 +195,7 @@ class SharedStaging:
     # The thread that gathers.
 
     def _send(self) -> None:
-        work_off(self._out, self._begin, self._announce, self._ahead, self._drop)
+        work_off(self._out, self._begin, self._announce, self._ahead, self._drop, _done)
 
     def _ahead(self, _: _Gathered, begun: int) -> bool:
         return not self._free.empty()
@@ -339,7 +339,7 @@ class SharedStaging:
 
     def _take_in(self) -> None:
         self._warm()
-        work_off(self._in, self._scatter, self._placed, _always, _wait)
+        work_off(self._in, self._scatter, self._placed, _always, _wait, _done)
 
     def _warm(self) -> None:
         """Prepares what GPU memory that is registered already will need: making it later could
@@ -575,6 +575,10 @@ def _parts(nbytes: npt.NDArray[np.int64]) -> Iterator[slice]:
 
 def _always(_: Any, __: int) -> bool:
     return True  # the peer has no more slots than it has told of
+
+
+def _done(begun: _Gathered | _Scattered) -> bool:
+    return begun.moved.done()
 
 
 def _wait(scattered: Any) -> None:

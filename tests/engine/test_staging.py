@@ -111,6 +111,30 @@ def test_works_are_finished_in_order_and_one_ahead() -> None:
     ]  # fmt: skip
 
 
+def test_a_work_that_is_done_is_finished_before_another_begins() -> None:
+    """Else a burst of items is begun before the first of them is announced."""
+    items: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    for item in (1, 2, 3, 4, None):
+        items.put(item)
+    told: list[str] = []
+
+    def begin(item: int) -> int:
+        told.append(f"begin {item}")
+        return item
+
+    work_off(
+        items,
+        begin,
+        lambda work: told.append(f"finish {work}"),
+        lambda _, __: True,
+        lambda work: None,
+        lambda work: work != 2,
+    )
+    assert told == [
+        "begin 1", "finish 1", "begin 2", "begin 3", "begin 4", "finish 2", "finish 3", "finish 4",
+    ]  # fmt: skip
+
+
 def test_a_work_that_was_begun_is_dropped_when_the_loop_fails() -> None:
     items: queue.SimpleQueue[int | None] = queue.SimpleQueue()
     for item in (1, 2, 3):
