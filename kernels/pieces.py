@@ -73,14 +73,17 @@ def make_table(
     if not bool(apart.all()):
         first = np.concatenate(([0], np.flatnonzero(apart) + 1))
         src, dst, nbytes = src[first], dst[first], np.add.reduceat(nbytes, first)
-    parts = -(-nbytes // ROW_NBYTES)
-    row = np.repeat(np.arange(len(nbytes)), parts)
-    begin = (np.arange(len(row)) - (np.cumsum(parts) - parts)[row]) * ROW_NBYTES
-    sizes = np.minimum(nbytes[row] - begin, ROW_NBYTES)
-    columns = np.stack([src[row] + begin, dst[row] + begin, sizes])
+    if len(nbytes) and int(nbytes.min()) > 0 and int(nbytes.max()) <= ROW_NBYTES:
+        sizes, columns = nbytes, np.stack([src, dst, nbytes])  # each is a row
+    else:
+        parts = -(-nbytes // ROW_NBYTES)
+        row = np.repeat(np.arange(len(nbytes)), parts)
+        begin = (np.arange(len(row)) - (np.cumsum(parts) - parts)[row]) * ROW_NBYTES
+        sizes = np.minimum(nbytes[row] - begin, ROW_NBYTES)
+        columns = np.stack([src[row] + begin, dst[row] + begin, sizes])
     unit = math.gcd(16, int(np.bitwise_or.reduce(columns, axis=None)) if columns.size else 16)
     word = min(8, unit)
-    short = len(row) >= FEWEST_SHORT_ROWS and 0 < int(sizes[0]) < SHORT_ROW_NBYTES
+    short = len(sizes) >= FEWEST_SHORT_ROWS and 0 < int(sizes[0]) < SHORT_ROW_NBYTES
     short = short and bool((sizes == sizes[0]).all())
     columns[2] //= word
     return PieceTable(columns, word, unit, total_nbytes, short)
