@@ -13,9 +13,9 @@ from msgspec import Meta
 from .errors import ProtocolError
 from .fields import DECODE_ERRORS, Key, Uint32, Uint63
 
-LINK_VERSION = (
-    3  # 2: one-time tokens; 3: Arrived.write_nbytes, and where bytes begin in a verbs frame
-)
+# 2: one-time tokens; 3: Arrived.write_nbytes, and where bytes begin in a verbs frame; 4: verbs slots of
+# 2 MiB.
+LINK_VERSION = 4
 LENGTH_NBYTES = 4
 MAX_MESSAGE_NBYTES = 1 << 20
 

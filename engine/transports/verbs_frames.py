@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from .verbs_staging import Slots
 
 
+FULL_NBYTES = FRAME_NBYTES - PIECE_NBYTES  # a frame ends with the piece that reaches it
+FEWEST_FRAMES = 4  # of a transfer that is not small
+
+
 class Reply(NamedTuple):
     """Pieces of this process's memory that a peer reads."""
 
@@ -396,8 +400,10 @@ class Frames:
 
 
 def even_limit(total_nbytes: int, rails: int) -> int:
-    """At most how many bytes a frame of a transfer has, so that every rail carries as much."""
-    limit_nbytes = FRAME_NBYTES - PIECE_NBYTES  # a frame ends with the piece that reaches it
+    """At most how many bytes a frame of a transfer has: so that every rail carries as much, and one
+    frame is gathered while another is on the wire."""
+    few_nbytes = max(-(-total_nbytes // FEWEST_FRAMES), FULL_NBYTES // 4)
+    limit_nbytes = min(few_nbytes, FULL_NBYTES)
     if rails < 2 or total_nbytes <= MIN_SHARE_NBYTES:
         return limit_nbytes
     rounds = -(-total_nbytes // (rails * limit_nbytes))

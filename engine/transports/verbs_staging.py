@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
     Bytes = npt.NDArray[np.uint8]
 
-NUM_SLOTS = 8
-FRAME_NBYTES = 512 << 10
+# A frame costs both ends some 18,000 steps of a Python loop, whatever its size.
+NUM_SLOTS = 4
+FRAME_NBYTES = 2 << 20
 FRAME_PIECES = 4096
 PIECE_NBYTES = 64 << 10  # longer pieces are cut before they are staged
 BYTES_ALIGN_NBYTES = 256
