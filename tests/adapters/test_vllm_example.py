@@ -91,6 +91,8 @@ def example(vllm_python: str, model: Callable[[str], str], tmp_path: Path) -> It
     if running.process.poll() is None:
         running.process.send_signal(signal.SIGTERM)
     running.process.wait(END_S)
+    if running.process.stdout is not None:
+        running.process.stdout.close()
 
 
 def test_the_example_and_requests_of_other_routers(example: Example) -> None:
