@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import pty
 import re
@@ -103,6 +104,8 @@ class Terminal:
             stderr=theirs,
             env=environment(daemon),
             start_new_session=True,
+            # A shell's jobs in the background ignore SIGINT, and what they start inherits that.
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         os.close(theirs)
 
