@@ -116,7 +116,7 @@ def pushed(run_pair: Callable[..., dict[str, Any]]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def pulled(run_pair: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-    checks = ["tokens", "both_at_once", "corrupted", "unreachable", "aborts"]
+    checks = ["tokens", "both_at_once", "corrupted", "unreachable", "silent", "aborts"]
     return run_pair(checks, mode="pull", transport="tcp", policy="fail")
 
 
@@ -134,6 +134,12 @@ def test_zeros_in_prefills_cache_change_the_tokens(either: dict[str, Any]) -> No
     """The control: without it, an engine that recomputes everything would pass."""
     _, want, tokens = got(either, "corrupted")
     assert want != tokens
+
+
+def test_a_load_that_a_step_waits_for_can_fail(pulled: dict[str, Any]) -> None:
+    found = got(pulled, "silent")
+    assert (found["finish_reason"], found["got"]) == ("error", [])
+    assert found["after"] == found["want"]
 
 
 def test_a_router_may_call_both_at_once(either: dict[str, Any]) -> None:

@@ -201,6 +201,23 @@ def check_unreachable(pair: Pair) -> Any:
     return {"want": want, "got": tokens(got), "finish_reason": reason}
 
 
+def check_silent(pair: Pair) -> Any:
+    """Prefill has answered, and then does not send: the step that waits for it gives up."""
+    prompt = pair.prompt(129)
+    want = pair.alone(prompt)
+    # Between engines that have met, so that the step itself waits.
+    assert tokens(pair.one_after_the_other(prompt)) == want
+    assert pair.decode.forget_prefixes()
+    params = pair.prefilled(prompt)
+    got = pair.decode.generate(prompt, NUM_TOKENS, params | {"remote_request_id": "another"})
+    reason = got.outputs[0].finish_reason
+    assert pair.decode.forget_prefixes(), "blocks leaked on decode"
+    after = tokens(pair.decode.generate(prompt, NUM_TOKENS, params))
+    assert pair.decode.forget_prefixes()
+    assert pair.prefill.forget_prefixes()
+    return {"want": want, "got": tokens(got), "finish_reason": reason, "after": after}
+
+
 def check_aborts(pair: Pair) -> Any:
     """Requests are aborted at every moment of their lives; the next one is right, nothing leaks."""
     first = pair.prefilled(warm := pair.prompt(40))
