@@ -423,10 +423,14 @@ class RegionTable:
         with self._lock:
             return list(self._regions.values())
 
-    def gpus(self) -> set[str]:
-        """PCI addresses of the GPUs that regions lie on, of those that the driver knows."""
+    def gpus(self) -> set[int]:
+        """Indices, in this process, of the GPUs that regions lie on."""
+        return {region.device for region in self.all()} - {-1}
+
+    def gpu_addresses(self) -> set[str]:
+        """PCI addresses of these GPUs, of those that the driver knows."""
         found = set()
-        for device in {region.device for region in self.all()} - {-1}:
+        for device in self.gpus():
             with contextlib.suppress(DeviceError):
                 found.add(driver().pci_address(device))
         return found

@@ -152,7 +152,7 @@ class TransferEngine:
         self._core.regions.counters_on = self._core.device_counters.array
         self._core.regions.on_revoke(self._revoke)
         self._core.regions.on_forget(nics_here.forget)
-        nics_here.gpus = self._core.regions.gpus
+        nics_here.gpus = self._core.regions.gpu_addresses
         self._address = EngineAddress(
             identity=identity,
             secret=secret,

@@ -91,6 +91,6 @@ class TransportSelection:
 
 def unsuited(name: str, regions: RegionTable) -> str:
     """Why a transport is not tried unless it is asked for, with what is registered, or ""."""
-    if name == "cuda_ipc" and not any(region.device >= 0 for region in regions.all()):
+    if name == "cuda_ipc" and not regions.gpus():
         return "no GPU memory is registered in this engine yet"
     return ""

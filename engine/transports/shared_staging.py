@@ -345,7 +345,7 @@ class SharedStaging:
         """Prepares what GPU memory that is registered already will need: making it later could
         wait for a stream that waits for us."""
         slots = self._theirs
-        for device in {region.device for region in self._link.core.regions.all()} - {-1}:
+        for device in self._link.core.regions.gpus():
             if slots is not None:
                 try:
                     self._mover("in", device, slots)

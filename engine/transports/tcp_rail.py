@@ -91,7 +91,7 @@ class _Rings:
     def warm(self) -> None:
         """Prepares what GPU memory that is registered already will need: making it later could
         wait for a stream that waits for us."""
-        for device in {region.device for region in self._link.core.regions.all()} - {-1}:
+        for device in self._link.core.regions.gpus():
             try:
                 ring = self.ring(device)
                 ring.fill()

@@ -46,7 +46,6 @@ from . import verbs_device, verbs_errors, verbs_library, verbs_qp
 from .base import Availability, DataPath, RailState, Transfer
 from .staged import hold_until_computed, note_compute
 from .verbs_frames import Frames
-from .verbs_movers import gpus_of
 from .verbs_qp import REPLENISH, Batch, QueuePair, imm_of
 from .verbs_reopen import Reopener
 from .verbs_staging import SLOTS_NBYTES
@@ -150,7 +149,7 @@ class VerbsPath(DataPath):
             if rail.up:
                 self.link.send(RailReady(rail.number, rail.epoch))
         self._thread.start()
-        if gpus_of(self.link):
+        if self.link.core.regions.gpus():
             self.copy(self._frames.warm)
 
     def prepare(self, plan: TransferPlan, layers: Sequence[int] | None) -> None:

@@ -66,7 +66,7 @@ class Movers:
     def warm(self) -> None:
         """Prepares what GPU memory that is registered already will need: making it later could
         wait for a stream that waits for us."""
-        for device in gpus_of(self._link):
+        for device in self._link.core.regions.gpus():
             try:
                 self._mover(device)
             except DeviceError as error:
@@ -109,8 +109,3 @@ class Movers:
             raise
         if pins:
             self._pinned_by = mover
-
-
-def gpus_of(link: Link) -> set[int]:
-    """The GPUs whose memory is registered in the link's engine."""
-    return {region.device for region in link.core.regions.all()} - {-1}

@@ -44,9 +44,9 @@ def unreached(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 def test_an_engine_knows_where_its_gpu_is(engine: TransferEngine) -> None:
     """So it uses the RDMA devices that are near."""
-    assert engine._core.regions.gpus() == set()
+    assert engine._core.regions.gpu_addresses() == set()
     engine.register(torch.zeros(1, dtype=torch.uint8, device="cuda"))
-    (address,) = engine._core.regions.gpus()
+    (address,) = engine._core.regions.gpu_addresses()
     assert address in [gpu.address for gpu in topology.gpus()]
 
 
