@@ -70,6 +70,11 @@ def make(addresses: npt.NDArray[np.integer], nbytes: npt.NDArray[np.integer]) ->
     return iov
 
 
+def one(address: int, nbytes: int) -> Iovec:
+    """An iovec array of a single entry."""
+    return np.array([[address, nbytes]], np.uint64)
+
+
 def bytes_at(address: int, nbytes: int) -> npt.NDArray[np.uint8]:
     """Memory of this process that is known by its address alone. Keeps nothing alive."""
     return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))

@@ -151,7 +151,7 @@ class Buffer:
 
     def part(self, nbytes: int) -> iovec.Iovec:
         """Its first bytes, as an iovec of one piece."""
-        return iovec.make(np.array([self.address]), np.array([nbytes]))
+        return iovec.one(self.address, nbytes)
 
     def close(self) -> None:
         """Gives the memory back."""
@@ -267,4 +267,4 @@ def _rows(
 
 
 def _whole(address: int, pieces: iovec.Iovec) -> iovec.Iovec:
-    return iovec.make(np.array([address]), np.array([int(pieces[:, 1].sum())]))
+    return iovec.one(address, int(pieces[:, 1].sum()))

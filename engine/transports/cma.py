@@ -76,12 +76,11 @@ def probe() -> Availability:
     """Tries the system call on this process itself, and looks at what Yama would allow."""
     word = np.arange(2, dtype=np.uint64)
     copy = np.zeros(2, np.uint64)
-    one = np.array([16])
     try:
         iovec.process_vm(
             os.getpid(),
-            iovec.make(np.array([copy.ctypes.data]), one),
-            iovec.make(np.array([word.ctypes.data]), one),
+            iovec.one(copy.ctypes.data, 16),
+            iovec.one(word.ctypes.data, 16),
             16,
             write=False,
         )
@@ -113,11 +112,10 @@ def read_word(pid: int, address: int) -> bytes:
         OSError: it may not.
     """
     word = np.zeros(2, np.uint64)
-    size = np.array([16])
     iovec.process_vm(
         pid,
-        iovec.make(np.array([word.ctypes.data]), size),
-        iovec.make(np.array([address]), size),
+        iovec.one(word.ctypes.data, 16),
+        iovec.one(address, 16),
         16,
         write=False,
     )

@@ -453,7 +453,7 @@ class SharedStaging:
             )
 
     def _checksum(self, slots: SharedSlots, slot: int, nbytes: int) -> int:
-        return iovec.checksum(iovec.make(np.array([slots.slot(slot)]), np.array([nbytes])))
+        return iovec.checksum(iovec.one(slots.slot(slot), nbytes))
 
     def _slots(self) -> SharedSlots:
         """This side's staging; made with the first call, and the peer told."""

@@ -216,7 +216,7 @@ class Sender:
             crc = iovec.checksum(frame.pieces)
             header = header._replace(flags=header.flags | frames.HAS_CRC, crc=crc)
         head = np.frombuffer(frames.encode(header) + frame.body, np.uint8)
-        first = iovec.make(np.array([head.ctypes.data]), np.array([len(head)]))
+        first = iovec.one(head.ctypes.data, len(head))
         if frame.ticket is not None:
             frame.ticket._mark("on wire")
         iovec.send(self._rail.fileno(), np.concatenate((first, frame.pieces)))
@@ -378,7 +378,7 @@ class Receiver:
 
 def _receive_array(fd: int, array: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
     if len(array):
-        iovec.receive(fd, iovec.make(np.array([array.ctypes.data]), np.array([len(array)])))
+        iovec.receive(fd, iovec.one(array.ctypes.data, len(array)))
 
 
 def _discard(fd: int, nbytes: int) -> None:

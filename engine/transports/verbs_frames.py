@@ -411,7 +411,7 @@ def even_limit(total_nbytes: int, rails: int) -> int:
 
 
 def _whole(staged: Any) -> iovec.Iovec:
-    return iovec.make(np.array([staged.ctypes.data]), np.array([len(staged)]))
+    return iovec.one(staged.ctypes.data, len(staged))
 
 
 def _check_size(nbytes: int, announced_nbytes: int) -> None:

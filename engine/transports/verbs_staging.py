@@ -140,7 +140,7 @@ def _grid(pieces: iovec.Iovec) -> tuple[Bytes, npt.NDArray[np.int64], int] | Non
 
 def _copy(buffer: Bytes, pieces: iovec.Iovec, *, write: bool) -> None:
     """Copies between a buffer and pieces of any shape: the kernel walks them, or Python does."""
-    whole = iovec.make(np.array([buffer.ctypes.data]), np.array([len(buffer)]))
+    whole = iovec.one(buffer.ctypes.data, len(buffer))
     try:
         iovec.process_vm(os.getpid(), whole, pieces.copy(), len(buffer), write=write)
     except OSError:  # a sandbox forbids the call: one by one, then
