@@ -6,7 +6,6 @@ import json
 import signal
 import socket
 import subprocess
-import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ import pytest
 
 from kvferry.tools.vllm_cpu.environment import environ
 
-from .vllm_servers import SETTINGS
+from .vllm_servers import SETTINGS, metric, post
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -67,21 +66,12 @@ class Example:
                 return
         raise AssertionError(self.log.read_text()[-4000:])
 
-    def ask(self, port: int, **fields: Any) -> Any:
+    def ask(self, port: int, **fields: Any) -> str:
         body = {"model": "model", "prompt": PROMPT, "max_tokens": 16, "temperature": 0} | fields
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=END_S) as answer:
-            return answer.read().decode()
+        return post(f"http://127.0.0.1:{port}/v1/completions", body)
 
     def count(self, port: int, name: str) -> float:
-        """The sum of all that a server's metrics have under that name."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=END_S) as answer:
-            lines = answer.read().decode().splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith(name + "{"))
+        return metric(f"http://127.0.0.1:{port}", name)
 
 
 @pytest.fixture

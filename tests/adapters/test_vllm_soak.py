@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from .vllm_servers import Program, completion, router, server
+from .vllm_servers import Program, completion, get, metric, router, server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -160,7 +160,7 @@ class Soak:
         deadline_s = time.monotonic() + 4 * PATIENCE_S
         while True:
             each.complete(self.prompts[0], 1)  # what it tells is from the end of its last step
-            used = each.metric("vllm:kv_cache_usage_perc")
+            used = metric(each.url, "vllm:kv_cache_usage_perc")
             if used == 0 or time.monotonic() > deadline_s:
                 return used
             time.sleep(1.0)
@@ -181,8 +181,8 @@ def test_kills_and_aborts_leave_no_wrong_token_and_no_block(soak: Soak) -> None:
     for each in soak.servers:
         each.wait_healthy()
     used = {each.name: soak.wait_for_free_blocks(each) for each in soak.servers}
-    loads = sum(each.metric("vllm:kvferry_load_bytes_count") for each in soak.decodes)
-    ways = {each.name: each.get("/metrics") for each in soak.routers}
+    loads = sum(metric(each.url, "vllm:kvferry_load_bytes_count") for each in soak.decodes)
+    ways = {each.name: get(each.url + "/metrics") for each in soak.routers}
     kills = sum(each.kills for each in soak.servers)
     print(dict(soak.outcomes), f"{kills} kills, {loads:.0f} loads since the last, used {used}")
     print(*soak.details, sep="\n")

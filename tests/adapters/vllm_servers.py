@@ -49,6 +49,24 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+def post(url: str, body: dict[str, Any]) -> str:
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return str(answer.read().decode())
+
+
+def metric(url: str, name: str) -> float:
+    """The sum of all that a server's metrics have under that name."""
+    lines = [line for line in get(url + "/metrics").splitlines() if line.startswith(name)]
+    return sum(float(line.split()[-1]) for line in lines if line[len(name)] in "{ ")
+
+
 class Program:
     """A program that serves HTTP at a port of this machine, started anew as often as it is killed."""
 
@@ -91,7 +109,7 @@ class Program:
         code = self._process.poll()
         assert code is None, f"{self.name} ended with {code}: {self.log.read_text()[-3000:]}"
         try:
-            self.get("/health")
+            get(self.url + "/health")
         except OSError:
             return False
         return True
@@ -102,25 +120,10 @@ class Program:
             assert time.monotonic() < deadline_s, f"{self.name} did not start in {START_S} s"
             time.sleep(0.2)
 
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
-            return str(answer.read().decode())
-
     def complete(self, prompt: list[int], num_tokens: int) -> list[int]:
         """What this server alone makes of a prompt."""
-        body = completion(prompt, num_tokens)
-        request = urllib.request.Request(
-            f"{self.url}/v1/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            return list(json.load(answer)["choices"][0]["token_ids"])
-
-    def metric(self, name: str) -> float:
-        """The sum of all that its metrics have under that name."""
-        lines = [line for line in self.get("/metrics").splitlines() if line.startswith(name)]
-        return sum(float(line.split()[-1]) for line in lines if line[len(name)] in "{ ")
+        answer = post(self.url + "/v1/completions", completion(prompt, num_tokens))
+        return list(json.loads(answer)["choices"][0]["token_ids"])
 
 
 def completion(prompt: list[int], num_tokens: int) -> dict[str, Any]:
