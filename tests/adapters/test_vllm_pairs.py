@@ -108,6 +108,19 @@ def all_equal(rows: list[Any]) -> bool:
     return bool(rows) and all(want == tokens and len(want) > 1 for _, want, tokens in rows)
 
 
+def check_control(result: dict[str, Any]) -> None:
+    """Zeros in prefill's cache change the tokens: else engines that recompute everything would pass."""
+    _, want, tokens = got(result, "corrupted")
+    assert want != tokens
+
+
+def check_moved(result: dict[str, Any], *same: str) -> None:
+    """These checks gave one engine's tokens, and the control gave others."""
+    for check in same:
+        assert all_equal(got(result, check)), check
+    check_control(result)
+
+
 @pytest.fixture(scope="module")
 def pushed(run_pair: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     checks = ["tokens", "both_at_once", "many", "corrupted", "prefix", "unreachable", "aborts"]
@@ -131,9 +144,7 @@ def test_tokens_are_those_of_one_engine(either: dict[str, Any]) -> None:
 
 
 def test_zeros_in_prefills_cache_change_the_tokens(either: dict[str, Any]) -> None:
-    """The control: without it, an engine that recomputes everything would pass."""
-    _, want, tokens = got(either, "corrupted")
-    assert want != tokens
+    check_control(either)
 
 
 def test_a_load_that_a_step_waits_for_can_fail(pulled: dict[str, Any]) -> None:
@@ -192,10 +203,7 @@ def test_windows_beside_full_attention(
         kind="hybrid",
         prefill={"num_gpu_blocks_override": 160},  # few, so that freed ones are soon taken again
     )
-    for check in same:
-        assert all_equal(got(result, check)), check
-    _, want, tokens = got(result, "corrupted")
-    assert want != tokens
+    check_moved(result, *same)
     unreachable = got(result, "unreachable")
     assert unreachable["got"] == (unreachable["want"] if policy == "recompute" else [])
     assert unreachable["finish_reason"] == ("length" if policy == "recompute" else "error")
@@ -215,11 +223,8 @@ def test_latents(run_pair: Callable[..., dict[str, Any]], mode: str, transport: 
         transport=transport,
         kind="mla",
     )
-    for check in same:
-        assert all_equal(got(result, check)), check
+    check_moved(result, *same)
     assert all_equal([got(result, "aborts")["after"]])
-    _, want, tokens = got(result, "corrupted")
-    assert want != tokens
 
 
 @pytest.mark.soak
@@ -246,10 +251,7 @@ def test_the_other_modes_and_transports(
     run_pair: Callable[..., dict[str, Any]], mode: str, transport: str
 ) -> None:
     result = run_pair(["tokens", "corrupted", "many"], mode=mode, transport=transport)
-    assert all_equal(got(result, "tokens"))
-    assert all_equal(got(result, "many"))
-    _, want, tokens = got(result, "corrupted")
-    assert want != tokens
+    check_moved(result, "tokens", "many")
 
 
 @pytest.mark.soak
@@ -265,11 +267,8 @@ def test_tensor_parallelism_may_differ(
         prefill={"tensor_parallel_size": prefill},
         decode={"tensor_parallel_size": decode},
     )
-    for check in ("tokens", "both_at_once", "prefix"):
-        assert all_equal(got(result, check))
+    check_moved(result, "tokens", "both_at_once", "prefix")
     assert all_equal([got(result, "aborts")["after"]])
-    _, want, tokens = got(result, "corrupted")
-    assert want != tokens
 
 
 @pytest.mark.soak
@@ -278,9 +277,7 @@ def test_equal_ranks_of_two(run_pair: Callable[..., dict[str, Any]]) -> None:
     result = run_pair(
         ["tokens", "corrupted"], mode="push", transport="tcp", prefill=both, decode=both
     )
-    assert all_equal(got(result, "tokens"))
-    _, want, tokens = got(result, "corrupted")
-    assert want != tokens
+    check_moved(result, "tokens")
 
 
 @pytest.mark.soak
@@ -316,10 +313,7 @@ def test_beside_another_connector(run_pair: Callable[..., dict[str, Any]], tmp_p
             }
         ],
     )
-    assert all_equal(got(result, "tokens"))
-    assert all_equal(got(result, "both_at_once"))
-    _, want, tokens = got(result, "corrupted")
-    assert want != tokens
+    check_moved(result, "tokens", "both_at_once")
 
 
 @pytest.mark.soak
@@ -363,11 +357,8 @@ def speculate(
         **options,
     )
     assert all_equal(got(result, "speculated")["rows"])
-    for check in ("both_at_once", "prefix"):
-        assert all_equal(got(result, check)), check
+    check_moved(result, "both_at_once", "prefix")
     assert all_equal([got(result, "aborts")["after"]])
-    _, want, tokens = got(result, "corrupted")
-    assert want != tokens
     found = got(result, "speculated")
     made, taken = found["alone"]
     assert made > 0, "decode guessed nothing"
@@ -406,11 +397,8 @@ def test_kinds_modes_and_ranks(
         prefill=sides[0],
         decode=sides[1],
     )
-    for check in same:
-        assert all_equal(got(result, check)), check
+    check_moved(result, *same)
     assert got(result, "unreachable")["finish_reason"] == "error"
-    _, want, tokens = got(result, "corrupted")
-    assert want != tokens
 
 
 @pytest.mark.soak
@@ -423,9 +411,7 @@ def test_both_roles_by_name_alone(run_pair: Callable[..., dict[str, Any]]) -> No
         connector={"kv_connector": "KVFerryConnector", "kv_role": "kv_both"},
         decode={"log_stats": True},
     )
-    assert all_equal(got(result, "tokens"))
-    _, want, tokens = got(result, "corrupted")
-    assert want != tokens
+    check_moved(result, "tokens")
     found = got(result, "figures")
     loaded, before = found["after"], found["before"]
     assert loaded["load_bytes"] > before["load_bytes"] > 0
