@@ -42,23 +42,20 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> StandIn:
 
 
 @pytest.fixture(scope="module")
-def gpu_peer(start_module_peer: Callable[..., Peer]) -> Peer:
+def peer(start_module_peer: Callable[..., Peer]) -> Peer:
     return start_module_peer(name="gpu peer", interpreted_gpu=True)
 
 
 @pytest.fixture
-def here(gpu: StandIn) -> Iterator[TransferEngine]:
+def engine(gpu: StandIn) -> Iterator[TransferEngine]:
     with TransferEngine(name="here") as engine:
         yield engine
 
 
 @pytest.fixture
-def to_gpu(here: TransferEngine, gpu_peer: Peer, transport: str) -> Iterator[Link]:
-    link = here.connect(gpu_peer.address, transport=transport)
-    assert gpu_peer.call("accept", here.engine_id) == transport
+def to_gpu(link: Link, peer: Peer) -> Iterator[Link]:
     yield link
-    gpu_peer.call("gpu", registers=True, broken=False)
-    link.close()
+    peer.call("gpu", registers=True, broken=False)
 
 
 def place(gpu: StandIn, peer: Peer, ends: str, *, write: bool) -> None:
@@ -72,9 +69,9 @@ def place(gpu: StandIn, peer: Peer, ends: str, *, write: bool) -> None:
 @pytest.mark.parametrize("ends", ENDS)
 @pytest.mark.parametrize("write", [True, False])
 def test_pieces_of_odd_sizes_land_and_nothing_else(
-    here: TransferEngine, to_gpu: Link, gpu_peer: Peer, gpu: StandIn, write: bool, ends: str
+    engine: TransferEngine, to_gpu: Link, peer: Peer, gpu: StandIn, write: bool, ends: str
 ) -> None:
-    place(gpu, gpu_peer, ends, write=write)
+    place(gpu, peer, ends, write=write)
     random = np.random.default_rng(5)
     src, dst = (np.cumsum(SIZES + gap) - SIZES for gap in random.integers(1, 70, (2, len(SIZES))))
     span = int((SIZES + 70).sum())
@@ -84,20 +81,20 @@ def test_pieces_of_odd_sizes_land_and_nothing_else(
         expected[b : b + n] = content[a : a + n]
     total = int(SIZES.sum())
     mine = content.copy() if write else np.full(span, SENTINEL, np.uint8)
-    region = here.register(mine)
-    theirs = gpu_peer.call("pool", span, SENTINEL)
+    region = engine.register(mine)
+    theirs = peer.call("pool", span, SENTINEL)
     assert (region.kind, theirs.kind) == (
         "cuda" if gpu.registers else "host",
         "cuda" if ends.split(" to ")[write] == "gpu" else "host",
     )
     if write:
-        imm = gpu_peer.call("new_imm")
-        ticket = gpu_peer.call("expect", imm, nbytes=total, writes=1, timeout_s=PATIENCE_S)
+        imm = peer.call("new_imm")
+        ticket = peer.call("expect", imm, nbytes=total, writes=1, timeout_s=PATIENCE_S)
         to_gpu.write(region, src, theirs, dst, SIZES, imm=imm, timeout_s=PATIENCE_S).wait()
-        assert gpu_peer.call("wait", ticket) == total
-        got = gpu_peer.contents(theirs)
+        assert peer.call("wait", ticket) == total
+        got = peer.contents(theirs)
     else:
-        gpu_peer.call("poke", theirs.region_id, 0, content.tobytes())
+        peer.call("poke", theirs.region_id, 0, content.tobytes())
         assert to_gpu.read(region, dst, theirs, src, SIZES, timeout_s=PATIENCE_S).wait() == total
         got = mine
     assert np.array_equal(got, expected)
@@ -116,25 +113,25 @@ def cache(seed: int | None, blocks: int, dims: str) -> list[np.ndarray[Any, Any]
 @pytest.mark.parametrize("ends", ENDS)
 @pytest.mark.parametrize("write", [True, False])
 def test_blocks_of_several_frames_are_written_and_read(
-    here: TransferEngine, to_gpu: Link, gpu_peer: Peer, gpu: StandIn, write: bool, ends: str
+    engine: TransferEngine, to_gpu: Link, peer: Peer, gpu: StandIn, write: bool, ends: str
 ) -> None:
     """640 KiB in blocks of 4 KiB a plane, scattered at both ends; the other blocks stay."""
-    place(gpu, gpu_peer, ends, write=write)
+    place(gpu, peer, ends, write=write)
     mine, theirs = cache(1 if write else None, 50, NHD), cache(None if write else 1, 50, NHD)
     source = [layer.copy() for layer in (mine if write else theirs)]
-    local = here.register_cache(KVLayout.from_tensors(mine, NHD), mine)
-    remote = gpu_peer.call("cache", theirs, NHD)
+    local = engine.register_cache(KVLayout.from_tensors(mine, NHD), mine)
+    remote = peer.call("cache", theirs, NHD)
     src_ids, dst_ids = np.random.default_rng(2).permutation(50)[:40], np.arange(3, 43)
     if write:
-        plan = here.plan(local, remote)
+        plan = engine.plan(local, remote)
         to_gpu.prepare(plan)
-        imm = gpu_peer.call("new_imm")
-        ticket = gpu_peer.call("expect", imm, nbytes=plan.nbytes(40), timeout_s=PATIENCE_S)
+        imm = peer.call("new_imm")
+        ticket = peer.call("expect", imm, nbytes=plan.nbytes(40), timeout_s=PATIENCE_S)
         to_gpu.write_blocks(plan, src_ids, dst_ids, imm=imm, timeout_s=PATIENCE_S).wait()
-        gpu_peer.call("wait", ticket)
-        got = gpu_peer.call("peek_cache")
+        peer.call("wait", ticket)
+        got = peer.call("peek_cache")
     else:
-        plan = here.plan(remote, local)
+        plan = engine.plan(remote, local)
         to_gpu.read_blocks(plan, src_ids, dst_ids, timeout_s=PATIENCE_S).wait()
         got = mine
     assert plan.nbytes(40) > 512 << 10  # more than a frame of so small a transfer over RDMA
@@ -147,9 +144,9 @@ def test_blocks_of_several_frames_are_written_and_read(
 @pytest.mark.parametrize("ends", ENDS)
 @pytest.mark.parametrize("write", [True, False])
 def test_tokens_change_blocks_and_type(
-    here: TransferEngine, to_gpu: Link, gpu_peer: Peer, gpu: StandIn, write: bool, ends: str
+    engine: TransferEngine, to_gpu: Link, peer: Peer, gpu: StandIn, write: bool, ends: str
 ) -> None:
-    place(gpu, gpu_peer, ends, write=write)
+    place(gpu, peer, ends, write=write)
     shape: dict[str, Any] = {"layers": (0, 1), "num_blocks": 7, "heads": (0, 2), "dim": 8}
     src = PagedPool.make(tuple(NHD.split()), tokens=4, stacked=False, dtype=torch.float32, seed=3, **shape)  # fmt: skip
     dst = PagedPool.make(tuple(HND.split()), tokens=6, stacked=False, dtype=torch.float16, **shape)
@@ -169,16 +166,16 @@ def test_tokens_change_blocks_and_type(
     )
     mine, theirs = (src, dst) if write else (dst, src)
     arrays = mine.arrays()
-    local = here.register_cache(mine.layout, arrays)
-    remote = gpu_peer.call("cache_of", theirs.arrays(), theirs.layout)
-    plan = here.plan(local, remote) if write else here.plan(remote, local)
+    local = engine.register_cache(mine.layout, arrays)
+    remote = peer.call("cache_of", theirs.arrays(), theirs.layout)
+    plan = engine.plan(local, remote) if write else engine.plan(remote, local)
     if write:
-        imm = gpu_peer.call("new_imm")
+        imm = peer.call("new_imm")
         nbytes = plan.tokens.nbytes(3, 21)
-        ticket = gpu_peer.call("expect", imm, nbytes=nbytes, timeout_s=PATIENCE_S)
+        ticket = peer.call("expect", imm, nbytes=nbytes, timeout_s=PATIENCE_S)
         to_gpu.write_tokens(plan, *tables, start=3, stop=21, imm=imm, timeout_s=PATIENCE_S).wait()
-        gpu_peer.call("wait", ticket)
-        got = gpu_peer.call("peek_cache")
+        peer.call("wait", ticket)
+        got = peer.call("peek_cache")
     else:
         to_gpu.read_tokens(plan, *tables, start=3, stop=21, timeout_s=PATIENCE_S).wait()
         got = arrays
@@ -187,17 +184,17 @@ def test_tokens_change_blocks_and_type(
 
 
 def test_each_layer_leaves_after_its_own_compute(
-    here: TransferEngine, to_gpu: Link, gpu_peer: Peer, gpu: StandIn
+    engine: TransferEngine, to_gpu: Link, peer: Peer, gpu: StandIn
 ) -> None:
     mine = cache(None, 6, NHD)
-    local = here.register_cache(KVLayout.from_tensors(mine, NHD), mine)
-    remote = gpu_peer.call("cache", cache(None, 6, NHD), NHD)
-    plan = here.plan(local, remote)
+    local = engine.register_cache(KVLayout.from_tensors(mine, NHD), mine)
+    remote = peer.call("cache", cache(None, 6, NHD), NHD)
+    plan = engine.plan(local, remote)
     ids = np.arange(6)
     streams = [Compute(), Compute()]
-    imms = [gpu_peer.call("new_imm") for _ in streams]
+    imms = [peer.call("new_imm") for _ in streams]
     nbytes = plan.nbytes(6, layers=[0])
-    arrivals = [gpu_peer.call("expect", i, nbytes=nbytes, timeout_s=PATIENCE_S) for i in imms]
+    arrivals = [peer.call("expect", i, nbytes=nbytes, timeout_s=PATIENCE_S) for i in imms]
     gated: Any = to_gpu.write_blocks  # streams that are stand-ins
     writes = [
         gated(plan, ids, ids, imm=imm, layers=[layer], stream=stream, timeout_s=PATIENCE_S)
@@ -211,26 +208,26 @@ def test_each_layer_leaves_after_its_own_compute(
         mine[layer][...] = content  # the compute is late
         later.done = True
         writes[layer].wait()
-        gpu_peer.call("wait", arrivals[layer])
-        assert np.array_equal(gpu_peer.call("peek_cache")[layer], content)
+        peer.call("wait", arrivals[layer])
+        assert np.array_equal(peer.call("peek_cache")[layer], content)
 
 
 @pytest.mark.parametrize("write", [True, False])
 @pytest.mark.parametrize("ends", ENDS)
 def test_checksums_are_those_of_what_travels(
     gpu: StandIn,
-    gpu_peer: Peer,
+    peer: Peer,
     transport: str,
     write: bool,
     ends: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    place(gpu, gpu_peer, ends, write=write)
+    place(gpu, peer, ends, write=write)
     content = np.random.default_rng(3).integers(0, 256, 9000, np.uint8)
     with TransferEngine(name="here", verify=True) as engine:
-        link = engine.connect(gpu_peer.address, transport=transport)
-        gpu_peer.call("accept", engine.engine_id)
-        region, theirs = engine.register(content.copy()), gpu_peer.call("pool", 9000, 7)
+        link = engine.connect(peer.address, transport=transport)
+        peer.call("accept", engine.engine_id)
+        region, theirs = engine.register(content.copy()), peer.call("pool", 9000, 7)
         offsets = np.arange(0, 9000, 1000)
         move: Any = link.write if write else link.read
         move(region, offsets, theirs, offsets, 900, timeout_s=PATIENCE_S).wait()
@@ -244,26 +241,26 @@ def test_checksums_are_those_of_what_travels(
 @pytest.mark.parametrize("write", [True, False])
 @pytest.mark.parametrize("broken", ["here", "there"])
 def test_a_gpu_that_fails_is_named_and_the_link_goes_on(
-    here: TransferEngine, to_gpu: Link, gpu_peer: Peer, gpu: StandIn, write: bool, broken: str
+    engine: TransferEngine, to_gpu: Link, peer: Peer, gpu: StandIn, write: bool, broken: str
 ) -> None:
     content = np.random.default_rng(3).integers(0, 256, 9000, np.uint8)
-    region, theirs = here.register(content), gpu_peer.call("pool", 9000, SENTINEL)
+    region, theirs = engine.register(content), peer.call("pool", 9000, SENTINEL)
     offsets = np.arange(0, 9000, 1000)
     move: Any = to_gpu.write if write else to_gpu.read
     gpu.broken = broken == "here"
-    gpu_peer.call("gpu", broken=broken == "there")
+    peer.call("gpu", broken=broken == "there")
     with pytest.raises(EngineError, match="it is broken"):
         move(region, offsets, theirs, offsets, 900, timeout_s=PATIENCE_S).wait()
     gpu.broken = False
-    gpu_peer.call("gpu", broken=False)
+    peer.call("gpu", broken=False)
     assert move(region, offsets, theirs, offsets, 900, timeout_s=PATIENCE_S).wait() == 8100
     assert not to_gpu.closed
 
 
 def test_a_link_gives_its_staging_back(
-    here: TransferEngine, to_gpu: Link, gpu_peer: Peer, gpu: StandIn
+    engine: TransferEngine, to_gpu: Link, peer: Peer, gpu: StandIn
 ) -> None:
-    region, theirs = here.register(np.zeros(9000, np.uint8)), gpu_peer.call("pool", 9000, 7)
+    region, theirs = engine.register(np.zeros(9000, np.uint8)), peer.call("pool", 9000, 7)
     to_gpu.write(region, 0, theirs, 0, 9000, timeout_s=PATIENCE_S).wait()
     to_gpu.read(region, 0, theirs, 0, 9000, timeout_s=PATIENCE_S).wait()
     assert gpu.movers
@@ -274,11 +271,11 @@ def test_a_link_gives_its_staging_back(
 
 
 def test_gpu_memory_takes_the_best_transport_by_itself(
-    here: TransferEngine, gpu_peer: Peer, transport: str
+    engine: TransferEngine, peer: Peer, transport: str
 ) -> None:
-    here.register(np.zeros(100, np.uint8))
+    engine.register(np.zeros(100, np.uint8))
     with TransferEngine(name="two", transports=(transport, "tcp")) as two:
         two.register(np.zeros(100, np.uint8))
-        link = two.connect(gpu_peer.address)
+        link = two.connect(peer.address)
         assert link.transport == transport
         link.close()
