@@ -70,7 +70,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuCtxEnablePeerAccess": (_handle, ctypes.c_uint),
     "cuMemAlloc_v2": (_pointer(_u64), ctypes.c_size_t),
     "cuMemFree_v2": (_u64,),
-    "cuMemsetD8_v2": (_u64, ctypes.c_ubyte, ctypes.c_size_t),
+    "cuMemsetD8Async": (_u64, ctypes.c_ubyte, ctypes.c_size_t, _handle),
     "cuMemcpyDtoH_v2": (ctypes.c_void_p, _u64, ctypes.c_size_t),
     "cuDeviceGetAttribute": (_pointer(ctypes.c_int), ctypes.c_int, ctypes.c_int),
     "cuMemGetAddressRange_v2": (_pointer(_u64), _pointer(ctypes.c_size_t), _u64),
@@ -272,12 +272,18 @@ class Driver:
                     raise
 
     def allocate(self, device: int, nbytes: int, *, zeros: bool = True) -> int:
-        """Memory of its own allocation, all zeros if wanted; its address."""
+        """Memory of its own allocation, all zeros on return if wanted; its address."""
         address = _u64()
         with self.current(device):
             self.call("cuMemAlloc_v2", ctypes.byref(address), nbytes)
-            if zeros:
-                self.call("cuMemsetD8_v2", address, 0, nbytes)
+        if zeros:
+            # The synchronous call runs behind whatever the default stream has been given, and
+            # returns before: the zeros would come over what others have written meanwhile.
+            stream = self.new_stream(device)
+            with self.current(device):
+                self.call("cuMemsetD8Async", address, 0, nbytes, stream)
+                self.call("cuStreamSynchronize", stream)
+            self.destroy_stream(device, stream)
         return address.value
 
     def free(self, device: int, address: int) -> None:

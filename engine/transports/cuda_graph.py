@@ -23,6 +23,10 @@ log = logging.getLogger(__name__)
 
 _SEQUENCE_BITS = (31, 24)  # of the number of a launch, in the two words of a row
 
+# What the graphs of launched writes read and write whenever they are replayed. Nothing tells when a
+# graph is gone, and one that is replayed after `close` must still find its gate closed.
+_in_graphs: list[tuple[object, ...]] = []
+
 
 class GraphWrite:
     """A write of blocks that CUDA graphs repeat. Made by `Link.graph_write`, before the capture.
@@ -56,6 +60,8 @@ class GraphWrite:
     - Launch it once, outside any graph, to load its kernel; `Link.graph_write` has done so.
     - It ends with `close`, with its link, or when a region it touches is taken back: from then on
       replays move nothing, and those that run have ended. It keeps the local cache in use until then.
+    - What a launched one needs on the GPU, and 256 KiB of pinned memory, stay for the life of the
+      process: a graph may be replayed long after. Make few, and keep them.
 
     Thread-safe but for `launch`.
 
@@ -99,6 +105,7 @@ class GraphWrite:
             log=self._rows.data_ptr(),
         )
         self._copy.load(self._src_ids.dtype, self._dst_ids.dtype, len(self._src_ids), graph=True)
+        self._launched = False
         self._closing = False
         self._closed = threading.Event()
         transfer.on_stop = self._close_soon
@@ -135,6 +142,9 @@ class GraphWrite:
             if stream is None
             else stream.cuda_stream
         )
+        if not self._launched:
+            self._launched = True
+            _in_graphs.append((self._words, self._rows, self._copy))
         cuda = driver()
         cuda.enter(self._device)
         try:

@@ -129,7 +129,7 @@ class Lane:
         self._flights: collections.deque[_Flight] = collections.deque()
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._asleep = False
-        self._free = {FEWEST_WORDS: Scratch.several(device, AHEAD, FEWEST_WORDS)}
+        self._free = {FEWEST_WORDS: Scratch.several(self.stream, AHEAD, FEWEST_WORDS)}
         self._flags = Flag.several(AHEAD)
         self._idle_events = idle_events(device)
         self._mark = self._event()
@@ -372,7 +372,7 @@ class Lane:
         size = max(FEWEST_WORDS, 1 << (num_words - 1).bit_length())
         free = self._free.setdefault(size, [])
         if not free:
-            free += Scratch.several(self.device, max(1, AHEAD * FEWEST_WORDS // size), size)
+            free += Scratch.several(self.stream, max(1, AHEAD * FEWEST_WORDS // size), size)
         return free.pop()
 
     def _new_flag(self) -> Flag:

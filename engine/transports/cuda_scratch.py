@@ -33,10 +33,15 @@ class Scratch:
         self._source = pinned.data_ptr()
 
     @classmethod
-    def several(cls, device: int, count: int, num_words: int) -> list[Scratch]:
-        """Several of one size, out of one allocation on each side."""
+    def several(cls, stream: torch.cuda.Stream, count: int, num_words: int) -> list[Scratch]:
+        """Several of one size for one stream, out of one allocation on each side.
+
+        torch's allocator hands out what the stream that asks has freed but not finished with: asked
+        on another one, its pending kernels would write over the ids that this stream uploads.
+        """
         pinned = torch.empty((count, num_words), dtype=torch.int64, pin_memory=True)
-        there = torch.empty((count, num_words), dtype=torch.int64, device=device)
+        with torch.cuda.stream(stream):
+            there = torch.empty((count, num_words), dtype=torch.int64, device=stream.device)
         return [cls(*halves) for halves in zip(pinned, there, strict=True)]
 
     def upload(self, num_words: int, stream: int) -> None:
