@@ -130,9 +130,9 @@ class Conversion:
         check_move(plan, move)
         self._submitter, self._operation, self._plan, self._imm = submitter, operation, plan, imm
         self._workplaces = workplaces
-        self._copiers = submitter.link.core.copiers
+        self._copiers = submitter.context.core.copiers
         self._deadline_s = time.monotonic() + timeout_s
-        peer = submitter.link.peer.name
+        peer = submitter.context.peer.name
         self.ticket = Ticket(
             operation, peer=peer, imm=imm, timeout_s=timeout_s, stop_hook=self.stop
         )
@@ -151,7 +151,7 @@ class Conversion:
         if self._computed is None:
             self._begin()
         else:
-            self._submitter.link.core.gate.when(self._computed, self._begin, self.stop)
+            self._submitter.context.core.gate.when(self._computed, self._begin, self.stop)
         return self.ticket
 
     def _begin(self) -> None:

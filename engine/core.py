@@ -9,13 +9,10 @@ from .paths import Paths
 from .staging import StagingMeter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from .copiers import Copiers
     from .counters import CounterTable
     from .device_counters import DeviceCounters
     from .handshake import Identity
-    from .link import Link
     from .memory import RegionTable
     from .progress import Progress
     from .stream_gate import StreamGate
@@ -29,7 +26,6 @@ class EngineCore:
     Attributes:
         verify: whether every chunk's checksum is compared before it is counted.
         peer_timeout_s: silence after which a peer is lost.
-        forget: called when a link has quiesced.
         device_counters: this engine's counters in GPU memory.
         gate: holds staged transfers back until the compute before them is done.
         nics: the RDMA devices that it may use.
@@ -45,7 +41,6 @@ class EngineCore:
     copiers: Copiers
     verify: bool
     peer_timeout_s: float
-    forget: Callable[[Link], None]
     device_counters: DeviceCounters
     gate: StreamGate
     nics: Nics

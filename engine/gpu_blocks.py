@@ -37,7 +37,7 @@ class GpuBlocks:
         self._submitter = submitter
         self._path = submitter.path
         self._table = submitter.table
-        self._peer = submitter.link.peer.name
+        self._peer = submitter.context.peer.name
 
     def copy(
         self,

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 from . import wire
 from .errors import EngineError, OutOfRange
+from .link_errors import refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .link import Link
+    from .link_context import LinkContext
     from .memory import MemoryRegion, RegionDescriptor
     from .transports.base import Transfer
 
@@ -27,8 +28,14 @@ if TYPE_CHECKING:
 class Grants:
     """Both ends of one link's grants: what the peer granted here, and what was granted to it."""
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
+    def __init__(
+        self,
+        context: LinkContext,
+        granted: Callable[[RegionDescriptor, tuple[int, ...]], None],
+    ) -> None:
+        """`granted` is told of each region that the peer lets this end reach, and its keys."""
+        self._context = context
+        self._tell_granted = granted
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._granted: set[RegionDescriptor] = set()
@@ -56,7 +63,7 @@ class Grants:
                     wire.Claim(number, region.region_id, region.key, region.address, region.nbytes)
                 )
         for claim in claims:
-            self._link.send(claim)
+            self._context.send(claim)
         return False
 
     def has(self, regions: tuple[RegionDescriptor, ...]) -> bool:
@@ -76,7 +83,7 @@ class Grants:
             waiting = [transfer for transfer, missing in self._parked if region in missing]
             granted = not answer.error and region.region_id not in revoked
             if granted:
-                self._link._path.granted(region, answer.keys)
+                self._tell_granted(region, answer.keys)
                 self._granted.add(region)
                 for _, missing in self._parked:
                     missing.discard(region)
@@ -87,7 +94,9 @@ class Grants:
                 self._parked = [entry for entry in self._parked if region not in entry[1]]
         if answer.error:
             for transfer in waiting:
-                transfer.stop(self._link.refusal(transfer, answer.error, answer.reason))
+                transfer.stop(
+                    refused(transfer, answer.error, answer.reason, peer=self._context.peer.name)
+                )
         return ready
 
     def drop(self, region_id: int) -> None:
@@ -110,7 +119,7 @@ class Grants:
         Args:
             register: makes the region reachable, and returns the keys that the peer needs for it.
         """
-        table = self._link.core.regions
+        table = self._context.core.regions
         try:
             region = table.admit(claim.region, claim.key)
             # Noted first: `deregister` closes the region, then asks whom it was lent to.
@@ -129,7 +138,7 @@ class Grants:
             answer = wire.Granted(claim.claim, type(error).__name__, error.message)
         else:
             answer = wire.Granted(claim.claim, keys=keys)
-        self._link.send(answer)
+        self._context.send(answer)
 
     def lent(self, region_id: int) -> bool:
         """Whether the peer may be using the region."""

@@ -22,6 +22,7 @@ from .errors import EngineError, LinkClosed
 from .failure_detector import FailureDetector
 from .gpu_blocks import GpuBlocks
 from .grants import Grants
+from .link_context import LinkContext
 from .link_messages import LinkMessages
 from .planned_transfers import PlannedTransfers
 from .revocation import Revocation
@@ -79,18 +80,24 @@ class Link:
         self.token_id = b""
         self.quiesced = Ticket("quiesce", peer=peer.name)
         self.down = Ticket("link", peer=peer.name)
+        context = LinkContext(
+            core, peer, transport, self.send, self.fail, self.suspect, self.down, self.quiesced
+        )
         self._path = make_path(self)
-        self._grants = Grants(self)
-        self._table = TransferTable(peer.name, self._grants)
-        self._revocation = Revocation(self, self._path, self._table, self._grants)
-        self._submitter = Submitter(self, self._path, self._table, self._grants, self._revocation)
-        workplaces = Workplaces(self)
+        self._grants = Grants(context, self._path.granted)
+        self._table = TransferTable(peer.name, self._grants.has)
+        self._revocation = Revocation(context, self._path, self._table, self._grants)
+        self._submitter = Submitter(
+            context, self._path, self._table, self._grants, self._revocation
+        )
+        workplaces = Workplaces(context)
         self._gpu_blocks = GpuBlocks(self._submitter)
         self._planned = PlannedTransfers(self._submitter, self._gpu_blocks, workplaces)
         self._channel = ControlChannel(sock, core.progress, peer.name, self.fail)
         self._detector = FailureDetector(core, peer, send=self._channel.send, fail=self.fail)
         self._teardown = Teardown(
-            self,
+            context,
+            self._lost,
             self._path,
             self._table,
             self._grants,
@@ -462,9 +469,13 @@ class Link:
 
     # What its parts and those of the engine call.
 
-    def _down_error(self, operation: str) -> EngineError:
+    def down_error(self, operation: str) -> EngineError:
         """The link's error again, for an operation that came after it."""
         return self._table.down_error(operation)
+
+    def _lost(self) -> None:
+        """No counter waits for this link any more."""
+        self.core.counters.source_lost(self, self._counter_error)
 
     def _counter_error(self, imm: int) -> EngineError:
         """The same, for a counter that it writes to."""

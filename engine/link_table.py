@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .errors import DeadlineExceeded, LinkClosed
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from .core import EngineCore
     from .handshake import Identity
+    from .tickets import Ticket
     from .transports.verbs_meeting import Meeting
 
 
@@ -75,6 +77,7 @@ class LinkTable:
             link.token_id = opener
             link.start()
             self._links.append(link)
+            link.quiesced.add_done_callback(partial(self._quiesced, link))
             self._lock.notify_all()
         return link
 
@@ -101,8 +104,10 @@ class LinkTable:
                         operation="accept",
                     )
 
-    def forget(self, link: Link) -> None:
-        """A link has quiesced."""
+    def _quiesced(self, link: Link, ticket: Ticket) -> None:
+        """Forgets a link that nothing can reach any more."""
+        if ticket.exception() is not None:
+            return  # the engine was closed first
         with self._lock:
             if link in self._links:
                 self._links.remove(link)

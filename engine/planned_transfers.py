@@ -40,7 +40,7 @@ class PlannedTransfers:
         self._gpu_blocks = gpu_blocks
         self._path = submitter.path
         self._table = submitter.table
-        self._peer = submitter.link.peer.name
+        self._peer = submitter.context.peer.name
 
     def move_blocks(
         self,

@@ -16,7 +16,7 @@ from .wire import Revoke, Revoked
 
 if TYPE_CHECKING:
     from .grants import Grants
-    from .link import Link
+    from .link_context import LinkContext
     from .transfer_table import TransferTable
     from .transports.base import DataPath, Transfer
 
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 class Revocation:
     """Both ends of one link's revocations."""
 
-    def __init__(self, link: Link, path: DataPath, table: TransferTable, grants: Grants) -> None:
-        self._link = link
+    def __init__(
+        self, context: LinkContext, path: DataPath, table: TransferTable, grants: Grants
+    ) -> None:
+        self._context = context
         self._path = path
         self._table = table
         self._grants = grants
@@ -39,12 +41,12 @@ class Revocation:
         Raises:
             DeadlineExceeded: it did not answer, and its process lives.
         """
-        quiesced = self._link.quiesced
+        quiesced = self._context.quiesced
         if not self._grants.lent(region_id) or quiesced.done():
             return
         answered = self._asked.setdefault(region_id, threading.Event())
         quiesced.add_done_callback(lambda _: answered.set())
-        self._link.send(Revoke(region_id))
+        self._context.send(Revoke(region_id))
         if answered.wait(max(0.0, deadline_s - time.monotonic())):
             self._asked.pop(region_id, None)
         else:
@@ -52,7 +54,7 @@ class Revocation:
                 f"the peer may still write into region {region_id}: its memory is kept until the "
                 "peer's process ends",
                 operation="deregister",
-                peer=self._link.peer.name,
+                peer=self._context.peer.name,
             )
 
     def answered(self, region_id: int) -> None:
@@ -73,7 +75,7 @@ class Revocation:
                 region_taken_back(
                     region_id,
                     operation=transfer.ticket.operation,
-                    peer=self._link.peer.name,
+                    peer=self._context.peer.name,
                     imm=transfer.imm,
                 )
             )
@@ -88,4 +90,4 @@ class Revocation:
     def _confirm(self, region_id: int) -> None:
         if not self._table.uses(region_id):
             self._path.forget(region_id)
-            self._link.send(Revoked(region_id))
+            self._context.send(Revoked(region_id))

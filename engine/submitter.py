@@ -16,6 +16,7 @@ from .errors import NotRegistered, PeerLost
 from .memory import MemoryRegion, RegionDescriptor, check_ranges
 from .tickets import DEFAULT_TIMEOUT_S, Ticket
 from .transports.base import Transfer
+from .wire import Abort
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from .bound_pieces import BoundPieces, Offsets
     from .grants import Grants
-    from .link import Link
+    from .link_context import LinkContext
     from .memory import RegisteredCache
     from .revocation import Revocation
     from .transfer_plan import TransferPlan
@@ -36,23 +37,23 @@ class Submitter:
     """Begins and ends the transfers of a link. Thread-safe.
 
     Attributes:
-        link, path, table, grants: what it works with.
+        context, path, table, grants: what it works with.
     """
 
     def __init__(
         self,
-        link: Link,
+        context: LinkContext,
         path: DataPath,
         table: TransferTable,
         grants: Grants,
         revocation: Revocation,
     ) -> None:
-        self.link = link
+        self.context = context
         self.path = path
         self.table = table
         self.grants = grants
         self._revocation = revocation
-        self._peer = link.peer
+        self._peer = context.peer
         # The regions of plans that have been checked and granted: looked at once, not each time.
         self._passed: dict[int, tuple[RegionDescriptor, ...]] = {}
 
@@ -178,7 +179,7 @@ class Submitter:
         kinds |= {region.kind for region in remote_regions}
         for kind in kinds - self.path.kinds:
             raise NotRegistered(
-                f"a {self.link.transport} link does not move {kind} memory: register GPU memory "
+                f"a {self.context.transport} link does not move {kind} memory: register GPU memory "
                 "before connect(), or name the transport there",
                 operation=operation,
                 peer=self._peer.name,
@@ -194,7 +195,7 @@ class Submitter:
 
     def ask_leave(self, plan: TransferPlan) -> None:
         """Waits until the peer has let this link reach a plan's regions, if it has to be asked."""
-        if not self.copies_on_gpu(plan) or self.link.core.progress.on_thread:
+        if not self.copies_on_gpu(plan) or self.context.core.progress.on_thread:
             return
         self.submit(
             "prepare",
@@ -217,7 +218,7 @@ class Submitter:
             return
         error = transfer.stopped
         if error is not None and transfer.write and transfer.imm is not None:
-            self.link.abort(transfer.imm, error.message)
+            self.context.send(Abort(transfer.imm, error.message[:1000]))
         if self.table.revoked:
             self._revocation.ended(transfer)
 
@@ -235,7 +236,7 @@ class Submitter:
     def _check_registered(self, operation: str, mine: object, theirs: object) -> None:
         if not isinstance(mine, MemoryRegion):
             problem = f"a {type(mine).__name__} is no region: register() it first"
-        elif mine.descriptor.engine_id != self.link.core.identity.engine_id:
+        elif mine.descriptor.engine_id != self.context.core.identity.engine_id:
             problem = f"region {mine.region_id} is registered with another engine of this process"
         elif not isinstance(theirs, RegionDescriptor):
             problem = (
@@ -247,10 +248,10 @@ class Submitter:
 
     def _expire(self, transfer: Transfer, late_s: float) -> None:
         transfer.ticket._expire()
-        if late_s > self.link.core.peer_timeout_s and self.table.get(transfer.id) is not None:
+        if late_s > self.context.core.peer_timeout_s and self.table.get(transfer.id) is not None:
             # A thread is stuck in it, or the peer never acknowledged: only taking the link down
             # makes its memory safe.
-            self.link.fail(
+            self.context.fail(
                 PeerLost(
                     "the peer did not take a transfer within its deadline",
                     operation=transfer.ticket.operation,

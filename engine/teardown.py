@@ -14,10 +14,12 @@ from .errors import DeadlineExceeded, EngineError, LinkClosed, PeerLost
 from .wire import Bye, ByeToo
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .control_channel import ControlChannel
     from .failure_detector import FailureDetector
     from .grants import Grants
-    from .link import Link
+    from .link_context import LinkContext
     from .transfer_table import TransferTable
     from .transports.base import DataPath
     from .workplaces import Workplaces
@@ -29,7 +31,8 @@ class Teardown:
 
     def __init__(
         self,
-        link: Link,
+        context: LinkContext,
+        lost: Callable[[], None],
         path: DataPath,
         table: TransferTable,
         grants: Grants,
@@ -38,7 +41,8 @@ class Teardown:
         workplaces: Workplaces,
     ) -> None:
         self._workplaces = workplaces
-        self._link = link
+        self._context = context
+        self._lost = lost
         self._path = path
         self._table = table
         self._grants = grants
@@ -53,16 +57,16 @@ class Teardown:
         """Takes the link down; every pending ticket ends. Of several errors the first counts."""
         if not self._table.close(error):
             return
-        link = self._link
-        self._deadline_s = time.monotonic() + link.core.peer_timeout_s
+        context = self._context
+        self._deadline_s = time.monotonic() + context.core.peer_timeout_s
         for transfer in self._table.transfers():
             transfer.stop(self._table.down_error(transfer.ticket.operation))
         for conversion in self._table.conversions():
             conversion.stop(self._table.down_error(conversion.ticket.operation))
-        link.core.counters.source_lost(link, link._counter_error)
+        self._lost()
         self._grants.clear()
         self._path.halt(functools.partial(self._workplaces.halt, self._path_halted))
-        link.down._fail(error)
+        context.down._fail(error)
 
     def tick(self, now: float) -> None:
         """Looks after a link that is down and has not quiesced."""
@@ -81,7 +85,7 @@ class Teardown:
         self._peer_stopped = True
         self._path.drain()
         why = f": {message.reason}" if message.reason else ""
-        self._link.fail(PeerLost(f"the peer closed the link{why}", operation="link"))
+        self._context.fail(PeerLost(f"the peer closed the link{why}", operation="link"))
         if self._halted:
             self._close_channel()  # two goodbyes crossed: neither is answered
 
@@ -95,7 +99,7 @@ class Teardown:
         self._peer_silent = True
         self._channel.unwatch()
         if self._table.error is None:
-            self._link.suspect()
+            self._context.suspect()
         elif self._halted:
             self._close_channel()
 
@@ -106,11 +110,11 @@ class Teardown:
             pass  # it may have finished its work, and said so, just before
         self._path.drain()
         self._peer_stopped = True
-        self._link.fail(
+        self._context.fail(
             PeerLost(
                 "the peer's process has ended",
                 operation="link",
-                peer=self._link.peer.name,
+                peer=self._context.peer.name,
                 process_gone=True,
             )
         )
@@ -124,11 +128,11 @@ class Teardown:
         """
         self._close_channel()
         self._detector.close()
-        self._link.quiesced._fail(
+        self._context.quiesced._fail(
             DeadlineExceeded(
                 "this engine was closed while the peer could still reach its memory",
                 operation="quiesce",
-                peer=self._link.peer.name,
+                peer=self._context.peer.name,
             )
         )
 
@@ -161,5 +165,4 @@ class Teardown:
             return  # its process lives and may still copy: wait for the process descriptor
         self._detector.unwatch()
         self._detector.close()
-        if self._link.quiesced._finish(0):
-            self._link.core.forget(self._link)
+        self._context.quiesced._finish(0)

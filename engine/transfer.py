@@ -141,7 +141,6 @@ class TransferEngine:
             copiers=Copiers(identity.name),
             verify=verify,
             peer_timeout_s=peer_timeout_s,
-            forget=self._links.forget,
             device_counters=DeviceCounters(),
             nics=nics_here,
             max_programs=max_programs,

@@ -8,15 +8,26 @@ from __future__ import annotations
 
 import itertools
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import EngineError
 from .link_errors import link_down, region_taken_back
 
 if TYPE_CHECKING:
-    from .conversion import Conversion
-    from .grants import Grants
+    from collections.abc import Callable
+
+    from .memory import RegionDescriptor
+    from .tickets import Ticket
     from .transports.base import Transfer
+
+
+class Stoppable(Protocol):
+    """A transfer that is cut into others."""
+
+    ticket: Ticket
+
+    def stop(self, error: EngineError) -> None:
+        """Begins nothing more, and ends with `error`."""
 
 
 class TransferTable:
@@ -32,16 +43,16 @@ class TransferTable:
             way. By the plan's id and the layers.
     """
 
-    def __init__(self, peer: str, grants: Grants) -> None:
+    def __init__(self, peer: str, granted: Callable[[tuple[RegionDescriptor, ...]], bool]) -> None:
         self.error: EngineError | None = None
         self.numbers = itertools.count(1)
         self.revoked: set[int] = set()
         self.routes: dict[tuple[int, tuple[int, ...] | None], Any] = {}
         self._peer = peer
-        self._grants = grants
+        self._granted = granted
         self._lock = threading.Lock()
         self._transfers: dict[int, Transfer] = {}
-        self._conversions: set[Conversion] = set()
+        self._conversions: set[Stoppable] = set()
 
     def get(self, number: int) -> Transfer | None:
         """The transfer of this number, if it has not ended."""
@@ -51,7 +62,7 @@ class TransferTable:
         """All that have not ended."""
         return list(self._transfers.values())
 
-    def conversions(self) -> list[Conversion]:
+    def conversions(self) -> list[Stoppable]:
         """All that have not ended."""
         return list(self._conversions)
 
@@ -101,7 +112,7 @@ class TransferTable:
                 if not granted:
                     if self.revoked:
                         self._check_revoked(transfer)
-                    granted = self._grants.has(remote)
+                    granted = self._granted(remote)
                     if granted:
                         self.routes[route.key] = route
                 self._transfers[transfer.id] = transfer
@@ -110,7 +121,7 @@ class TransferTable:
             raise
         return granted
 
-    def add_conversion(self, conversion: Conversion) -> None:
+    def add_conversion(self, conversion: Stoppable) -> None:
         """Takes in a transfer that is cut into others. It keeps its local memory in use itself.
 
         Raises:
@@ -130,7 +141,7 @@ class TransferTable:
             region.release()
         return True
 
-    def remove_conversion(self, conversion: Conversion) -> None:
+    def remove_conversion(self, conversion: Stoppable) -> None:
         """It has ended."""
         self._conversions.discard(conversion)
 

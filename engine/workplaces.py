@@ -16,7 +16,7 @@ from .workplace import HostWorkplace, Workplace
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .link import Link
+    from .link_context import LinkContext
 
 
 class Workplaces:
@@ -26,9 +26,9 @@ class Workplaces:
         workers: the threads that convert; none enters once the link goes down.
     """
 
-    def __init__(self, link: Link) -> None:
-        self.workers = Workers(link, "converting")
-        self._link = link
+    def __init__(self, context: LinkContext) -> None:
+        self.workers = Workers(context, "converting")
+        self._max_programs = context.core.max_programs
         self._lock = threading.Lock()
         self._idle: dict[int, list[Workplace]] = {}
         self._closed = False
@@ -46,7 +46,7 @@ class Workplaces:
             idle = self._idle.get(device)
             if idle:
                 return idle.pop()
-        place = new_workplace(device, self._link.core.max_programs)
+        place = new_workplace(device, self._max_programs)
         self._on_gpu |= not isinstance(place, HostWorkplace)
         return place
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import abc
 import threading
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -27,11 +27,13 @@ if TYPE_CHECKING:
 
     from ..block_ids import CheckedIds
     from ..bound_pieces import BoundPieces
+    from ..core import EngineCore
+    from ..handshake import Identity
     from ..memory import MemoryRegion, RegionDescriptor, RegisteredCache
     from ..tickets import Ticket
     from ..token_move import TokenMove
     from ..transfer_plan import TransferPlan
-    from ..wire import LinkMessage
+    from ..wire import Claim, LinkMessage
 
 
 class Availability(NamedTuple):
@@ -56,6 +58,55 @@ class RailState(NamedTuple):
     sent_nbytes: int
     received_nbytes: int
     error: EngineError | None
+
+
+class PathHost(Protocol):
+    """What a data path may ask of its link."""
+
+    core: EngineCore
+    peer: Identity
+
+    @property
+    def closed(self) -> bool:
+        """Whether the link is down."""
+
+    def transfer(self, number: int) -> Transfer | None:
+        """The transfer of this number, if it has not ended."""
+
+    def grant(self, claim: Claim, register: Callable[[MemoryRegion], tuple[int, ...]]) -> None:
+        """Answers a peer that asks for leave to reach a region."""
+
+    def has_leave(self, regions: tuple[RegionDescriptor, ...]) -> bool:
+        """Whether the peer has granted all of these regions."""
+
+    def heard(self) -> None:
+        """The peer gave a sign of life."""
+
+    def count(
+        self, imm: int, nbytes: int, writes: int, *, write_nbytes: int = 0, staged: bool = False
+    ) -> None:
+        """Counts bytes of the peer's that are visible here."""
+
+    def reject(self, transfer: int, imm: int | None, error: EngineError, *, first: int = 0) -> None:
+        """Refuses part of a peer's write: both ends' tickets end."""
+
+    def refusal(self, transfer: Transfer, error: str, reason: str) -> EngineError:
+        """The error for a transfer that the peer refused."""
+
+    def abort(self, imm: int, reason: str) -> None:
+        """Tells the peer that this imm's counter will never reach its total."""
+
+    def send(self, message: LinkMessage) -> None:
+        """Sends a control message; never blocks."""
+
+    def fail(self, error: EngineError) -> None:
+        """Takes the link down."""
+
+    def suspect(self) -> None:
+        """A socket ended without goodbye."""
+
+    def down_error(self, operation: str) -> EngineError:
+        """The link's error again, for an operation that came after it."""
 
 
 class Transfer:

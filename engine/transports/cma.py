@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     import torch
 
     from ..bound_template import BoundBlocks, BoundTemplate, Column, Share
-    from ..link import Link
     from ..transfer_plan import TransferPlan
+    from .base import PathHost
 
 # A transfer is cut so that every copier has a share: at most this much, so that a long one stops
 # soon (flat from 2 to 32 MiB), and at least that much, because waking a copier costs 50 microseconds.
@@ -139,7 +139,7 @@ class CmaPath(DataPath):
     kinds = frozenset({"host", "cuda"})
     asks_leave = True
 
-    def __init__(self, link: Link, pid: int) -> None:
+    def __init__(self, link: PathHost, pid: int) -> None:
         self._link = link
         self._staging = SharedStaging(link, pid)
         self._pid = pid

@@ -15,8 +15,7 @@ from ..errors import Cancelled, DeviceError, EngineError, PlanError
 from ..wire import Arrived
 
 if TYPE_CHECKING:
-    from ..link import Link
-    from .base import Transfer
+    from .base import PathHost, Transfer
     from .cuda_plan import CudaPlan
 
 log = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ class GraphWrite:
 
     def __init__(
         self,
-        link: Link,
+        link: PathHost,
         transfer: Transfer,
         compiled: CudaPlan,
         ids: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
@@ -110,7 +109,7 @@ class GraphWrite:
         self._closed = threading.Event()
         transfer.on_stop = self._close_soon
         if not transfer.begin():
-            raise link._down_error("graph_write")
+            raise link.down_error("graph_write")
 
     def __enter__(self) -> GraphWrite:
         return self

@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
     from ...kernels.signal import Signal
     from ..block_ids import CheckedIds
-    from ..link import Link
     from ..memory import MemoryRegion, RegionDescriptor, RegisteredCache
     from ..token_move import TokenMove
     from ..transfer_plan import TransferPlan
     from ..wire import LinkMessage
+    from .base import PathHost
     from .cuda_graph import GraphWrite
     from .cuda_lane import Lane, Launched
     from .cuda_plan import CudaPlan
@@ -97,7 +97,7 @@ class CudaIpcPath(DataPath):
     asks_leave = True
     kinds = frozenset({"host", "cuda"})
 
-    def __init__(self, link: Link, pid: int) -> None:
+    def __init__(self, link: PathHost, pid: int) -> None:
         self._link = link
         self._host = CmaPath(link, pid)
         self._mappings = PeerMappings(link.peer.name, pid)

@@ -14,8 +14,8 @@ from ..errors import EngineError, TransportUnavailable
 
 if TYPE_CHECKING:
     from ..cuda_memory import PeerMappings
-    from ..link import Link
     from ..memory import MemoryRegion, RegionDescriptor, RegisteredCache
+    from .base import PathHost
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ _MOST_REMEMBERED = 4096
 class PeerReach:
     """What is known of one link's peer. Thread-safe."""
 
-    def __init__(self, link: Link, mappings: PeerMappings) -> None:
+    def __init__(self, link: PathHost, mappings: PeerMappings) -> None:
         self._link = link
         self._mappings = mappings
         self._known: dict[tuple[int, int], tuple[object, str]] = {}

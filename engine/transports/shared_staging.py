@@ -29,10 +29,9 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from ..link import Link
     from ..tickets import Ticket
     from ..wire import LinkMessage
-    from .base import Transfer
+    from .base import PathHost, Transfer
 
 # Two H200s, 1 GiB of 32 KiB pieces, GB/s by slots and their size: 4 of 32 MiB 35, 8 of 16 MiB 40, 12 of
 # 16 MiB 41, 12 of 24 MiB 43, 16 of 8 MiB 23. A part costs each side 0.3 ms in Python, and a slot goes
@@ -75,7 +74,7 @@ class _Scattered(NamedTuple):
 class SharedStaging:
     """Both directions of one link. Its two threads start with the first transfer that needs them."""
 
-    def __init__(self, link: Link, pid: int) -> None:
+    def __init__(self, link: PathHost, pid: int) -> None:
         self._link = link
         self._pid = pid
         self._lock = threading.Lock()

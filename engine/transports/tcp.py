@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ..link import Link
+    from .base import PathHost
 
 DEFAULT_RAILS = 2  # 32 KiB pieces on two cores, loopback: 1 rail 2.6 GB/s, 2 rails 3.0, 4 rails 3.0
 
@@ -68,7 +68,7 @@ class TcpPath(DataPath):
 
     kinds = frozenset({"host", "cuda"})
 
-    def __init__(self, link: Link, rails: list[socket.socket]) -> None:
+    def __init__(self, link: PathHost, rails: list[socket.socket]) -> None:
         self._link = link
         self._rails = rails
         self._queue: queue.SimpleQueue[tuple[Transfer, slice] | Reply | None] = queue.SimpleQueue()

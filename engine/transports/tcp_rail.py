@@ -26,10 +26,9 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
-    from ..link import Link
     from ..staging import Moved
     from ..tickets import Ticket
-    from .base import Transfer
+    from .base import PathHost, Transfer
     from .tcp import TcpPath
 
     Placed = Callable[[EngineError | None, bool], None]  # why not, and whether through staging
@@ -67,7 +66,7 @@ class _Frame(NamedTuple):
 class _Rings:
     """One thread's staging: a ring for each device whose pieces it has staged."""
 
-    def __init__(self, link: Link, count: int) -> None:
+    def __init__(self, link: PathHost, count: int) -> None:
         self._link = link
         self._count = count
         self._rings: dict[int, Ring] = {}
@@ -109,7 +108,7 @@ class Sender:
     def __init__(
         self,
         path: TcpPath,
-        link: Link,
+        link: PathHost,
         rail: socket.socket,
         items: queue.SimpleQueue[tuple[Transfer, slice] | Reply | None],
     ) -> None:
@@ -236,7 +235,7 @@ class Sender:
 class Receiver:
     """The thread that receives."""
 
-    def __init__(self, path: TcpPath, link: Link, rail: socket.socket) -> None:
+    def __init__(self, path: TcpPath, link: PathHost, rail: socket.socket) -> None:
         self._path = path
         self._link = link
         self._rail = rail

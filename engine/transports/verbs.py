@@ -58,10 +58,10 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ..link import Link
     from ..memory import RegionDescriptor
     from ..transfer_plan import TransferPlan
     from ..wire import LinkMessage
+    from .base import PathHost
     from .verbs_device import Device
     from .verbs_meeting import Meeting
     from .verbs_rail import Rail
@@ -114,7 +114,7 @@ class VerbsPath(DataPath):
     asks_leave = True
     kinds = frozenset({"host", "cuda"})
 
-    def __init__(self, link: Link, meeting: Meeting) -> None:
+    def __init__(self, link: PathHost, meeting: Meeting) -> None:
         self.link = link
         self.rails = meeting.rails
         self.dialed = meeting.dialed

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from .. import iovec
-    from ..link import Link
     from ..staging import Mover
+    from .base import PathHost
     from .verbs_staging import Slots
 
     Bytes = npt.NDArray[np.uint8]
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 class Movers:
     """Who copies for one link: the host, and a mover for each GPU. Thread-safe, but for `close`."""
 
-    def __init__(self, link: Link, slots: Slots) -> None:
+    def __init__(self, link: PathHost, slots: Slots) -> None:
         self._link = link
         self._slots = slots
         self._lock = threading.Lock()

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ..errors import EngineError, LinkError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..link import Link
-
 log = logging.getLogger(__name__)
+
+
+class Breakable(Protocol):
+    """What workers may do to their link."""
+
+    def fail(self, error: EngineError, /) -> None:
+        """Takes it down."""
+
+    def suspect(self) -> None:
+        """The peer may be gone."""
 
 
 class Workers:
     """Who works on a path's memory. Thread-safe."""
 
     def __init__(
-        self, link: Link, what: str, *, disconnected: tuple[type[Exception], ...] = ()
+        self, link: Breakable, what: str, *, disconnected: tuple[type[Exception], ...] = ()
     ) -> None:
         """`what`: a worker, for people. `disconnected`: what means that the peer may be gone."""
         self._link = link
@@ -81,7 +89,7 @@ class Workers:
 
 
 def guard(
-    link: Link,
+    link: Breakable,
     what: str,
     work: Callable[[], None],
     disconnected: tuple[type[Exception], ...] = (),
