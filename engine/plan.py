@@ -15,6 +15,7 @@ import numpy as np
 
 from .block_tables import check_distinct, check_ids
 from .errors import LayoutError, PlanError
+from .pieces import Pieces
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,9 +23,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from .layout import GroupLayout, KVLayout, RegionLayout
+    from .reblock import TokenPlan
 
-    Heads = tuple[int, int]  # the model's that a region holds, first and stop
     BlockIds = Sequence[int] | npt.NDArray[np.integer]
     Ids = list[int] | npt.NDArray[np.int64]  # checked and ordered; a few may be a list
 
@@ -35,21 +35,6 @@ FEW_IDS = 32
 
 # Marking each block of the cache finds doubled ids in half the time of a sort, up to such a cache.
 _MARKS_A_BLOCK, _FEWEST_MARKS = 32, 1 << 14
-
-
-class Pieces(NamedTuple):
-    """Pieces as columns; row i moves `nbytes[i]` bytes. Regions are positions in the layouts."""
-
-    src_region: npt.NDArray[np.int64]
-    src_offset: npt.NDArray[np.int64]
-    dst_region: npt.NDArray[np.int64]
-    dst_offset: npt.NDArray[np.int64]
-    nbytes: npt.NDArray[np.int64]
-
-    @property
-    def total_nbytes(self) -> int:
-        """Bytes of all pieces together."""
-        return int(self.nbytes.sum())
 
 
 class Template(NamedTuple):
@@ -81,46 +66,40 @@ class Template(NamedTuple):
 class Plan:
     """How blocks of `src` become blocks of `dst`. Immutable; safe to use from any thread.
 
-    Both layouts must describe the same model with equal block sizes. Heads may be a slice: what
-    both sides hold is moved. Planes, heads and tokens may lie in any order on either side.
+    Args:
+        tokens: how the two layouts go together.
 
     Raises:
-        LayoutError: the two layouts cannot be reconciled; names the axis and both values.
+        LayoutError: blocks do not pair one to one; says why.
     """
 
-    def __init__(self, src: KVLayout, dst: KVLayout) -> None:
-        _check_pair(src, dst)
-        self.src = src
-        self.dst = dst
-        self._templates: dict[tuple[int, tuple[int, ...] | None], Template] = {}
-        self._block_nbytes: dict[tuple[int, tuple[int, ...] | None], int] = {}
-        self._finest_nbytes: dict[tuple[int, tuple[int, ...] | None], int] = {}
-        self.layers = tuple(sorted(set(src.layers) & set(dst.layers)))
-        self._limits = [  # of the ids of each group, at source and destination
-            tuple(
-                layout.regions[layout.groups[group].regions[0]].num_slots for layout in (src, dst)
-            )
-            for group in range(len(dst.groups))
-        ]
-        for group in range(len(dst.groups)):
-            self._template(group, None)
+    def __init__(self, tokens: TokenPlan) -> None:
+        if tokens.unpaired:
+            raise LayoutError(tokens.unpaired, operation="plan")
+        self.src, self.dst = tokens.src, tokens.dst
+        self._tokens = tokens
+        self._templates: dict[tuple[int, ...] | None, Template] = {}
+        self._block_nbytes: dict[tuple[int, ...] | None, int] = {}
+        self._finest_nbytes: dict[tuple[int, ...] | None, int] = {}
+        self.layers = tokens.layers
+        pair = tokens.pairs[0]
+        self._limits = pair.src_slots, pair.dst_slots  # of the ids at source and destination
+        self._template(None)
 
-    def nbytes(
-        self, num_blocks: int, *, layers: Sequence[int] | None = None, group: int = 0
-    ) -> int:
+    def nbytes(self, num_blocks: int, *, layers: Sequence[int] | None = None) -> int:
         """Bytes that `num_blocks` blocks take: what a counter must reach. Reads no block ids."""
-        key = (group, _layer_key(layers))
+        key = _layer_key(layers)
         block_nbytes = self._block_nbytes.get(key)
         if block_nbytes is None:
-            block_nbytes = self._block_nbytes[key] = int(self._template(*key).nbytes.sum())
+            block_nbytes = self._block_nbytes[key] = int(self._template(key).nbytes.sum())
         return block_nbytes * num_blocks
 
-    def finest_nbytes(self, *, layers: Sequence[int] | None = None, group: int = 0) -> int:
+    def finest_nbytes(self, *, layers: Sequence[int] | None = None) -> int:
         """Bytes of the smallest piece of a block."""
-        key = (group, _layer_key(layers))
+        key = _layer_key(layers)
         finest = self._finest_nbytes.get(key)
         if finest is None:
-            nbytes = self._template(*key).nbytes
+            nbytes = self._template(key).nbytes
             finest = self._finest_nbytes[key] = int(nbytes.min()) if len(nbytes) else 0
         return finest
 
@@ -130,7 +109,6 @@ class Plan:
         dst_block_ids: BlockIds,
         *,
         layers: Sequence[int] | None = None,
-        group: int = 0,
     ) -> Pieces:
         """The pieces that move `src_block_ids[i]` into `dst_block_ids[i]`, for all i.
 
@@ -138,13 +116,12 @@ class Plan:
             src_block_ids, dst_block_ids: equally many block ids, any order; the destinations
                 must differ from each other, a source may be read several times.
             layers: global layer indices to move; all that both sides hold, if not given.
-            group: position in the layouts' `groups`.
 
         Raises:
             BlockOutOfRange, OverlappingBlocks, PlanError: before anything is computed.
         """
-        ids = self.check_ids(src_block_ids, dst_block_ids, group)
-        return self.multiply(*ids, layers=layers, group=group)
+        ids = self.check_ids(src_block_ids, dst_block_ids)
+        return self.multiply(*ids, layers=layers)
 
     def multiply(
         self,
@@ -152,10 +129,9 @@ class Plan:
         dst_ids: npt.NDArray[np.int64],
         *,
         layers: Sequence[int] | None = None,
-        group: int = 0,
     ) -> Pieces:
         """`pieces` for ids that `check_ids` has checked and ordered."""
-        template = self._template(group, _layer_key(layers))
+        template = self._template(_layer_key(layers))
         if not len(dst_ids):
             empty = np.zeros(0, np.int64)
             return Pieces(empty, empty, empty, empty, empty)
@@ -171,15 +147,14 @@ class Plan:
         )
         return Pieces(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
-    def template(self, *, layers: Sequence[int] | None = None, group: int = 0) -> Template:
+    def template(self, *, layers: Sequence[int] | None = None) -> Template:
         """The pieces of one block, for a transport that multiplies them out by itself."""
-        return self._template(group, _layer_key(layers))
+        return self._template(_layer_key(layers))
 
     def check_ids(
         self,
         src_block_ids: BlockIds,
         dst_block_ids: BlockIds,
-        group: int = 0,
         *,
         ordered: bool = True,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -198,11 +173,11 @@ class Plan:
         if not len(dst_ids):
             return src_ids, dst_ids
         if len(dst_ids) <= FEW_IDS:
-            few = self._order_few(src_ids, dst_ids, group)
+            few = self._order_few(src_ids, dst_ids)
             if few is not None:
                 return few
         for side, ids, limit in zip(
-            ("source", "destination"), (src_ids, dst_ids), self._limits[group], strict=True
+            ("source", "destination"), (src_ids, dst_ids), self._limits, strict=True
         ):
             if int(ids.view(np.uint64).max()) >= limit:  # a negative id is a huge one
                 check_ids(side, ids, limit, None)
@@ -221,23 +196,21 @@ class Plan:
         return src_ids, dst_ids
 
     def _order_few(
-        self, src_ids: npt.NDArray[np.int64], dst_ids: npt.NDArray[np.int64], group: int
+        self, src_ids: npt.NDArray[np.int64], dst_ids: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None:
         """What `check_ids` does, for a few ids; None if anything is wrong with them."""
         dst = dst_ids.tolist()
-        few = self.order_few(src_ids.tolist(), dst, group)
+        few = self.order_few(src_ids.tolist(), dst)
         if few is None:
             return None
         if few[1] is dst:
             return src_ids, dst_ids
         return np.array(few[0], np.int64), np.array(few[1], np.int64)
 
-    def order_few(
-        self, src: list[int], dst: list[int], group: int = 0
-    ) -> tuple[list[int], list[int]] | None:
+    def order_few(self, src: list[int], dst: list[int]) -> tuple[list[int], list[int]] | None:
         """A few ids, ordered as by `check_ids`, as the same lists if they were; None if anything is
         wrong with them, which `check_ids` says."""
-        limits = self._limits[group]
+        limits = self._limits
         if not dst or len(src) != len(dst):
             return None
         if min(src) < 0 or max(src) >= limits[0] or min(dst) < 0 or max(dst) >= limits[1]:
@@ -250,21 +223,10 @@ class Plan:
         pairs = sorted(zip(dst, src, strict=True))
         return [src_id for _, src_id in pairs], ordered
 
-    def _template(self, group: int, layers: tuple[int, ...] | None) -> Template:
-        key = (group, layers)
-        template = self._templates.get(key)
+    def _template(self, layers: tuple[int, ...] | None) -> Template:
+        template = self._templates.get(layers)
         if template is None:
-            if not 0 <= group < len(self.dst.groups):
-                raise PlanError(
-                    f"group {group} is not in a layout of {len(self.dst.groups)} groups",
-                    operation="plan",
-                )
-            missing = set(layers or ()) - set(self.layers)
-            if missing:
-                raise PlanError(f"layer {min(missing)} is not held by both sides", operation="plan")
-            wanted = self.layers if layers is None else layers
-            template = _make_template(self.src, self.dst, group, wanted)
-            self._templates[key] = template
+            template = self._templates[layers] = _make_template(self._tokens, layers)
         return template
 
 
@@ -334,106 +296,32 @@ def _spread(
     )
 
 
-def _differ(what: str, left: object, right: object) -> None:
-    if left != right:
-        raise LayoutError(
-            f"{what} differs: source has {left}, destination has {right}", operation="plan"
-        )
-
-
-def _planes(layout: KVLayout, group: GroupLayout) -> list[str]:
-    return sorted({plane for index in group.regions for plane in layout.regions[index].planes})
-
-
-def _check_regions(
-    src: KVLayout, left: RegionLayout, right: RegionLayout, held: tuple[Heads, Heads]
-) -> None:
-    """Every region for itself: what a peer says of its first one need not hold for the others."""
-    _differ("block size in tokens", left.tokens_per_slot, right.tokens_per_slot)
-    _differ("element size in bytes", left.elem_bytes, right.elem_bytes)
-    (src_first, src_stop), (dst_first, dst_stop) = held
-    if max(src_first, dst_first) >= min(src_stop, dst_stop):
-        raise LayoutError(
-            f"axis 'head': source holds [{src_first}, {src_stop}) and destination "
-            f"[{dst_first}, {dst_stop}), which have no head in common",
-            operation="plan",
-        )
-    sizes = [
-        {a.name: a.size for a in region.axes if a.name != "head" and a.size > 1}
-        for region in (left, right)
+def _make_template(tokens: TokenPlan, layers: tuple[int, ...] | None) -> Template:
+    """The pieces of one unit of tokens, which is a block here, and of what moves by whole blocks."""
+    src, dst = tokens.src, tokens.dst
+    rows = [
+        row
+        for stop in sorted({0, tokens.pairs[0].unit})
+        for row in tokens.template(0, 0, stop, layers)
     ]
-    for name in sizes[0] | sizes[1]:
-        _differ(f"axis {name!r}", sizes[0].get(name, 1), sizes[1].get(name, 1))
-    for name in src.opaque:
-        axes = [[axis for axis in region.axes if axis.name == name] for region in (left, right)]
-        if axes[0] != axes[1] or (name == "head" and held[0] != held[1]):
-            raise LayoutError(
-                f"axis {name!r} is opaque in codec {src.codec!r}, so it cannot change "
-                f"from {axes[0]} to {axes[1]}",
-                operation="plan",
+    table = np.concatenate(
+        [
+            np.stack(
+                [
+                    row.src_region,
+                    row.src_offset,
+                    row.dst_region,
+                    row.dst_offset,
+                    row.elements * row.bundle.dst_elem,
+                ],
+                axis=1,
             )
-
-
-def _check_pair(src: KVLayout, dst: KVLayout) -> None:
-    _differ("dtype", src.dtype, dst.dtype)
-    _differ("codec", src.codec, dst.codec)
-    _differ("opaque axes", sorted(src.opaque), sorted(dst.opaque))
-    _differ("number of groups", len(src.groups), len(dst.groups))
-    for one, other in zip(src.groups, dst.groups, strict=True):
-        _differ("group kind", one.kind, other.kind)
-        _differ("window", one.window, other.window)
-        _differ("planes", _planes(src, one), _planes(dst, other))
-    if not set(src.layers) & set(dst.layers):
-        raise LayoutError(
-            f"no layer is held by both: source has {src.layers}, destination has {dst.layers}",
-            operation="plan",
-        )
-
-
-def _make_template(src: KVLayout, dst: KVLayout, group: int, layers: tuple[int, ...]) -> Template:
-    where = [
-        {
-            (layer, plane): (
-                index,
-                region.base_offset + i * region.layer_stride + p * region.plane_stride,
-            )
-            for index in layout.groups[group].regions
-            for region in (layout.regions[index],)
-            for i, layer in enumerate(region.layers)
-            for p, plane in enumerate(region.planes)
-        }
-        for layout in (src, dst)
-    ]
-    wanted = set(layers)
-    rows: list[npt.NDArray[np.int64]] = []
-    inner_cache: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
-    for key, (src_index, src_start) in where[0].items():
-        if key[0] not in wanted:
-            continue
-        if key not in where[1]:
-            raise LayoutError(
-                f"plane {key[1]!r} of layer {key[0]} is not in this group at the destination",
-                operation="plan",
-            )
-        dst_index, dst_start = where[1][key]
-        inner = inner_cache.get((src_index, dst_index))
-        if inner is None:
-            regions = src.regions[src_index], dst.regions[dst_index]
-            held = src.region_heads(src_index), dst.region_heads(dst_index)
-            _check_regions(src, *regions, held)
-            inner = _inner_runs(*regions, held)
-            inner_cache[src_index, dst_index] = inner
-        block = np.empty((len(inner), 5), np.int64)
-        block[:, 0], block[:, 2] = src_index, dst_index
-        block[:, 1] = inner[:, 0] + src_start
-        block[:, 3] = inner[:, 1] + dst_start
-        block[:, 4] = inner[:, 2]
-        rows.append(block)
-    table = np.concatenate(rows) if rows else np.zeros((0, 5), np.int64)
+            for row in rows
+        ]
+        or [np.zeros((0, 5), np.int64)]
+    )
     table = table[np.lexsort((table[:, 3], table[:, 1], table[:, 2], table[:, 0]))]
     table = _merge(table)
-    _check_bounds("source", src, table[:, 0], table[:, 1], table[:, 4])
-    _check_bounds("destination", dst, table[:, 2], table[:, 3], table[:, 4])
     src_stride = np.array([region.slot_stride for region in src.regions], np.int64)[table[:, 0]]
     dst_stride = np.array([region.slot_stride for region in dst.regions], np.int64)[table[:, 2]]
     return Template(
@@ -446,25 +334,6 @@ def _make_template(src: KVLayout, dst: KVLayout, group: int, layers: tuple[int, 
         nbytes=table[:, 4].copy(),
         joins=(table[:, 4] == src_stride) & (table[:, 4] == dst_stride),
     )
-
-
-def _check_bounds(
-    side: str,
-    layout: KVLayout,
-    region: npt.NDArray[np.int64],
-    offset: npt.NDArray[np.int64],
-    nbytes: npt.NDArray[np.int64],
-) -> None:
-    """Every piece of every block lies inside its region: a peer's layout must not make this
-    process touch other memory of its own."""
-    for index in np.unique(region).tolist():
-        shape, rows = layout.regions[index], region == index
-        end = int((offset + nbytes)[rows].max()) + (shape.num_slots - 1) * shape.slot_stride
-        if int(offset[rows].min()) < 0 or end > shape.nbytes:
-            raise LayoutError(
-                f"pieces of the {side}'s region {index} end at byte {end} of {shape.nbytes}",
-                operation="plan",
-            )
 
 
 def _merge(table: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -482,40 +351,3 @@ def _merge(table: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     merged: npt.NDArray[np.int64] = table[starts]
     merged[:, 4] = np.add.reduceat(table[:, 4], starts)
     return merged
-
-
-def _inner_runs(
-    left: RegionLayout, right: RegionLayout, held: tuple[Heads, Heads]
-) -> npt.NDArray[np.int64]:
-    """Rows (source offset, destination offset, nbytes) of one slot of one layer and plane."""
-    by_name = {axis.name: axis for axis in right.axes}
-    (src_first, src_stop), (dst_first, dst_stop) = held
-    low, high = max(src_first, dst_first), min(src_stop, dst_stop)
-    src_start = dst_start = 0
-    steps: list[tuple[int, int, int]] = []  # size, source stride, destination stride
-    for axis in left.axes:
-        other = by_name.get(axis.name)
-        dst_stride = other.stride_bytes if other is not None else 0
-        size = axis.size
-        if axis.name == "head":
-            size = high - low
-            src_start += (low - src_first) * axis.stride_bytes
-            dst_start += (low - dst_first) * dst_stride
-        if size > 1:
-            steps.append((size, axis.stride_bytes, dst_stride))
-    run = left.elem_bytes
-    steps.sort(key=lambda step: step[1])
-    while steps and steps[0][1] == run and steps[0][2] == run:
-        run *= steps.pop(0)[0]
-    if "head" in by_name and "head" not in {axis.name for axis in left.axes}:
-        dst_start += (low - dst_first) * by_name["head"].stride_bytes
-    offsets = [
-        (
-            src_start + sum(i * step[1] for i, step in zip(index, steps, strict=True)),
-            dst_start + sum(i * step[2] for i, step in zip(index, steps, strict=True)),
-            run,
-        )
-        for index in itertools.product(*(range(step[0]) for step in reversed(steps)))
-        for index in (tuple(reversed(index)),)
-    ]
-    return np.array(offsets, np.int64).reshape(-1, 3)

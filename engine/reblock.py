@@ -19,7 +19,7 @@ import numpy as np
 from .block_scales import SCALE_NBYTES
 from .block_tables import block_table, check_distinct, check_ids, state_ids
 from .errors import LayoutError, PlanError
-from .plan import Pieces
+from .pieces import Pieces
 from .reconcile import reconcile
 from .token_pieces import make_rows, spread, stretches
 
@@ -63,6 +63,25 @@ class TokenPlan:
             _check_bounds(self, pair)
         self.template = functools.lru_cache(maxsize=256)(self._template)
         self._per_layer = functools.lru_cache(maxsize=256)(self._nbytes_of)
+
+    @functools.cached_property
+    def unpaired(self) -> str:
+        """Why a list of block ids for each side would not say what moves; "" if it does."""
+        src, dst = self.src, self.dst
+        if self.converts:
+            types = sorted({(b.src_dtype, b.dst_dtype) for p in self.pairs for b in p.bundles})
+            return f"dtype differs: source and destination have {types}"
+        if len(src.groups) > 1 or len(dst.groups) > 1:
+            return f"they have {len(src.groups)} and {len(dst.groups)} block tables a request"
+        for pair in self.pairs:
+            if pair.src_tokens != pair.dst_tokens:
+                return (
+                    f"block size in tokens differs: source has {pair.src_tokens}, destination has "
+                    f"{pair.dst_tokens}"
+                )
+        if len({*map(src.region_dtype, range(len(src.regions)))}) > 1:
+            return "regions of one cache differ in dtype"
+        return ""
 
     def nbytes(
         self,

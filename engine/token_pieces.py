@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .plan import Pieces
+from .pieces import Pieces
 
 if TYPE_CHECKING:
     import numpy.typing as npt

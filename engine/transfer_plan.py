@@ -51,7 +51,8 @@ class TransferPlan:
         pair = (local.layout, remote.layout) if writes else (remote.layout, local.layout)
         self.tokens = TokenPlan(*pair, keys)
         self.layers = self.tokens.layers
-        self._plan = Plan(*pair) if keys is None and _blocks_pair(self.tokens) else None
+        self._obstacle = self.tokens.unpaired or ("" if keys is None else "only some planes move")
+        self._plan = None if self._obstacle else Plan(self.tokens)
         self.addresses = np.array([region.address for region in local.regions], np.int64)
         self._remote_addresses = np.array([region.address for region in remote.regions], np.int64)
         self._bound: dict[tuple[int, ...] | None, BoundTemplate] = {}
@@ -69,11 +70,9 @@ class TransferPlan:
             PlanError: a block of one side is not one of the other; tokens move, and `tokens` says how.
         """
         if self._plan is None:
-            sizes = [(pair.src_tokens, pair.dst_tokens) for pair in self.tokens.pairs]
             raise PlanError(
-                "blocks of the two caches do not pair one to one (tokens a block at source and "
-                f"destination, for each group: {sizes}): move tokens with write_tokens or "
-                "read_tokens",
+                f"blocks of the two caches do not pair one to one ({self._obstacle}): move tokens "
+                "with write_tokens or read_tokens",
                 operation="plan",
             )
         return self._plan
@@ -135,15 +134,6 @@ class TransferPlan:
         if not bound.uncut or (bound.joins and have_neighbours(src_ids, dst_ids)):
             return None
         return bound
-
-
-def _blocks_pair(tokens: TokenPlan) -> bool:
-    """Whether a list of block ids for each side says what moves: one table, equal blocks, bits."""
-    one_each = len(tokens.src.groups) == len(tokens.dst.groups) == 1
-    equal = all(pair.src_tokens == pair.dst_tokens for pair in tokens.pairs)
-    plain = not (tokens.src.opaque or tokens.dst.opaque) or tokens.src.opaque == tokens.dst.opaque
-    one_dtype = len({*map(tokens.src.region_dtype, range(len(tokens.src.regions)))}) == 1
-    return one_each and equal and plain and one_dtype and not tokens.converts
 
 
 def check_block_ids(plan: TransferPlan, src_block_ids: Any, dst_block_ids: Any) -> tuple[Any, Any]:

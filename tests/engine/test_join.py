@@ -73,7 +73,7 @@ def test_layers_of_other_head_counts_behind_one_table_go_by_blocks_too(
         )
         for tensors in (src, dst)
     )
-    plan = Plan(here.layout, there.layout)
+    plan = Plan(TokenPlan(here.layout, there.layout))
     pieces = plan.pieces([3, 8, 1], [0, 5, 7])
     move(pieces, here, there)
     assert pieces.total_nbytes == plan.nbytes(3) == 3 * sum(heads) * 2 * 4 * 8 * 2

@@ -19,6 +19,7 @@ from kvferry.engine.handshake import Challenge, EngineAddress, Hello, Identity, 
 from kvferry.engine.layout import KVLayout
 from kvferry.engine.memory import KEY_NBYTES, CacheDescriptor, RegionTable
 from kvferry.engine.plan import Plan
+from kvferry.engine.reblock import TokenPlan
 from kvferry.engine.transports import tcp_frames as frames
 
 if TYPE_CHECKING:
@@ -224,7 +225,7 @@ def test_cache_descriptors_and_the_plans_made_of_them() -> None:
 def check_plan(mine: KVLayout, theirs: KVLayout) -> bool:
     for src, dst in ((mine, theirs), (theirs, mine)):
         try:
-            plan = Plan(src, dst)
+            plan = Plan(TokenPlan(src, dst))
         except LayoutError:
             return False
         blocks = min(src.num_blocks, dst.num_blocks, 100)

@@ -13,6 +13,7 @@ from kvferry.engine.errors import EngineError, LayoutError, NotRegistered, OutOf
 from kvferry.engine.layout import Axis, GroupLayout, KVLayout
 from kvferry.engine.memory import CacheDescriptor, RegionTable
 from kvferry.engine.plan import Plan
+from kvferry.engine.reblock import TokenPlan
 from kvferry.engine.transfer import TransferEngine
 
 if TYPE_CHECKING:
@@ -159,21 +160,24 @@ def test_descriptors_that_fit_no_header_do_not_decode(
 def test_a_plane_that_one_side_lacks_is_an_error_not_a_silence(honest: CacheDescriptor) -> None:
     only_k = changed(honest, 1, planes=("k",)).layout
     only_k.check()
-    with pytest.raises(LayoutError, match="plane 'v' of layer 1 is not in this group"):
-        Plan(honest.layout, only_k)
+    with pytest.raises(
+        LayoutError,
+        match=r"planes of layer 1 differs: source has \['k', 'v'\], destination has \['k'\]",
+    ):
+        Plan(TokenPlan(honest.layout, only_k))
 
 
 def test_a_slice_of_an_opaque_axis_is_refused(honest: CacheDescriptor) -> None:
     """Equal sizes and strides, but other heads: only a part would move."""
     opaque = msgspec.structs.replace(honest.layout, codec="private", opaque=("head",))
     shifted = msgspec.structs.replace(opaque, head_start=1, head_stop=3)
-    Plan(opaque, opaque)
+    Plan(TokenPlan(opaque, opaque))
     with pytest.raises(LayoutError, match="axis 'head' is opaque"):
-        Plan(opaque, shifted)
+        Plan(TokenPlan(opaque, shifted))
 
 
 def test_no_layers_are_no_bytes(honest: CacheDescriptor) -> None:
-    plan = Plan(honest.layout, honest.layout)
+    plan = Plan(TokenPlan(honest.layout, honest.layout))
     assert plan.nbytes(5, layers=[]) == 0
     assert len(plan.pieces([0, 1], [2, 3], layers=[]).nbytes) == 0
 
@@ -188,7 +192,7 @@ def test_planes_may_be_in_regions_of_their_own(honest: CacheDescriptor) -> None:
     split = KVLayout(tuple(halves), (GroupLayout("full", (0, 1)),), "uint8", 0, 2)
     split.check()
     together = KVLayout.from_tensors(tensors(1), DIMS)
-    pieces = Plan(split, together).pieces([1], [5])
+    pieces = Plan(TokenPlan(split, together)).pieces([1], [5])
     assert pieces.src_region.tolist() == [0, 1]
     assert pieces.dst_offset.tolist() == [5 * 64, 6 * 64 + 5 * 64]
 
