@@ -8,9 +8,9 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
-from .daemon import Daemon
+from .daemon.daemon import Daemon
+from .daemon.settings import load_keys, read_settings
 from .errors import ConfigError
-from .settings import load_keys, read_settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

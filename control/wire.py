@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from .errors import ProtocolError
-from .messages import AnyMessage
+from .handoff.messages import AnyMessage
 
 if TYPE_CHECKING:
-    from .messages import Message
+    from .handoff.messages import Message
 
 MAX_FRAME_NBYTES = 8 << 20  # a Request with 2^20 block ids takes 4 MiB
 MAX_DEPTH = 8  # ours use 3: map, handoff, its fields; the rest is room to append

@@ -15,19 +15,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from kvferry.engine import iovec, topology
-from kvferry.engine.handshake import EngineAddress
-from kvferry.engine.transfer import TransferEngine
-from kvferry.engine.transports import verbs, verbs_qp
-from kvferry.engine.transports.verbs_device import NICS_VARIABLE
+from kvferry.engine.connect.handshake import EngineAddress
+from kvferry.engine.memory import iovec
+from kvferry.engine.transfer_engine import TransferEngine
+from kvferry.engine.transports.verbs import path as verbs
+from kvferry.engine.transports.verbs import queue_pair as verbs_qp
+from kvferry.engine.transports.verbs import topology
+from kvferry.engine.transports.verbs.device import NICS_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     import numpy.typing as npt
 
-    from kvferry.engine.link import Link
-    from kvferry.engine.memory import MemoryRegion, RegionDescriptor
+    from kvferry.engine.link.link import Link
+    from kvferry.engine.memory.regions import MemoryRegion, RegionDescriptor
 
 # Each transport, and the functions that move its writes' and its reads' bytes in the process that
 # asked for them: `Gate` holds transfers in flight there.

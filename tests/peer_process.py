@@ -17,20 +17,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvferry.engine import iovec
 from kvferry.engine.errors import EngineError
-from kvferry.engine.layout import KVLayout
-from kvferry.engine.transfer import TransferEngine
+from kvferry.engine.layout.kv_layout import KVLayout
+from kvferry.engine.memory import iovec
+from kvferry.engine.transfer_engine import TransferEngine
 
 if TYPE_CHECKING:
-    from kvferry.engine.link import Link
-    from kvferry.engine.memory import (
+    from kvferry.engine.link.link import Link
+    from kvferry.engine.memory.regions import (
         CacheDescriptor,
         MemoryRegion,
         RegionDescriptor,
         RegisteredCache,
     )
-    from kvferry.engine.tickets import Ticket
+    from kvferry.engine.transfer.ticket import Ticket
     from tests import shuffle
     from tests.census import Census
     from tests.child import pipe_of_child, serve

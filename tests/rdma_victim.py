@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kvferry.engine.errors import EngineError
-from kvferry.engine.transfer import TransferEngine
+from kvferry.engine.transfer_engine import TransferEngine
 
 PATIENCE_S = 120.0
 UNAWAITED = 1 << 30  # an imm that the survivor gives nobody

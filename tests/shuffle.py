@@ -12,15 +12,15 @@ import random
 import threading
 from typing import TYPE_CHECKING, Any
 
-from kvferry.engine.link import Link
+from kvferry.engine.link.link import Link
 from kvferry.engine.transports.base import DataPath
-from kvferry.engine.wire import Acknowledge, Arrived
+from kvferry.engine.wire.messages import Acknowledge, Arrived
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kvferry.engine.transports.base import RailState, Transfer
-    from kvferry.engine.wire import LinkMessage
+    from kvferry.engine.wire.messages import LinkMessage
 
 VARIABLE = "KVFERRY_TEST_SHUFFLE"
 LONGEST_BURST = 24

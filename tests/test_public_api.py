@@ -24,7 +24,7 @@ def modules_after(statement: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "statement",
-    ["import kvferry", "import kvferry.control.messages", "import kvferry.tools.cli"],
+    ["import kvferry", "import kvferry.control.handoff.messages", "import kvferry.tools.cli"],
 )
 def test_an_import_loads_nothing_heavy(statement: str) -> None:
     assert modules_after(statement).isdisjoint(HEAVY)

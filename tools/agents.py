@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
-from kvferry.control.client import DEFAULT_DAEMON, DaemonClient
+from kvferry.control.cluster.client import DEFAULT_DAEMON, DaemonClient
 from kvferry.control.errors import ControlError
 from kvferry.control.keys import Keys
 from kvferry.tools.lazy import new_app

@@ -11,7 +11,7 @@ app = lazy.new_app("Moves paged KV cache between inference engines, and proves i
 lazy.add(
     app,
     "demo",
-    "kvferry.tools.demo",
+    "kvferry.tools.demo.command",
     "Hand a real model's KV cache from one process to another and compare the tokens.",
 )
 lazy.add(

@@ -13,7 +13,7 @@ from typing import Annotated, NamedTuple
 
 import typer
 
-from kvferry.engine import topology
+from kvferry.engine.transports.verbs import topology
 
 # Each is a module of `kvferry.engine.transports` with a `probe()`.
 TRANSPORTS = ("cuda_ipc", "cma", "verbs", "tcp")
@@ -40,7 +40,7 @@ class Check(NamedTuple):
 def check_transport(name: str) -> Check:
     """Asks a transport itself. Never raises: a transport that cannot be imported is a finding."""
     try:
-        transport = importlib.import_module(f"kvferry.engine.transports.{name}")
+        transport = importlib.import_module(f"kvferry.engine.transports.{name}.path")
         available = transport.probe()
     except (ImportError, OSError) as error:
         return Check(name, ok=False, detail=f"cannot be loaded: {error}")
@@ -96,7 +96,7 @@ def check_rdma_devices(root: Path = INFINIBAND) -> Check:
 
 def check_pyverbs() -> Check:
     """Which pyverbs is found, and the rdma-core that it must fit."""
-    from kvferry.engine.transports import verbs_library
+    from kvferry.engine.transports.verbs import library as verbs_library
 
     found, core = verbs_library.find(), verbs_library.core_version()
     if found is None:
@@ -121,7 +121,7 @@ def check_nearest_nics(root: Path = SYSFS) -> Check:
 
 def check_gpu_over_rdma() -> Check:
     """How GPU memory goes over RDMA, and what this machine would offer besides."""
-    from kvferry.engine.transports import verbs_gpu
+    from kvferry.engine.transports.verbs import gpu as verbs_gpu
 
     offered, why = verbs_gpu.offered()
     detail = f"pinned host staging; offered here and not used: {offered} ({why})"
@@ -154,8 +154,8 @@ def check_paths() -> Check:
     """Where the table of direct and staged paths comes from."""
     name = "paths"
     try:
-        from kvferry.engine import paths
         from kvferry.engine.errors import PlanError
+        from kvferry.engine.staging import thresholds as paths
     except ImportError as error:
         return Check(name, ok=False, detail=f"cannot be loaded: {error}")
     file = paths.table_file()

@@ -12,16 +12,16 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kvferry.control.client import DEFAULT_DAEMON, DaemonClient
-from kvferry.control.daemon_messages import Load, Shown
+from kvferry.control.cluster.client import DEFAULT_DAEMON, DaemonClient
+from kvferry.control.cluster.messages import Load, Shown
 from kvferry.control.errors import DaemonDenied, DaemonTimeout
 from kvferry.tools.agents import run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from kvferry.control.client import Watch
-    from kvferry.control.daemon_messages import Member
+    from kvferry.control.cluster.client import Watch
+    from kvferry.control.cluster.messages import Member
 
 REFRESH_S = 1.0  # agents beat once a second
 ANSWER_S = 0.5  # of a daemon that shows what agents do; then the last is shown again

@@ -12,10 +12,10 @@ import msgspec
 import typer
 
 from kvferry.control.errors import ConfigError
-from kvferry.control.recorder import chrome_trace, decode, read
+from kvferry.control.handoff.timeline import chrome_trace, decode, read
 
 if TYPE_CHECKING:
-    from kvferry.control.recorder import Timeline
+    from kvferry.control.handoff.timeline import Timeline
 
 ANSWER_S = 5.0
 

@@ -19,21 +19,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from .. import iovec
 from ..errors import EngineError, NotRegistered
+from ..memory import iovec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ..block_ids import CheckedIds
-    from ..bound_pieces import BoundPieces
-    from ..core import EngineCore
-    from ..handshake import Identity
-    from ..memory import MemoryRegion, RegionDescriptor, RegisteredCache
-    from ..tickets import Ticket
-    from ..token_move import TokenMove
-    from ..transfer_plan import TransferPlan
-    from ..wire import Claim, LinkMessage
+    from ..connect.handshake import Identity
+    from ..context import EngineCore
+    from ..memory.regions import MemoryRegion, RegionDescriptor, RegisteredCache
+    from ..transfer.block_ids import CheckedIds
+    from ..transfer.moves import TokenMove
+    from ..transfer.pieces import BoundPieces
+    from ..transfer.plan import TransferPlan
+    from ..transfer.ticket import Ticket
+    from ..wire.messages import Claim, LinkMessage
 
 
 class Availability(NamedTuple):

@@ -10,56 +10,61 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapters.agent import Agent
-    from .adapters.handoffs import Handoff, SendHandoff
-    from .adapters.ranks import (
+    from .adapters.agent.agent import Agent
+    from .adapters.agent.handoff import Handoff, SendHandoff
+    from .adapters.agent.ranks import (
         HandoffSet,
         connect_ranks,
         num_readers,
         receive_from_ranks,
         send_to_ranks,
     )
-    from .engine.block_ids import UploadedIds
+    from .engine.connect.handshake import EngineAddress
     from .engine.errors import EngineError
-    from .engine.handshake import EngineAddress
-    from .engine.join import join_groups, join_planes
-    from .engine.layout import Axis, GroupLayout, KVLayout, RegionLayout
-    from .engine.link import Link
-    from .engine.memory import CacheDescriptor, MemoryRegion, RegionDescriptor, RegisteredCache
-    from .engine.ranks import RankPlan
-    from .engine.tickets import Ticket
-    from .engine.transfer import TransferEngine
-    from .engine.transfer_plan import TransferPlan
-    from .engine.transports.cuda_graph import GraphWrite
+    from .engine.layout.join import join_groups, join_planes
+    from .engine.layout.kv_layout import Axis, GroupLayout, KVLayout, RegionLayout
+    from .engine.link.link import Link
+    from .engine.memory.regions import (
+        CacheDescriptor,
+        MemoryRegion,
+        RegionDescriptor,
+        RegisteredCache,
+    )
+    from .engine.plan.rank_plan import RankPlan
+    from .engine.transfer.block_ids import UploadedIds
+    from .engine.transfer.plan import TransferPlan
+    from .engine.transfer.ticket import Ticket
+    from .engine.transfer_engine import TransferEngine
+    from .engine.transports.cuda_ipc.graph_write import GraphWrite
 
 _HOMES = {
-    "Agent": "adapters.agent",
-    "Axis": "engine.layout",
-    "CacheDescriptor": "engine.memory",
-    "EngineAddress": "engine.handshake",
+    "Agent": "adapters.agent.agent",
+    "Axis": "engine.layout.kv_layout",
+    "CacheDescriptor": "engine.memory.regions",
+    "EngineAddress": "engine.connect.handshake",
     "EngineError": "engine.errors",
-    "GraphWrite": "engine.transports.cuda_graph",
-    "GroupLayout": "engine.layout",
-    "Handoff": "adapters.handoffs",
-    "HandoffSet": "adapters.ranks",
-    "KVLayout": "engine.layout",
-    "Link": "engine.link",
-    "MemoryRegion": "engine.memory",
-    "RankPlan": "engine.ranks",
-    "RegionDescriptor": "engine.memory",
-    "RegionLayout": "engine.layout",
-    "RegisteredCache": "engine.memory",
-    "SendHandoff": "adapters.handoffs",
-    "Ticket": "engine.tickets",
-    "TransferEngine": "engine.transfer",
-    "TransferPlan": "engine.transfer_plan",
-    "UploadedIds": "engine.block_ids",
-    "connect_ranks": "adapters.ranks",
-    "join_groups": "engine.join",
-    "join_planes": "engine.join",
-    "num_readers": "adapters.ranks",
-    "receive_from_ranks": "adapters.ranks",
-    "send_to_ranks": "adapters.ranks",
+    "GraphWrite": "engine.transports.cuda_ipc.graph_write",
+    "GroupLayout": "engine.layout.kv_layout",
+    "Handoff": "adapters.agent.handoff",
+    "HandoffSet": "adapters.agent.ranks",
+    "KVLayout": "engine.layout.kv_layout",
+    "Link": "engine.link.link",
+    "MemoryRegion": "engine.memory.regions",
+    "RankPlan": "engine.plan.rank_plan",
+    "RegionDescriptor": "engine.memory.regions",
+    "RegionLayout": "engine.layout.kv_layout",
+    "RegisteredCache": "engine.memory.regions",
+    "SendHandoff": "adapters.agent.handoff",
+    "Ticket": "engine.transfer.ticket",
+    "TransferEngine": "engine.transfer_engine",
+    "TransferPlan": "engine.transfer.plan",
+    "UploadedIds": "engine.transfer.block_ids",
+    "connect_ranks": "adapters.agent.ranks",
+    "join_groups": "engine.layout.join",
+    "join_planes": "engine.layout.join",
+    "num_readers": "adapters.agent.ranks",
+    "receive_from_ranks": "adapters.agent.ranks",
+    "send_to_ranks": "adapters.agent.ranks",
 }
 
 __all__ = [

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvferry.adapters.agent import Agent
-from kvferry.adapters.ranks import connect_ranks, receive_from_ranks, send_to_ranks
-from kvferry.engine import iovec
-from kvferry.engine.layout import KVLayout
+from kvferry.adapters.agent.agent import Agent
+from kvferry.adapters.agent.ranks import connect_ranks, receive_from_ranks, send_to_ranks
+from kvferry.engine.layout.kv_layout import KVLayout
+from kvferry.engine.memory import iovec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
 
-    from kvferry.adapters.pending import Pending
+    from kvferry.adapters.agent.pending import Pending
     from tests.child import pipe_of_child, serve
 else:
     from child import pipe_of_child, serve  # in the folder above

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvferry.adapters.agent import Agent
-from kvferry.engine import topology
-from kvferry.engine.transports.verbs_device import NICS_VARIABLE
+from kvferry.adapters.agent.agent import Agent
+from kvferry.engine.transports.verbs import topology
+from kvferry.engine.transports.verbs.device import NICS_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvferry.engine.paths import NEVER_DIRECT, Paths
-from kvferry.engine.transfer import TransferEngine
+from kvferry.engine.staging.thresholds import NEVER_DIRECT, Paths
+from kvferry.engine.transfer_engine import TransferEngine
 from kvferry.tools.pinned import CannotInstall
 from kvferry.tools.vllm_cpu.environment import ensure
 
@@ -20,7 +20,7 @@ from .vllm_steps import make_worker
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from kvferry.adapters.vllm_worker import WorkerSide
+    from kvferry.adapters.vllm.worker import WorkerSide
     from tests.needs import lack
 else:
     from needs import lack  # in the folder above: `pythonpath` in pyproject.toml

@@ -14,11 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kvferry.adapters.agent import Agent
-from kvferry.adapters.ranks import HandoffSet, connect_ranks, receive_from_ranks, send_to_ranks
+from kvferry.adapters.agent.agent import Agent
+from kvferry.adapters.agent.ranks import (
+    HandoffSet,
+    connect_ranks,
+    receive_from_ranks,
+    send_to_ranks,
+)
 from kvferry.adapters.transformers import blocks_for, export_cache, import_cache
-from kvferry.engine.layout import KVLayout
-from kvferry.tools import demo_model
+from kvferry.engine.layout.kv_layout import KVLayout
+from kvferry.tools.demo import model as demo_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -19,7 +19,7 @@ from kvferry.control.errors import (
     LinkLost,
     SendFailed,
 )
-from kvferry.control.handoff import Timing
+from kvferry.control.handoff.machine import Timing
 from tests.census import Census
 
 from .agent_process import SENTINEL, WAIT_S

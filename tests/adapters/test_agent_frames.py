@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import zmq
 
-from kvferry.adapters.mailbox import QUEUE_MESSAGES, Mailbox, Route
-from kvferry.control.messages import (
+from kvferry.adapters.agent.messaging import QUEUE_MESSAGES, Mailbox, Route
+from kvferry.control.handoff.messages import (
     VERSION,
     Cancel,
     Cancelled,

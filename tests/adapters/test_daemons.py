@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvferry.control.client import DaemonClient
+from kvferry.control.cluster.client import DaemonClient
 from tests.daemon_process import DaemonProcess
 from tests.etcd_process import EtcdProcess
 

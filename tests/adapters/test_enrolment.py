@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvferry.control.client import DaemonClient
+from kvferry.control.cluster.client import DaemonClient
 from kvferry.control.errors import DaemonTimeout, LinkLost, NotConnected
 from tests.daemon_process import DaemonProcess
 
@@ -215,7 +215,7 @@ def test_another_life_at_the_address_is_refused(
     """The daemon's picture is old: someone else answers where the member was."""
     impostor = new_agent("prefill-0", "prefill")
     decode = make("decode-0", "decode")
-    from kvferry.control.daemon_messages import Register, Registration
+    from kvferry.control.cluster.messages import Register, Registration
 
     there = Registration("prefill-0", "prefill", 123, impostor.agent.address)
     with DaemonClient(daemon.address) as client:
@@ -228,7 +228,7 @@ def test_another_life_at_the_address_is_refused(
 
 
 def test_a_cache_is_described_in_numbers() -> None:
-    from kvferry.adapters.agent_checks import describe_cache
+    from kvferry.adapters.agent.config import describe_cache
 
     cache = Cache(8)
     numbers = describe_cache(cache.layout)

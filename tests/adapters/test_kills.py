@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvferry.control.client import DaemonClient
+from kvferry.control.cluster.client import DaemonClient
 from kvferry.control.errors import ControlError
 from tests.daemon_process import ROOT, DaemonProcess
 from tests.etcd_process import EtcdProcess
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from kvferry.adapters.handoffs import Handoff
+    from kvferry.adapters.agent.handoff import Handoff
 
     from .agents import Local, Remote
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvferry.control.client import DaemonClient
+from kvferry.control.cluster.client import DaemonClient
 from kvferry.control.errors import ConfigError, HandoffTimeout
 from tests.daemon_process import ROOT, DaemonProcess
 
@@ -20,7 +20,7 @@ from .agent_process import WAIT_S
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from kvferry.engine.transfer import TransferEngine
+    from kvferry.engine.transfer_engine import TransferEngine
 
     from .agents import Local
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvferry.control.client import DaemonClient
+from kvferry.control.cluster.client import DaemonClient
 from kvferry.control.curve import new_pair
 from kvferry.control.errors import ControlError
 from kvferry.control.keys import Keys, write_keys

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvferry.adapters.agent import Agent
-from kvferry.adapters.ranks import (
+from kvferry.adapters.agent.agent import Agent
+from kvferry.adapters.agent.ranks import (
     HandoffSet,
     connect_ranks,
     num_readers,

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("transformers", reason="the model is one of transformers'")
 
-from kvferry.tools import demo_model
+from kvferry.tools.demo import model as demo_model
 
 if TYPE_CHECKING:
     from tests.child import Child

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import zmq
 
-from kvferry.control.client import DaemonClient
+from kvferry.control.cluster.client import DaemonClient
+from kvferry.control.cluster.messages import Changes, Register, Registration, Tick, answers
 from kvferry.control.curve import new_pair, protect_client
-from kvferry.control.daemon_messages import Changes, Register, Registration, Tick, answers
 from kvferry.control.errors import (
     ConfigError,
     DaemonTimeout,
@@ -21,7 +21,7 @@ from kvferry.control.errors import (
 )
 from kvferry.control.keys import AllowList, Keys, is_local, split_address, write_keys
 from kvferry.engine.errors import TransportUnavailable
-from kvferry.engine.transfer import TransferEngine
+from kvferry.engine.transfer_engine import TransferEngine
 from tests.daemon_process import ROOT, DaemonProcess
 
 from .agent_process import WAIT_S

@@ -12,23 +12,23 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvferry.adapters import sglang_messages as messages
-from kvferry.adapters.sglang_layout import Planner, Slice, heads_of_rank, slice_heads
-from kvferry.adapters.sglang_memory import register_buffers
-from kvferry.adapters.sglang_messages import Ended, Geometry, Publish, Register, frames, parse
-from kvferry.adapters.sglang_prefill import check_version
-from kvferry.adapters.sglang_rooms import Chunk, Part, Room
-from kvferry.adapters.sglang_settings import Settings
+from kvferry.adapters.sglang import messages as messages
+from kvferry.adapters.sglang.layout import Planner, Slice, heads_of_rank, slice_heads
+from kvferry.adapters.sglang.memory import register_buffers
+from kvferry.adapters.sglang.messages import Ended, Geometry, Publish, Register, frames, parse
+from kvferry.adapters.sglang.prefill import check_version
+from kvferry.adapters.sglang.rooms import Chunk, Part, Room
+from kvferry.adapters.sglang.settings import Settings
 from kvferry.control.toml import read_toml
 from kvferry.engine.errors import EngineError, LayoutError, NotRegistered, ProtocolError
-from kvferry.engine.transfer import TransferEngine
+from kvferry.engine.transfer_engine import TransferEngine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import numpy.typing as npt
 
-    from kvferry.engine.link import Link
+    from kvferry.engine.link.link import Link
 
 SENTINEL = 0xA5
 PUBLISH = Publish("e", 1, "h", 2, 3, "a", b"", 0, (), 1, 0, False)

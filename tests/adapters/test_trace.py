@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvferry.control.errors import ConfigError, HandoffTimeout
-from kvferry.control.recorder import Recorder, read
+from kvferry.control.handoff.timeline import Recorder, read
 from tests.daemon_process import ROOT, DaemonProcess
 
 from .agent_process import WAIT_S
@@ -21,7 +21,7 @@ from .agent_process import WAIT_S
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from kvferry.engine.transfer import TransferEngine
+    from kvferry.engine.transfer_engine import TransferEngine
 
     from .agents import Local
 

@@ -22,7 +22,7 @@ from kvferry.engine.errors import (  # noqa: E402
     OverlappingBlocks,
     PlanError,
 )
-from kvferry.engine.layout import KVLayout  # noqa: E402
+from kvferry.engine.layout.kv_layout import KVLayout  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvferry.adapters.turns import CANCELLED_TIMERS, Turns
-from kvferry.engine.copiers import Copiers
-from kvferry.engine.errands import STALL_S, Errands
+from kvferry.adapters.agent.event_loop import CANCELLED_TIMERS, Turns
+from kvferry.engine.runtime.copy_threads import Copiers
+from kvferry.engine.runtime.errands import STALL_S, Errands
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from kvferry.adapters.vllm_groups import CacheGroup, read_groups
-from kvferry.adapters.vllm_layout import Backend, Heads, describe_caches, heads_of_rank
+from kvferry.adapters.vllm.cache import Backend, Heads, describe_caches, heads_of_rank
+from kvferry.adapters.vllm.groups import CacheGroup, read_groups
 from kvferry.engine.errors import LayoutError
 
 CPU = Backend("CPU_ATTN", "vec", "0.32.0")

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from kvferry.adapters import vllm_receiving
-from kvferry.adapters.vllm_groups import CacheGroup
-from kvferry.adapters.vllm_orders import Orders, SendOrder
-from kvferry.adapters.vllm_scheduler import SchedulerSide
-from kvferry.adapters.vllm_settings import Settings
+from kvferry.adapters.vllm import receiving as vllm_receiving
+from kvferry.adapters.vllm.groups import CacheGroup
+from kvferry.adapters.vllm.orders import Orders, SendOrder
+from kvferry.adapters.vllm.scheduler import SchedulerSide
+from kvferry.adapters.vllm.settings import Settings
 
 from .test_vllm_scheduler import REMOTE, request
 from .test_vllm_scheduler import step as scheduled
@@ -20,7 +20,7 @@ from .vllm_steps import NAMES, SENTINEL, TOKENS, ask, make_caches, step, until_r
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvferry.adapters.vllm_worker import WorkerSide
+    from kvferry.adapters.vllm.worker import WorkerSide
 
 BLOCK = 16
 PROMPT = 40

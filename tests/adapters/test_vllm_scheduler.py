@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from kvferry.adapters.vllm_groups import CacheGroup
-from kvferry.adapters.vllm_scheduler import SchedulerSide
-from kvferry.adapters.vllm_settings import Settings
+from kvferry.adapters.vllm.groups import CacheGroup
+from kvferry.adapters.vllm.scheduler import SchedulerSide
+from kvferry.adapters.vllm.settings import Settings
 
 BLOCK = 16
 FULL = (CacheGroup(0, "full", ("model.layers.0.attn",), BLOCK),)

@@ -19,9 +19,9 @@ import pytest
 from kvferry.tools.vllm_cpu import read_bases
 
 HERE = Path(__file__).parent
-CONNECTOR = HERE.parents[1] / "adapters" / "vllm.py"
+CONNECTOR = HERE.parents[1] / "adapters" / "vllm" / "connector.py"
 BASES = json.loads((HERE / "vllm_engines" / "base_classes.json").read_text())
-STATS = CONNECTOR.with_name("vllm_stats.py")
+STATS = CONNECTOR.with_name("stats.py")
 VERSIONS = ["0.30.0", "0.31.0", "0.32.0", "0.33.0"]
 BASE_METHODS = BASES["KVConnectorBase_V1"] | BASES["SupportsHMA"]
 
@@ -158,7 +158,7 @@ def test_what_is_read_by_attribute_is_there(cls: str, version: str) -> None:
 
 
 def test_nothing_is_listed_that_is_not_read() -> None:
-    source = "".join(path.read_text() for path in sorted(CONNECTOR.parent.glob("vllm*.py")))
+    source = "".join(path.read_text() for path in sorted(CONNECTOR.parent.glob("*.py")))
     for names in READ.values():
         for name in names:
             assert re.search(rf"\.{name}\b|\"{name}\"", source), name

@@ -10,10 +10,10 @@ from urllib.request import urlopen
 import pytest
 import torch
 
-from kvferry.adapters.vllm_layout import Backend
-from kvferry.adapters.vllm_orders import Orders, ReceiveOrder, SendOrder
-from kvferry.control.client import DaemonClient
-from kvferry.control.recorder import decode as decode_trace
+from kvferry.adapters.vllm.cache import Backend
+from kvferry.adapters.vllm.orders import Orders, ReceiveOrder, SendOrder
+from kvferry.control.cluster.client import DaemonClient
+from kvferry.control.handoff.timeline import decode as decode_trace
 from tests.daemon_process import DaemonProcess
 
 from .vllm_steps import (
@@ -37,7 +37,7 @@ from .vllm_steps import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvferry.adapters.vllm_worker import WorkerSide
+    from kvferry.adapters.vllm.worker import WorkerSide
 
 
 @pytest.mark.parametrize("mode", ["push", "pull"])

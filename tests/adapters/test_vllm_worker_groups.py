@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from kvferry.adapters.vllm_groups import CacheGroup
-from kvferry.adapters.vllm_orders import Orders, ReceiveOrder, SendOrder
+from kvferry.adapters.vllm.groups import CacheGroup
+from kvferry.adapters.vllm.orders import Orders, ReceiveOrder, SendOrder
 
 from .vllm_steps import (
     CONTENT,
@@ -24,7 +24,7 @@ from .vllm_steps import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvferry.adapters.vllm_worker import WorkerSide
+    from kvferry.adapters.vllm.worker import WorkerSide
 
 BLOCKS = 20
 NAMES = [f"model.layers.{number}.self_attn.attn" for number in range(6)]

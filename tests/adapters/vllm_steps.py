@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvferry.adapters.vllm_groups import CacheGroup
-from kvferry.adapters.vllm_layout import Backend, describe_caches, heads_of_rank
-from kvferry.adapters.vllm_orders import Orders, ReceiveOrder
-from kvferry.adapters.vllm_settings import Settings
-from kvferry.adapters.vllm_worker import WorkerSide
+from kvferry.adapters.vllm.cache import Backend, describe_caches, heads_of_rank
+from kvferry.adapters.vllm.groups import CacheGroup
+from kvferry.adapters.vllm.orders import Orders, ReceiveOrder
+from kvferry.adapters.vllm.settings import Settings
+from kvferry.adapters.vllm.worker import WorkerSide
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from kvferry.adapters.vllm_results import Results
+    from kvferry.adapters.vllm.results import Results
 
 LAYERS, BLOCKS, HEADS, TOKENS, CONTENT = 3, 12, 2, 4, 16
 WAIT_S = 30.0

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvferry.control.decode import DecodePull, DecodePush
-from kvferry.control.events import LinkDown, Received, TimerFired
-from kvferry.control.ledger import Ledger
-from kvferry.control.prefill import WRITING, PrefillHandoff
+from kvferry.control.handoff.decode import DecodePull, DecodePush
+from kvferry.control.handoff.events import LinkDown, Received, TimerFired
+from kvferry.control.handoff.ledger import Ledger
+from kvferry.control.handoff.prefill import WRITING, PrefillHandoff
 
 from .world import NUM_LAYERS
 
 if TYPE_CHECKING:
     from kvferry.control.errors import HandoffError
-    from kvferry.control.events import Action, Event, SourceOffered
-    from kvferry.control.messages import HandoffMessage, Request
+    from kvferry.control.handoff.events import Action, Event, SourceOffered
+    from kvferry.control.handoff.messages import HandoffMessage, Request
 
 
 class FreesOnCancel(DecodePush):

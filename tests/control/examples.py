@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvferry.control.messages import (
+from kvferry.control.handoff.messages import (
     Accepted,
     Bye,
     Cancel,
@@ -25,7 +25,7 @@ from kvferry.control.messages import (
 )
 
 if TYPE_CHECKING:
-    from kvferry.control.messages import Message
+    from kvferry.control.handoff.messages import Message
 
 SESSION = 7
 HANDOFF = HandoffId("req-1", 2, 300)

@@ -181,8 +181,8 @@ def documented_numbers(text: str) -> dict[str, str]:
 def numbers_of(path: Path, pattern: str) -> dict[str, str]:
     """The numbers in a file whose names match, as the document writes them.
 
-    Constants are `file.NAME`, a struct's field `file.Struct.field`, and the default of a function's
-    argument `file.function(argument)`.
+    Constants are `folder.file.NAME`, a struct's field `folder.file.Struct.field`, and the default of
+    a function's argument `folder.file.function(argument)`.
     """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     module = import_module(".".join(("kvferry", *path.relative_to(ROOT).with_suffix("").parts)))
@@ -190,7 +190,7 @@ def numbers_of(path: Path, pattern: str) -> dict[str, str]:
 
     def take(name: str, what: str, value: Any) -> None:
         if re.fullmatch(pattern, name.upper()) and value:
-            found[f"{path.stem}.{what}"] = written(name.upper(), value)
+            found[f"{path.parent.name}.{path.stem}.{what}"] = written(name.upper(), value)
 
     for node in tree.body:
         for target in node.targets if isinstance(node, ast.Assign) else ():

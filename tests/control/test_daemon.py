@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import zmq
 
-from kvferry.control.client import DaemonClient, publisher_endpoint
-from kvferry.control.daemon_messages import (
+from kvferry.control.cluster.client import DaemonClient, publisher_endpoint
+from kvferry.control.cluster.messages import (
     MAX_REQUEST_NBYTES,
     Denied,
     Heartbeat,
@@ -24,6 +24,7 @@ from kvferry.control.daemon_messages import (
     answers,
     requests,
 )
+from kvferry.control.daemon.settings import load_keys, read_settings
 from kvferry.control.errors import (
     ConfigError,
     DaemonDenied,
@@ -31,7 +32,6 @@ from kvferry.control.errors import (
     InsecureAddress,
     PlacementError,
 )
-from kvferry.control.settings import load_keys, read_settings
 from tests.daemon_process import ROOT, DaemonProcess
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def test_sigterm_drains_and_says_so(daemon: DaemonProcess) -> None:
 
 def test_it_starts_fast_and_stays_small(shared: DaemonProcess) -> None:
     script = (
-        "import sys, time; began = time.perf_counter(); import kvferry.control.daemon;"
+        "import sys, time; began = time.perf_counter(); import kvferry.control.daemon.daemon;"
         "print(time.perf_counter() - began, *sys.modules)"
     )
     _, *modules = subprocess.run(

@@ -15,9 +15,8 @@ import msgspec
 import pytest
 import zmq
 
-from kvferry.control.client import DaemonClient
-from kvferry.control.curve import new_pair
-from kvferry.control.daemon_messages import (
+from kvferry.control.cluster.client import DaemonClient
+from kvferry.control.cluster.messages import (
     CHANGES_TOPIC,
     Beat,
     Denied,
@@ -35,6 +34,7 @@ from kvferry.control.daemon_messages import (
     answers,
     requests,
 )
+from kvferry.control.curve import new_pair
 from kvferry.control.keys import Keys, write_keys
 from tests.daemon_process import DaemonProcess
 from tests.giants import is_cut_off, peak_mib

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvferry.control.curve import new_pair
+from kvferry.control.daemon.settings import Settings, load_keys, read_settings
 from kvferry.control.errors import ConfigError, InsecureAddress
 from kvferry.control.keys import Keys, write_keys
-from kvferry.control.settings import Settings, load_keys, read_settings
 from tests.daemon_process import ROOT
 from tests.needs import lack
 

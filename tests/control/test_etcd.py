@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvferry.control.client import DaemonClient
-from kvferry.control.daemon_messages import (
+from kvferry.control.cluster.client import DaemonClient
+from kvferry.control.cluster.messages import (
     Activity,
     Beat,
     Denied,
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from kvferry.control.client import Watch
-    from kvferry.control.daemon_messages import Member
+    from kvferry.control.cluster.client import Watch
+    from kvferry.control.cluster.messages import Member
 
 WAIT_S = 30.0
 numbers = itertools.count(1)

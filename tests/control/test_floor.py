@@ -12,15 +12,19 @@ import pytest
 from kvferry.control import errors
 
 ROOT = Path(__file__).parents[2]
-MODULES = {path.stem for path in (ROOT / "control").glob("*.py")}
+FOLDER = ROOT / "control"
+MODULES = {
+    ".".join(path.relative_to(FOLDER).with_suffix("").parts) for path in FOLDER.rglob("*.py")
+}
+# Sockets around the pure rest.
 SHELLS = {
     "__main__",
-    "client",
+    "cluster.client",
+    "cluster.etcd",
+    "cluster.peer_loads",
     "curve",
-    "daemon",
-    "etcd",
-    "peer_loads",
-}  # sockets around the pure rest
+    "daemon.daemon",
+}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvferry.control.desk import DecodeDesk, PrefillDesk
 from kvferry.control.errors import (
     BlocksMismatch,
     HandoffCancelled,
@@ -16,7 +15,7 @@ from kvferry.control.errors import (
     SendFailed,
     TransferFailed,
 )
-from kvferry.control.events import (
+from kvferry.control.handoff.events import (
     CounterEnded,
     Expect,
     Fail,
@@ -36,8 +35,8 @@ from kvferry.control.events import (
     TimerFired,
     UserCancelled,
 )
-from kvferry.control.ledger import Ledger
-from kvferry.control.messages import (
+from kvferry.control.handoff.ledger import Ledger
+from kvferry.control.handoff.messages import (
     Accepted,
     Cancel,
     Cancelled,
@@ -49,10 +48,11 @@ from kvferry.control.messages import (
     Sent,
     pack_block_ids,
 )
+from kvferry.control.handoff.registry import DecodeDesk, PrefillDesk
 
 if TYPE_CHECKING:
-    from kvferry.control.desk import Steps
     from kvferry.control.errors import ControlError
+    from kvferry.control.handoff.registry import Steps
 
 SESSION = 3
 DST = (pack_block_ids([7, 8]),)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kvferry.control.daemon_messages import MAX_ERROR_KINDS, MAX_MEMBERS, SECONDS_BOUNDS, Activity
-from kvferry.control.history import NUM_BUCKETS, POINTS, STEP_S, History, percentile
+from kvferry.control.cluster.messages import MAX_ERROR_KINDS, MAX_MEMBERS, SECONDS_BOUNDS, Activity
+from kvferry.control.daemon.history import NUM_BUCKETS, POINTS, STEP_S, History, percentile
 
 
 def counts(**at: int) -> tuple[int, ...]:

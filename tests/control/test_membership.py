@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvferry.control.daemon_messages import (
+from kvferry.control.cluster.membership import MAX_LEASE_S, Membership
+from kvferry.control.cluster.messages import (
     MAX_REQUEST_NBYTES,
     Beat,
     Denied,
@@ -24,8 +25,7 @@ from kvferry.control.daemon_messages import (
     Registration,
     Restore,
 )
-from kvferry.control.membership import MAX_LEASE_S, Membership
-from kvferry.control.view import View
+from kvferry.control.cluster.view import View
 
 
 def new_membership(first: int = 100, epoch: int = 1) -> Membership:

@@ -8,9 +8,9 @@ import msgpack  # type: ignore[import-untyped]
 import msgspec
 import pytest
 
-from kvferry.control import messages
 from kvferry.control.errors import ProtocolError
-from kvferry.control.messages import (
+from kvferry.control.handoff import messages
+from kvferry.control.handoff.messages import (
     MESSAGE_TYPES,
     HandoffId,
     Hello,
@@ -24,7 +24,7 @@ from kvferry.control.wire import MAX_FRAME_NBYTES, decode, encode
 from .examples import EXAMPLES, GOLDEN, HANDOFF, SESSION, TABLES
 
 if TYPE_CHECKING:
-    from kvferry.control.messages import Message
+    from kvferry.control.handoff.messages import Message
 
 KINDS = sorted(EXAMPLES)
 

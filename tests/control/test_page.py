@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import zmq
 
-from kvferry.control.daemon_messages import (
+from kvferry.control.cluster.messages import (
     SECONDS_BOUNDS,
     Activity,
     Beat,
@@ -38,7 +38,7 @@ from tests.needs import lack
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kvferry.control.messages import Role
+    from kvferry.control.handoff.messages import Role
 
 SHOTS = ROOT / "artifacts" / "page"
 UP = "document.querySelector('#status').dataset.state === 'up'"

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvferry.control.daemon_messages import Load, Member, Place, Registration, Topology
+from kvferry.control.cluster.messages import Load, Member, Place, Registration, Topology
 from kvferry.control.errors import PlacementError
-from kvferry.control.fleet import SHORTLIST, Fleet
-from kvferry.control.placement import Decision, bandwidth, place
+from kvferry.control.placement.fleet import SHORTLIST, Fleet
+from kvferry.control.placement.policy import Decision, bandwidth, place
 
 if TYPE_CHECKING:
-    from kvferry.control import placement
-    from kvferry.control.messages import Role
+    from kvferry.control.handoff.messages import Role
+    from kvferry.control.placement import policy as placement
 
 
 def member(name: str, role: Role, state: Any = "serving", **fields: Any) -> Member:

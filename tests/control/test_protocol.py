@@ -11,10 +11,16 @@ from typing import TYPE_CHECKING, get_args
 import msgspec
 import pytest
 
-from kvferry.control import daemon_messages, membership, messages, store
-from kvferry.control.client import DaemonClient
-from kvferry.engine import cuda_memory, handshake, layout, memory, wire
-from kvferry.engine.transports import verbs_cards
+from kvferry.control.cluster import membership, store
+from kvferry.control.cluster import messages as daemon_messages
+from kvferry.control.cluster.client import DaemonClient
+from kvferry.control.handoff import messages
+from kvferry.engine.connect import handshake
+from kvferry.engine.layout import kv_layout as layout
+from kvferry.engine.memory import cuda_export as cuda_memory
+from kvferry.engine.memory import regions as memory
+from kvferry.engine.transports.verbs import cards as verbs_cards
+from kvferry.engine.wire import messages as wire
 from tests.daemon_process import ROOT, DaemonProcess
 
 from .protocol_document import (
@@ -65,26 +71,66 @@ KINDS: dict[str, tuple[Kind, ...]] = {
     ),
 }
 MODULES = (messages, daemon_messages, handshake, wire, verbs_cards, memory, cuda_memory, layout)
-# vLLM's and SGLang's adapters have timeouts of their own, in the documents about them.
-OTHERS = ("vllm", "sglang", "transformers")
 NUMBERS = documented_numbers(TEXT)
 SECONDS = r"(?!.*PER_S$).*_(S|MS)"
 NOT_OF_THE_PROTOCOL = {
-    "workbench.NEVER_S": "no timeout",
-    "token_handoffs.NEVER_S": "no timeout",
-    "stream_gate.POLL_S": "how a thread waits for its own GPU",
-    "cuda_lane.LINGER_S": "how a thread waits for its own GPU",
-    "cuda_lane.LOOK_S": "how a thread waits for its own GPU",
+    "agent.executor.NEVER_S": "no timeout",
+    "agent.tables.NEVER_S": "no timeout",
+    "transfer.compute_gate.POLL_S": "how a thread waits for its own GPU",
+    "cuda_ipc.lane.LINGER_S": "how a thread waits for its own GPU",
+    "cuda_ipc.lane.LOOK_S": "how a thread waits for its own GPU",
 }
 COUNTS = r"MAX_(?!LEASE_S).*|([A-Z]+_)?REMEMBERED|QUEUE_MESSAGES|BATCH_PARTS"
 FILES_WITH_LIMITS = (
-    *(f"control/{name}.py" for name in ("messages", "daemon_messages", "wire", "daemon")),
-    *(f"control/{name}.py" for name in ("handoff", "desk", "ledger", "rank_rolls", "membership")),
-    *(f"control/{name}.py" for name in ("cluster", "view")),
-    *(f"adapters/{name}.py" for name in ("mailbox", "acquaintances", "agent", "rank_sets")),
-    *(f"engine/{name}.py" for name in ("wire", "handshake", "admission", "listener", "tables")),
-    *(f"engine/{name}.py" for name in ("control_channel", "counters")),
-    *(f"engine/transports/{name}.py" for name in ("tcp_frames", "verbs_cards")),
+    *(
+        f"control/handoff/{name}.py"
+        for name in (
+            "messages",
+            "machine",
+            "registry",
+            "ledger",
+            "rank_roll",
+        )
+    ),
+    *(
+        f"control/cluster/{name}.py"
+        for name in (
+            "messages",
+            "membership",
+            "replication",
+            "view",
+        )
+    ),
+    *(f"control/{name}.py" for name in ("wire",)),
+    *(f"control/daemon/{name}.py" for name in ("daemon",)),
+    *(
+        f"adapters/agent/{name}.py"
+        for name in (
+            "messaging",
+            "sessions",
+            "agent",
+            "rank_coordinator",
+        )
+    ),
+    *(
+        f"engine/wire/{name}.py"
+        for name in (
+            "messages",
+            "tables",
+            "channel",
+            "frames",
+        )
+    ),
+    *(
+        f"engine/connect/{name}.py"
+        for name in (
+            "handshake",
+            "admission",
+            "listener",
+        )
+    ),
+    *(f"engine/transfer/{name}.py" for name in ("counters",)),
+    *(f"engine/transports/verbs/{name}.py" for name in ("cards",)),
 )
 
 
@@ -151,17 +197,16 @@ def test_every_message_is_explained_outside_the_tables_of_fields(section: str) -
 
 
 def test_every_state_is_named() -> None:
-    for path in sorted((ROOT / "control").glob("*.py")):
-        module = import_module(f"kvferry.control.{path.stem}")
+    for path in sorted((ROOT / "control").rglob("*.py")):
+        module = import_module(".".join(("kvferry", *path.relative_to(ROOT).with_suffix("").parts)))
         for name in re.findall(r"self\.state = ([A-Z]+)$", path.read_text("utf-8"), re.M):
             assert f"`{getattr(module, name)}`" in TEXT, f"{path.stem}: {name}"
 
 
 def test_every_timeout_with_its_default() -> None:
-    paths = [*(ROOT / "control").glob("*.py"), *(ROOT / "engine").rglob("*.py")]
-    paths += [
-        path for path in (ROOT / "adapters").glob("*.py") if path.stem.split("_")[0] not in OTHERS
-    ]
+    # vLLM's and SGLang's adapters have timeouts of their own, in the documents about them.
+    folders = ("control", "engine", "adapters/agent")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     documented = {name: value for name, value in NUMBERS.items() if value.endswith(" s")}
     in_the_code = numbers_in(paths, SECONDS)
     assert in_the_code.keys() >= NOT_OF_THE_PROTOCOL.keys()

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvferry.control import rank_rolls
 from kvferry.control.errors import (
     HandoffCancelled,
     HandoffTimeout,
@@ -15,7 +14,8 @@ from kvferry.control.errors import (
     PeerFailed,
     SendFailed,
 )
-from kvferry.control.events import (
+from kvferry.control.handoff import rank_roll as rank_rolls
+from kvferry.control.handoff.events import (
     CancelParts,
     Fail,
     LinkDown,
@@ -27,13 +27,13 @@ from kvferry.control.events import (
     TimerFired,
     UserCancelled,
 )
-from kvferry.control.handoff import Timing
-from kvferry.control.messages import Part, Verdict
-from kvferry.control.rank_part import RankPart
-from kvferry.control.rank_rolls import Rank, RankRolls
+from kvferry.control.handoff.machine import Timing
+from kvferry.control.handoff.messages import Part, Verdict
+from kvferry.control.handoff.rank_part import RankPart
+from kvferry.control.handoff.rank_roll import Rank, RankRolls
 
 if TYPE_CHECKING:
-    from kvferry.control.events import Event
+    from kvferry.control.handoff.events import Event
 
 REQUEST = "r"
 TIMING = Timing()

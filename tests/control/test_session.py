@@ -15,10 +15,10 @@ from kvferry.control.errors import (
     RoleMismatch,
     VersionMismatch,
 )
-from kvferry.control.events import ClearTimer, Send, SetTimer, TimerFired
-from kvferry.control.handoff import Timing
-from kvferry.control.messages import Bye, Describe, Hello, Refused, Welcome
-from kvferry.control.session import (
+from kvferry.control.handoff.events import ClearTimer, Send, SetTimer, TimerFired
+from kvferry.control.handoff.machine import Timing
+from kvferry.control.handoff.messages import Bye, Describe, Hello, Refused, Welcome
+from kvferry.control.handoff.session import (
     Ended,
     Heard,
     LinkOpened,
@@ -31,8 +31,8 @@ from kvferry.control.session import (
 )
 
 if TYPE_CHECKING:
-    from kvferry.control.messages import Message
-    from kvferry.control.session import SessionAction
+    from kvferry.control.handoff.messages import Message
+    from kvferry.control.handoff.session import SessionAction
 
 NUMBER = 5
 

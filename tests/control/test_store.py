@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from kvferry.control.cluster.store import parse_store
 from kvferry.control.errors import ConfigError
-from kvferry.control.store import parse_store
 
 
 def test_one_or_several_servers_and_a_name() -> None:

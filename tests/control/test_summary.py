@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvferry.control.daemon_messages import (
+from kvferry.control.cluster.messages import (
     MAX_SHOWN_LINKS,
     MAX_SHOWN_ROWS,
     Activity,
@@ -18,7 +18,7 @@ from kvferry.control.daemon_messages import (
     Member,
     Registration,
 )
-from kvferry.control.summary import merge, summarize
+from kvferry.control.cluster.summary import merge, summarize
 
 
 def member(name: str, role: Any) -> Member:

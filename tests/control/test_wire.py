@@ -9,7 +9,7 @@ import msgpack  # type: ignore[import-untyped]
 import pytest
 
 from kvferry.control.errors import ProtocolError
-from kvferry.control.messages import MESSAGE_TYPES
+from kvferry.control.handoff.messages import MESSAGE_TYPES
 from kvferry.control.wire import MAX_DEPTH, MAX_FRAME_NBYTES, MAX_ITEMS, check_frame, decode, encode
 
 from .examples import EXAMPLES

@@ -15,9 +15,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvferry.control.decode import DecodePull, DecodePush
-from kvferry.control.desk import DecodeDesk, PrefillDesk
-from kvferry.control.events import (
+from kvferry.control.handoff.decode import DecodePull, DecodePush
+from kvferry.control.handoff.events import (
     CancelOperations,
     ClearTimer,
     CounterEnded,
@@ -40,20 +39,21 @@ from kvferry.control.events import (
     TimerFired,
     UserCancelled,
 )
-from kvferry.control.ledger import Ledger
-from kvferry.control.messages import (
+from kvferry.control.handoff.ledger import Ledger
+from kvferry.control.handoff.messages import (
     FINAL_ANSWERS,
     HandoffMessage,
     pack_block_ids,
     unpack_block_ids,
 )
-from kvferry.control.prefill import PrefillHandoff
+from kvferry.control.handoff.prefill import PrefillHandoff
+from kvferry.control.handoff.registry import DecodeDesk, PrefillDesk
 from kvferry.control.wire import decode, encode
 
 if TYPE_CHECKING:
-    from kvferry.control.desk import Desk, Steps
     from kvferry.control.errors import ControlError
-    from kvferry.control.events import Action, Event
+    from kvferry.control.handoff.events import Action, Event
+    from kvferry.control.handoff.registry import Desk, Steps
 
 POOL_BLOCKS = 8
 NUM_LAYERS = 2

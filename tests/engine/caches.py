@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvferry.engine.layout import KVLayout
+from kvferry.engine.layout.kv_layout import KVLayout
 
 SENTINEL = 0xA5
 AXES = ("layer", "plane", "block", "token", "head", "dim")

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kvferry.engine.join import join_groups, join_planes
-from kvferry.engine.layout import KVLayout
+from kvferry.engine.layout.join import join_groups, join_planes
+from kvferry.engine.layout.kv_layout import KVLayout
 
 NUM_LAYERS = 2
 LATENT, ROPE, SLICES = 32, 8, 4

@@ -14,11 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kvferry.engine import conversion, gpu_mover, gpu_workplace, memory, workplaces
-from kvferry.engine.device_counters import DeviceCounters
+from kvferry.engine.convert import conversion
+from kvferry.engine.convert import gpu_workspace as gpu_workplace
+from kvferry.engine.convert import workspaces as workplaces
+from kvferry.engine.convert.gpu_workspace import GpuWorkplace
 from kvferry.engine.errors import DeviceError
-from kvferry.engine.gpu_workplace import GpuWorkplace
-from kvferry.engine.transports import staged
+from kvferry.engine.memory import regions as memory
+from kvferry.engine.staging import gpu_mover
+from kvferry.engine.transfer import staged
+from kvferry.engine.transfer.device_counters import DeviceCounters
 from kvferry.kernels import rows
 from kvferry.kernels.pieces import copy_pieces, make_table
 from tests.kernels.conftest import interpret_kernels
@@ -29,7 +33,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import pytest
 
-    from kvferry.engine.iovec import Iovec
+    from kvferry.engine.memory.iovec import Iovec
 
 _launching = threading.RLock()  # the interpreter has one grid for the whole process
 _POISON = 0xCC

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvferry.engine.join import join_planes
-from kvferry.engine.layout import KVLayout
+from kvferry.engine.layout.join import join_planes
+from kvferry.engine.layout.kv_layout import KVLayout
 from kvferry.kernels.cast import LIMITS, cast_reference
 
 from .caches import PagedPool

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvferry.engine.admission import token_id
+from kvferry.engine.connect.admission import token_id
 from kvferry.engine.errors import DeadlineExceeded, OutOfRange, TransportUnavailable
-from kvferry.engine.transfer import TransferEngine
+from kvferry.engine.transfer_engine import TransferEngine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,7 +79,7 @@ def test_a_token_is_proven_not_shown(
     """Who saw a token's name on the wire, and has the address, lacks the token still."""
     guarded.admit(TOKEN, client.engine_id)
     name = token_id(TOKEN)
-    monkeypatch.setattr("kvferry.engine.dialer.token_id", lambda token: name)
+    monkeypatch.setattr("kvferry.engine.connect.dialer.token_id", lambda token: name)
     with pytest.raises(TransportUnavailable, match="does not know its own secret"):
         client.connect(guarded.address, token=bytes(32))
     monkeypatch.undo()

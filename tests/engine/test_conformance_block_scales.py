@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from kvferry.engine.errors import LayoutError, PlanError
-from kvferry.engine.ranks import RankPlan
-from kvferry.engine.reblock import TokenPlan
+from kvferry.engine.plan.rank_plan import RankPlan
+from kvferry.engine.plan.token_plan import TokenPlan
 
 from .scaled_caches import NUM_BLOCKS, Scaled, expect
 
 if TYPE_CHECKING:
-    from kvferry.engine.link import Link
-    from kvferry.engine.transfer import TransferEngine
+    from kvferry.engine.link.link import Link
+    from kvferry.engine.transfer_engine import TransferEngine
     from tests.conftest import Peer
 
 NHD = ("plane", "block", "token", "head", "dim")

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from kvferry.engine.layout import KVLayout
+from kvferry.engine.layout.kv_layout import KVLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from kvferry.engine.link import Link
-    from kvferry.engine.memory import CacheDescriptor, RegisteredCache
-    from kvferry.engine.transfer import TransferEngine
+    from kvferry.engine.link.link import Link
+    from kvferry.engine.memory.regions import CacheDescriptor, RegisteredCache
+    from kvferry.engine.transfer_engine import TransferEngine
     from tests.conftest import Peer
 
     Array = np.ndarray[Any, Any]

@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from kvferry.engine import conversion, converting
-from kvferry.engine.conversion import chunks_of
+from kvferry.engine.convert import chunk as converting
+from kvferry.engine.convert import conversion
+from kvferry.engine.convert.conversion import chunks_of
 from kvferry.engine.errors import Cancelled, DeadlineExceeded, EngineError
-from kvferry.engine.token_move import TokenMove
+from kvferry.engine.transfer.moves import TokenMove
 
 from .caches import PagedPool
 from .scaled_caches import NUM_BLOCKS, Scaled, expect
 
 if TYPE_CHECKING:
-    from kvferry.engine.link import Link
-    from kvferry.engine.transfer import TransferEngine
+    from kvferry.engine.link.link import Link
+    from kvferry.engine.transfer_engine import TransferEngine
     from tests.conftest import Peer
 
 NHD = ("plane", "block", "token", "head", "dim")

@@ -21,13 +21,13 @@ from kvferry.engine.errors import (
     PeerLost,
     RegionGone,
 )
-from kvferry.engine.transfer import TransferEngine
+from kvferry.engine.transfer_engine import TransferEngine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvferry.engine.link import Link
-    from kvferry.engine.memory import MemoryRegion
+    from kvferry.engine.link.link import Link
+    from kvferry.engine.memory.regions import MemoryRegion
     from tests.conftest import Gate, Peer, Pool
 
 SENTINEL = 0xA5

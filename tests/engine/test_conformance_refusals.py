@@ -12,7 +12,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvferry.engine.counters import MAX_UNKNOWN_IMMS
 from kvferry.engine.errors import (
     BlockOutOfRange,
     EngineError,
@@ -27,15 +26,16 @@ from kvferry.engine.errors import (
     TransportUnavailable,
     UnknownImmOverflow,
 )
-from kvferry.engine.layout import KVLayout
-from kvferry.engine.memory import CacheDescriptor, RegionDescriptor
-from kvferry.engine.transfer import TransferEngine
+from kvferry.engine.layout.kv_layout import KVLayout
+from kvferry.engine.memory.regions import CacheDescriptor, RegionDescriptor
+from kvferry.engine.transfer.counters import MAX_UNKNOWN_IMMS
+from kvferry.engine.transfer_engine import TransferEngine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvferry.engine.link import Link
-    from kvferry.engine.tickets import Ticket
+    from kvferry.engine.link.link import Link
+    from kvferry.engine.transfer.ticket import Ticket
     from tests.conftest import Peer, Pool
 
 SENTINEL = 0xA5

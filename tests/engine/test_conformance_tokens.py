@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from kvferry.engine.convert import QUANTISED
 from kvferry.engine.errors import PlanError
+from kvferry.engine.layout.dtypes import QUANTISED
 from kvferry.kernels.cast import cast_reference
 
 from .caches import PagedPool, expect_tokens
 
 if TYPE_CHECKING:
-    from kvferry.engine.link import Link
-    from kvferry.engine.memory import CacheDescriptor, RegisteredCache
-    from kvferry.engine.transfer import TransferEngine
+    from kvferry.engine.link.link import Link
+    from kvferry.engine.memory.regions import CacheDescriptor, RegisteredCache
+    from kvferry.engine.transfer_engine import TransferEngine
     from tests.conftest import Peer
 
 NHD = ("plane", "block", "token", "head", "dim")
@@ -163,6 +163,8 @@ def test_blocks_that_do_not_pair_are_refused_by_their_sizes(
     )
     local, remote = cross(engine, peer, src, dst, True)
     plan = engine.plan(local, remote)
-    with pytest.raises(PlanError, match=r"do not pair .*source has 4, destination has 8.*write_tokens"):
+    with pytest.raises(
+        PlanError, match=r"do not pair .*source has 4, destination has 8.*write_tokens"
+    ):
         link.write_blocks(plan, [0], [0])
     local.deregister()

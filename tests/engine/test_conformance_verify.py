@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from kvferry.engine import iovec
 from kvferry.engine.errors import ChecksumMismatch
-from kvferry.engine.transfer import TransferEngine
+from kvferry.engine.memory import iovec
+from kvferry.engine.transfer_engine import TransferEngine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from kvferry.engine.link import Link
+    from kvferry.engine.link.link import Link
     from tests.conftest import Peer, Pool
 
 SENTINEL = 0xA5

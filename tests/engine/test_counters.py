@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from kvferry.engine.counters import CounterTable
 from kvferry.engine.errors import (
     Cancelled,
     EngineError,
@@ -16,6 +15,7 @@ from kvferry.engine.errors import (
     PeerLost,
     UnknownImmOverflow,
 )
+from kvferry.engine.transfer.counters import CounterTable
 
 
 def expect(table: CounterTable, imm: int, **options: Any) -> Any:

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvferry.engine import cuda, cuda_memory
-from kvferry.engine.cuda_memory import CudaMemory, PeerMappings
 from kvferry.engine.errors import DeviceError, RegionGone
-from kvferry.engine.memory import RegionDescriptor
-from kvferry.engine.transports import cuda_ipc
-from kvferry.engine.transports.cuda_reach import PeerReach
+from kvferry.engine.memory import cuda_driver as cuda
+from kvferry.engine.memory import cuda_export as cuda_memory
+from kvferry.engine.memory.cuda_export import CudaMemory, PeerMappings
+from kvferry.engine.memory.regions import RegionDescriptor
+from kvferry.engine.transports.cuda_ipc import path as cuda_ipc
+from kvferry.engine.transports.cuda_ipc.peer_memory import PeerReach
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,11 +15,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvferry.engine import conversion
-from kvferry.engine.convert import QUANTISED
+from kvferry.engine.convert import conversion
+from kvferry.engine.convert.gpu_workspace import GpuWorkplace
+from kvferry.engine.convert.workspace import HostWorkplace, Numbers
 from kvferry.engine.errors import DeviceError, EngineError, PlanError
-from kvferry.engine.gpu_workplace import GpuWorkplace
-from kvferry.engine.workplace import HostWorkplace, Numbers
+from kvferry.engine.layout.dtypes import QUANTISED
 from kvferry.kernels.cast import cast_reference
 
 from .caches import AXES, PagedPool, expect_tokens
@@ -27,8 +27,8 @@ from .interpreted_gpu import InterpretedGpu, convert_as_on_a_gpu
 from .scaled_caches import NUM_BLOCKS, Scaled, expect, fill_exactly
 
 if TYPE_CHECKING:
-    from kvferry.engine.link import Link
-    from kvferry.engine.transfer import TransferEngine
+    from kvferry.engine.link.link import Link
+    from kvferry.engine.transfer_engine import TransferEngine
     from tests.conftest import Peer
 
 pytest.importorskip("triton", reason="Triton exists for Linux alone")

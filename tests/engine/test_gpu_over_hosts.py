@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from kvferry.engine import iovec
 from kvferry.engine.errors import ChecksumMismatch, EngineError
-from kvferry.engine.layout import KVLayout
-from kvferry.engine.transfer import TransferEngine
+from kvferry.engine.layout.kv_layout import KVLayout
+from kvferry.engine.memory import iovec
+from kvferry.engine.transfer_engine import TransferEngine
 from kvferry.kernels.cast import cast_reference
 
 from .caches import PagedPool, expect_tokens
@@ -24,7 +24,7 @@ from .interpreted_gpu import Compute, StandIn
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from kvferry.engine.link import Link
+    from kvferry.engine.link.link import Link
     from tests.conftest import Peer
 
 pytest.importorskip("triton", reason="Triton exists for Linux alone")

@@ -9,7 +9,7 @@ import os
 import numpy as np
 import pytest
 
-from kvferry.engine import iovec
+from kvferry.engine.memory import iovec
 
 SENTINEL = 0xA5
 PIECE = 24

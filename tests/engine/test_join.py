@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from kvferry.engine.errors import LayoutError
-from kvferry.engine.join import join_groups, join_planes
-from kvferry.engine.layout import KVLayout
-from kvferry.engine.plan import Plan
-from kvferry.engine.ranks import RankPlan
-from kvferry.engine.reblock import TokenPlan
+from kvferry.engine.layout.join import join_groups, join_planes
+from kvferry.engine.layout.kv_layout import KVLayout
+from kvferry.engine.plan.block_plan import Plan
+from kvferry.engine.plan.rank_plan import RankPlan
+from kvferry.engine.plan.token_plan import TokenPlan
 
 from .grouped_caches import SLICES, Grouped, filled, hybrid, latent, latent_ranks, move
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kvferry.engine.errors import LayoutError
-from kvferry.engine.layout import Axis, GroupLayout, KVLayout, RegionLayout
+from kvferry.engine.layout.kv_layout import Axis, GroupLayout, KVLayout, RegionLayout
 
 NHD = "plane block token head dim"
 
@@ -65,7 +65,7 @@ def test_mla_has_one_plane_and_no_heads() -> None:
 
 def test_a_digest_is_the_same_in_every_process_and_tells_layouts_apart() -> None:
     code = (
-        "import numpy as np; from kvferry.engine.layout import KVLayout;"
+        "import numpy as np; from kvferry.engine.layout.kv_layout import KVLayout;"
         "print(KVLayout.from_tensors([np.zeros((2, 7, 4, 3, 8), np.float16)],"
         " 'plane block token head dim').digest())"
     )

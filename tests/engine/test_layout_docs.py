@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from kvferry.engine.errors import LayoutError
-from kvferry.engine.join import join_groups, join_planes
-from kvferry.engine.layout import KVLayout
-from kvferry.engine.reblock import TokenPlan
+from kvferry.engine.layout.join import join_groups, join_planes
+from kvferry.engine.layout.kv_layout import KVLayout
+from kvferry.engine.plan.token_plan import TokenPlan
 
 PAGE = Path(__file__).parents[2] / "docs" / "layouts.md"
 LAYERS, BLOCKS, HEADS, TOKENS, DIM = 2, 8, 4, 16, 64

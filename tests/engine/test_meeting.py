@@ -14,7 +14,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvferry.engine import handshake, wire
+from kvferry.engine.connect import handshake
+from kvferry.engine.connect.handshake import EngineAddress, Hello
 from kvferry.engine.errors import (
     DeadlineExceeded,
     EngineError,
@@ -24,9 +25,9 @@ from kvferry.engine.errors import (
     ProtocolError,
     TransportUnavailable,
 )
-from kvferry.engine.handshake import EngineAddress, Hello
-from kvferry.engine.transfer import TransferEngine
-from kvferry.engine.wire import LINK_VERSION
+from kvferry.engine.transfer_engine import TransferEngine
+from kvferry.engine.wire import messages as wire
+from kvferry.engine.wire.messages import LINK_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

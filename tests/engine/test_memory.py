@@ -21,8 +21,8 @@ from kvferry.engine.errors import (
     OutOfRange,
     RegionGone,
 )
-from kvferry.engine.layout import KVLayout
-from kvferry.engine.memory import RegionTable, check_ranges
+from kvferry.engine.layout.kv_layout import KVLayout
+from kvferry.engine.memory.regions import RegionTable, check_ranges
 
 
 @pytest.fixture
@@ -230,8 +230,8 @@ def test_threads_may_decode_their_first_descriptors_at_once() -> None:
 import sys, threading
 sys.setswitchinterval(1e-6)
 from kvferry.engine.errors import EngineError
-from kvferry.engine.handshake import EngineAddress
-from kvferry.engine.memory import CacheDescriptor
+from kvferry.engine.connect.handshake import EngineAddress
+from kvferry.engine.memory.regions import CacheDescriptor
 start = threading.Barrier(8)
 def decode(kind):
     start.wait()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvferry.engine.errors import BlockOutOfRange, LayoutError, OverlappingBlocks, PlanError
-from kvferry.engine.layout import KVLayout
-from kvferry.engine.pieces import Pieces
-from kvferry.engine.plan import FEW_IDS, Plan, are_few
-from kvferry.engine.reblock import TokenPlan
+from kvferry.engine.layout.kv_layout import KVLayout
+from kvferry.engine.plan.block_plan import FEW_IDS, Plan, are_few
+from kvferry.engine.plan.token_plan import TokenPlan
+
+if TYPE_CHECKING:
+    from kvferry.engine.plan.pieces import Pieces
 
 Array = np.ndarray[Any, Any]
 AXES = ("layer", "plane", "block", "token", "head", "dim")

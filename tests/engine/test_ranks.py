@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvferry.engine.errors import LayoutError
-from kvferry.engine.layout import KVLayout
-from kvferry.engine.ranks import RankPlan
+from kvferry.engine.layout.kv_layout import KVLayout
+from kvferry.engine.plan.rank_plan import RankPlan
 
 from .caches import PagedPool
 

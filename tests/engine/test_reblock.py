@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvferry.engine.convert import convert_bytes
 from kvferry.engine.errors import BlockOutOfRange, LayoutError, OverlappingBlocks, PlanError
-from kvferry.engine.layout import KVLayout
-from kvferry.engine.reblock import TokenPlan
-from kvferry.engine.token_pieces import stretches
+from kvferry.engine.layout.dtypes import convert_bytes
+from kvferry.engine.layout.kv_layout import KVLayout
+from kvferry.engine.plan.template import stretches
+from kvferry.engine.plan.token_plan import TokenPlan
 
 from .caches import AXES, PagedPool, expect_tokens
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from kvferry.engine import iovec
 from kvferry.engine.errors import DeviceError, EngineError, PlanError, ProtocolError
-from kvferry.engine.paths import NEVER_DIRECT, Paths, load
-from kvferry.engine.pipeline import Finisher, work_off
-from kvferry.engine.shared_memory import SharedSlots
-from kvferry.engine.staging import Buffer, HostMover, Ring, StagingMeter, suits
-from kvferry.engine.stream_gate import StreamGate
+from kvferry.engine.memory import iovec
+from kvferry.engine.runtime.pipeline import Finisher, work_off
+from kvferry.engine.staging.ring import Buffer, HostMover, Ring, StagingMeter, suits
+from kvferry.engine.staging.shared_slots import SharedSlots
+from kvferry.engine.staging.thresholds import NEVER_DIRECT, Paths, load
+from kvferry.engine.transfer.compute_gate import StreamGate
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from kvferry.engine.errors import Cancelled, DeadlineExceeded, EngineError, PeerLost
-from kvferry.engine.tickets import Ticket, all_of
+from kvferry.engine.transfer.ticket import Ticket, all_of
 
 
 def test_a_ticket_ends_once() -> None:

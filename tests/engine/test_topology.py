@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvferry.engine import topology
-from kvferry.engine.topology import Gid, gids, gpus, nearest, nics, rank
-from kvferry.engine.transports.verbs_device import NICS_VARIABLE, Nics
+from kvferry.engine.transports.verbs import topology
+from kvferry.engine.transports.verbs.device import NICS_VARIABLE, Nics
+from kvferry.engine.transports.verbs.topology import Gid, gids, gpus, nearest, nics, rank
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

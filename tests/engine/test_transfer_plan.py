@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvferry.engine.transfer import TransferEngine
+from kvferry.engine.transfer_engine import TransferEngine
 from tests.engine.caches import PagedPool
 from tests.engine.grouped_caches import hybrid
 

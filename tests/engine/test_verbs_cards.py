@@ -8,8 +8,7 @@ import msgspec
 import pytest
 
 from kvferry.engine.errors import ProtocolError, TransportUnavailable
-from kvferry.engine.topology import Gid
-from kvferry.engine.transports.verbs_cards import (
+from kvferry.engine.transports.verbs.cards import (
     GidCard,
     Offer,
     QueueCard,
@@ -18,6 +17,7 @@ from kvferry.engine.transports.verbs_cards import (
     gid_cards,
     route,
 )
+from kvferry.engine.transports.verbs.topology import Gid
 
 
 def ipv4(last: int, subnet: int = 1) -> str:

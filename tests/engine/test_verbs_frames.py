@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import pytest
 
-from kvferry.engine import wire
-from kvferry.engine.bound_pieces import bind
 from kvferry.engine.errors import EngineError
-from kvferry.engine.memory import RegionTable
-from kvferry.engine.tickets import Ticket
+from kvferry.engine.memory.regions import RegionTable
+from kvferry.engine.transfer.pieces import bind
+from kvferry.engine.transfer.ticket import Ticket
 from kvferry.engine.transports.base import Transfer
-from kvferry.engine.transports.verbs_frames import Frames
-from kvferry.engine.transports.verbs_staging import BYTES_ALIGN_NBYTES, Slots
+from kvferry.engine.transports.verbs.frames import Frames
+from kvferry.engine.transports.verbs.slots import BYTES_ALIGN_NBYTES, Slots
+from kvferry.engine.wire import messages as wire
 
 from .interpreted_gpu import StandIn
 

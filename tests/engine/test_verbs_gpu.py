@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvferry.engine import cuda
 from kvferry.engine.errors import DeviceError
-from kvferry.engine.transports import verbs_gpu
-from kvferry.engine.transports.verbs_gpu import DMABUF, MODULE, NOTHING
+from kvferry.engine.memory import cuda_driver as cuda
+from kvferry.engine.transports.verbs import gpu as verbs_gpu
+from kvferry.engine.transports.verbs.gpu import DMABUF, MODULE, NOTHING
 
 if TYPE_CHECKING:
     from pathlib import Path

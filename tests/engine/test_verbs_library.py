@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from kvferry.engine.transports import verbs_library
+from kvferry.engine.transports.verbs import library as verbs_library
 
 FOLDER = Path(__file__).parent
-SOURCES = sorted((FOLDER.parent.parent / "engine" / "transports").glob("verbs*.py"))
+SOURCES = sorted((FOLDER.parent.parent / "engine" / "transports" / "verbs").glob("*.py"))
 DECLARED: dict[str, Any] = json.loads((FOLDER / "pyverbs_declarations.json").read_text())
 # Attributes and methods of the library's objects that the transport uses.
 USED = {

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvferry.engine.layout import KVLayout
-from kvferry.engine.transports.verbs_work import (
+from kvferry.engine.layout.kv_layout import KVLayout
+from kvferry.engine.transports.verbs.work_requests import (
     MAX_REQUEST_NBYTES,
     SHARE_ALIGN_NBYTES,
     Pieces,
@@ -24,7 +24,7 @@ from kvferry.engine.transports.verbs_work import (
 )
 
 if TYPE_CHECKING:
-    from kvferry.engine.transfer import TransferEngine
+    from kvferry.engine.transfer_engine import TransferEngine
 
 KEYS = (np.array([11, 22]), np.array([33, 44]))
 TRANSFER: Any = None  # shares only hold on to it

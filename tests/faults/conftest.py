@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from kvferry.engine import handshake, tables, wire
-from kvferry.engine.handshake import Hello, Identity
-from kvferry.engine.memory import RegionDescriptor
-from kvferry.engine.transfer import TransferEngine
-from kvferry.engine.transports import tcp_frames as frames
+from kvferry.engine.connect import handshake
+from kvferry.engine.connect.handshake import Hello, Identity
+from kvferry.engine.memory.regions import RegionDescriptor
+from kvferry.engine.transfer_engine import TransferEngine
+from kvferry.engine.wire import frames as frames
+from kvferry.engine.wire import messages as wire
+from kvferry.engine.wire import tables
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -13,14 +13,23 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvferry.engine import handshake, tables, wire
+from kvferry.engine.connect import handshake
+from kvferry.engine.connect.handshake import (
+    Challenge,
+    EngineAddress,
+    Hello,
+    Identity,
+    Proof,
+    Welcome,
+)
 from kvferry.engine.errors import EngineError, LayoutError, PeerLost, ProtocolError
-from kvferry.engine.handshake import Challenge, EngineAddress, Hello, Identity, Proof, Welcome
-from kvferry.engine.layout import KVLayout
-from kvferry.engine.memory import KEY_NBYTES, CacheDescriptor, RegionTable
-from kvferry.engine.plan import Plan
-from kvferry.engine.reblock import TokenPlan
-from kvferry.engine.transports import tcp_frames as frames
+from kvferry.engine.layout.kv_layout import KVLayout
+from kvferry.engine.memory.regions import KEY_NBYTES, CacheDescriptor, RegionTable
+from kvferry.engine.plan.block_plan import Plan
+from kvferry.engine.plan.token_plan import TokenPlan
+from kvferry.engine.wire import frames as frames
+from kvferry.engine.wire import messages as wire
+from kvferry.engine.wire import tables
 
 if TYPE_CHECKING:
     import socket

@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
-from kvferry.engine import handshake, wire
+from kvferry.engine.connect import handshake
 from kvferry.engine.errors import EngineError
-from kvferry.engine.transports import tcp_frames as frames
+from kvferry.engine.wire import frames as frames
+from kvferry.engine.wire import messages as wire
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
-    from kvferry.engine.tickets import Ticket
-    from kvferry.engine.transfer import TransferEngine
+    from kvferry.engine.transfer.ticket import Ticket
+    from kvferry.engine.transfer_engine import TransferEngine
     from tests.faults.conftest import Intruder, Victim
 
 PATIENCE_S = 15.0

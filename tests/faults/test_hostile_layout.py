@@ -8,16 +8,16 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvferry.engine import tables
 from kvferry.engine.errors import EngineError, LayoutError, NotRegistered, OutOfRange, PlanError
-from kvferry.engine.layout import Axis, GroupLayout, KVLayout
-from kvferry.engine.memory import CacheDescriptor, RegionTable
-from kvferry.engine.plan import Plan
-from kvferry.engine.reblock import TokenPlan
-from kvferry.engine.transfer import TransferEngine
+from kvferry.engine.layout.kv_layout import Axis, GroupLayout, KVLayout
+from kvferry.engine.memory.regions import CacheDescriptor, RegionTable
+from kvferry.engine.plan.block_plan import Plan
+from kvferry.engine.plan.token_plan import TokenPlan
+from kvferry.engine.transfer_engine import TransferEngine
+from kvferry.engine.wire import tables
 
 if TYPE_CHECKING:
-    from kvferry.engine.layout import RegionLayout
+    from kvferry.engine.layout.kv_layout import RegionLayout
 
 DIMS = "plane block token head dim"
 

@@ -8,7 +8,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvferry.engine import tables, wire
 from kvferry.engine.errors import (
     DeadlineExceeded,
     EngineError,
@@ -17,7 +16,9 @@ from kvferry.engine.errors import (
     ProtocolError,
     RegionRefused,
 )
-from kvferry.engine.transports import tcp_frames as frames
+from kvferry.engine.wire import frames as frames
+from kvferry.engine.wire import messages as wire
+from kvferry.engine.wire import tables
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from kvferry.engine import iovec
 from kvferry.engine.errors import (
     DeadlineExceeded,
     EngineError,
@@ -22,14 +21,15 @@ from kvferry.engine.errors import (
     RegionGone,
     TransportUnavailable,
 )
-from kvferry.engine.transfer import TransferEngine
-from kvferry.engine.transports import verbs_qp
+from kvferry.engine.memory import iovec
+from kvferry.engine.transfer_engine import TransferEngine
+from kvferry.engine.transports.verbs import queue_pair as verbs_qp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvferry.engine.link import Link
-    from kvferry.engine.tickets import Ticket
+    from kvferry.engine.link.link import Link
+    from kvferry.engine.transfer.ticket import Ticket
     from tests.census import Census
     from tests.conftest import Gate, Peer, Pool
 else:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvferry.engine.errors import PeerLost, TransportUnavailable
-from kvferry.engine.transfer import TransferEngine
+from kvferry.engine.transfer_engine import TransferEngine
 from tests.needs import lack, need_network_namespaces
 
 if TYPE_CHECKING:

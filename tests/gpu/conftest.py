@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from kvferry.engine.handshake import EngineAddress
-from kvferry.engine.transfer import TransferEngine
+from kvferry.engine.connect.handshake import EngineAddress
+from kvferry.engine.transfer_engine import TransferEngine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from kvferry.engine.link import Link
+    from kvferry.engine.link.link import Link
     from tests.child import Child
 else:
     from child import Child  # in the folder above: `pythonpath` in pyproject.toml

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from kvferry.engine.errors import EngineError
-from kvferry.engine.layout import KVLayout
-from kvferry.engine.transfer import TransferEngine
+from kvferry.engine.layout.kv_layout import KVLayout
+from kvferry.engine.transfer_engine import TransferEngine
 
 if TYPE_CHECKING:
-    from kvferry.engine.link import Link
-    from kvferry.engine.memory import CacheDescriptor, RegionDescriptor, RegisteredCache
-    from kvferry.engine.tickets import Ticket
+    from kvferry.engine.link.link import Link
+    from kvferry.engine.memory.regions import CacheDescriptor, RegionDescriptor, RegisteredCache
+    from kvferry.engine.transfer.ticket import Ticket
     from tests.child import pipe_of_child, serve
 else:
     from child import pipe_of_child, serve  # in the folder above

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 import torch
 
-from kvferry.adapters.agent import Agent
-from kvferry.engine.layout import KVLayout
+from kvferry.adapters.agent.agent import Agent
+from kvferry.engine.layout.kv_layout import KVLayout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,8 +11,8 @@ import torch
 from tests.engine.scaled_caches import NUM_BLOCKS, Scaled, expect
 
 if TYPE_CHECKING:
-    from kvferry.engine.link import Link
-    from kvferry.engine.transfer import TransferEngine
+    from kvferry.engine.link.link import Link
+    from kvferry.engine.transfer_engine import TransferEngine
     from tests.gpu.conftest import GpuPeer
 
 pytestmark = pytest.mark.gpu

@@ -16,7 +16,7 @@ from kvferry.engine.errors import EngineError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvferry.engine.transfer import TransferEngine
+    from kvferry.engine.transfer_engine import TransferEngine
     from tests.gpu.conftest import GpuPeer
 
 pytestmark = pytest.mark.gpu
@@ -86,7 +86,7 @@ def test_a_peer_that_writes_from_chunks(engine: TransferEngine, expandable: GpuP
 def test_what_cannot_be_shared_is_refused_where_it_would_be_shared(transports: str) -> None:
     code = (
         "import torch\n"
-        "from kvferry.engine.transfer import TransferEngine\n"
+        "from kvferry.engine.transfer_engine import TransferEngine\n"
         f"with TransferEngine(transports=({transports!r},)) as engine:\n"
         "    try: print(engine.register(torch.zeros(1 << 20, device='cuda')))\n"
         "    except Exception as error: print(error)\n"

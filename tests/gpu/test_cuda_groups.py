@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from kvferry.engine.ranks import RankPlan
-from kvferry.engine.reblock import TokenPlan
+from kvferry.engine.plan.rank_plan import RankPlan
+from kvferry.engine.plan.token_plan import TokenPlan
 from tests.engine import grouped_caches
 from tests.engine.grouped_caches import Grouped, hybrid, indexed, latent_ranks
 from tests.kernels.test_groups import HYBRID_TABLES, INDEXED_TABLES
 
 if TYPE_CHECKING:
-    from kvferry.engine.link import Link
-    from kvferry.engine.transfer import TransferEngine
+    from kvferry.engine.link.link import Link
+    from kvferry.engine.transfer_engine import TransferEngine
     from tests.gpu.conftest import GpuPeer
 
 pytestmark = pytest.mark.gpu

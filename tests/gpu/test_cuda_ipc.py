@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from kvferry.engine.cuda import driver
 from kvferry.engine.errors import (
     BlockOutOfRange,
     DeadlineExceeded,
@@ -20,12 +19,13 @@ from kvferry.engine.errors import (
     PlanError,
     RegionGone,
 )
-from kvferry.engine.layout import KVLayout
-from kvferry.engine.transfer import TransferEngine
+from kvferry.engine.layout.kv_layout import KVLayout
+from kvferry.engine.memory.cuda_driver import driver
+from kvferry.engine.transfer_engine import TransferEngine
 
 if TYPE_CHECKING:
-    from kvferry.engine.link import Link
-    from kvferry.engine.memory import CacheDescriptor, RegisteredCache
+    from kvferry.engine.link.link import Link
+    from kvferry.engine.memory.regions import CacheDescriptor, RegisteredCache
     from tests.gpu.conftest import GpuPeer
 
 pytestmark = pytest.mark.gpu

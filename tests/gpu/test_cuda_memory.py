@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from kvferry.engine.cuda import driver
-from kvferry.engine.layout import KVLayout
-from kvferry.engine.transfer import TransferEngine
+from kvferry.engine.layout.kv_layout import KVLayout
+from kvferry.engine.memory.cuda_driver import driver
+from kvferry.engine.transfer_engine import TransferEngine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from kvferry.engine import cuda, topology
 from kvferry.engine.errors import DeviceError, PlanError
+from kvferry.engine.memory import cuda_driver as cuda
+from kvferry.engine.transports.verbs import topology
 from tests.engine.caches import PagedPool, expect_tokens
 from tests.gpu.test_cuda_ipc import HND, NHD, canonical, moved, some_ids, two_caches
 from tests.gpu.test_cuda_tokens import check, shuffled
@@ -18,8 +19,8 @@ from tests.gpu.test_cuda_tokens import moved as tokens_moved
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvferry.engine.link import Link
-    from kvferry.engine.transfer import TransferEngine
+    from kvferry.engine.link.link import Link
+    from kvferry.engine.transfer_engine import TransferEngine
     from tests.gpu.conftest import GpuPeer
 
 pytestmark = pytest.mark.gpu

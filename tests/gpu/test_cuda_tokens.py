@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from kvferry.engine.convert import QUANTISED
 from kvferry.engine.errors import BlockOutOfRange, DeviceError, PlanError
+from kvferry.engine.layout.dtypes import QUANTISED
 from kvferry.kernels.cast import cast_reference
 from tests.engine.caches import PagedPool, expect_tokens
 
 if TYPE_CHECKING:
-    from kvferry.engine.link import Link
-    from kvferry.engine.transfer import TransferEngine
+    from kvferry.engine.link.link import Link
+    from kvferry.engine.transfer_engine import TransferEngine
     from tests.gpu.conftest import GpuPeer
 
 pytestmark = pytest.mark.gpu

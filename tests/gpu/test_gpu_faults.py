@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from kvferry.engine.errors import DeadlineExceeded, NotRegistered, PeerLost
-from kvferry.engine.layout import KVLayout
+from kvferry.engine.layout.kv_layout import KVLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvferry.engine.link import Link
-    from kvferry.engine.transfer import TransferEngine
+    from kvferry.engine.link.link import Link
+    from kvferry.engine.transfer_engine import TransferEngine
     from tests.gpu.conftest import GpuPeer
 
 pytestmark = pytest.mark.gpu

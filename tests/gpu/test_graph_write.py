@@ -13,9 +13,9 @@ from tests.gpu.test_cuda_ipc import HND, NHD, NUM_BLOCKS, canonical, some_ids, t
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from kvferry.engine.link import Link
-    from kvferry.engine.transfer import TransferEngine
-    from kvferry.engine.transports.cuda_graph import GraphWrite
+    from kvferry.engine.link.link import Link
+    from kvferry.engine.transfer_engine import TransferEngine
+    from kvferry.engine.transports.cuda_ipc.graph_write import GraphWrite
     from tests.gpu.conftest import GpuPeer
 
 pytestmark = pytest.mark.gpu

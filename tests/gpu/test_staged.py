@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kvferry.engine.errors import ChecksumMismatch, PeerLost, PlanError
-from kvferry.engine.paths import NEVER_DIRECT, Paths
-from kvferry.engine.transfer import TransferEngine
+from kvferry.engine.staging.thresholds import NEVER_DIRECT, Paths
+from kvferry.engine.transfer_engine import TransferEngine
 from tests.engine.caches import PagedPool, expect_tokens
 from tests.gpu.test_cuda_ipc import (
     HND,
@@ -31,7 +31,7 @@ from tests.gpu.test_cuda_tokens import moved as tokens_moved
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from kvferry.engine.link import Link
+    from kvferry.engine.link.link import Link
     from tests.gpu.conftest import GpuPeer
 
 pytestmark = pytest.mark.gpu
@@ -235,7 +235,7 @@ def test_verify_checks_staged_bytes(
     write: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from kvferry.engine import iovec
+    from kvferry.engine.memory import iovec
 
     careful = start_peer(peer_device, name="careful", verify=True)
     with TransferEngine(name="here", verify=True) as engine:  # which stages by itself

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from kvferry.engine import conversion
-from kvferry.engine.convert import QUANTISED
+from kvferry.engine.convert import conversion
 from kvferry.engine.errors import Cancelled, PlanError
-from kvferry.engine.transfer import TransferEngine
+from kvferry.engine.layout.dtypes import QUANTISED
+from kvferry.engine.transfer_engine import TransferEngine
 from kvferry.kernels.cast import cast_reference
 from tests.engine.caches import PagedPool, expect_tokens
 from tests.engine.scaled_caches import NUM_BLOCKS, Scaled, expect
@@ -20,7 +20,7 @@ from tests.engine.scaled_caches import NUM_BLOCKS, Scaled, expect
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvferry.engine.link import Link
+    from kvferry.engine.link.link import Link
     from tests.gpu.conftest import GpuPeer
 
 pytestmark = pytest.mark.gpu

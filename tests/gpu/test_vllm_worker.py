@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from kvferry.adapters.vllm_layout import Backend
-from kvferry.adapters.vllm_orders import Orders, SendOrder
+from kvferry.adapters.vllm.cache import Backend
+from kvferry.adapters.vllm.orders import Orders, SendOrder
 from tests.adapters.vllm_steps import NAMES, SENTINEL, ask, make_caches, make_worker, until_reported
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvferry.engine.reblock import TokenPlan
-from kvferry.engine.transports.cuda_tokens import compile_tokens
+from kvferry.engine.plan.token_plan import TokenPlan
+from kvferry.engine.transports.cuda_ipc.tokens import compile_tokens
 from kvferry.kernels.relayout import relayout_kernel, scale_constants
 from kvferry.kernels.tiles import LARGE, SMALL, Tuning
 from kvferry.kernels.walk import walk_constants

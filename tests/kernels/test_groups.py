@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from kvferry.engine.ranks import RankPlan
-from kvferry.engine.reblock import TokenPlan
-from kvferry.engine.transports.cuda_tokens import compile_tokens, span_of
+from kvferry.engine.plan.rank_plan import RankPlan
+from kvferry.engine.plan.token_plan import TokenPlan
+from kvferry.engine.transports.cuda_ipc.tokens import compile_tokens, span_of
 from kvferry.kernels.relayout import relayout
 from kvferry.kernels.signal import Signal
 from kvferry.kernels.tiles import Tuning

@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvferry.engine.reblock import TokenPlan
-from kvferry.engine.transports.cuda_tokens import compile_tokens, span_of
+from kvferry.engine.plan.token_plan import TokenPlan
+from kvferry.engine.transports.cuda_ipc.tokens import compile_tokens, span_of
 from kvferry.kernels.cast import cast_reference
 from kvferry.kernels.errors import ShapeError
 from kvferry.kernels.relayout import relayout

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvferry.engine.reblock import TokenPlan
-from kvferry.engine.transports.cuda_tokens import compile_tokens, span_of
+from kvferry.engine.plan.token_plan import TokenPlan
+from kvferry.engine.transports.cuda_ipc.tokens import compile_tokens, span_of
 from kvferry.kernels.errors import ShapeError
 from kvferry.kernels.relayout import relayout
 from kvferry.kernels.scaling import scales_reference

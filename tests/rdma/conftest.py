@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from kvferry.engine import topology
 from kvferry.engine.errors import EngineError
-from kvferry.engine.transfer import TransferEngine
+from kvferry.engine.transfer_engine import TransferEngine
+from kvferry.engine.transports.verbs import topology
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import numpy.typing as npt
 
-    from kvferry.engine.link import Link
-    from kvferry.engine.tickets import Ticket
+    from kvferry.engine.link.link import Link
+    from kvferry.engine.transfer.ticket import Ticket
 
 SENTINEL = 0xA5
 MARGIN_NBYTES = 4096

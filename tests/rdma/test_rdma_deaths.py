@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kvferry.engine.errors import EngineError, PeerLost
-from kvferry.engine.transfer import TransferEngine
+from kvferry.engine.transfer_engine import TransferEngine
 
 if TYPE_CHECKING:
     from tests.census import Census

@@ -24,7 +24,7 @@ from kvferry.engine.errors import (
     RemoteAccessError,
     RetryExceeded,
 )
-from kvferry.engine.transports import verbs_qp
+from kvferry.engine.transports.verbs import queue_pair as verbs_qp
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvferry.engine import wire
 from kvferry.engine.errors import EngineError, ProtocolError
-from kvferry.engine.transports import tcp_frames, verbs_qp
-from kvferry.engine.transports.verbs_cards import Offer
-from kvferry.engine.transports.verbs_staging import NUM_SLOTS
+from kvferry.engine.transports.verbs import queue_pair as verbs_qp
+from kvferry.engine.transports.verbs.cards import Offer
+from kvferry.engine.transports.verbs.slots import NUM_SLOTS
+from kvferry.engine.wire import frames as tcp_frames
+from kvferry.engine.wire import messages as wire
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from kvferry.engine import tables
 from kvferry.engine.errors import RailError
-from kvferry.engine.transports import verbs, verbs_device, verbs_qp
+from kvferry.engine.transports.verbs import device as verbs_device
+from kvferry.engine.transports.verbs import path as verbs
+from kvferry.engine.transports.verbs import queue_pair as verbs_qp
+from kvferry.engine.wire import tables
 
 from .conftest import PATIENCE_S
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvferry.control.client import DaemonClient
-from kvferry.control.daemon_messages import Heartbeat, Load, Register, Registration
+from kvferry.control.cluster.client import DaemonClient
+from kvferry.control.cluster.messages import Heartbeat, Load, Register, Registration
 from tests.daemon_process import ROOT, DaemonProcess
 
 if TYPE_CHECKING:

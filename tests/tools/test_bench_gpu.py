@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from typer.testing import CliRunner
 
-from kvferry.tools.bench import gpu, gpu_plot
 from kvferry.tools.bench.cli import app
+from kvferry.tools.bench.gpu import command as gpu
+from kvferry.tools.bench.gpu import plot as gpu_plot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -129,7 +130,7 @@ def test_nixl_needs_neither_torch_nor_msgspec_and_says_what_it_needs() -> None:
         "import sys\n"
         "for name in ('torch', 'msgspec', 'nixl', 'nixl_cu12', 'nixl_cu13'):\n"
         "    sys.modules[name] = None\n"
-        "from kvferry.tools.bench import gpu_nixl\n"
+        "from kvferry.tools.bench.gpu import nixl as gpu_nixl\n"
         "gpu_nixl.main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from kvferry.tools.bench import kernels as bench_kernels
-from kvferry.tools.bench import kernels_measure
-from kvferry.tools.bench.kernels_measure import HostCost, Report, Row
+from kvferry.tools.bench.kernels import command as bench_kernels
+from kvferry.tools.bench.kernels import measure as kernels_measure
+from kvferry.tools.bench.kernels.measure import HostCost, Report, Row
 from kvferry.tools.cli import app
 
 if TYPE_CHECKING:

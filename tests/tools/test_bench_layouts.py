@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kvferry.tools.bench import layouts_host
+from kvferry.tools.bench.layouts import host as layouts_host
 from kvferry.tools.cli import app
 
 

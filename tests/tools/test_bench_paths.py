@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from typer.testing import CliRunner
 
-from kvferry.engine.paths import NEVER_DIRECT, load
+from kvferry.engine.staging.thresholds import NEVER_DIRECT, load
 from kvferry.tools.bench import paths
 from kvferry.tools.bench.cli import app
 

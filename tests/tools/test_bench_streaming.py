@@ -8,9 +8,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kvferry.tools.bench import streaming_measure
-from kvferry.tools.bench.streaming_measure import Bench, Case, WrongBytes
-from kvferry.tools.bench.streaming_model import Shape
+from kvferry.tools.bench.streaming import measure as streaming_measure
+from kvferry.tools.bench.streaming.measure import Bench, Case, WrongBytes
+from kvferry.tools.bench.streaming.model import Shape
 from kvferry.tools.cli import app
 
 HEADS = Shape("tiny", 3, 64, 4, 2, 16, 96)

@@ -18,10 +18,12 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from kvferry.tools.bench import idle_memory, machine, transfer_measure, transfer_plot
-from kvferry.tools.bench.driver import READ, WRITE
-from kvferry.tools.bench.pairs import Burst, Pair, WorkerFailed
-from kvferry.tools.bench.transfer_report import (
+from kvferry.tools.bench import idle_memory, machine
+from kvferry.tools.bench.transfer import measure as transfer_measure
+from kvferry.tools.bench.transfer import plot as transfer_plot
+from kvferry.tools.bench.transfer.driver import READ, WRITE
+from kvferry.tools.bench.transfer.pairs import Burst, Pair, WorkerFailed
+from kvferry.tools.bench.transfer.report import (
     SCHEMA,
     IdleMemory,
     Report,
@@ -30,16 +32,16 @@ from kvferry.tools.bench.transfer_report import (
     decode,
     encode,
 )
-from kvferry.tools.bench.transfer_roster import (
+from kvferry.tools.bench.transfer.roster import (
     MEMCPY,
     Contender,
     Shapes,
     installed_peers,
     roster,
 )
-from kvferry.tools.bench.transfer_tables import name_of, show
-from kvferry.tools.bench.transfer_targets import judge
-from kvferry.tools.bench.workload import (
+from kvferry.tools.bench.transfer.tables import name_of, show
+from kvferry.tools.bench.transfer.targets import judge
+from kvferry.tools.bench.transfer.workload import (
     CONTIGUOUS,
     LARGE_BLOCKS,
     NUM_REQUESTS,
@@ -62,7 +64,7 @@ TINY = Shapes(
     Shape("tiny handoff", 2, 3, 20, 1, 64),
 )
 MISSING = () if "nixl" in installed_peers(sys.executable) else ("nixl",)
-SOCKET_DRIVER = "kvferry.tools.bench.drive_socket:SocketDriver"
+SOCKET_DRIVER = "kvferry.tools.bench.transfer.drivers.plain_socket:SocketDriver"
 
 
 # The request.
@@ -138,8 +140,11 @@ def test_one_wrong_byte_at_either_end_of_a_large_piece_is_seen(where: str) -> No
     ("driver", "options"),
     [
         (SOCKET_DRIVER, {}),
-        ("kvferry.tools.bench.drive_vm:VmDriver", {"threads": 2}),
-        ("kvferry.tools.bench.drive_kvferry:KvferryDriver", {"transport": "tcp", "rails": 2}),
+        ("kvferry.tools.bench.transfer.drivers.process_vm:VmDriver", {"threads": 2}),
+        (
+            "kvferry.tools.bench.transfer.drivers.kvferry:KvferryDriver",
+            {"transport": "tcp", "rails": 2},
+        ),
     ],
     ids=["socket", "process_vm", "kvferry"],
 )
@@ -159,7 +164,8 @@ def lying_pair(source: str) -> Pair:
     """A pair whose driver is `Liar` of this source code."""
     pair = Pair("liar:Liar", {})
     (pair.import_root / "liar.py").write_text(
-        "from kvferry.tools.bench.drive_socket import SocketDriver\n" + textwrap.dedent(source)
+        "from kvferry.tools.bench.transfer.drivers.plain_socket import SocketDriver\n"
+        + textwrap.dedent(source)
     )
     pair.start_opening(TINY)
     pair.finish_opening()
@@ -250,9 +256,9 @@ def test_frozen_processes_go_on_after_a_thaw() -> None:
 def test_frozen_processes_end_with_a_parent_that_is_killed() -> None:
     code = """
         import os, signal
-        from kvferry.tools.bench.pairs import Pair
-        from kvferry.tools.bench.workload import Shape
-        pair = Pair("kvferry.tools.bench.drive_socket:SocketDriver", {})
+        from kvferry.tools.bench.transfer.pairs import Pair
+        from kvferry.tools.bench.transfer.workload import Shape
+        pair = Pair("kvferry.tools.bench.transfer.drivers.plain_socket:SocketDriver", {})
         pair.start_opening([Shape("tiny", 1, 1, 2, 1, 64)])
         pair.finish_opening()
         pair.freeze()

@@ -19,10 +19,13 @@ import torch
 from rich.console import Console
 
 from kvferry.control.errors import HelloRefused, LayoutMismatch
-from kvferry.engine import cuda
 from kvferry.engine.errors import DeviceError, TransportUnavailable
-from kvferry.tools import demo_devices, demo_report, demo_run, demo_workers
-from kvferry.tools.demo_events import (
+from kvferry.engine.memory import cuda_driver as cuda
+from kvferry.tools.demo import devices as demo_devices
+from kvferry.tools.demo import report as demo_report
+from kvferry.tools.demo import run as demo_run
+from kvferry.tools.demo import workers as demo_workers
+from kvferry.tools.demo.events import (
     Addresses,
     Finished,
     Generated,
@@ -34,13 +37,13 @@ from kvferry.tools.demo_events import (
     Started,
     Step,
 )
-from kvferry.tools.demo_pool import TOKENS_PER_BLOCK, FragmentedPool, PoolExhausted
-from kvferry.tools.demo_progress import DemoProgress
+from kvferry.tools.demo.pool import TOKENS_PER_BLOCK, FragmentedPool, PoolExhausted
+from kvferry.tools.demo.progress import DemoProgress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kvferry.tools.demo_events import Event
+    from kvferry.tools.demo.events import Event
 
 TRANSPORTS = ("cma", "tcp")
 COMMAND = (sys.executable, "-m", "kvferry.tools.cli", "demo")

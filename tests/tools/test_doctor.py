@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 from typer.testing import CliRunner
 
-from kvferry.engine.transports import cma, tcp, verbs
 from kvferry.engine.transports.base import Availability
+from kvferry.engine.transports.cma import path as cma
+from kvferry.engine.transports.tcp import path as tcp
+from kvferry.engine.transports.verbs import path as verbs
 from kvferry.tools import doctor
 from kvferry.tools.cli import app
 

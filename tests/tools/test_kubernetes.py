@@ -11,9 +11,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from kvferry.adapters.vllm_settings import Settings
-from kvferry.control.settings import Settings as DaemonSettings
-from kvferry.control.store import parse_store
+from kvferry.adapters.vllm.settings import Settings
+from kvferry.control.cluster.store import parse_store
+from kvferry.control.daemon.settings import Settings as DaemonSettings
 from kvferry.tools.router.cli import router
 from tests.daemon_process import ROOT
 

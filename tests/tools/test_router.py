@@ -18,7 +18,7 @@ import zmq
 from aiohttp import web
 from typer.testing import CliRunner
 
-from kvferry.control.daemon_messages import Register, Registration, answers, requests
+from kvferry.control.cluster.messages import Register, Registration, answers, requests
 from kvferry.tools.cli import app
 from kvferry.tools.router import bodies
 from kvferry.tools.router.backends import DaemonBackends, FixedBackends

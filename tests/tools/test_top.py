@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvferry.control.client import DaemonClient
-from kvferry.control.daemon_messages import (
+from kvferry.control.cluster.client import DaemonClient
+from kvferry.control.cluster.messages import (
     Activity,
     Failure,
     Heartbeat,

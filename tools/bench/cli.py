@@ -11,31 +11,31 @@ app = lazy.new_app(
 lazy.add(
     app,
     "transfer",
-    "kvferry.tools.bench.transfer",
+    "kvferry.tools.bench.transfer.command",
     "Move a request's blocks between two processes over every transport, beside the baselines.",
 )
 lazy.add(
     app,
     "kernels",
-    "kvferry.tools.bench.kernels",
+    "kvferry.tools.bench.kernels.command",
     "Gather and scatter blocks on one GPU, beside a device-to-device copy of the same bytes.",
 )
 lazy.add(
     app,
     "layouts",
-    "kvferry.tools.bench.layouts",
+    "kvferry.tools.bench.layouts.command",
     "Move blocks from GPU to GPU between caches that differ in layout or type, in one pass.",
 )
 lazy.add(
     app,
     "streaming",
-    "kvferry.tools.bench.streaming",
+    "kvferry.tools.bench.streaming.command",
     "Stream a prompt's layers from GPU to GPU beside a forward pass, as the vLLM connector does.",
 )
 lazy.add(
     app,
     "control",
-    "kvferry.tools.bench.control",
+    "kvferry.tools.bench.control.command",
     "Hand over small requests between two agents, and load a daemon with many.",
 )
 lazy.add(
@@ -47,6 +47,6 @@ lazy.add(
 lazy.add(
     app,
     "verbs",
-    "kvferry.tools.bench.verbs",
+    "kvferry.tools.bench.verbs.command",
     "Write blocks between two RDMA devices, direct and staged, beside perftest.",
 )

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvferry.tools.bench.transfer_report import IdleMemory
+from kvferry.tools.bench.transfer.report import IdleMemory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,7 +59,7 @@ def _make_engine(module: Any) -> Any:
 def _make_agent(module: Any) -> Any:
     import torch
 
-    from kvferry.engine.layout import KVLayout
+    from kvferry.engine.layout.kv_layout import KVLayout
 
     tensors = [torch.zeros(2, 8, 16, 4, 32, dtype=torch.bfloat16) for _ in range(2)]
     layout = KVLayout.from_tensors(tensors, "plane block token head dim")
@@ -67,8 +67,8 @@ def _make_agent(module: Any) -> Any:
 
 
 _SUBJECTS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "TransferEngine": ("kvferry.engine.transfer", _make_engine),
-    "Agent": ("kvferry.adapters.agent", _make_agent),
+    "TransferEngine": ("kvferry.engine.transfer_engine", _make_engine),
+    "Agent": ("kvferry.adapters.agent.agent", _make_agent),
 }
 
 

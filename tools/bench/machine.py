@@ -7,7 +7,7 @@ import os
 import platform
 from pathlib import Path
 
-from kvferry.tools.bench.transfer_report import Machine
+from kvferry.tools.bench.transfer.report import Machine
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 

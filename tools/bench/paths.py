@@ -13,9 +13,9 @@ import numpy as np
 import typer
 
 from kvferry.engine.errors import EngineError
-from kvferry.engine.paths import NEVER_DIRECT, Paths
-from kvferry.engine.transfer import TransferEngine
-from kvferry.engine.transport_selection import TRANSPORTS
+from kvferry.engine.staging.thresholds import NEVER_DIRECT, Paths
+from kvferry.engine.transfer_engine import TransferEngine
+from kvferry.engine.transports.selection import TRANSPORTS
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

@@ -6,7 +6,7 @@ import platform
 import shutil
 from pathlib import Path
 
-from kvferry.engine.transports import verbs_library
+from kvferry.engine.transports.verbs import library as verbs_library
 
 # Programs that build and run the machine, and the Debian packages that have them. Those of the guest
 # are the host's too: it runs on the host's files.

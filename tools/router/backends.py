@@ -9,13 +9,13 @@ import logging
 import threading
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from kvferry.control.client import DaemonClient
+from kvferry.control.cluster.client import DaemonClient
 from kvferry.control.errors import DaemonError, DaemonTimeout, PlacementError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from kvferry.control.daemon_messages import Member, Snapshot
+    from kvferry.control.cluster.messages import Member, Snapshot
     from kvferry.control.keys import Keys
 
 DAEMON_S = 0.5  # for an answer of the daemon, which takes 1 ms; then the last picture is used

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from kvferry.control.client import DEFAULT_DAEMON
+from kvferry.control.cluster.client import DEFAULT_DAEMON
 from kvferry.control.errors import ControlError
 from kvferry.control.keys import Keys
 

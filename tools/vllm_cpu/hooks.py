@@ -23,7 +23,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import KVConnectorOutput
 
-from ...adapters.vllm import KVFerryConnector
+from ...adapters.vllm.connector import KVFerryConnector
 
 LAYERS = 32
 NAMES = [f"model.layers.{number}.self_attn.attn" for number in range(LAYERS)]
@@ -42,7 +42,7 @@ def make(role: KVConnectorRole) -> Any:
     config = SimpleNamespace(
         kv_transfer_config=KVTransferConfig(
             kv_connector="KVFerryConnector",
-            kv_connector_module_path="kvferry.adapters.vllm",
+            kv_connector_module_path="kvferry.adapters.vllm.connector",
             kv_role="kv_both",
         ),
         parallel_config=SimpleNamespace(pipeline_parallel_size=1, tensor_parallel_size=1, rank=0),

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from ...adapters.vllm_groups import CacheGroup
-from ...adapters.vllm_layout import Backend, describe_caches, heads_of_rank
-from ...adapters.vllm_scheduler import SchedulerSide
-from ...adapters.vllm_settings import Settings
-from ...adapters.vllm_worker import WorkerSide
+from ...adapters.vllm.cache import Backend, describe_caches, heads_of_rank
+from ...adapters.vllm.groups import CacheGroup
+from ...adapters.vllm.scheduler import SchedulerSide
+from ...adapters.vllm.settings import Settings
+from ...adapters.vllm.worker import WorkerSide
 
 LAYERS = 32
 

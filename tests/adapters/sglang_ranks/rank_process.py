@@ -117,7 +117,7 @@ class Rank:
     """One rank of a server."""
 
     def __init__(self, mode: str, options: dict[str, Any], fill: int | None) -> None:
-        from kvferry.adapters import sglang_conn as conn
+        from kvferry.adapters.sglang import manager as conn
 
         os.environ["KVFERRY_TRANSPORTS"] = options.get("transports", "")
         sglang_imports.PARALLEL.attn_tp_size = options.get("tp_size", 1)
@@ -144,7 +144,7 @@ class Commands:
 
     def bootstrap(self) -> int:
         """Starts SGLang's bootstrap server; returns its port."""
-        from kvferry.adapters.sglang_conn import KVFerryKVBootstrapServer
+        from kvferry.adapters.sglang.manager import KVFerryKVBootstrapServer
 
         for old in self._servers:
             old.close()
@@ -167,7 +167,7 @@ class Commands:
 
     def cut_off_after(self, seconds: float) -> None:
         """How long decode waits for prefill's answer before it takes the link down."""
-        from kvferry.adapters import sglang_decode
+        from kvferry.adapters.sglang import decode as sglang_decode
 
         sglang_decode.ANSWER_S = seconds
 

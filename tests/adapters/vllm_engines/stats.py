@@ -18,7 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorProm,
 )
 
-from kvferry.adapters.vllm_results import Figures
+from kvferry.adapters.vllm.results import Figures
 
 
 def take(*, loads: int, sends: int = 0, failed: int = 0) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def main(result_file: str) -> None:
     """Writes down what vLLM's log line and its metrics have."""
     config = KVTransferConfig(
         kv_connector="KVFerryConnector",
-        kv_connector_module_path="kvferry.adapters.vllm",
+        kv_connector_module_path="kvferry.adapters.vllm.connector",
         kv_role="kv_both",
     )
     steps = [take(loads=2), take(loads=1, sends=4, failed=1)]

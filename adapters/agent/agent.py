@@ -1,0 +1,578 @@
+"""The agent: what an inference engine embeds to hand KV cache to another, or to take it.
+
+It joins the two wings: a transfer engine that moves bytes, and the control plane that says which.
+Prefill calls `send` (or `open_send`, layer by layer), decode calls `receive`; in between are the
+eight steps of `docs/structure.md`.
+"""
+
+from __future__ import annotations
+
+import platform
+import threading
+import time
+from collections import OrderedDict
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from ...control.cluster.client import daemon_address
+from ...control.cluster.messages import Load, Registration, Topology
+from ...control.errors import (
+    AgentClosed,
+    ControlError,
+    DaemonTimeout,
+    HelloTimeout,
+    LinkLost,
+    NotConnected,
+)
+from ...control.handoff.events import SourceOffered
+from ...control.handoff.machine import Timing
+from ...control.handoff.messages import BLOCK_ID_NBYTES, count_blocks
+from ...control.keys import check_address, join_address
+from ...engine.connect.handshake import HANDSHAKE_TIMEOUT_S
+from ...engine.errors import EngineError
+from .config import describe_cache, make_engine, name_rank_set, pack_block_ids
+from .core import AgentCore, refuse
+from .handoff import Handoff, SendHandoff
+from .registration import Enrolment
+from .tables import expected_nbytes, pack_tables
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+    from ...control.cluster.messages import Member
+    from ...control.handoff.events import Event
+    from ...control.handoff.messages import Role, Side
+    from ...control.http import HttpServer
+    from ...control.keys import Keys
+    from ...engine.layout.kv_layout import KVLayout
+    from ...engine.transfer_engine import TransferEngine
+    from .acquaintance import Acquaintance
+
+    BlockIds = Sequence[int] | npt.NDArray[np.integer]
+
+DEFAULT_TIMEOUT_S = 30.0
+DEFAULT_LEASE_S = 3.0
+# Both sides make plans first, which takes seconds for a large cache or on a busy host.
+CONNECT_TIMEOUT_S = 3 * HANDSHAKE_TIMEOUT_S
+MEET_TIMEOUT_S = HANDSHAKE_TIMEOUT_S  # for a member that a handoff has to connect to first
+CLOSE_TIMEOUT_S = 2.0
+ATTEMPTS_REMEMBERED = 4096  # requests whose next attempt gets the next number
+
+
+class Agent:
+    """Hands over, and takes, the blocks of one paged cache.
+
+    Args:
+        name: how peers know it; unique among them. A restarted agent may take its name again.
+        role: what it does; two agents of one role have nothing to say to each other.
+        layout: the cache.
+        tensors: the cache's memory, a tensor (or array) for each region of the layout. Registered
+            until `close`.
+        engine: a transfer engine to use; it is not closed with the agent. One is made if None.
+        bind: ZeroMQ endpoint for messages; `*` as port takes a free one.
+        transports, verify, max_programs: for an engine that is made here; see `TransferEngine`.
+        advertise_host: the host in `address`, where `bind` names none that peers can reach.
+        timing: how long the handoff machines wait.
+        keys: key pair and allow-list for every ZeroMQ socket; without them `bind` must be an
+            address of this machine.
+        daemon: address of a daemon, to be found by others and to find them; none if "". It may come
+            and go: agents that know each other never wait for it.
+        model, topology, tokens_per_s: what the daemon places by; see `Registration`.
+        service: where its engine serves clients; the daemon tells routers.
+        lease_s: how long after its last sign of life the daemon still counts on this agent.
+        http: `host:port` for /metrics, /trace, /healthz and /readyz; not served if "".
+        ranks: the layouts of all ranks of this engine, where the model's cache is spread over
+            several; this agent is one of them. See `ranks.py`.
+        rank: which.
+        rank_set: what the agents of all these ranks, and no others, are called together; their
+            names without the rank's number at the end if "".
+
+    Raises:
+        InsecureAddress: `bind` can be reached from other machines, and there are no `keys`.
+        ConfigError: `daemon` is no address, or names no key although there are `keys`.
+        TransportUnavailable, LayoutError, NotRegistered: from the engine.
+        ValueError: no peer would take this name or role; ranks without a name for their set.
+        zmq.ZMQError: `bind` cannot be bound.
+
+    Thread-safe. Not usable in a forked child.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        role: Role,
+        layout: KVLayout,
+        tensors: Any,
+        engine: TransferEngine | None = None,
+        bind: str = "tcp://127.0.0.1:*",
+        transports: Sequence[str] | None = None,
+        verify: bool = False,
+        max_programs: int | None = None,
+        advertise_host: str = "",
+        timing: Timing | None = None,
+        keys: Keys | None = None,
+        daemon: str = "",
+        model: str = "",
+        topology: Topology | None = None,
+        tokens_per_s: float = 0.0,
+        service: str = "",
+        lease_s: float = DEFAULT_LEASE_S,
+        http: str = "",
+        ranks: Sequence[KVLayout] = (),
+        rank: int = 0,
+        rank_set: str = "",
+    ) -> None:
+        check_address(bind, keys, f"agent {name}")
+        if daemon:
+            for address in daemon.split(","):
+                daemon_address(address, keys)
+        self.name = name
+        self.role: Role = role
+        self._keys = keys
+        self.layout = layout
+        self._num_blocks, self._num_layers = layout.num_blocks, layout.num_layers
+        self._advertise_host = advertise_host
+        self._owns_engine = engine is None
+        self.engine = engine or make_engine(
+            name,
+            bind,
+            transports,
+            verify=verify,
+            max_programs=max_programs,
+            advertise_host=advertise_host,
+        )
+        self._lock = threading.Lock()
+        self._closed = False
+        self._attempts: OrderedDict[str, int] = OrderedDict()
+        try:
+            self._cache = self.engine.register_cache(layout, tensors)
+            try:
+                described = msgspec.structs.replace(
+                    self._cache.descriptor,
+                    ranks=tuple(ranks),
+                    rank=rank,
+                    rank_set=rank_set or name_rank_set(name, len(ranks), rank),
+                )
+                described.check()
+                self._core = AgentCore(
+                    name, role, self.engine, self._cache, bind, timing or Timing(), keys, described
+                )
+            except BaseException:
+                self._cache.deregister()
+                raise
+        except BaseException:
+            if self._owns_engine:
+                self.engine.close()
+            raise
+        self._enrolment: Enrolment | None = None
+        self._http: HttpServer | None = None
+        if http:
+            try:
+                self._http = self._serve(http)
+            except BaseException:
+                self.close()
+                raise
+        if daemon:
+            registration = Registration(
+                name=name,
+                role=role,
+                life=self._core.acquaintances.life,
+                address=self.address,
+                model=model,
+                transports=self.engine.transports,
+                public_key=keys.public if keys is not None else b"",
+                tokens_per_s=tokens_per_s,
+                topology=topology or Topology(host=platform.node()),
+                service=service,
+                **describe_cache(layout),
+            )
+            self._enrolment = Enrolment(
+                self._core, daemon, registration, lease_s, on_role=self._take_role
+            )
+            self._soon(self._enrolment.start)
+
+    def __enter__(self) -> Agent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Agent {self.name} {self.role} at {self.address}>"
+
+    @property
+    def address(self) -> str:
+        """Where peers connect to."""
+        endpoint = self._core.mailbox.endpoint
+        if self._advertise_host and endpoint.startswith("tcp://"):
+            endpoint = f"tcp://{self._advertise_host}:{endpoint.rpartition(':')[2]}"
+        return join_address(endpoint, self._keys.public if self._keys is not None else b"")
+
+    @property
+    def http_address(self) -> str:
+        """Where /metrics is served; "" if it is not."""
+        return self._http.address if self._http is not None else ""
+
+    @property
+    def members(self) -> dict[str, Member]:
+        """Who is there, by name, as the daemon last said. Empty without one. Not to be changed."""
+        return self._enrolment.members if self._enrolment is not None else {}
+
+    @property
+    def registered(self) -> bool:
+        """Whether the daemon knows this agent now."""
+        return self._enrolment is not None and self._enrolment.registered
+
+    @property
+    def draining(self) -> bool:
+        """Whether nothing new is to be placed on this agent."""
+        return self._enrolment is not None and self._enrolment.draining
+
+    def write_trace(self, path: Path) -> int:
+        """Writes the last handoffs' timelines for `kvferry trace`; returns how many.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        return self._core.workbench.recorder.write(path)
+
+    def report(self, *, queued_tokens: int = 0, free_blocks: int = 0) -> None:
+        """Tells, with the next heartbeat, what placement should know of the engine's load."""
+        if self._enrolment is not None:
+            self._enrolment.report = Load(queued_tokens=queued_tokens, free_blocks=free_blocks)
+
+    def wait_for_member(self, name: str, timeout_s: float = 5.0) -> Member:
+        """The member of that name; waits until the daemon knows it.
+
+        Raises:
+            DaemonTimeout: it does not. NotConnected: this agent has no daemon.
+        """
+        enrolment = self._enrolment
+        if enrolment is None:
+            raise NotConnected(
+                "this agent has no daemon: give `daemon`, or connect() to an address",
+                peer=name,
+                operation="wait",
+            )
+        if not enrolment.wait(lambda: name in enrolment.members, timeout_s):
+            why = "" if enrolment.registered else f" ({enrolment.reason})"
+            raise DaemonTimeout(
+                f"the daemon has not told of an agent {name!r} in {timeout_s} s{why}",
+                peer=name,
+                operation="wait",
+            )
+        return enrolment.members[name]
+
+    @property
+    def messages_refused(self) -> int:
+        """Messages that could not be queued for their peer; their handoffs have failed."""
+        return self._core.messages_refused
+
+    @property
+    def frames_refused(self) -> int:
+        """Frames that came and were no message, or of no session."""
+        return self._core.frames_refused
+
+    def connect(self, address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> str:
+        """Gets acquainted with the agent at `address` and opens a link; returns its name.
+
+        `address` may be the name of a member, too. One call serves both directions; an agent that
+        is connected already stays so.
+
+        Raises:
+            HelloError: the two do not fit together, or nobody answers; says which.
+            EngineError: no link can be opened. NotConnected: no member has that name.
+        """
+        self._check_open("connect")
+        waiter: Future[str] = Future()
+        if "://" in address:
+            self._soon(self._core.acquaintances.meet, address, timeout_s, waiter)
+        else:
+            self._meet_member(address, timeout_s, waiter, "connect")
+        try:
+            return waiter.result(timeout_s + 1.0)  # the session keeps the time itself
+        except FutureTimeoutError as error:
+            if waiter.done():
+                raise
+            raise HelloTimeout(f"no answer from {address} in {timeout_s} s") from error
+
+    def receive(
+        self,
+        request_id: str,
+        peer: str,
+        dst_block_ids: BlockIds,
+        *,
+        mode: Literal["push", "pull"] = "push",
+        skip_blocks: int = 0,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Handoff:
+        """Takes a request's blocks from `peer`. Does not block.
+
+        The blocks belong to the handoff until `blocks_free` is done, or `wait` returns.
+
+        Args:
+            request_id: what the prefill agent calls it, too.
+            peer: name of a connected agent, or of a member: it is connected to first.
+            dst_block_ids: where its blocks go, in order; each of them once. In GPU memory no kernel
+                may be using them any more, nor be enqueued to.
+            mode: `push`: the peer writes. `pull`: this agent reads.
+            skip_blocks: blocks at the request's beginning that this side has already.
+            timeout_s: deadline, counted from here, for all of it.
+
+        Raises:
+            NotConnected: no such peer. BlockOutOfRange, OverlappingBlocks, PlanError: the ids.
+        """
+        self._check_role("receive", "decode")
+        table = pack_block_ids(self._num_blocks, dst_block_ids, dst_of=request_id)
+        fields = {
+            "mode": mode,
+            "num_blocks": len(table) // BLOCK_ID_NBYTES,
+            "timeout_s": float(timeout_s),
+            "tables": (table,),
+            "skip_blocks": skip_blocks,
+            "start_token": 0,
+            "stop_token": 0,
+        }
+        return self._receive(request_id, peer, fields)
+
+    def receive_tokens(
+        self,
+        request_id: str,
+        peer: str,
+        dst_tables: Any,
+        *,
+        num_tokens: int,
+        start_token: int = 0,
+        mode: Literal["push", "pull"] = "push",
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Handoff:
+        """Takes tokens `[start_token, num_tokens)` of a request, whatever the peer's blocks are.
+
+        As `receive` otherwise. Does not block.
+
+        Args:
+            dst_tables: a block table for each group of this agent's layout, or the one table: all
+                of the request's blocks, from its first token on. Blocks before `start_token` keep
+                what they hold.
+
+        Raises:
+            NotConnected: no such peer. PlanError: the tables.
+        """
+        self._check_role("receive", "decode")
+        tables = pack_tables(dst_tables)
+        fields = {
+            "mode": mode,
+            "num_blocks": count_blocks(tables),
+            "timeout_s": float(timeout_s),
+            "tables": tables,
+            "start_token": start_token,
+            "stop_token": num_tokens,
+        }
+        return self._receive(request_id, peer, fields)
+
+    def _receive(self, request_id: str, peer: str, fields: dict[str, Any]) -> Handoff:
+        """Asks a peer, after getting acquainted with it if it is a member only."""
+        known = self._core.acquaintances.by_name(peer)
+        handoff = Handoff(request_id, peer, "receive", partial(self._tell, "decode"))
+        if known is not None and known.read_plan is not None:
+            self._ask(handoff, known, fields)
+        else:
+            waiter: Future[str] = Future()
+            timeout_s = min(fields["timeout_s"], MEET_TIMEOUT_S)
+            self._meet_member(peer, timeout_s, waiter, "receive")
+            waiter.add_done_callback(partial(self._met, handoff, fields, time.monotonic()))
+        return handoff
+
+    def _ask(self, handoff: Handoff, known: Acquaintance, fields: dict[str, Any]) -> None:
+        plan = known.read_plan
+        assert plan is not None
+        handoff._placed_ns = time.monotonic_ns()
+        if fields["stop_token"]:
+            fields["nbytes"] = expected_nbytes(
+                plan, fields["tables"], fields["start_token"], fields["stop_token"]
+            )
+        else:
+            fields["nbytes"] = plan.nbytes(fields["num_blocks"])
+        fields["imm"] = self.engine.new_imm()
+        fields["attempt"] = self._next_attempt(handoff.request_id)
+        ask = partial(self._core.receive, handoff, known, fields)
+        self._core.mailbox.turns.call_now(ask)
+
+    def _meet_member(
+        self, name: str, timeout_s: float, waiter: Future[str], operation: str
+    ) -> None:
+        """Gets acquainted with a member that the daemon told of."""
+        member = self.members.get(name)
+        if member is None or name == self.name:
+            raise NotConnected(
+                f"no prefill agent {name!r} that has something for this one is connected, and the "
+                "daemon knows none: call connect() with its address",
+                peer=name,
+                operation=operation,
+            )
+        there = member.registration
+        expected = (name, there.life)
+        self._soon(self._core.acquaintances.meet, there.address, timeout_s, waiter, expected)
+
+    def _met(
+        self, handoff: Handoff, fields: dict[str, Any], began_s: float, waiter: Future[str]
+    ) -> None:
+        """A handoff's peer is connected now, or cannot be. On the agent's thread."""
+        error = waiter.exception()
+        assert error is None or isinstance(error, Exception)
+        known = self._core.acquaintances.by_name(handoff.peer)
+        fields["timeout_s"] = max(fields["timeout_s"] - (time.monotonic() - began_s), 1e-3)
+        try:
+            if error is not None:
+                raise error
+            if known is None or known.read_plan is None:
+                raise NotConnected(
+                    f"{handoff.peer} is connected, and has nothing for this agent",
+                    peer=handoff.peer,
+                    operation="receive",
+                )
+            self._ask(handoff, known, fields)
+        except (ControlError, EngineError) as why:
+            lost = LinkLost(
+                f"{handoff.peer} could not be connected to: {why}",
+                handoff=handoff.request_id,
+                peer=handoff.peer,
+                operation="receive",
+                retryable=why.retryable,
+            )
+            lost.__cause__ = why
+            refuse(handoff, lost)
+
+    def send(
+        self,
+        request_id: str,
+        src_block_ids: BlockIds,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        stream: torch.cuda.Stream | None = None,
+    ) -> Handoff:
+        """Hands over a request whose blocks are computed, to the agent that asks. Does not block.
+
+        The blocks belong to the handoff until `blocks_free` is done, or `wait` returns. In GPU
+        memory they count as computed when `stream` (the device's current one if None) has done what
+        it has been given so far.
+
+        Raises:
+            BlockOutOfRange, PlanError: the ids.
+        """
+        handoff = self.open_send(request_id, src_block_ids, timeout_s=timeout_s)
+        handoff.finish(stream=stream)
+        return handoff
+
+    def open_send(
+        self,
+        request_id: str,
+        src_block_ids: BlockIds,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        on_asked: Callable[[str], None] | None = None,
+    ) -> SendHandoff:
+        """Begins to hand over a request that is being computed; see `SendHandoff.write_layers`.
+
+        Arguments and errors are those of `send`. A cache of several groups has as many block
+        tables: give them in a row. `on_asked` is called with the name of who asks.
+        """
+        self._check_role("send", "prefill")
+        tables: tuple[bytes, ...]
+        if len(self.layout.groups) == 1:
+            tables = (pack_block_ids(self._num_blocks, src_block_ids),)
+        else:
+            tables = pack_tables(src_block_ids)
+        num_layers = self._num_layers
+        tell = partial(self._tell, "prefill")
+        device = self._cache.device
+        handoff = SendHandoff(request_id, num_layers, tell, self.engine, device)
+        handoff.on_asked = on_asked
+        source = SourceOffered(tables, num_layers, float(timeout_s))
+        self._soon(self._core.offer, handoff, source)
+        return handoff
+
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Ends every handoff, says goodbye to every peer and closes every link. Safe to call again.
+
+        A handoff whose peer can still reach its blocks after `timeout_s` keeps them: its
+        `blocks_free` then ends with `AgentClosed`.
+
+        Raises:
+            RuntimeError: it is called by a callback of this agent's, which would wait for itself.
+        """
+        if self._core.mailbox.turns.mine:
+            raise RuntimeError(
+                f"{self.name} cannot be closed by a callback that it makes: close it from a thread"
+            )
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        all_back = threading.Event()
+        if self._http is not None:
+            self._http.close()
+        if self._enrolment is not None:
+            self._soon(self._enrolment.leave)
+        self._core.mailbox.call_soon(partial(self._core.begin_close, all_back.set))
+        all_back.wait(timeout_s)
+        if self._owns_engine:
+            self.engine.close()
+        self._core.mailbox.call_soon(self._core.end_close)
+        self._core.close()
+        if not self._owns_engine and all_back.is_set():
+            self._cache.deregister()
+
+    # Helpers
+
+    def _serve(self, address: str) -> HttpServer:
+        from .metrics import AgentMetrics
+
+        self._core.workbench.metrics = AgentMetrics(self._core)
+        return self._core.workbench.metrics.serve(address, self._unready)
+
+    def _unready(self) -> str:
+        """Why nothing new should come here, or ""."""
+        if self._closed:
+            return "closed"
+        if self.draining:
+            return "draining"
+        if self._enrolment is not None and not self._enrolment.registered:
+            return f"not registered: {self._enrolment.reason}"
+        return ""
+
+    def _take_role(self, role: Role) -> None:
+        self.role = role
+
+    def _soon(self, call: Any, *arguments: Any) -> None:
+        self._core.mailbox.call_soon(partial(call, *arguments))
+
+    def _tell(self, side: Side, handoff: Handoff, event: Event) -> None:
+        self._soon(self._core.tell, side, handoff, event)
+
+    def _check_open(self, operation: str) -> None:
+        if self._closed:
+            raise AgentClosed("the agent was closed: make another", operation=operation)
+
+    def _check_role(self, operation: str, role: Role) -> None:
+        self._check_open(operation)
+        if self.role not in (role, "both"):
+            raise ValueError(f"{self.name} is {self.role}: only {role} agents {operation}")
+
+    def _next_attempt(self, request_id: str) -> int:
+        with self._lock:
+            attempt = self._attempts.pop(request_id, 0) + 1
+            self._attempts[request_id] = attempt
+            while len(self._attempts) > ATTEMPTS_REMEMBERED:
+                self._attempts.popitem(last=False)
+        return attempt

@@ -1,0 +1,99 @@
+"""`kv_transfer_params`: what a router carries from vLLM's prefill to its decode engine.
+
+The form is the one of vLLM's NIXL connector, so that routers written for it need no change:
+
+    router → prefill   do_remote_decode: true
+    prefill → router   do_remote_prefill: true, remote_engine_id, remote_request_id, remote_host, …
+    router → decode    the same, verbatim
+
+A router that sends a request to both engines at once, so that decode's blocks are there before
+prefill writes, names the handoff itself, with the same `transfer_id` in both requests, and tells
+decode `remote_engine_id`, `remote_host` and `remote_port`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ...control.keys import split_address
+
+Params = dict[str, Any]
+
+
+class Remote(NamedTuple):
+    """Where decode finds a request's KV.
+
+    Attributes:
+        handoff_id: what the prefill engine calls it.
+        engine_id: the prefill engine.
+        addresses: of its agents, one for each rank.
+    """
+
+    handoff_id: str
+    engine_id: str
+    addresses: list[str]
+
+
+def wants_remote_decode(params: Params | None) -> bool:
+    """Whether this engine computes the prompt and another decodes."""
+    return bool(params and params.get("do_remote_decode"))
+
+
+def wants_remote_prefill(params: Params | None) -> bool:
+    """Whether another engine computes the prompt, and nothing was loaded yet."""
+    return bool(params and params.get("do_remote_prefill"))
+
+
+def handoff_id(params: Params, req_id: str) -> str:
+    """What prefill calls the handoff of a request: what the router named, or the request itself."""
+    return str(params.get("transfer_id") or req_id)
+
+
+def find_remote(params: Params) -> Remote | str:
+    """Where the KV is; or, as text, what the parameters lack."""
+    name = params.get("remote_request_id") or params.get("transfer_id")
+    if not name:
+        return "neither 'remote_request_id' nor 'transfer_id'"
+    for key in ("remote_engine_id", "remote_host", "remote_port"):
+        if not params.get(key):
+            return f"no {key!r}"
+    first = address(str(params["remote_host"]), int(params["remote_port"]))
+    addresses = [str(each) for each in params.get("remote_agents") or [first]]
+    return Remote(str(name), str(params["remote_engine_id"]), addresses)
+
+
+def describe(
+    *,
+    engine_id: str,
+    handoff: str,
+    addresses: list[str],
+    block_ids: tuple[list[int], ...],
+    num_tokens: int,
+    tp_size: int,
+    pp_size: int,
+    mode: str,
+) -> Params:
+    """What prefill tells decode, by way of the router."""
+    endpoint, _ = split_address(addresses[0])
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    return {
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "remote_block_ids": block_ids,
+        "remote_engine_id": engine_id,
+        "remote_request_id": handoff,
+        "remote_host": host,
+        "remote_port": int(port),
+        "remote_agents": addresses,
+        "tp_size": tp_size,
+        "dcp_size": 1,
+        "pp_size": pp_size,
+        "remote_num_tokens": num_tokens,
+        "remote_blocks_expiry_time": None,
+        "transfer_mode": mode,
+    }
+
+
+def address(host: str, port: int) -> str:
+    """The ZeroMQ endpoint of an agent."""
+    return f"tcp://{host}:{port}"

@@ -1,0 +1,213 @@
+"""Requests' blocks on their way out of a worker, layer by layer."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ...control.errors import ControlError
+from ...engine.errors import EngineError
+from ..agent.ranks import num_readers
+from ..agent.together import at_rest, end_together, first_error
+
+if TYPE_CHECKING:
+    import threading
+
+    from ..agent.agent import Agent
+    from ..agent.handoff import SendHandoff
+    from .orders import SendOrder
+    from .results import Figures
+    from .tables import Tables
+
+PREEMPT_TIMEOUT_S = 10.0  # beyond what an agent needs to drain a write, or to cut its link
+REFUSAL_S = 10.0  # how long a refused handoff waits for who asks for it
+
+log = logging.getLogger("kvferry.vllm")
+
+
+class _Send:
+    """One request's blocks on their way out, to as many ranks of decode as read from this one.
+
+    Attributes:
+        handoffs: one, and as many more as decode turns out to need.
+        next_layer: the position of the layer that goes out next.
+        computed: whether all have.
+        reportable: whether the scheduler waits for its end.
+        cancelled: whether it was this engine that gave up.
+    """
+
+    def __init__(self, order: SendOrder) -> None:
+        self.order = order
+        self.handoffs: list[SendHandoff] = []
+        self.next_layer = 0
+        self.computed = False
+        self.reportable = False
+        self.cancelled = False
+
+
+class Sending:
+    """All sends of one worker. Called by vLLM's thread; the agent reports from its own.
+
+    Args:
+        timeout_s: how long a send may take, with the time that it waits for decode.
+        changed: guards what both threads touch; notified when a send ends.
+        figures: where its end is noted.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        tables: Tables,
+        timeout_s: float,
+        changed: threading.Condition,
+        figures: Figures,
+    ) -> None:
+        self._agent = agent
+        self._tables = tables
+        self._timeout_s = timeout_s
+        self._changed = changed
+        self._figures = figures
+        self._streaming: list[_Send] = []
+        self._sends: dict[str, _Send] = {}
+        self._ended: set[str] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._sends)
+
+    def open(self, order: SendOrder) -> None:
+        """This step computes the last of a prompt."""
+        send = self._sends[order.req_id] = _Send(order)
+        self._streaming.append(send)
+        with self._changed:
+            self._add_reader(send)
+
+    def refuse(self, handoff_id: str) -> None:
+        """Decode may ask for this, and it will never have blocks."""
+        self._agent.open_send(
+            handoff_id,
+            self._tables.empty(),
+            timeout_s=REFUSAL_S,
+            on_asked=partial(self._refuse_others, handoff_id),
+        ).finish()
+
+    def layer_computed(self, position: int) -> None:
+        """A layer of this step's forward pass is done."""
+        for send in self._streaming:
+            if send.next_layer == position:
+                with self._changed:  # a rank of decode may ask just now
+                    send.next_layer += 1
+                    for handoff in send.handoffs:
+                        handoff.write_layers(range(position, position + 1))
+
+    def all_computed(self) -> None:
+        """The forward pass is done, all layers of it."""
+        for send in self._streaming:
+            with self._changed:
+                send.computed = True
+                for handoff in send.handoffs:
+                    handoff.finish()
+        self._streaming.clear()
+
+    def finish(self, req_id: str, cancel: str = "") -> None:
+        """The request ended: its send is reported when it has, too."""
+        send = self._sends.get(req_id)
+        if send is None:
+            return
+        with self._changed:
+            send.reportable = True
+        if cancel:
+            send.cancelled = True
+            self._cancel(send, cancel)
+
+    def end_preempted(self, req_id: str) -> None:
+        """The blocks go to others in this very step: nothing may read them from here on.
+
+        Raises:
+            RuntimeError: a peer still reads them.
+        """
+        send = self._sends.get(req_id)
+        if send is None:
+            return
+        self._cancel(send, "the request was preempted")
+        with self._changed:
+            ended = self._changed.wait_for(lambda: req_id in self._ended, PREEMPT_TIMEOUT_S)
+            self._ended.discard(req_id)
+            del self._sends[req_id]
+        if not ended:
+            raise RuntimeError(
+                f"the blocks of preempted request {req_id} are still being read after "
+                f"{PREEMPT_TIMEOUT_S} s, and vLLM is about to overwrite them: stop the decode "
+                "engine that does not answer"
+            )
+
+    def reportable(self) -> set[str]:
+        """Requests that ended, and whose send did. Called with the lock."""
+        return {req_id for req_id in self._ended if self._sends[req_id].reportable}
+
+    def take_reportable(self) -> set[str]:
+        """The same, once. Called with the lock."""
+        ended = self.reportable()
+        self._ended -= ended
+        for req_id in ended:
+            self._note(self._sends.pop(req_id))
+        return ended
+
+    def _add_reader(self, send: _Send) -> None:
+        """One more handoff of the same blocks, as far along as the others. Called with the lock."""
+        order = send.order
+        handoff = self._agent.open_send(
+            order.handoff_id,
+            self._tables.of_cache(order.tables, order.num_tokens),
+            timeout_s=self._timeout_s,
+            on_asked=partial(self._asked, send) if not send.handoffs else None,
+        )
+        send.handoffs.append(handoff)
+        if send.next_layer:
+            handoff.write_layers(range(send.next_layer))
+        if send.computed:
+            handoff.finish()
+        handoff.blocks_free.add_done_callback(lambda _: self._handoff_ended(send))
+        handoff.add_done_callback(lambda _: self._handoff_ended(send))
+
+    def _refuse_others(self, handoff_id: str, peer: str) -> None:
+        """On the agent's thread: the other ranks that will ask are answered, too."""
+        for _ in range(1, self._num_readers(peer)):
+            self._agent.send(handoff_id, self._tables.empty(), timeout_s=REFUSAL_S)
+
+    def _num_readers(self, peer: str) -> int:
+        """With who asks it is known how many will."""
+        try:
+            return num_readers(self._agent, peer)
+        except (ControlError, EngineError):
+            return 1  # it is gone again, and its handoff ends for that reason
+
+    def _asked(self, send: _Send, peer: str) -> None:
+        """On the agent's thread."""
+        readers = self._num_readers(peer)
+        with self._changed:
+            while len(send.handoffs) < readers:
+                self._add_reader(send)
+
+    def _handoff_ended(self, send: _Send) -> None:
+        """On any thread, an engine's too."""
+        with self._changed:
+            handoffs = list(send.handoffs)
+            if at_rest(handoffs) and self._sends.get(send.order.req_id) is send:
+                self._ended.add(send.order.req_id)
+                self._changed.notify_all()
+        end_together(handoffs)
+
+    def _cancel(self, send: _Send, reason: str) -> None:
+        with self._changed:
+            for handoff in send.handoffs:
+                handoff.cancel(reason)
+
+    def _note(self, send: _Send) -> None:
+        error = first_error(send.handoffs)
+        if error is None:
+            self._figures.sent(sum(each.nbytes for each in send.handoffs))
+            return
+        if not send.cancelled:
+            self._figures.send_failed()
+        log.warning("KV of request %s was not handed over: %s", send.order.req_id, error)

@@ -1,0 +1,115 @@
+"""What a user sets for the vLLM connector, in `kv_connector_extra_config`, with its defaults."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from ...engine.transports.selection import TRANSPORTS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Mode = Literal["push", "pull"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One engine's settings.
+
+    Attributes:
+        mode: `push`: prefill writes, each layer as its forward pass ends it; `pull`: decode reads
+            when all is computed. The decode engine's setting counts.
+        host: the address that other engines reach this one by. `$KVFERRY_HOST` is its default.
+        port: of rank 0's agent, rank 1 has the next, and so on; 0 takes free ones, which only a
+            router that calls prefill first can do with. `$KVFERRY_PORT` is its default.
+        transports: which to offer; all that work here if empty.
+        timeout_s: how long a decode request may wait for its KV.
+        lease_s: how long prefill keeps the KV of a finished request that nobody asks for.
+        verify: compare a checksum of everything moved.
+        in_step_nbytes: of loads that a step of vLLM's may wait for; 0 for none. See `vllm_in_step`.
+        max_programs: that a kernel which moves KV may run at a time on a GPU beside the model's; 0
+            for no limit.
+        daemon: of the cluster's daemon, `tcp://host:port`; none if "". `$KVFERRY_DAEMON` is its
+            default.
+        service: where this engine's HTTP server is, `http://host:port`, for routers that ask the
+            daemon. `$KVFERRY_SERVICE` is its default.
+        http: `host:port` where rank 0's agent serves /metrics and /trace, rank 1 at the next port, and
+            so on; not served if "". `$KVFERRY_HTTP` is its default.
+        keys: a key file (`kvferry keys new`); needed where `host` is no address of this machine.
+    """
+
+    mode: Mode = "push"
+    host: str = "127.0.0.1"
+    port: int = 0
+    transports: tuple[str, ...] = ()
+    timeout_s: float = 120.0
+    lease_s: float = 120.0
+    verify: bool = False
+    in_step_nbytes: int = 16 << 20  # 10 ms at 1.6 GB/s, which tcp reaches between two processes
+    max_programs: int = 0
+    keys: str = ""
+    daemon: str = ""
+    service: str = ""
+    http: str = ""
+
+    def http_of(self, rank: int) -> str:
+        """Where the agent of that rank serves its figures; "" if it does not."""
+        host, _, port = self.http.rpartition(":")
+        return f"{host}:{int(port) + rank if int(port) else 0}" if self.http else ""
+
+    @classmethod
+    def read(cls, extra: Mapping[str, Any]) -> Settings:
+        """Reads `kv_connector_extra_config`; keys of other connectors are ignored.
+
+        Raises:
+            ValueError: a value makes no sense; names the key.
+        """
+        mode = extra.get("mode", cls.mode)
+        if mode not in ("push", "pull"):
+            raise ValueError(f"kv_connector_extra_config: mode is {mode!r}: use 'push' or 'pull'")
+        transports = extra.get("transports", ())
+        if isinstance(transports, str) or not set(transports) <= set(TRANSPORTS):
+            raise ValueError(
+                f"kv_connector_extra_config: transports is {transports!r}: give a list out of "
+                f"{', '.join(TRANSPORTS)}"
+            )
+        numbers = {}
+        for key, fallback in (
+            ("port", os.environ.get("KVFERRY_PORT", cls.port)),
+            ("timeout_s", cls.timeout_s),
+            ("lease_s", cls.lease_s),
+            ("in_step_nbytes", cls.in_step_nbytes),
+            ("max_programs", cls.max_programs),
+        ):
+            value = extra.get(key, fallback)
+            try:
+                numbers[key] = float(value)
+            except (TypeError, ValueError):
+                numbers[key] = -1.0
+            if numbers[key] < 0:
+                raise ValueError(f"kv_connector_extra_config: {key} is {value!r}: give a number")
+        service = str(extra.get("service") or os.environ.get("KVFERRY_SERVICE") or "")
+        if service and not service.startswith(("http://", "https://")):
+            raise ValueError(
+                f"kv_connector_extra_config: service is {service!r}: write http://host:port"
+            )
+        http = str(extra.get("http") or os.environ.get("KVFERRY_HTTP") or "")
+        if http and not http.rpartition(":")[2].isdecimal():
+            raise ValueError(f"kv_connector_extra_config: http is {http!r}: write host:port")
+        return cls(
+            mode=mode,
+            host=str(extra.get("host") or os.environ.get("KVFERRY_HOST") or cls.host),
+            port=int(numbers["port"]),
+            transports=tuple(transports),
+            timeout_s=numbers["timeout_s"],
+            lease_s=numbers["lease_s"],
+            verify=bool(extra.get("verify", False)),
+            in_step_nbytes=int(numbers["in_step_nbytes"]),
+            max_programs=int(numbers["max_programs"]),
+            daemon=str(extra.get("daemon") or os.environ.get("KVFERRY_DAEMON") or ""),
+            service=service,
+            http=http,
+            keys=str(extra.get("keys") or os.environ.get("KVFERRY_KEYS") or ""),
+        )

@@ -1,0 +1,290 @@
+"""An agent towards the daemon: registered, kept alive, and told what is wanted of it.
+
+    away → registering → present        and back to registering whenever the daemon does not know us
+
+Pure: events in, actions out. Nothing here ever fails: a daemon that does not answer is asked again,
+for ever, and the agent works on without it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Union
+
+import msgspec
+
+from .messages import (
+    VERSION,
+    Activity,
+    Beat,
+    Changes,
+    Denied,
+    Deregister,
+    Heartbeat,
+    Load,
+    Look,
+    Register,
+    Registered,
+    Snapshot,
+    Tick,
+)
+from .view import View
+
+if TYPE_CHECKING:
+    from .messages import AnyAnswer, Ask, Registration
+
+RETRY_S = 0.25  # between registrations that nobody answers
+SUPERSEDED_RETRY_S = 1.0
+BEATS_A_LEASE = 3  # two may be lost
+BEATS_UNTIL_LOST = 2  # unanswered heartbeats after which the daemon counts as away
+ANSWER_S = 0.5  # for a heartbeat, where there is another daemon to ask
+REGISTRATIONS_A_DAEMON = 4  # unanswered ones after which another is asked
+
+REGISTERING, PRESENT = "registering", "present"
+
+
+class ToDaemon(msgspec.Struct, frozen=True):
+    """Send this request."""
+
+    ask: Ask
+
+
+class AskAnother(msgspec.Struct, frozen=True):
+    """Send what follows to the next daemon of the cluster."""
+
+
+class Wake(msgspec.Struct, frozen=True):
+    """Call `fire` in so many seconds, with this number: only the latest number counts."""
+
+    number: int
+    seconds: float
+
+
+class Subscribe(msgspec.Struct, frozen=True):
+    """Follow this publisher, from now on and instead of any other."""
+
+    publisher: str
+
+
+class MembersChanged(msgspec.Struct, frozen=True):
+    """The members of `Presence.view` are others than before."""
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """The daemon wants this agent drained or not, and in another role or not ("")."""
+
+    draining: bool
+    role: str
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """The agent is registered now; or no longer, and why."""
+
+    present: bool
+    reason: str = ""
+
+
+PresenceAction = Union[  # noqa: UP007 - a type alias that every Python can evaluate
+    ToDaemon, AskAnother, Wake, Subscribe, MembersChanged, Wanted, Standing
+]
+
+
+class Presence:
+    """One agent's conversation with the daemon. Not thread-safe: one owner.
+
+    Attributes:
+        registration: what is said of the agent; `change` replaces it.
+        generation: of the last registration; 0 before the first.
+        view: who else is there.
+        state: `registering` or `present`.
+        daemon_answers: whether the daemon answered lately.
+    """
+
+    def __init__(
+        self,
+        registration: Registration,
+        lease_s: float,
+        *,
+        watch: bool = True,
+        daemons: int = 1,
+    ) -> None:
+        self.registration = registration
+        self.generation = 0
+        self.view = View()
+        self.state = REGISTERING
+        self.daemon_answers = False
+        self.load = Load(free_blocks=registration.num_blocks)
+        self.activity = Activity()
+        self._lease_s = lease_s
+        self._watch = watch
+        self._others = daemons > 1
+        self._awaiting = False  # the next wake looks for the answer to a heartbeat
+        self._publisher = ""
+        self._wanted = Wanted(draining=False, role="")
+        self._request = 0
+        self._wake = 0
+        self._register_request = 0
+        self._look_request = 0
+        self._unanswered = 0
+        self._actions: list[PresenceAction] = []
+
+    def start(self) -> list[PresenceAction]:
+        """The first actions."""
+        self._register()
+        return self._taken()
+
+    def change(self, registration: Registration) -> list[PresenceAction]:
+        """The agent is another now (its role has changed): it registers again."""
+        self.registration = registration
+        self._register()
+        return self._taken()
+
+    def leave(self) -> list[PresenceAction]:
+        """The agent goes; nobody waits for an answer."""
+        if self.state == PRESENT:
+            self._do(ToDaemon(Deregister(self._number(), self.registration.name, self.generation)))
+        self._wake += 1
+        return self._taken()
+
+    def fire(self, number: int) -> list[PresenceAction]:
+        """A `Wake` is due."""
+        if number == self._wake:
+            if self.state != PRESENT:
+                self._unanswered += 1
+                if self._unanswered % REGISTRATIONS_A_DAEMON == 0:
+                    self._ask_another()
+                self._register()
+            elif not self._awaiting:
+                self._beat()
+            elif self._unanswered:
+                self._ask_another()
+                self._beat()
+            else:
+                self._awaiting = False
+                self._sleep(self._lease_s / BEATS_A_LEASE - self._patience_s)
+        return self._taken()
+
+    def hear(self, message: AnyAnswer) -> list[PresenceAction]:
+        """An answer or a publication of the daemon."""
+        match message:
+            case Registered():
+                self._registered(message)
+            case Beat():
+                self._answered()
+                self._want(Wanted(message.state == "draining", message.wanted_role))
+            case Denied():
+                self._denied(message)
+            case Snapshot() if message.request == self._look_request:
+                self._answered()
+                self._look_request = 0
+                self._picture(message)
+            case Changes() | Tick():
+                self._picture(message)
+        return self._taken()
+
+    def _registered(self, answer: Registered) -> None:
+        if answer.request != self._register_request or self.state != REGISTERING:
+            return
+        self.state = PRESENT
+        self.generation = answer.generation
+        self._lease_s = answer.lease_s
+        self._answered()
+        self._want(Wanted(draining=False, role=""))
+        self._do(Standing(present=True))
+        if self._watch:
+            self._follow(answer.publisher)
+            self._look()
+        self._awaiting = False
+        self._sleep(self._lease_s / BEATS_A_LEASE)
+
+    def _denied(self, denial: Denied) -> None:
+        self._answered()
+        if denial.reason == "store":
+            self._ask_another()  # it may be that only this daemon cannot reach it
+        if denial.reason == "superseded":
+            self._lose(denial.detail)
+            self._sleep(SUPERSEDED_RETRY_S)
+        elif self.state == PRESENT and denial.reason in ("unknown", "generation"):
+            self._lose(denial.detail)
+            self._register()
+        elif self.state == REGISTERING and denial.request == self._register_request:
+            self._do(Standing(present=False, reason=denial.detail or denial.reason))
+            self._sleep(SUPERSEDED_RETRY_S)
+
+    def _picture(self, message: Snapshot | Changes | Tick) -> None:
+        if isinstance(message, Snapshot):
+            self._follow(message.publisher)
+        if self.view.hear(message):
+            self._do(MembersChanged())
+        if self.view.stale and not self._look_request and self.state == PRESENT:
+            self._look()
+
+    def _follow(self, publisher: str) -> None:
+        if publisher != self._publisher:
+            self._publisher = publisher
+            self._do(Subscribe(publisher))
+
+    @property
+    def _patience_s(self) -> float:
+        """How long an answer to a heartbeat may take before another daemon is asked."""
+        return min(ANSWER_S, self._lease_s / BEATS_A_LEASE / 2)
+
+    def _ask_another(self) -> None:
+        if self._others:
+            self._publisher = ""  # of the daemon before, whatever its name
+            self.view.stale = True
+            self._do(AskAnother())
+
+    def _answered(self) -> None:
+        self._unanswered = 0
+        self.daemon_answers = True
+
+    def _lose(self, reason: str) -> None:
+        if self.state == PRESENT:
+            self.state = REGISTERING
+            self._do(Standing(present=False, reason=reason))
+
+    def _want(self, wanted: Wanted) -> None:
+        if wanted != self._wanted:
+            self._wanted = wanted
+            self._do(wanted)
+
+    def _register(self) -> None:
+        self.state = REGISTERING
+        self._register_request = self._number()
+        ask = Register(
+            self._register_request, VERSION, self.registration, self._lease_s, self.generation
+        )
+        self._do(ToDaemon(ask))
+        self._sleep(RETRY_S)
+
+    def _beat(self) -> None:
+        self._unanswered += 1
+        if self._unanswered > BEATS_UNTIL_LOST:
+            self.daemon_answers = False
+        name, generation = self.registration.name, self.generation
+        beat = Heartbeat(self._number(), name, generation, self.load, self.activity)
+        self._do(ToDaemon(beat))
+        self._look_request = 0  # an answer that has not come by now was lost
+        if self._watch and self.view.stale:
+            self._look()
+        self._awaiting = self._others
+        self._sleep(self._patience_s if self._others else self._lease_s / BEATS_A_LEASE)
+
+    def _look(self) -> None:
+        self._look_request = self._number()
+        self._do(ToDaemon(Look(self._look_request)))
+
+    def _sleep(self, seconds: float) -> None:
+        self._wake += 1
+        self._do(Wake(self._wake, seconds))
+
+    def _number(self) -> int:
+        self._request += 1
+        return self._request
+
+    def _do(self, action: PresenceAction) -> None:
+        self._actions.append(action)
+
+    def _taken(self) -> list[PresenceAction]:
+        actions, self._actions = self._actions, []
+        return actions

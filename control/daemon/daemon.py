@@ -1,0 +1,384 @@
+"""The daemon's process: ZeroMQ sockets around `membership.py` and `placement.py`.
+
+One ROUTER for requests, one XPUB for changes, one thread. With a store (`cluster.py`) it is one of
+several that serve the same members. It is off every request's path: agents
+that know each other go on without it, and when it comes back they tell it again who they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket as sockets
+import time
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import zmq
+
+from ..cluster.membership import Membership
+from ..cluster.messages import (
+    CHANGES_TOPIC,
+    LOADS_TOPIC,
+    MAX_REQUEST_NBYTES,
+    Beat,
+    Denied,
+    Heartbeat,
+    Look,
+    Place,
+    Placed,
+    Show,
+    Shown,
+    answers,
+    requests,
+)
+from ..cluster.peer_loads import PeerLoads
+from ..cluster.replication import Cluster
+from ..cluster.store import Peer, open_store
+from ..cluster.summary import summarize
+from ..curve import Gatekeeper, protect_server, sender_key
+from ..errors import ConfigError, PlacementError, ProtocolError
+from ..keys import is_local
+from ..placement.fleet import Fleet
+from ..placement.policy import place
+from .figures import DaemonFigures
+from .history import History
+
+if TYPE_CHECKING:
+    from ..cluster.messages import Activity, AnyAnswer, AnyRequest
+    from ..http import HttpServer
+    from ..keys import Keys
+    from .settings import Settings
+
+BATCH = 256  # requests taken before changes are published and leases looked at
+MAX_PARTS = 64  # requests in one ZeroMQ message
+FLUSH_S = 0.02  # changes wait as long for others, so that 2,000 agents at once are 50 publications
+TICK_S = 0.5  # a lost last change is noticed within
+LOADS_S = 1.0
+SHOWN_S = 1.0  # agents beat once a second
+ASLEEP_S = 0.25  # a loop that comes so late was not run: nobody's lease pays for it
+QUEUE_MESSAGES = 10_000
+HEARTBEAT_MS = 1000  # ZeroMQ looks whether the other end is there
+HEARTBEAT_TIMEOUT_MS = 5000
+LINGER_MS = 500
+DRAIN_S = 0.5  # for requests that wait when the daemon is told to end
+
+log = logging.getLogger("kvferry.daemon")
+
+
+class Daemon:
+    """One daemon. `run` serves until `stop`; then `close`.
+
+    Raises:
+        ConfigError: an address cannot be bound; says which and why.
+    """
+
+    def __init__(self, settings: Settings, keys: Keys | None) -> None:
+        store = open_store(settings.store) if settings.store else None
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._keys = keys
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        try:
+            self.gatekeeper = Gatekeeper(self._context, keys) if keys is not None else None
+            self._router = self._bind(zmq.ROUTER, settings.bind)
+            self._publisher = self._bind(zmq.XPUB, settings.publish)
+        except BaseException:
+            self._context.destroy(linger=0)
+            os.close(self._wake_fd)
+            raise
+        self.endpoint = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+        publisher = self._publisher.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.publisher = publisher.replace("0.0.0.0", "*").replace("[::]", "*")
+        self.membership = Membership(
+            epoch=_random62(),
+            # Microseconds: no daemon gives a million generations a second, so those of the next
+            # life are higher, unless the clock was set back; `Register.previous` mends that.
+            first_generation=time.time_ns() // 1000,
+            publisher=self.publisher,
+            daemon=_random62() + 1 if store is not None else 0,
+        )
+        self.cluster: Cluster | None = None
+        if store is not None:
+            self.cluster = Cluster(self.membership, store, self._reply)
+        self.fleet = Fleet()
+        self.requests_served = 0
+        self.requests_denied = 0
+        self._poller = zmq.Poller()
+        for socket in (self._router, self._publisher, self.gatekeeper and self.gatekeeper.socket):
+            if socket is not None:
+                self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(self._wake_fd, zmq.POLLIN)
+        self._peer_loads = PeerLoads(self._context, keys, self._poller)
+        self._stopping = False
+        self._read_s = time.monotonic()
+        self.history = History(self._read_s)
+        self._shown: tuple[float, Shown] | None = None
+        self.figures = self._look()
+        self.http: HttpServer | None = None
+        if settings.http:
+            # Imported here: the metrics library takes 6 MiB, which a daemon without it saves.
+            from ..http import http_host
+            from .metrics import serve_daemon
+
+            if not is_local(http_host(settings.http)):
+                log.warning(
+                    "metrics and the page are served at %s, without keys: whoever reaches it can "
+                    "read agents' names, hosts and figures",
+                    settings.http,
+                )
+            try:
+                self.http = serve_daemon(settings.http, lambda: self.figures)
+            except BaseException:
+                self.close()
+                raise
+        self._flush_due_s = self._tick_due_s = self._loads_due_s = 0.0
+        if store is not None:
+            key = keys.public if keys is not None else b""
+            host = self.publisher.replace("*", sockets.gethostname())
+            store.start(Peer(self.membership.daemon, host, key), self._wake)
+
+    def stop(self) -> None:
+        """Lets `run` answer what waits, publish the last changes, and return. Any thread, any time."""
+        self._stopping = True
+        self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):
+            os.eventfd_write(self._wake_fd, 1)
+
+    def run(self) -> None:
+        """Serves until `stop`."""
+        timeout_s = 0.0
+        while not self._stopping:
+            ready = dict(self._poller.poll(int(timeout_s * 1000) + 1))
+            self._serve(ready, self._now_s(timeout_s))
+            timeout_s = self._housekeep(self._now_s(0.0))
+        self._drain()
+
+    def _now_s(self, idle_s: float) -> float:
+        """The time; what passed since the last call beyond `idle_s`, and beyond work, is forgiven.
+
+        Called between any two steps, so that a process that is stopped anywhere takes nobody's
+        lease.
+        """
+        now_s = time.monotonic()
+        late_s = now_s - self._read_s - idle_s
+        self._read_s = now_s
+        if late_s > ASLEEP_S:
+            log.warning("the daemon was asleep for %.1f s: all leases are longer by that", late_s)
+            self.membership.forgive(late_s)
+        return now_s
+
+    def close(self) -> None:
+        """Closes the sockets. Once."""
+        if self.cluster is not None:
+            self.cluster.close()
+        if self.http is not None:
+            self.http.close()
+        self._context.destroy(linger=LINGER_MS)
+        os.close(self._wake_fd)
+
+    def _bind(self, kind: int, endpoint: str) -> zmq.Socket[bytes]:
+        socket: zmq.Socket[bytes] = self._context.socket(kind)
+        for option, value in (
+            (zmq.SNDHWM, QUEUE_MESSAGES),
+            (zmq.RCVHWM, QUEUE_MESSAGES),
+            (zmq.MAXMSGSIZE, MAX_REQUEST_NBYTES),  # whoever sends more is disconnected
+            (zmq.LINGER, LINGER_MS),
+            (zmq.HEARTBEAT_IVL, HEARTBEAT_MS),
+            (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS),
+        ):
+            socket.setsockopt(option, value)
+        if kind == zmq.ROUTER:
+            socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # an agent that reconnects keeps its route
+        protect_server(socket, self._keys)
+        try:
+            socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            raise ConfigError(f"cannot listen on {endpoint}: {error.strerror}") from error
+        return socket
+
+    # The loop
+
+    def _serve(self, ready: dict[Any, int], now_s: float) -> None:
+        if self._wake_fd in ready:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wake_fd)
+        if self.gatekeeper is not None and self.gatekeeper.socket in ready:
+            self.gatekeeper.answer()
+        if self._publisher in ready:
+            self._watchers_came()
+        for daemon, loads in self._peer_loads.take(ready).items():
+            self.membership.hear_loads(daemon, loads)
+        if self._router in ready:
+            for _ in range(BATCH):
+                if not self._take(now_s):
+                    break
+
+    def _watchers_came(self) -> None:
+        """Takes subscriptions off the XPUB, or they would fill its queue."""
+        with contextlib.suppress(zmq.ZMQError):
+            for _ in range(BATCH):
+                self._publisher.recv(zmq.NOBLOCK)
+
+    def _take(self, now_s: float) -> bool:
+        """Answers one ZeroMQ message, whose parts are a request each; False if none waits."""
+        try:
+            frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.ZMQError:
+            return False
+        envelope = [frames[0].bytes]
+        if len(frames) > 2 and not frames[1].bytes:  # REQ sockets put an empty part between
+            envelope.append(b"")
+        for frame in frames[len(envelope) : len(envelope) + MAX_PARTS]:
+            key = sender_key(frame) if self._keys is not None else b""
+            answer = self._answer(frame.bytes, now_s, key, envelope)
+            if answer is not None:
+                self._reply(envelope, answer)
+        return True
+
+    def _reply(self, envelope: list[bytes], answer: AnyAnswer) -> None:
+        self.requests_served += 1
+        self.requests_denied += isinstance(answer, Denied)
+        with contextlib.suppress(zmq.ZMQError):  # it went, or does not read: it asks again
+            self._router.send_multipart([*envelope, answers.encode(answer)], zmq.NOBLOCK)
+
+    def _answer(
+        self, frame: bytes, now_s: float, key: bytes, envelope: list[bytes]
+    ) -> AnyAnswer | None:
+        """The answer to one request; None if it is answered later, or has to be asked again."""
+        try:
+            ask: AnyRequest = requests.decode(frame)
+        except ProtocolError as error:
+            return Denied(0, "protocol", error.message[:1024])
+        answer = self._decide(ask, now_s, key, envelope)
+        if isinstance(ask, Heartbeat) and isinstance(answer, Beat):
+            self.history.take(ask.name, ask.activity, now_s)
+        return answer
+
+    def _decide(
+        self, ask: AnyRequest, now_s: float, key: bytes, envelope: list[bytes]
+    ) -> AnyAnswer | None:
+        if self.cluster is not None:
+            answer = self.cluster.answer(ask, now_s, key, envelope)
+            if answer is not None or not isinstance(ask, Look | Place | Show):
+                return answer
+        if isinstance(ask, Look):
+            self._flush()
+            return self.membership.snapshot(ask.request, loads=ask.loads)
+        if isinstance(ask, Place):
+            return self._place(ask)
+        if isinstance(ask, Show):
+            return self._show(ask, now_s)
+        return self.membership.answer(ask, now_s, key)
+
+    def _place(self, ask: Place) -> AnyAnswer:
+        self._flush()
+        try:
+            decision = place(self.fleet, ask)
+        except PlacementError as error:
+            return Denied(ask.request, "nobody", error.message[:1024])
+        self.fleet.reserve(decision, ask.tokens)
+        return Placed(
+            ask.request,
+            decision.prefill,
+            decision.decode,
+            self.fleet.generation(decision.prefill),
+            self.fleet.generation(decision.decode),
+            decision.estimate_s,
+            decision.reason[:1024],
+        )
+
+    def _show(self, ask: Show, now_s: float) -> Shown:
+        """Worked out once a second at most, however many look."""
+        if self._shown is None or now_s >= self._shown[0] + SHOWN_S:
+            there, loads = self.membership.members, self.membership.loads
+            shown = summarize(0, there, loads, self._activities(), self.history.errors)
+            self._shown = (now_s, shown)
+        return msgspec.structs.replace(self._shown[1], request=ask.request)
+
+    def _activities(self) -> dict[str, Activity]:
+        """What agents told last that are heard here: those that went, or went elsewhere, do not."""
+        activities = self.history.activities.items()
+        return {name: one for name, one in activities if self.membership.hears(name)}
+
+    def _housekeep(self, now_s: float) -> float:
+        """What is due; returns the seconds until something is again."""
+        lease_s = self.membership.expire(now_s)
+        if self.cluster is not None:
+            self.cluster.work(now_s)
+            self._peer_loads.follow(self.cluster.peers)
+        if now_s >= self._flush_due_s:
+            self._flush_due_s = now_s + FLUSH_S
+            self._flush()
+        if now_s >= self._tick_due_s:
+            self._tick_due_s = now_s + TICK_S
+            self._publish(CHANGES_TOPIC, self.membership.tick())
+        if now_s >= self._loads_due_s:
+            self._loads_due_s = now_s + LOADS_S
+            self.history.turn(now_s, time.time())
+            if self.http is not None:
+                self.figures = self._look()
+            loads = self.membership.flush_loads()
+            if loads is not None:
+                for name, load in loads.loads.items():
+                    self.fleet.load(name, load)
+                self._publish(LOADS_TOPIC, loads)
+        due_s = self._flush_due_s if self.membership.changed else self._tick_due_s
+        return max(0.0, min(lease_s, due_s - now_s, self._loads_due_s - now_s))
+
+    def _flush(self) -> None:
+        changes = self.membership.flush()
+        if changes is None:
+            return
+        for gone in changes.gone:
+            log.info("%s (generation %d) is gone: %s", gone.name, gone.generation, gone.reason)
+            self.fleet.remove(gone.name)
+        for member in changes.members:
+            log.info(
+                "%s (generation %d) is %s, %s",
+                member.name,
+                member.generation,
+                member.role,
+                member.state,
+            )
+            self.fleet.put(member)
+        self._publish(CHANGES_TOPIC, changes)
+
+    def _publish(self, topic: bytes, message: msgspec.Struct) -> None:
+        with contextlib.suppress(zmq.ZMQError):  # slow watchers miss it, and notice the gap
+            self._publisher.send_multipart([topic, answers.encode(message)], zmq.NOBLOCK)
+
+    def _look(self) -> DaemonFigures:
+        return DaemonFigures(
+            time.monotonic(),
+            self.membership.members,
+            self.membership.loads,
+            self.requests_served,
+            self.requests_denied,
+            self.membership.sequence,
+            self._stopping,
+            self.membership.epoch,
+            self._keys is not None,
+            self._activities(),
+            tuple(self.history.points),
+            dict(self.history.errors),
+        )
+
+    def _drain(self) -> None:
+        """Answers what waits, and publishes the last changes."""
+        self.figures = self._look()
+        end_s = time.monotonic() + DRAIN_S
+        while time.monotonic() < end_s and self._take(time.monotonic()):
+            pass
+        self._flush()
+        log.info(
+            "drained: %d agents were registered; handoffs between agents go on without the daemon",
+            len(self.membership),
+        )
+
+
+def _random62() -> int:
+    """A number that nobody else has; the module `secrets` would load OpenSSL for it, in 20 ms."""
+    return int.from_bytes(os.urandom(8), "little") >> 2

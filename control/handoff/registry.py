@@ -1,0 +1,295 @@
+"""The desks: all handoffs of one agent, as prefill and as decode.
+
+A desk finds the machine that a message or an event concerns, joins sources with requests, and
+answers for handoffs that are over. Like the machines it is pure: what is to be done comes back as
+steps, `(key, action)`, where the key names the handoff on this side (0: none).
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+from ..errors import HandoffError, LinkLost
+from .decode import DecodePull, DecodePush
+from .events import LinkDown, Quiesced, Received, Send, Settle
+from .ledger import Ledger
+from .machine import Machine, Timing
+from .messages import Cancel, Cancelled, Failed, HandoffId, Ready, Request
+from .prefill import PrefillHandoff
+
+if TYPE_CHECKING:
+    from .events import Action, Event, SourceOffered
+    from .messages import HandoffMessage, Mode, Side
+
+Steps = list[tuple[int, "Action"]]
+
+MAX_WANTED = 65_536  # requests whose source is not known yet; about 2 KB each
+DOWN_REMEMBERED = 64  # sessions that are down and still answer `Cancel`
+
+
+class Desk:
+    """What both desks share. Not thread-safe: one owner."""
+
+    side: Side
+
+    def __init__(self, timing: Timing | None = None) -> None:
+        self.timing = timing or Timing()
+        self.machines: dict[int, Machine] = {}
+        self._keys = itertools.count(1)
+        self._ledgers: dict[int, Ledger] = {}
+
+    def open_session(self, session: int, peer: str) -> None:
+        """Handoffs with `peer` may begin."""
+        self._ledgers[session] = Ledger(peer)
+
+    def knows(self, session: int) -> bool:
+        """Whether messages of this session still mean something."""
+        return session in self._ledgers
+
+    def busy(self, session: int) -> bool:
+        """Whether a handoff of this session is under way."""
+        ledger = self._ledgers.get(session)
+        return ledger is not None and bool(ledger.live)
+
+    def receive(self, message: HandoffMessage) -> Steps:
+        """A message of a session that this desk knows, addressed to this side."""
+        ledger = self._ledgers.get(message.session)
+        if ledger is None:
+            return []
+        key = ledger.live.get(message.handoff.serial)
+        if key is not None:
+            return self.handle(key, Received(message))
+        return self._receive_unknown(ledger, message)
+
+    def handle(self, key: int, event: Event) -> Steps:
+        """An event for one handoff; one that is over ignores it."""
+        machine = self.machines.get(key)
+        return self._carry(key, machine, machine.handle(event)) if machine else []
+
+    def link_down(self, session: int, reason: str, *, quiesced: bool) -> Steps:
+        """The session's link went down: nothing new begins, and its handoffs fail."""
+        ledger = self._ledgers.get(session)
+        if ledger is None:
+            return []
+        ledger.up = False
+        steps = self._tell_all(session, LinkDown(reason, quiesced))
+        self._forget_sessions()
+        return steps
+
+    def quiesced(self, session: int) -> Steps:
+        """The peer of a session that is down can touch nothing any more."""
+        return self._tell_all(session, Quiesced())
+
+    def forget(self, session: int) -> None:
+        """Nobody asks about a session that is down any more; one with live handoffs is kept."""
+        ledger = self._ledgers.get(session)
+        if ledger is not None and ledger.idle:
+            del self._ledgers[session]
+
+    def _receive_unknown(self, ledger: Ledger, message: HandoffMessage) -> Steps:
+        raise NotImplementedError
+
+    def _tell_all(self, session: int, event: Event) -> Steps:
+        ledger = self._ledgers.get(session)
+        keys = list(ledger.live.values()) if ledger is not None else []
+        return [step for key in keys for step in self.handle(key, event)]
+
+    def _add(self, machine: Machine) -> int:
+        key = next(self._keys)
+        self.machines[key] = machine
+        return key
+
+    def _carry(self, key: int, machine: Machine, actions: list[Action]) -> Steps:
+        """Notes final answers, and forgets machines that are finished."""
+        steps: Steps = []
+        ledger = self._ledgers.get(machine.session)
+        serial = machine.handoff.serial
+        for action in actions:
+            if isinstance(action, Settle):
+                if ledger is not None:
+                    ledger.settle(serial, action.message)
+                steps.append((key, Send(action.message)))
+            else:
+                steps.append((key, action))
+        if machine.finished:
+            del self.machines[key]
+            if ledger is not None and serial in ledger.live:
+                ledger.settle(serial, self._over(machine.session, machine.handoff))
+        return steps
+
+    def _over(self, session: int, handoff: HandoffId) -> Cancelled:
+        return Cancelled(session, handoff, self.side)
+
+    def _forget_sessions(self) -> None:
+        idle = [s for s, ledger in self._ledgers.items() if ledger.idle]
+        for session in idle[: max(0, len(idle) - DOWN_REMEMBERED)]:
+            del self._ledgers[session]
+
+
+class DecodeDesk(Desk):
+    """The handoffs that this agent asked for."""
+
+    side = "decode"
+    push: type[DecodePush] = DecodePush
+    pull: type[DecodePull] = DecodePull
+
+    def __init__(self, timing: Timing | None = None) -> None:
+        super().__init__(timing)
+        self._serials = itertools.count(1)
+
+    def begin(
+        self,
+        session: int,
+        request_id: str,
+        *,
+        attempt: int,
+        mode: Mode,
+        imm: int,
+        num_blocks: int,
+        nbytes: int,
+        timeout_s: float,
+        tables: tuple[bytes, ...] = (),
+        skip_blocks: int = 0,
+        start_token: int = 0,
+        stop_token: int = 0,
+    ) -> tuple[int, Steps]:
+        """Asks for a request's blocks; returns the handoff's key and the first steps.
+
+        Raises:
+            LinkLost: the session's link is down.
+            ValueError: the tables do not hold `num_blocks` block ids.
+        """
+        ledger = self._ledgers.get(session)
+        handoff = HandoffId(request_id, attempt, next(self._serials))
+        if ledger is None or not ledger.up:
+            raise LinkLost(
+                "the link is down: connect again",
+                handoff=str(handoff),
+                peer=ledger.peer if ledger is not None else "",
+                operation="receive",
+            )
+        request = Request(
+            session,
+            handoff,
+            mode,
+            num_blocks,
+            nbytes,
+            timeout_s,
+            imm=imm if mode == "push" else 0,
+            skip_blocks=skip_blocks,
+            tables=tables if mode == "push" else (),
+            start_token=start_token,
+            stop_token=stop_token,
+        )
+        make = self.push if mode == "push" else self.pull
+        machine = make(request, ledger.peer, self.timing)
+        key = self._add(machine)
+        ledger.begin(handoff.serial, key)
+        return key, self._carry(key, machine, machine.start())
+
+    def _receive_unknown(self, ledger: Ledger, message: HandoffMessage) -> Steps:
+        """Prefill asks about a handoff that is over: it learns so, and gives its blocks back."""
+        if isinstance(message, Ready | Cancel):
+            over = self._over(message.session, message.handoff)
+            return [(0, Send(ledger.answer(message.handoff.serial) or over))]
+        return []
+
+
+class PrefillDesk(Desk):
+    """The handoffs that others ask for, and the sources that wait to be asked for."""
+
+    side = "prefill"
+    machine: type[PrefillHandoff] = PrefillHandoff
+
+    def __init__(self, timing: Timing | None = None) -> None:
+        super().__init__(timing)
+        self._offered: dict[str, dict[int, PrefillHandoff]] = {}
+        self._wanted: dict[str, dict[int, PrefillHandoff]] = {}
+        self._num_wanted = 0
+
+    def offer(self, request_id: str, source: SourceOffered) -> tuple[int, Steps]:
+        """A source, for the newest request of that id, or the first one to come.
+
+        Returns the handoff's key and the first steps. Each offer serves one request.
+        """
+        waiting = self._wanted.get(request_id)
+        if waiting:
+            key = max(waiting)
+            machine = waiting[key]
+        else:
+            machine = self.machine(request_id, self.timing)
+            key = self._add(machine)
+            self._offered.setdefault(request_id, {})[key] = machine
+        actions = machine.offered(source)
+        return key, self._carry(key, machine, actions)
+
+    def _receive_unknown(self, ledger: Ledger, message: HandoffMessage) -> Steps:
+        session, handoff = message.session, message.handoff
+        if isinstance(message, Cancel):
+            answer = ledger.answer(handoff.serial)
+            if answer is None:
+                answer = self._over(session, handoff)
+                ledger.settle(handoff.serial, answer)  # or the late Request would begin it
+            return [(0, Send(answer))]
+        if not isinstance(message, Request):
+            return []
+        if ledger.over(handoff.serial):
+            over = ledger.answer(handoff.serial) or self._over(session, handoff)
+            return [(0, Send(over))]
+        if not ledger.up:
+            return self._refuse(ledger, message, LinkLost("the link is down: connect again"))
+        if self._num_wanted >= MAX_WANTED:
+            busy = HandoffError(f"{MAX_WANTED} requests wait for their source", retryable=True)
+            return self._refuse(ledger, message, busy)
+        return self._begin(ledger, message)
+
+    def _begin(self, ledger: Ledger, request: Request) -> Steps:
+        request_id = request.handoff.request_id
+        offers = self._offered.get(request_id)
+        if offers:
+            key = min(offers)
+            machine = offers[key]
+        else:
+            machine = self.machine(request_id, self.timing)
+            key = self._add(machine)
+            self._wanted.setdefault(request_id, {})[key] = machine
+            self._num_wanted += 1
+        ledger.begin(request.handoff.serial, key)
+        actions = machine.wanted(request, ledger.peer)
+        return self._carry(key, machine, actions)
+
+    def _refuse(self, ledger: Ledger, request: Request, error: HandoffError) -> Steps:
+        answer = Failed(
+            request.session,
+            request.handoff,
+            self.side,
+            type(error).__name__,
+            error.message,
+            error.retryable,
+        )
+        ledger.settle(request.handoff.serial, answer)
+        return [(0, Send(answer))]
+
+    def _carry(self, key: int, machine: Machine, actions: list[Action]) -> Steps:
+        """Also takes a handoff that is matched, or over, off the waiting lists."""
+        assert isinstance(machine, PrefillHandoff)
+        request_id = machine.handoff.request_id
+        if machine.request is not None or machine.finished:
+            _discard(self._offered, request_id, key)
+        if (machine.source is not None or machine.finished) and _discard(
+            self._wanted, request_id, key
+        ):
+            self._num_wanted -= 1
+        return super()._carry(key, machine, actions)
+
+
+def _discard(waiting: dict[str, dict[int, PrefillHandoff]], request_id: str, key: int) -> bool:
+    """Takes one handoff off a waiting list; False when it is not there."""
+    machines = waiting.get(request_id)
+    if machines is None or key not in machines:
+        return False
+    del machines[key]
+    if not machines:
+        del waiting[request_id]
+    return True

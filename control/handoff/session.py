@@ -1,0 +1,317 @@
+"""Two agents get acquainted: who they are, whether their caches fit, and one link between them.
+
+    the side that connects      hello → describe → linking → welcome → up
+    the side connected to       hello → describe → linking           → up
+
+Identity comes first, so that agents of different versions part with a named refusal instead of a
+parse error; then layouts, so that caches that cannot be reconciled never get a link. Each message
+is repeated by the side that connects; the other side answers every repetition alike.
+
+Pure, like the handoff machines: events in, actions out. Layouts and addresses are opaque bytes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Union
+
+import msgspec
+
+from ..errors import (
+    HelloError,
+    HelloRefused,
+    HelloTimeout,
+    LayoutMismatch,
+    RoleMismatch,
+    VersionMismatch,
+)
+from .events import ClearTimer, Send, SetTimer, TimerFired
+from .machine import MAX_REASON_CHARS
+from .messages import VERSION, Bye, Describe, Hello, Refused, Welcome
+
+if TYPE_CHECKING:
+    from .machine import Timing
+    from .messages import Message, Reason
+
+REASONS: dict[str, type[HelloError]] = {
+    "version": VersionMismatch,
+    "role": RoleMismatch,
+    "layout": LayoutMismatch,
+}
+
+
+# Events, besides `TimerFired` ----------------------------------------------------------------------
+
+
+class Heard(msgspec.Struct, frozen=True):
+    """A message of this session, of those that get agents acquainted."""
+
+    message: Message
+
+
+class Reconciled(msgspec.Struct, frozen=True):
+    """The peer's layout and memory can be worked with; or, with an `error`, why not."""
+
+    error: str = ""
+
+
+class LinkOpened(msgspec.Struct, frozen=True):
+    """This side's end of the link is there; or, with an `error`, why not."""
+
+    error: str = ""
+
+
+# Actions, besides `Send`, `SetTimer`, `ClearTimer` --------------------------------------------------
+
+
+class Reconcile(msgspec.Struct, frozen=True):
+    """Find out whether the peer's cache fits ours; answer with `Reconciled`."""
+
+    describe: Describe
+
+
+class OpenLink(msgspec.Struct, frozen=True):
+    """Dial the peer's engine, or await its call; answer with `LinkOpened`."""
+
+    describe: Describe
+    dial: bool
+
+
+class Up(msgspec.Struct, frozen=True):
+    """Handoffs may begin."""
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """The acquaintance is over: close the link, if there is one."""
+
+    error: HelloError
+
+
+SessionEvent = Union[Heard, Reconciled, LinkOpened, TimerFired]  # noqa: UP007
+SessionAction = Union[Send, SetTimer, ClearTimer, Reconcile, OpenLink, Up, Ended]  # noqa: UP007
+
+HELLO, DESCRIBE, RECONCILING, LINKING, WELCOME, UP, ENDED = (
+    "hello",
+    "describe",
+    "reconciling",
+    "linking",
+    "welcome",
+    "up",
+    "ended",
+)
+
+
+class Session:
+    """One acquaintance, seen from one side. Not thread-safe: one owner.
+
+    Attributes:
+        number: the session number in every message; the side that connects chose it.
+        dials: whether this side connects.
+        expected: name and generation that the peer has to have, if that is known beforehand.
+        peer: the peer's `Hello`, once it came.
+        state: where it is; `up` allows handoffs, `ended` is the last.
+    """
+
+    def __init__(
+        self,
+        hello: Hello,
+        describe: Describe,
+        timing: Timing,
+        *,
+        dials: bool,
+        timeout_s: float,
+        expected: tuple[str, int] | None = None,
+    ) -> None:
+        self.number = hello.session
+        self.dials = dials
+        self.expected = expected
+        self.peer: Hello | None = None
+        self.state = HELLO
+        self._hello = hello
+        self._describe = describe
+        self._timing = timing
+        self._timeout_s = timeout_s
+        self._welcomed = False
+        self._peer_describe: Describe | None = None
+        self._repeated: Message | None = None
+        self._retry_s = timing.retry_s
+        self._actions: list[SessionAction] = []
+
+    @property
+    def role(self) -> str:
+        """This side's role."""
+        return self._hello.role
+
+    @property
+    def name(self) -> str:
+        """The peer's name, or "" before its `Hello`."""
+        return self.peer.name if self.peer is not None else ""
+
+    def start(self) -> list[SessionAction]:
+        """The first actions of either side."""
+        self._do(SetTimer("deadline", self._timeout_s))
+        if self.dials:
+            self._repeat(self._hello)
+        return self._taken()
+
+    def handle(self, event: SessionEvent) -> list[SessionAction]:
+        """Takes one event; returns what to do, in this order."""
+        if self.state != ENDED:
+            match event:
+                case Heard(message=message):
+                    self._hear(message)
+                case Reconciled(error=error):
+                    self._reconciled(error)
+                case LinkOpened(error=error):
+                    self._link_opened(error)
+                case TimerFired(kind="retry") if self._repeated is not None:
+                    self._send_repeated()
+                case TimerFired(kind="deadline") if self.state != UP:
+                    self._end(
+                        HelloTimeout,
+                        f"not acquainted after {self._timeout_s} s (waited for {self.state})",
+                    )
+        return self._taken()
+
+    def refuse(self, reason: Reason, error: HelloError) -> list[SessionAction]:
+        """Ends the session from this side, and tells the peer why."""
+        if self.state != ENDED:
+            self._refuse(reason, error)
+        return self._taken()
+
+    def _hear(self, message: Message) -> None:
+        match message:
+            case Hello():
+                self._hear_hello(message)
+            case Describe():
+                self._hear_describe(message)
+            case Welcome():
+                self._welcomed = True
+                if self.state == WELCOME:
+                    self._up()
+            case Refused(reason=reason, detail=detail):
+                kind = REASONS.get(reason, HelloRefused)
+                self._end(kind, f"the peer refused: {detail or reason}")
+            case Bye(reason=reason):
+                self._end(HelloRefused, f"the peer left: {reason}")
+
+    def _hear_hello(self, hello: Hello) -> None:
+        if self.state != HELLO:
+            if not self.dials:
+                self._do(Send(self._hello))
+            return
+        self.peer = hello
+        ours = self._hello
+        if hello.version != ours.version:
+            detail = f"{ours.name} speaks version {ours.version}, {hello.name} {hello.version}"
+            self._refuse("version", self._error(VersionMismatch, detail))
+        elif hello.role == ours.role != "both":
+            detail = f"{ours.name} and {hello.name} both are {ours.role}: nothing to hand over"
+            self._refuse("role", self._error(RoleMismatch, detail))
+        elif self.expected not in (None, (hello.name, hello.generation)):
+            detail = f"{hello.name} answers, in another life than the one that was looked for"
+            self._refuse("session", self._error(HelloRefused, detail))
+        else:
+            self.state = DESCRIBE
+            if self.dials:
+                self._repeat(self._describe)
+            else:
+                self._do(Send(ours))
+
+    def _hear_describe(self, describe: Describe) -> None:
+        if self.state == DESCRIBE:
+            self.state = RECONCILING
+            self._peer_describe = describe
+            self._do(Reconcile(describe))
+        elif self.dials:
+            return
+        elif self.state in (LINKING, UP):  # an answer was lost
+            self._do(Send(self._describe))
+            if self.state == UP:
+                self._do(Send(Welcome(self.number)))
+
+    def _reconciled(self, error: str) -> None:
+        if self.state != RECONCILING or self._peer_describe is None:
+            return
+        if error:
+            self._refuse("layout", self._error(LayoutMismatch, error))
+            return
+        self.state = LINKING
+        if not self.dials:
+            self._do(Send(self._describe))
+        self._do(OpenLink(self._peer_describe, self.dials))
+
+    def _link_opened(self, error: str) -> None:
+        if self.state != LINKING:
+            return
+        if error:
+            self._refuse("link", self._error(HelloRefused, f"no link: {error}"))
+        elif not self.dials:
+            self._do(Send(Welcome(self.number)))
+            self._up()
+        elif self._welcomed:
+            self._up()
+        else:
+            self.state = WELCOME
+
+    def _up(self) -> None:
+        self.state = UP
+        self._stop_timers()
+        self._do(Up())
+
+    def _refuse(self, reason: Reason, error: HelloError) -> None:
+        self._do(Send(Refused(self.number, reason, error.message[:MAX_REASON_CHARS])))
+        self._finish(error)
+
+    def _end(self, kind: type[HelloError], message: str) -> None:
+        self._finish(self._error(kind, message))
+
+    def _finish(self, error: HelloError) -> None:
+        self.state = ENDED
+        self._stop_timers()
+        self._do(Ended(error))
+
+    def _error(self, kind: type[HelloError], message: str) -> HelloError:
+        return kind(message, peer=self.name, operation="connect")
+
+    def _repeat(self, message: Message) -> None:
+        self._repeated = message
+        self._retry_s = self._timing.retry_s
+        self._send_repeated()
+
+    def _send_repeated(self) -> None:
+        if self._repeated is not None:
+            self._do(Send(self._repeated))
+            self._do(SetTimer("retry", self._retry_s))
+            self._retry_s = min(2 * self._retry_s, self._timing.retry_max_s)
+
+    def _stop_timers(self) -> None:
+        self._repeated = None
+        self._do(ClearTimer("retry"))
+        self._do(ClearTimer("deadline"))
+
+    def _do(self, action: SessionAction) -> None:
+        self._actions.append(action)
+
+    def _taken(self) -> list[SessionAction]:
+        actions, self._actions = self._actions, []
+        return actions
+
+
+def make_hello(name: str, role: str, generation: int, session: int) -> Hello:
+    """This agent's `Hello`, checked.
+
+    Raises:
+        ValueError: a name or a role that no reader takes.
+    """
+    fields = {
+        "type": "hello",
+        "session": session,
+        "version": VERSION,
+        "name": name,
+        "role": role,
+        "generation": generation,
+    }
+    try:
+        return msgspec.convert(fields, Hello)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"an agent cannot introduce itself like that: {error}") from error

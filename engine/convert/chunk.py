@@ -1,0 +1,292 @@
+"""Numbers that change their type on their way through staging: gathered, converted, sent; or back.
+
+Here is one chunk of a transfer; `conversion.py` cuts a transfer into them, and a workplace of the
+device that holds the cache here converts it (`workplace.py`).
+
+On the writing side they are gathered into staging, converted and sent from there; on the reading
+side they arrive in staging, are converted and laid into the cache before the read ends. Where scales
+differ from block to block, they travel beside the numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from ..errors import EngineError, LinkError
+from ..layout.block_scales import SCALE_NBYTES, BlockScales, group_maxima
+from ..layout.dtypes import scales_for
+from ..transfer.pieces import NO_PIECES, BoundPieces, bind
+from .workspace import Numbers
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from ..plan.mapping import Bundle
+    from ..plan.template import Moves
+    from ..runtime.copy_threads import Copiers
+    from ..transfer.plan import TransferPlan
+    from ..transports.base import DataPath, Transfer
+    from .workspace import Workplace
+    from .workspaces import Workplaces
+
+    Floats = npt.NDArray[np.float32]
+    Ids = npt.NDArray[np.int64]
+
+log = logging.getLogger(__name__)
+
+_ALIGNED_NBYTES = 16  # of the staging's parts: numbers lie where kernels can read them
+
+
+class Converting:
+    """Some pieces of numbers that change their type, through staging of their own.
+
+    The staging holds all of them and is lent until they are moved: `release` gives it back. The
+    pieces that go into one block whose scale is made are all here, or none.
+    """
+
+    def __init__(self, plan: TransferPlan, parts: list[Part], workplaces: Workplaces) -> None:
+        self._plan = plan
+        self._parts = parts
+        self._workplaces = workplaces
+        self._place: Workplace | None = None
+        self._src = _tables(self._parts, source=True)
+        self._dst = _tables(self._parts, source=False)
+        self._travelling = list((self._dst if plan.writes else self._src).values())
+        sizes = [part.wire_nbytes(plan.writes) for part in self._parts]
+        sizes += [len(table.values) * SCALE_NBYTES for table in self._travelling]
+        self.wire_nbytes = sum(sizes)
+        self._staging_nbytes = sum(map(_aligned, sizes))
+
+    def start(self, path: DataPath, copiers: Copiers, transfer: Transfer) -> None:
+        """Begins the transfer; on a copier, since converting takes as long as moving."""
+        workers = self._workplaces.workers
+        if workers.enter():  # else the link has stopped the transfer, or is about to
+            copiers.run(lambda: workers.run(lambda: self._start(path, transfer)))
+
+    def release(self) -> None:
+        """Gives the staging back: the transfer has ended."""
+        place, self._place = self._place, None
+        if place is not None:
+            self._workplaces.give(self._plan.local.device, place)
+
+    def _start(self, path: DataPath, transfer: Transfer) -> None:
+        if not transfer.begin():
+            return
+        try:
+            place = self._place = self._workplaces.take(self._plan.local.device)
+            place.reserve(self._staging_nbytes)
+            pieces = self._stage(place)
+        except Exception as error:
+            self._settle()
+            transfer.stop(error if isinstance(error, EngineError) else _failed(error))
+        else:
+            transfer.take(pieces)
+            transfer.start, transfer.keep = None, self  # from here on it is one of pieces
+            transfer.scratch = True
+            if not self._plan.writes:
+                transfer.on_placed = lambda: self._land(place)
+            path.submit(transfer)
+        transfer.end(0)
+
+    def _stage(self, place: Workplace) -> BoundPieces:
+        """Room in the staging for all that travels; filled, on the writing side."""
+        writes = self._plan.writes
+        if writes:
+            self._read_scales(place, None)
+            self._choose_scales(place, None)
+        columns: list[tuple[Ids, Ids, Ids, Ids]] = []
+        rooms = self._rooms(place)
+        for part, room in zip(self._parts, rooms, strict=False):
+            pieces = part.moves.pieces
+            region = pieces.dst_region if writes else pieces.src_region
+            offset = pieces.dst_offset if writes else pieces.src_offset
+            each = part.wire_nbytes(writes) // len(part.rows)
+            sizes = np.full(len(part.rows), each, np.int64)
+            columns.append((room, sizes, region[part.rows], offset[part.rows]))
+            if writes:
+                self._convert(place, part, self._cache_rows(part), room)
+        for table, room in zip(self._travelling, rooms[len(self._parts) :], strict=True):
+            sizes = np.full(len(room), SCALE_NBYTES, np.int64)
+            columns.append((room, sizes, table.region, table.offset))
+            if writes:
+                place.put_floats(room, table.values)
+        place.finish()
+        if not columns:
+            return NO_PIECES
+        merged = [np.concatenate(column) for column in zip(*columns, strict=True)]
+        return bind(merged[0], merged[1], merged[2], merged[3], self._plan.remote.regions)
+
+    def _land(self, place: Workplace) -> None:
+        """Lays what was read into the cache.
+
+        Raises:
+            EngineError: it cannot.
+        """
+        try:
+            rooms = self._rooms(place)
+            self._read_scales(place, rooms[len(self._parts) :])
+            self._choose_scales(place, rooms[: len(self._parts)])
+            for part, room in zip(self._parts, rooms, strict=False):
+                self._convert(place, part, room, self._cache_rows(part))
+            for table in self._dst.values():
+                place.put_floats(self._here(table), table.values)
+            place.finish()
+        except Exception as error:
+            self._settle()
+            if isinstance(error, EngineError):
+                raise
+            raise _failed(error) from error
+
+    def _settle(self) -> None:
+        """Something failed: what was begun before it ends before anybody believes that it has."""
+        if self._place is not None:
+            with contextlib.suppress(EngineError):
+                self._place.finish()
+
+    def _rooms(self, place: Workplace) -> list[Ids]:
+        """Where in the staging each part's rows lie, and after them those of each table."""
+        rooms: list[Ids] = []
+        used = place.address
+        counts = [(len(part.rows), part.wire_nbytes(self._plan.writes)) for part in self._parts]
+        counts += [(len(t.values), len(t.values) * SCALE_NBYTES) for t in self._travelling]
+        for rows, nbytes in counts:
+            rooms.append(used + np.arange(rows) * (nbytes // max(1, rows)))
+            used += _aligned(nbytes)
+        return rooms
+
+    def _cache_rows(self, part: Part) -> Ids:
+        """Where a part's rows lie in the cache here."""
+        pieces = part.moves.pieces
+        region, offset = (
+            (pieces.src_region, pieces.src_offset)
+            if self._plan.writes
+            else (pieces.dst_region, pieces.dst_offset)
+        )
+        rows: Ids = self._plan.addresses[region[part.rows]] + offset[part.rows]
+        return rows
+
+    def _here(self, table: _ScaleTable) -> Ids:
+        addresses: Ids = self._plan.addresses[table.region] + table.offset
+        return addresses
+
+    def _read_scales(self, place: Workplace, rooms: list[Ids] | None) -> None:
+        """The scales of the source: out of the cache, or where they have arrived."""
+        for number, table in enumerate(self._src.values()):
+            table.values[:] = place.floats(self._here(table) if rooms is None else rooms[number])
+
+    def _choose_scales(self, place: Workplace, rooms: list[Ids] | None) -> None:
+        """The scale of each block that is written, from all numbers that go into it: in the cache,
+        or where they have arrived."""
+        for bundle, table in self._dst.items():
+            largest = np.zeros(len(table.values), np.float32)
+            for number, part in enumerate(self._parts):
+                if part.moves.bundle is bundle:
+                    rows = self._cache_rows(part) if rooms is None else rooms[number]
+                    of, factor = numbers_of(bundle)[0], self._factor(part)
+                    maxima = place.maxima(rows, part.elements, of, factor)
+                    found = group_maxima(table.rows(part), len(largest), maxima)
+                    np.maximum(largest, found, out=largest)
+            table.values[:] = scales_for(largest, bundle.dst_dtype)
+
+    def _factor(self, part: Part) -> Floats:
+        """What a part's numbers are multiplied by to be real, but for the scales that are chosen."""
+        assert part.moves.factor is not None
+        factor: Floats = part.moves.factor[part.rows]
+        table = self._src.get(part.moves.bundle)
+        return factor if table is None else factor * table.values[table.rows(part)]
+
+    def _convert(self, place: Workplace, part: Part, src: Ids, dst: Ids) -> None:
+        """A part's rows, as the source's numbers, into rows of the destination's."""
+        bundle = part.moves.bundle
+        factor: Floats | None = None
+        if part.moves.factor is not None:
+            factor = self._factor(part)
+            table = self._dst.get(bundle)
+            if table is not None:
+                factor = factor / table.values[table.rows(part)]
+        place.convert(src, dst, part.elements, numbers_of(bundle), factor)
+
+
+def numbers_of(bundle: Bundle) -> tuple[Numbers, Numbers]:
+    """What its rows are made of at the source and at the destination."""
+    return (
+        Numbers(bundle.src_dtype, bundle.src_elem),
+        Numbers(bundle.dst_dtype, bundle.dst_elem),
+    )
+
+
+def _failed(error: Exception) -> LinkError:
+    log.error("kvferry: converting failed; please report this", exc_info=error)
+    return LinkError(f"converting failed: {error}", operation="convert")
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNED_NBYTES) * _ALIGNED_NBYTES
+
+
+class Part(NamedTuple):
+    """Pieces of one size: some rows of `moves`."""
+
+    moves: Moves
+    rows: Ids
+    elements: int
+
+    def wire_nbytes(self, writes: bool) -> int:
+        """What travels: the destination's numbers of a write, the source's of a read."""
+        bundle = self.moves.bundle
+        return len(self.rows) * self.elements * (bundle.dst_elem if writes else bundle.src_elem)
+
+
+class _ScaleTable:
+    """The scales of one bundle on one side that a transfer needs, each once.
+
+    Attributes:
+        values: float32, one each.
+        region, offset: where each lies.
+    """
+
+    def __init__(self, scales: BlockScales, parts: list[Part], *, source: bool) -> None:
+        self._source = source
+        self._by_head = scales.shape.head_stride > 0
+        keys = [self._key(part) for part in parts]
+        self._keys = np.unique(np.concatenate(keys))
+        block, rest = self._keys & 0xFFFFFFFF, self._keys >> 32
+        head, entry = rest & 0xFFFF, rest >> 16
+        self.values = np.ones(len(self._keys), np.float32)
+        self.region: Ids = scales.region[entry]
+        self.offset: Ids = scales.offsets(entry, head, block)
+
+    def _key(self, part: Part) -> Ids:
+        moves, rows = part.moves, part.rows
+        block = moves.src_block if self._source else moves.dst_block
+        key: Ids = (moves.entry[rows] << 48) | block[rows]
+        return key | (moves.head[rows] << 32) if self._by_head else key
+
+    def rows(self, part: Part) -> Ids:
+        """Which of the scales each piece of a part has."""
+        rows: Ids = np.searchsorted(self._keys, self._key(part))
+        return rows
+
+
+def _tables(parts: list[Part], *, source: bool) -> dict[Bundle, _ScaleTable]:
+    found: dict[Bundle, list[Part]] = {}
+    for part in parts:
+        found.setdefault(part.moves.bundle, []).append(part)
+    tables = {}
+    for bundle, some in found.items():
+        scales = bundle.src_scales if source else bundle.dst_scales
+        if scales is not None:
+            tables[bundle] = _ScaleTable(scales, some, source=source)
+    return tables
+
+
+def parts_of(moves: Moves) -> list[Part]:
+    """All pieces of one list, by their size."""
+    elements = moves.pieces.nbytes // moves.bundle.dst_elem
+    return [
+        Part(moves, np.flatnonzero(elements == size), size) for size in np.unique(elements).tolist()
+    ]

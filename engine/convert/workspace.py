@@ -1,0 +1,153 @@
+"""Where one chunk of a transfer is converted: staging for it, and who walks between that and the cache.
+
+A workplace serves one chunk at a time and keeps its staging for the next one. The host's is here;
+a GPU's is in `gpu_workplace.py`, and its staging is GPU memory, which then moves like a cache's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+
+from ..layout.block_scales import SCALE_NBYTES
+from ..layout.dtypes import convert_bytes, real_maxima
+from ..memory import iovec
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Bytes = npt.NDArray[np.uint8]
+    Floats = npt.NDArray[np.float32]
+    Ids = npt.NDArray[np.int64]
+
+
+class Numbers(NamedTuple):
+    """What rows are made of at one end: a type's name, and the bytes of one number."""
+
+    dtype: str
+    nbytes: int
+
+
+class Workplace(Protocol):
+    """Converts rows of numbers in the memory of one device. Not thread-safe.
+
+    Rows are named by their addresses, int64; all of a call have `elements` numbers.
+    """
+
+    address: int
+    """Of its staging, at a multiple of 16."""
+
+    def reserve(self, nbytes: int) -> None:
+        """Makes the staging at least so large; what it held is lost. Raises DeviceError."""
+
+    def floats(self, addresses: Ids) -> Floats:
+        """float32 that lie there. Raises DeviceError."""
+
+    def put_floats(self, addresses: Ids, values: Floats) -> None:
+        """Writes float32 there. Raises DeviceError."""
+
+    def maxima(self, addresses: Ids, elements: int, of: Numbers, factor: Floats) -> Floats:
+        """The largest magnitude of each row, times the row's factor. Raises DeviceError."""
+
+    def convert(
+        self,
+        src: Ids,
+        dst: Ids,
+        elements: int,
+        types: tuple[Numbers, Numbers],
+        factor: Floats | None,
+    ) -> None:
+        """Begins to write rows as numbers of another type; bits, if there is no factor.
+
+        Raises:
+            DeviceError, PlanError: the GPU failed; or a number lies where none could be read.
+        """
+
+    def finish(self) -> None:
+        """Returns when everything that was begun is visible. Raises DeviceError."""
+
+    def try_out(self, types: tuple[Numbers, Numbers], *, converts: bool, scaled: bool) -> None:
+        """Does beforehand what the first rows of these types would have to do, in 16 KiB of staging.
+
+        Raises:
+            DeviceError: the GPU failed.
+        """
+
+    def close(self) -> None:
+        """Frees what it holds: nothing is in flight."""
+
+
+class HostWorkplace:
+    """Converts in host memory, by NumPy and PyTorch; done on return."""
+
+    def __init__(self) -> None:
+        self.address = 0
+        self._staging: Bytes = np.zeros(0, np.uint8)
+
+    def reserve(self, nbytes: int) -> None:
+        """Allocates, if what is there is too small."""
+        if len(self._staging) < nbytes + 16:
+            self._staging = np.empty(nbytes + 16, np.uint8)
+        self.address = -(-int(self._staging.ctypes.data) // 16) * 16
+
+    def floats(self, addresses: Ids) -> Floats:
+        """A copy."""
+        values: Floats = np.ascontiguousarray(_gather(addresses, SCALE_NBYTES)).view(np.float32)
+        return values[:, 0]
+
+    def put_floats(self, addresses: Ids, values: Floats) -> None:
+        """Writes them."""
+        _scatter(addresses, np.ascontiguousarray(values).view(np.uint8).reshape(-1, SCALE_NBYTES))
+
+    def maxima(self, addresses: Ids, elements: int, of: Numbers, factor: Floats) -> Floats:
+        """By PyTorch."""
+        return real_maxima(_gather(addresses, elements * of.nbytes), factor, of.dtype)
+
+    def convert(
+        self,
+        src: Ids,
+        dst: Ids,
+        elements: int,
+        types: tuple[Numbers, Numbers],
+        factor: Floats | None,
+    ) -> None:
+        """By PyTorch's own cast."""
+        here, there = types
+        data = _gather(src, elements * here.nbytes)
+        if factor is not None:
+            data = convert_bytes(np.ascontiguousarray(data), factor, here.dtype, there.dtype)
+        _scatter(dst, data)
+
+    def finish(self) -> None:
+        """Nothing: all is done."""
+
+    def try_out(self, types: tuple[Numbers, Numbers], *, converts: bool, scaled: bool) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing: the memory is Python's."""
+
+
+def _rows(addresses: Ids, nbytes: int) -> tuple[Bytes, Ids | slice]:
+    """The memory that equal pieces span as rows of one piece, and which of these they are."""
+    first, last = int(addresses.min()), int(addresses.max())
+    raw = iovec.bytes_at(first, last - first + nbytes)
+    count = len(addresses)
+    dense = last - first == (count - 1) * nbytes and bool((np.diff(addresses) == nbytes).all())
+    if dense:  # which staging is
+        return raw.reshape(count, nbytes), slice(None)
+    rows = np.lib.stride_tricks.as_strided(raw, (last - first + 1, nbytes), (1, 1))
+    return rows, addresses - first
+
+
+def _gather(addresses: Ids, nbytes: int) -> Bytes:
+    """Rows of bytes: a view if they lie one after the other, else a copy."""
+    rows, index = _rows(addresses, nbytes)
+    gathered: Bytes = rows[index]
+    return gathered
+
+
+def _scatter(addresses: Ids, data: Bytes) -> None:
+    rows, index = _rows(addresses, data.shape[1])
+    rows[index] = data

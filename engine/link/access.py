@@ -1,0 +1,149 @@
+"""Grants: a peer's leave to reach a region of its memory without its help.
+
+Where a transport writes straight into the peer's memory (`cma`), no code of the peer's sees the
+access, so no key can be checked on arrival. There, the first transfer of a link that names a region
+asks its owner, who checks number, key, address and size, and remembers whom to ask back (`Revoke`)
+before the memory is freed. One round trip for each region of a link; later transfers pass at the
+cost of a look into a set.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from typing import TYPE_CHECKING
+
+from ..errors import EngineError, OutOfRange
+from ..wire import messages as wire
+from ..wire.refusals import refused
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..memory.regions import MemoryRegion, RegionDescriptor
+    from ..transports.base import Transfer
+    from .context import LinkContext
+
+
+class Grants:
+    """Both ends of one link's grants: what the peer granted here, and what was granted to it."""
+
+    def __init__(
+        self,
+        context: LinkContext,
+        granted: Callable[[RegionDescriptor, tuple[int, ...]], None],
+    ) -> None:
+        """`granted` is told of each region that the peer lets this end reach, and its keys."""
+        self._context = context
+        self._tell_granted = granted
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._granted: set[RegionDescriptor] = set()
+        self._claims: dict[int, RegionDescriptor] = {}
+        self._parked: list[tuple[Transfer, set[RegionDescriptor]]] = []
+        self._lent: set[int] = set()
+
+    # The end that wants to write or read.
+
+    def admit(self, transfer: Transfer) -> bool:
+        """Whether the transfer may start now; else it is parked until the peer has answered."""
+        wanted = set(transfer.remote_regions)
+        if wanted <= self._granted:
+            return True
+        claims = []
+        with self._lock:
+            missing = wanted - self._granted
+            if not missing:
+                return True
+            self._parked.append((transfer, missing))
+            for region in missing - set(self._claims.values()):
+                number = next(self._numbers)
+                self._claims[number] = region
+                claims.append(
+                    wire.Claim(number, region.region_id, region.key, region.address, region.nbytes)
+                )
+        for claim in claims:
+            self._context.send(claim)
+        return False
+
+    def has(self, regions: tuple[RegionDescriptor, ...]) -> bool:
+        """Whether all of the regions were granted."""
+        return self._granted.issuperset(regions)
+
+    def answered(self, answer: wire.Granted, revoked: set[int]) -> list[Transfer]:
+        """Takes the peer's answer; returns the transfers that may start now.
+
+        Args:
+            revoked: regions that the peer has taken back; it may have crossed with the answer.
+        """
+        with self._lock:
+            region = self._claims.pop(answer.claim, None)
+            if region is None:
+                return []
+            waiting = [transfer for transfer, missing in self._parked if region in missing]
+            granted = not answer.error and region.region_id not in revoked
+            if granted:
+                self._tell_granted(region, answer.keys)
+                self._granted.add(region)
+                for _, missing in self._parked:
+                    missing.discard(region)
+                ready = [transfer for transfer, missing in self._parked if not missing]
+                self._parked = [entry for entry in self._parked if entry[1]]
+            else:
+                ready = []
+                self._parked = [entry for entry in self._parked if region not in entry[1]]
+        if answer.error:
+            for transfer in waiting:
+                transfer.stop(
+                    refused(transfer, answer.error, answer.reason, peer=self._context.peer.name)
+                )
+        return ready
+
+    def drop(self, region_id: int) -> None:
+        """The peer has taken a region back."""
+        with self._lock:
+            self._granted = {r for r in self._granted if r.region_id != region_id}
+
+    def clear(self) -> None:
+        """The link is down: nothing that is parked will ever start."""
+        with self._lock:
+            self._parked.clear()
+
+    # The end that owns the memory.
+
+    def answer(
+        self, claim: wire.Claim, register: Callable[[MemoryRegion], tuple[int, ...]]
+    ) -> None:
+        """Checks what the peer holds in its hands, and answers.
+
+        Args:
+            register: makes the region reachable, and returns the keys that the peer needs for it.
+        """
+        table = self._context.core.regions
+        try:
+            region = table.admit(claim.region, claim.key)
+            # Noted first: `deregister` closes the region, then asks whom it was lent to.
+            self._lent.add(claim.region)
+            if (region.address, region.nbytes) != (claim.address, claim.nbytes):
+                raise OutOfRange(
+                    f"region {claim.region} is not where, or not as large as, the descriptor says",
+                    operation="access",
+                )
+            region.acquire()
+            try:
+                keys = register(region)
+            finally:
+                region.release()
+        except EngineError as error:
+            answer = wire.Granted(claim.claim, type(error).__name__, error.message)
+        else:
+            answer = wire.Granted(claim.claim, keys=keys)
+        self._context.send(answer)
+
+    def lent(self, region_id: int) -> bool:
+        """Whether the peer may be using the region."""
+        return region_id in self._lent
+
+    def returned(self, region_id: int) -> None:
+        """The peer has confirmed that it stopped using the region."""
+        self._lent.discard(region_id)

@@ -1,0 +1,483 @@
+"""A link: a live connection to one peer over one transport.
+
+Here is what users, data paths and the engine call. The work is done by the link's parts, each of
+which owns its state: `PlannedTransfers` and `GpuBlocks` choose how a plan's bytes move, `Submitter`
+begins and ends transfers, `TransferTable` knows them, `ControlChannel` and `LinkMessages` carry
+what the two ends tell each other, `Grants` and `Revocation` say which regions may be reached,
+`FailureDetector` watches the peer, `Teardown` ends it all. Bytes move over the transport's
+`DataPath`. docs/structure.md lists the locks and their order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, Any
+
+from ..convert.workspaces import Workplaces
+from ..errors import EngineError, LinkClosed
+from ..transfer.counters import check_imm
+from ..transfer.moves import TokenMove, as_tables
+from ..transfer.pieces import NO_PIECES
+from ..transfer.ticket import DEFAULT_TIMEOUT_S, Ticket
+from ..wire import messages as wire
+from ..wire import refusals as link_errors
+from ..wire.channel import ControlChannel
+from .access import Grants
+from .blocks import PlannedTransfers
+from .context import LinkContext
+from .gpu_blocks import GpuBlocks
+from .link_messages import LinkMessages
+from .liveness import FailureDetector
+from .revocation import Revocation
+from .submit import Submitter
+from .teardown import Teardown
+from .transfers import TransferTable
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Sequence
+
+    import torch
+
+    from ..connect.handshake import Identity
+    from ..context import EngineCore
+    from ..memory.regions import MemoryRegion, RegionDescriptor
+    from ..plan.block_plan import BlockIds
+    from ..transfer.block_ids import UploadedIds
+    from ..transfer.pieces import Offsets
+    from ..transfer.plan import TransferPlan
+    from ..transports.base import DataPath, RailState, Transfer
+    from ..transports.cuda_ipc.graph_write import GraphWrite
+    from ..wire.messages import LinkMessage
+
+
+class Link:
+    """A live connection to one peer. Made by `TransferEngine.connect` and `accept_link`.
+
+    Symmetric: both ends write, read and count. Safe to use from any thread. Every pending ticket
+    ends when the link does.
+
+    Attributes:
+        peer: who is at the other end.
+        transport: `cuda_ipc`, `cma`, `verbs` or `tcp`.
+        token_id: names the one-time token that opened it (`admission.py`); b"" without one.
+        down: a ticket that ends, with the error, when the link goes down.
+        quiesced: a ticket that ends well once the peer can no longer reach this process's memory
+            over this link: it said goodbye, its sockets are down, or its process is gone.
+    """
+
+    def __init__(
+        self,
+        core: EngineCore,
+        sock: socket.socket,
+        peer: Identity,
+        transport: str,
+        make_path: Callable[[Link], DataPath],
+    ) -> None:
+        self.core = core
+        self.peer = peer
+        self.transport = transport
+        self.token_id = b""
+        self.quiesced = Ticket("quiesce", peer=peer.name)
+        self.down = Ticket("link", peer=peer.name)
+        context = LinkContext(
+            core, peer, transport, self.send, self.fail, self.suspect, self.down, self.quiesced
+        )
+        self._path = make_path(self)
+        self._grants = Grants(context, self._path.granted)
+        self._table = TransferTable(peer.name, self._grants.has)
+        self._revocation = Revocation(context, self._path, self._table, self._grants)
+        self._submitter = Submitter(
+            context, self._path, self._table, self._grants, self._revocation
+        )
+        workplaces = Workplaces(context)
+        self._gpu_blocks = GpuBlocks(self._submitter)
+        self._planned = PlannedTransfers(self._submitter, self._gpu_blocks, workplaces)
+        self._channel = ControlChannel(sock, core.progress, peer.name, self.fail)
+        self._detector = FailureDetector(core, peer, send=self._channel.send, fail=self.fail)
+        self._teardown = Teardown(
+            context,
+            self._lost,
+            self._path,
+            self._table,
+            self._grants,
+            self._channel,
+            self._detector,
+            workplaces,
+        )
+        self._messages = LinkMessages(self, self._submitter, self._revocation, self._teardown)
+
+    def __repr__(self) -> str:
+        state = "up" if self.error is None else f"down: {self.error}"
+        return f"<Link {self.transport} to {self.peer.name} {state}>"
+
+    # What users call.
+
+    @property
+    def error(self) -> EngineError | None:
+        """Why the link is down; None while it is up."""
+        return self._table.error
+
+    @property
+    def closed(self) -> bool:
+        """Whether the link is down."""
+        return self._table.error is not None
+
+    @property
+    def rails(self) -> tuple[RailState, ...]:
+        """The rails of a `verbs` link, as they are now; empty for other transports."""
+        return self._path.rail_states()
+
+    def write(
+        self,
+        src: MemoryRegion,
+        src_offsets: Offsets,
+        dst: RegionDescriptor,
+        dst_offsets: Offsets,
+        nbytes: Offsets,
+        *,
+        imm: int | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Ticket:
+        """Writes pieces of a region into a peer's region.
+
+        Args:
+            src: a region of this engine.
+            src_offsets, dst_offsets: bytes from each region's start; an int or an array.
+            dst: the descriptor that the peer sent.
+            nbytes: bytes of each piece, or one int for all.
+            imm: what the peer counts the bytes under, once they are visible; not counted if None.
+            timeout_s: deadline; the write is stopped then, and the peer told so.
+
+        Returns:
+            A ticket that ends when all bytes are placed and the source may be reused.
+
+        Transfers of one link may overtake each other: what must come first is waited for by its
+        ticket. Blocks of GPU memory alone (`write_blocks`, `read_blocks` over `cuda_ipc`) move in
+        the order of their calls.
+
+        Raises:
+            OutOfRange, NotRegistered, RegionGone, LinkError: before any byte moves.
+        """
+        offsets = (src_offsets, dst_offsets)
+        return self._submitter.submit_pieces("write", src, dst, offsets, nbytes, imm, timeout_s)
+
+    def read(
+        self,
+        dst: MemoryRegion,
+        dst_offsets: Offsets,
+        src: RegionDescriptor,
+        src_offsets: Offsets,
+        nbytes: Offsets,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Ticket:
+        """Reads pieces of a peer's region into a region of this engine.
+
+        Arguments, result and errors are those of `write`, with the roles exchanged.
+        """
+        offsets = (dst_offsets, src_offsets)
+        return self._submitter.submit_pieces("read", dst, src, offsets, nbytes, None, timeout_s)
+
+    def signal(self, imm: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Ticket:
+        """Counts one write of zero bytes under `imm` at the peer."""
+        return self._submitter.submit("write", (), NO_PIECES, (), imm, timeout_s)
+
+    def write_blocks(
+        self,
+        plan: TransferPlan,
+        src_block_ids: BlockIds | torch.Tensor | UploadedIds,
+        dst_block_ids: BlockIds | torch.Tensor | None = None,
+        *,
+        imm: int | None = None,
+        layers: Sequence[int] | None = None,
+        stream: torch.cuda.Stream | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Ticket:
+        """Writes blocks of this engine's cache into blocks of the peer's.
+
+        Args:
+            plan: from `TransferEngine.plan(mine, theirs)`.
+            src_block_ids, dst_block_ids: equally many; see `Plan.pieces`. For GPU memory also int32
+                or int64 tensors there, which the kernel checks instead, or the first alone, from
+                `upload_ids`: with either the call takes the host as long for any number of blocks.
+            layers: global layer indices; all if None.
+            stream: for GPU memory, the stream whose work so far comes first (the compute that made
+                the blocks); the device's current one if None. The host waits for nothing.
+            imm, timeout_s: as for `write`.
+
+        Raises:
+            BlockOutOfRange, OverlappingBlocks, PlanError: the ids; and as for `write`.
+        """
+        ids = (src_block_ids, dst_block_ids)
+        return self._planned.move_blocks("write", plan, ids, imm, layers, stream, timeout_s)
+
+    def read_blocks(
+        self,
+        plan: TransferPlan,
+        src_block_ids: BlockIds | torch.Tensor | UploadedIds,
+        dst_block_ids: BlockIds | torch.Tensor | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+        stream: torch.cuda.Stream | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Ticket:
+        """Reads blocks of the peer's cache into blocks of this engine's.
+
+        As `write_blocks`, with a plan from `TransferEngine.plan(theirs, mine)`.
+        """
+        ids = (src_block_ids, dst_block_ids)
+        return self._planned.move_blocks("read", plan, ids, None, layers, stream, timeout_s)
+
+    def write_tokens(
+        self,
+        plan: TransferPlan,
+        src_tables: Any,
+        dst_tables: Any,
+        *,
+        stop: int,
+        start: int = 0,
+        imm: int | None = None,
+        layers: Sequence[int] | None = None,
+        stream: torch.cuda.Stream | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Ticket:
+        """Writes tokens `[start, stop)` of a request into the peer's blocks, whatever their size.
+
+        Args:
+            plan: from `TransferEngine.plan(mine, theirs)`.
+            src_tables, dst_tables: a block table for each group of the layouts, or the one table;
+                see `TokenPlan.moves`. Over `cuda_ipc` also int32 or int64 tensors on the GPU,
+                which the kernel checks instead.
+            layers, stream, imm, timeout_s: as for `write_blocks`. The peer expects
+                `plan.tokens.nbytes(start, stop)` bytes; numbers that change their type come as
+                several writes where they are many.
+
+        Raises:
+            BlockOutOfRange, OverlappingBlocks, PlanError: the tables; and as for `write`.
+        """
+        only = None if layers is None else tuple(layers)
+        move = TokenMove(as_tables(src_tables), as_tables(dst_tables), start, stop, only)
+        return self._planned.move_tokens("write", plan, move, imm, stream, timeout_s)
+
+    def read_tokens(
+        self,
+        plan: TransferPlan,
+        src_tables: Any,
+        dst_tables: Any,
+        *,
+        stop: int,
+        start: int = 0,
+        layers: Sequence[int] | None = None,
+        stream: torch.cuda.Stream | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Ticket:
+        """Reads tokens of a request out of the peer's blocks into blocks of this engine's.
+
+        As `write_tokens`, with a plan from `TransferEngine.plan(theirs, mine)`.
+        """
+        only = None if layers is None else tuple(layers)
+        move = TokenMove(as_tables(src_tables), as_tables(dst_tables), start, stop, only)
+        return self._planned.move_tokens("read", plan, move, None, stream, timeout_s)
+
+    def prepare(self, plan: TransferPlan, *, layers: Sequence[int] | None = None) -> None:
+        """Does beforehand what the first transfer of a plan would have to do; may take seconds.
+
+        Of GPU memory: compiles and loads kernels, maps the peer's memory, allocates scratch.
+        Call it before a stream of this process waits on a ticket (`Ticket.wait_on`): CUDA may do
+        these things only when no stream is waiting. Of host memory it does nothing.
+
+        Raises:
+            TransportUnavailable: the peer's memory cannot be reached from here.
+        """
+        self._submitter.ask_leave(plan)
+        self._path.prepare(plan, layers)
+        self._planned.prepare(plan)
+
+    def upload_ids(
+        self,
+        plan: TransferPlan,
+        src_block_ids: BlockIds | torch.Tensor,
+        dst_block_ids: BlockIds | torch.Tensor,
+    ) -> UploadedIds:
+        """Checks and orders block ids and copies them to the GPU, for any number of transfers.
+
+        What one request's layers have in common, say. Waits for the copy.
+
+        Args:
+            plan: whose GPU memory the transfers will be for.
+            src_block_ids, dst_block_ids: as for `write_blocks`; of tensors on the GPU the values are
+                not read, but ordered by destination there.
+
+        Raises:
+            BlockOutOfRange, OverlappingBlocks, PlanError: the ids, or the plan is for host memory.
+        """
+        return self._gpu_blocks.upload_ids(plan, src_block_ids, dst_block_ids)
+
+    def graph_write(
+        self,
+        plan: TransferPlan,
+        src_block_ids: torch.Tensor,
+        dst_block_ids: torch.Tensor,
+        order: torch.Tensor,
+        *,
+        layers: Sequence[int] | None = None,
+    ) -> GraphWrite:
+        """A write of blocks that a CUDA graph repeats, each time with other ids and another imm.
+
+        Call it before the capture: it compiles and allocates. `GraphWrite` has the rules.
+
+        Args:
+            plan: from `TransferEngine.plan(mine, theirs)`, of GPU memory.
+            src_block_ids, dst_block_ids: int32 or int64 tensors on the GPU, as long as the most
+                blocks that one replay moves. The kernel reads them, so keep them, and write them
+                between replays.
+            order: int64 `[2]` on the GPU: the imm, and how many of the ids count.
+            layers: global layer indices; all if None.
+
+        Raises:
+            PlanError: the plan or the tensors do not fit. RegionGone, LinkError: as for `write`.
+        """
+        return self._gpu_blocks.graph_write(plan, src_block_ids, dst_block_ids, order, layers)
+
+    def abort(self, imm: int, reason: str) -> None:
+        """Tells the peer that this imm's counter will never reach its total."""
+        imm = check_imm(imm, "abort")
+        self.send(wire.Abort(imm, reason[:1000]))
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Ends the link: pending tickets end with `LinkClosed`, the peer is told.
+
+        Returns when no thread of this process touches memory over it any more and the peer has
+        confirmed, or after `timeout_s`; `quiesced` says which. Safe to call again.
+        """
+        self._teardown.go_down(
+            LinkClosed("this side closed the link", operation="close", peer=self.peer.name)
+        )
+        if not self.core.progress.on_thread:
+            with contextlib.suppress(EngineError):
+                self.quiesced.wait(timeout_s)
+
+    # What data paths call.
+
+    def transfer(self, number: int) -> Transfer | None:
+        """The transfer of this number, if it has not ended."""
+        return self._table.get(number)
+
+    def grant(self, claim: wire.Claim, register: Callable[[MemoryRegion], tuple[int, ...]]) -> None:
+        """Answers a peer that asks for leave to reach a region; `register` yields its keys."""
+        self._grants.answer(claim, register)
+
+    def has_leave(self, regions: tuple[RegionDescriptor, ...]) -> bool:
+        """Whether the peer has granted all of these regions to this link."""
+        return self._grants.has(regions)
+
+    def heard(self) -> None:
+        """The peer gave a sign of life."""
+        self._detector.heard()
+
+    def count(
+        self, imm: int, nbytes: int, writes: int, *, write_nbytes: int = 0, staged: bool = False
+    ) -> None:
+        """Counts bytes of the peer's that are visible here.
+
+        Args:
+            write_nbytes: more bytes of these writes, which other calls count.
+            staged: the bytes came through staging.
+        """
+        try:
+            self.core.counters.arrived(
+                imm,
+                nbytes,
+                writes,
+                self,
+                self.peer.engine_id,
+                write_nbytes=write_nbytes,
+                staged=staged,
+            )
+        except EngineError as error:
+            error.peer = self.peer.name
+            self.fail(error)
+        if self._table.error is not None:
+            # It came while the link went down: whoever expects the rest must not wait for it.
+            self.core.counters.source_lost(self, self._counter_error)
+
+    def reject(self, transfer: int, imm: int | None, error: EngineError, *, first: int = 0) -> None:
+        """Refuses part of a peer's write: both ends' tickets end."""
+        if imm is not None:
+            error.imm = imm
+            self.core.counters.fail(imm, error, remember=True, origin=self.peer.engine_id)
+        self.send(wire.Refuse(transfer, type(error).__name__, error.message, first))
+
+    def refusal(self, transfer: Transfer, error: str, reason: str) -> EngineError:
+        """The error for a transfer that the peer refused with an error of this class name."""
+        return link_errors.refused(transfer, error, reason, peer=self.peer.name)
+
+    def fail(self, error: EngineError) -> None:
+        """Takes the link down because of `error`."""
+        error.peer = error.peer or self.peer.name
+        self._teardown.go_down(error)
+
+    def suspect(self) -> None:
+        """A socket ended without goodbye: the progress thread finds out why, then fails."""
+        if self._table.error is None and self._detector.suspect():
+            self.core.progress.call_soon(lambda: self.tick(time.monotonic()))
+
+    def send(self, message: LinkMessage) -> None:
+        """Sends a control message; never blocks. On a link that is down it does nothing."""
+        self._channel.send(message)
+
+    # What the engine calls.
+
+    def start(self) -> None:
+        """Begins to serve the control channel."""
+        self._channel.start(
+            heard=self._detector.heard,
+            handle=self._messages.handle,
+            ended=self._teardown.channel_ended,
+        )
+        self._path.start()
+        self._detector.start(self._teardown.process_ended)
+
+    def tick(self, now: float) -> None:
+        """Heartbeats, deadlines and loose ends; on the progress thread."""
+        if self._table.error is not None:
+            self._teardown.tick(now)
+            return
+        self._path.tick()
+        self._submitter.expire(now)
+        self._detector.tick(now)
+
+    def discard(self) -> None:
+        """Closes what is still open: the engine's threads have stopped.
+
+        Ends `quiesced` badly where a peer's live process may still reach memory.
+        """
+        self._teardown.discard()
+
+    def forgive(self, seconds: float) -> None:
+        """This process itself was asleep: the peer's silence does not count."""
+        self._detector.forgive(seconds)
+
+    def revoke(self, region_id: int, deadline_s: float) -> None:
+        """Returns once the peer has stopped using a region of this engine.
+
+        Raises:
+            DeadlineExceeded: it did not answer, and its process lives.
+        """
+        self._revocation.ask(region_id, deadline_s)
+
+    # What its parts and those of the engine call.
+
+    def down_error(self, operation: str) -> EngineError:
+        """The link's error again, for an operation that came after it."""
+        return self._table.down_error(operation)
+
+    def _lost(self) -> None:
+        """No counter waits for this link any more."""
+        self.core.counters.source_lost(self, self._counter_error)
+
+    def _counter_error(self, imm: int) -> EngineError:
+        """The same, for a counter that it writes to."""
+        return self._table.down_error("expect", imm)

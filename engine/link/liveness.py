@@ -1,0 +1,162 @@
+"""The failure detector of one link: whether the peer still lives.
+
+A process of this host is watched by its process descriptor, every peer by its heartbeats. A socket
+that ended without a goodbye makes it a suspect: the cause is looked for before the link fails.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from ..errors import PeerLost
+from ..wire.messages import Heartbeat
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..connect.handshake import Identity
+    from ..context import EngineCore
+    from ..errors import EngineError
+    from ..wire.messages import LinkMessage
+
+HEARTBEAT_S = 0.25
+SUSPICION_S = 0.08  # a closed socket without goodbye: how long the cause is looked for
+_PF_EXITING = 0x4  # of the flags in /proc/PID/stat
+BUSY_PEER_S = 10.0  # how long a live process on this host may be too busy to answer
+
+
+class FailureDetector:
+    """Watches one peer. `heard`, `suspect` and `close` may be called from any thread.
+
+    Args:
+        send: sends heartbeats.
+        fail: called with a `PeerLost`.
+    """
+
+    def __init__(
+        self,
+        core: EngineCore,
+        peer: Identity,
+        *,
+        send: Callable[[LinkMessage], None],
+        fail: Callable[[EngineError], None],
+    ) -> None:
+        self._core = core
+        self._peer = peer
+        self._send = send
+        self._fail = fail
+        self._same_host = peer.host_id == core.identity.host_id
+        self._lock = threading.Lock()  # of the suspicion and the descriptor
+        self._suspected_s = 0.0
+        self._pidfd = _open_pidfd(peer.pid) if self._same_host else -1
+        self._heard_s = time.monotonic()
+        self._beat_s = 0.0
+
+    def start(self, process_ended: Callable[[], None]) -> None:
+        """Begins to watch the peer's process, if it is one of this host."""
+        if self._pidfd >= 0:
+            self._core.progress.watch(self._pidfd, select.EPOLLIN, lambda _: process_ended())
+
+    @property
+    def watches_process(self) -> bool:
+        """Whether the end of the peer's process will be noticed by itself."""
+        return self._pidfd >= 0
+
+    def heard(self) -> None:
+        """The peer gave a sign of life."""
+        self._heard_s = time.monotonic()
+
+    def forgive(self, seconds: float) -> None:
+        """This process itself was asleep: the peer's silence does not count."""
+        self._heard_s += seconds
+
+    def suspect(self) -> bool:
+        """A socket ended without goodbye; False if the peer is a suspect already."""
+        with self._lock:
+            if self._suspected_s:
+                return False
+            self._suspected_s = time.monotonic()
+        return True
+
+    def tick(self, now: float) -> None:
+        """Sends heartbeats, and judges; on the progress thread, while the link is up."""
+        if (
+            self._suspected_s
+            and now - self._suspected_s > SUSPICION_S
+            and not self._dying(now - self._suspected_s)
+        ):
+            self._fail(
+                PeerLost(
+                    "the peer closed its connection without a goodbye",
+                    operation="link",
+                    peer=self._peer.name,
+                )
+            )
+            return
+        if now - self._beat_s >= HEARTBEAT_S:
+            self._beat_s = now
+            self._send(Heartbeat())
+        silent_s = now - self._heard_s
+        if silent_s > self._core.peer_timeout_s and not self._merely_busy(silent_s):
+            self._fail(
+                PeerLost(
+                    f"the peer has been silent for {silent_s:.1f} s: it is frozen or unreachable",
+                    operation="heartbeat",
+                    peer=self._peer.name,
+                )
+            )
+
+    def process_gone(self) -> bool:
+        """Whether the peer's process has ended, by its entry in /proc."""
+        return _process_state(self._peer.pid) in ("", "Z", "X")
+
+    def unwatch(self) -> None:
+        """The end of the peer's process is not told any more."""
+        if self._pidfd >= 0:
+            self._core.progress.unwatch(self._pidfd)
+
+    def close(self) -> None:
+        """Closes the process descriptor. Safe to call again."""
+        with self._lock:
+            pidfd, self._pidfd = self._pidfd, -1
+        if pidfd >= 0:
+            os.close(pidfd)
+
+    def _dying(self, suspected_s: float) -> bool:
+        """Whether the end of the peer's process, which closes its sockets first, is about to be told."""
+        if self._pidfd < 0 or suspected_s > self._core.peer_timeout_s:
+            return False
+        fields = _process_fields(self._peer.pid)
+        return len(fields) > 6 and bool(int(fields[6]) & _PF_EXITING)
+
+    def _merely_busy(self, silent_s: float) -> bool:
+        """Whether a peer on this host runs, but has not had the time (or the interpreter lock)."""
+        if not self._same_host or silent_s > BUSY_PEER_S:
+            return False
+        return _process_state(self._peer.pid) in ("R", "S", "D")
+
+
+def _open_pidfd(pid: int) -> int:
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return -1  # too old a kernel, or another namespace: sockets and heartbeats remain
+
+
+def _process_state(pid: int) -> str:
+    """The letter that /proc has for a process's state; "" if there is no such process."""
+    fields = _process_fields(pid)
+    return fields[0] if fields else ""
+
+
+def _process_fields(pid: int) -> list[str]:
+    """What /proc/PID/stat says after the name, from the state on; [] if there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()
+    except OSError:
+        return []

@@ -1,0 +1,546 @@
+"""Registered memory: regions, what a peer needs to reach them, and the checks on the way in.
+
+A region keeps its memory alive until it is deregistered, so freeing the tensor that was registered
+cannot pull memory away under a transfer. Memory that is released in spite of that (a storage that
+is resized) is noticed before any byte moves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import itertools
+import secrets
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import numpy as np
+
+from ..errors import (
+    DeadlineExceeded,
+    DeviceError,
+    LayoutError,
+    NotRegistered,
+    OutOfRange,
+    RegionGone,
+)
+from ..layout.kv_layout import KVLayout  # noqa: TC001 - msgspec reads it at run time
+from .cuda_driver import driver
+from .cuda_export import CudaMemory, export_tensor
+from .fields import DECODE_ERRORS, Key, Uint32, Uint63
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+    import numpy.typing as npt
+
+    from .cuda_vmm import ExportedChunks
+
+KEY_NBYTES = 16
+
+
+class RegionDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a peer needs to write or read a region. It goes to the peer; the key is the permission.
+
+    Attributes:
+        engine_id: the engine (and so the generation) that registered it.
+        region_id: its number there.
+        key: 128 random bits; without them every access is refused.
+        address: virtual address in the owning process.
+        nbytes: size.
+        kind: `host` for memory of the process, `cuda` for memory of a GPU.
+        cuda: for GPU memory, what a peer needs to map it.
+    """
+
+    engine_id: str
+    region_id: Uint32
+    key: Key
+    address: Uint63
+    nbytes: Uint63
+    kind: str = "host"
+    cuda: CudaMemory | None = None
+
+    def __repr__(self) -> str:
+        return f"<RegionDescriptor {self.region_id} {self.nbytes} bytes>"  # without its key
+
+
+class CacheDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A registered cache as a peer sees it: its layout and the descriptor of each region.
+
+    Attributes:
+        ranks: the layouts of all ranks that hold the model's cache together; empty where it is one.
+        rank: which of them this is.
+        rank_set: what all of them, and no others, are called together.
+    """
+
+    layout: KVLayout
+    regions: tuple[RegionDescriptor, ...]
+    ranks: tuple[KVLayout, ...] = ()
+    rank: Uint32 = 0
+    rank_set: Annotated[str, msgspec.Meta(max_length=256)] = ""
+
+    def encode(self) -> bytes:
+        """MessagePack bytes, for the control plane."""
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def decode(cls, data: bytes) -> CacheDescriptor:
+        """Reads what `encode` wrote, and checks that it makes sense.
+
+        Raises:
+            LayoutError: it does not decode, or contradicts itself.
+        """
+        try:
+            cache = _cache_decoder.decode(data)
+        except DECODE_ERRORS as error:
+            raise LayoutError(f"not a cache descriptor: {error}", operation="hello") from error
+        cache.check()
+        return cache
+
+    def check(self) -> None:
+        """Checks that layout and regions fit together; also for one that came another way.
+
+        Raises:
+            LayoutError: they do not, or the layout contradicts itself.
+        """
+        self.layout.check()
+        for layout in self.ranks:
+            layout.check()
+        if self.ranks and (self.rank >= len(self.ranks) or self.ranks[self.rank] != self.layout):
+            raise LayoutError(
+                f"rank {self.rank} of {len(self.ranks)} ranks does not have the cache's own layout",
+                operation="hello",
+            )
+        if len(self.regions) != len(self.layout.regions):
+            raise LayoutError(
+                f"{len(self.regions)} regions for a layout of {len(self.layout.regions)}",
+                operation="hello",
+            )
+        for number, (region, shape) in enumerate(
+            zip(self.regions, self.layout.regions, strict=True)
+        ):
+            if shape.nbytes > region.nbytes or len(region.key) != KEY_NBYTES:
+                raise LayoutError(
+                    f"region {number} has {region.nbytes} bytes, its layout needs {shape.nbytes}",
+                    operation="hello",
+                )
+
+
+# Made here and not where it is used: msgspec works a type out when it first meets it, and two threads
+# that do so at once take the process down (msgspec 0.22: segmentation fault).
+_cache_decoder = msgspec.msgpack.Decoder(CacheDescriptor)
+
+
+class MemoryRegion:
+    """One stretch of this process's memory that transfers may touch.
+
+    Holds its memory until `deregister()`. Usable as a context manager. Thread-safe.
+
+    Attributes:
+        address, nbytes: where it is and how large.
+        device: index of its GPU in this process; -1 for host memory.
+        movable: whether its owner could free or resize it while it is registered.
+    """
+
+    def __init__(self, table: RegionTable, region_id: int, memory: _Memory) -> None:
+        self._table = table
+        self._memory: _Memory | None = memory
+        self.address = memory.address
+        self.nbytes = memory.nbytes
+        self.descriptor = RegionDescriptor(
+            engine_id=table.engine_id,
+            region_id=region_id,
+            key=secrets.token_bytes(KEY_NBYTES),
+            address=memory.address,
+            nbytes=memory.nbytes,
+            kind="host" if memory.device < 0 else "cuda",
+            cuda=memory.cuda,
+        )
+        self.device = memory.device
+        self.movable = memory.movable
+        self.caches: list[RegisteredCache] = []
+        self._uses = 0
+        self._closing = False
+        self._idle = threading.Condition()
+
+    def __repr__(self) -> str:
+        return f"<MemoryRegion {self.descriptor.region_id} {self.nbytes} bytes>"
+
+    def __enter__(self) -> MemoryRegion:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.deregister()
+
+    @property
+    def region_id(self) -> int:
+        """Its number in this engine."""
+        return self.descriptor.region_id
+
+    @property
+    def kind(self) -> str:
+        """`host` or `cuda`."""
+        return self.descriptor.kind
+
+    def acquire(self) -> None:
+        """Begins one use of the memory; `release` ends it.
+
+        Raises:
+            RegionGone: it was deregistered, or its memory was freed or resized.
+        """
+        with self._idle:
+            if self._memory is None or self._closing:
+                raise RegionGone(
+                    f"region {self.region_id} is deregistered: register its memory again",
+                    operation="access",
+                )
+            self.check_intact()
+            self._uses += 1
+
+    def check_intact(self) -> None:
+        """Checks that the memory is where it was.
+
+        Raises:
+            RegionGone: it was freed or resized.
+        """
+        memory = self._memory
+        if memory is not None and not memory.intact():
+            raise RegionGone(
+                f"the memory of region {self.region_id} was freed or resized while "
+                "registered: deregister it first",
+                operation="access",
+            )
+
+    def release(self) -> None:
+        """Ends one use."""
+        with self._idle:
+            self._uses -= 1
+            if not self._uses:
+                self._idle.notify_all()
+
+    def deregister(self, timeout_s: float = 10.0) -> None:
+        """Ends the registration: no transfer starts any more, running ones are waited for.
+
+        Peers that could reach the memory by themselves are told, and their answer is awaited.
+        Safe to call again.
+
+        Raises:
+            DeadlineExceeded: a transfer or a peer still uses it; the memory is kept until not.
+        """
+        deadline = time.monotonic() + timeout_s
+        self._closing = True
+        for cache in self.caches:
+            cache.close()
+        self._table.revoke(self, deadline)
+        for cache in self.caches:
+            if not cache.drained(deadline):
+                raise DeadlineExceeded(
+                    f"the cache of region {self.region_id} is still used after {timeout_s} s",
+                    operation="deregister",
+                )
+        with self._idle:
+            while self._uses:
+                if not self._idle.wait(max(0.0, deadline - time.monotonic())):
+                    raise DeadlineExceeded(
+                        f"region {self.region_id} is still used by {self._uses} transfers after "
+                        f"{timeout_s} s",
+                        operation="deregister",
+                    )
+            memory, self._memory = self._memory, None
+        self._table.forget(self)
+        if memory is not None and memory.exported is not None:
+            memory.exported.close()
+
+
+class RegisteredCache:
+    """A whole paged cache, registered: one region for each region of its layout.
+
+    A transfer of blocks uses the cache as one: what it costs does not grow with the layers.
+    """
+
+    def __init__(self, layout: KVLayout, regions: tuple[MemoryRegion, ...]) -> None:
+        self.layout = layout
+        self.regions = regions
+        self.descriptor = CacheDescriptor(layout, tuple(r.descriptor for r in regions))
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._uses = 0
+        self._closing = False
+        self.kind = "/".join(sorted({region.kind for region in regions}))
+        self.device = regions[0].device if len({r.device for r in regions}) == 1 else -1
+        self._movable = [region for region in regions if region.movable]
+        for region in regions:
+            region.caches.append(self)
+
+    def acquire(self) -> None:
+        """Begins one use of all regions; `release` ends it.
+
+        Raises:
+            RegionGone: one of them was deregistered.
+        """
+        with self._lock:
+            if self._closing:
+                raise RegionGone(
+                    "a region of this cache is deregistered: register the cache again",
+                    operation="access",
+                )
+            self._uses += 1
+
+    def check_intact(self) -> None:
+        """Checks that the memory of every region is where it was.
+
+        Raises:
+            RegionGone: a tensor was freed or resized.
+        """
+        for region in self._movable:
+            region.check_intact()
+
+    def release(self) -> None:
+        """Ends one use."""
+        with self._lock:
+            self._uses -= 1
+            if not self._uses and self._closing:  # nobody waits before
+                self._idle.notify_all()
+
+    def close(self) -> None:
+        """Begins no further use: a region is being deregistered."""
+        self._closing = True
+
+    def drained(self, deadline: float) -> bool:
+        """Waits until there is no use; False if the deadline came first."""
+        with self._idle:
+            return self._idle.wait_for(
+                lambda: not self._uses, max(0.0, deadline - time.monotonic())
+            )
+
+    def deregister(self, timeout_s: float = 10.0) -> None:
+        """Deregisters every region."""
+        for region in self.regions:
+            region.deregister(timeout_s)
+
+
+class RegionTable:
+    """The regions of one engine."""
+
+    def __init__(self, engine_id: str) -> None:
+        self.engine_id = engine_id
+        self._lock = threading.Lock()
+        self._regions: dict[int, MemoryRegion] = {}
+        self._ids = itertools.count(1)
+        self._revokers: list[Callable[[int, float], None]] = []
+        self._forgetters: list[Callable[[int], None]] = []
+        self.shares_gpu = True  # whether peers may map GPU memory: it is exported for them
+        # Handle and address of the engine's counters on a GPU.
+        self.counters_on: Callable[[int], tuple[bytes, int]] = lambda _: (b"", 0)
+
+    def register(self, memory: Any) -> MemoryRegion:
+        """Registers a CPU or CUDA tensor, a NumPy array or a writable buffer.
+
+        Raises:
+            NotRegistered: it is not memory that this engine can register; says why.
+        """
+        described = _Memory(memory)
+        if described.device >= 0 and self.shares_gpu:
+            counters = self.counters_on(described.device)
+            described.cuda, described.exported = export_tensor(
+                described.device, described.address, described.nbytes, *counters
+            )
+        with self._lock:
+            region = MemoryRegion(self, next(self._ids), described)
+            self._regions[region.region_id] = region
+        return region
+
+    def register_cache(self, layout: KVLayout, tensors: Any) -> RegisteredCache:
+        """Registers the tensors that `layout` describes, in its regions' order.
+
+        Raises:
+            LayoutError: a tensor is smaller than its region of the layout.
+        """
+        parts: Sequence[Any] = [tensors] if hasattr(tensors, "shape") else list(tensors)
+        if len(parts) != len(layout.regions):
+            raise LayoutError(
+                f"the layout has {len(layout.regions)} regions but {len(parts)} tensors were given",
+                operation="register",
+            )
+        described = [_Memory(part) for part in parts]
+        for number, (memory, shape) in enumerate(zip(described, layout.regions, strict=True)):
+            if memory.nbytes < shape.nbytes:
+                raise LayoutError(
+                    f"tensor {number} spans {memory.nbytes} bytes but its region of the layout "
+                    f"needs {shape.nbytes}",
+                    operation="register",
+                )
+        return RegisteredCache(layout, tuple(self.register(part) for part in parts))
+
+    def get(self, region_id: int) -> MemoryRegion | None:
+        """The region of this number, if it is registered."""
+        return self._regions.get(region_id)
+
+    def admit(self, region_id: int, key: bytes) -> MemoryRegion:
+        """The region that a peer named, after checking its key.
+
+        Raises:
+            NotRegistered: no such region, or the key is wrong (the peer cannot tell which).
+        """
+        region = self._regions.get(region_id)
+        if region is None or not hmac.compare_digest(region.descriptor.key, key):
+            raise NotRegistered(
+                f"region {region_id} is not registered here under that key", operation="access"
+            )
+        return region
+
+    def on_revoke(self, revoker: Callable[[int, float], None]) -> None:
+        """`revoker(region_id, deadline)` returns once no peer uses the region any more."""
+        self._revokers.append(revoker)
+
+    def on_forget(self, forgetter: Callable[[int], None]) -> None:
+        """`forgetter(region_id)` is called when nobody uses a deregistered region any more."""
+        self._forgetters.append(forgetter)
+
+    def revoke(self, region: MemoryRegion, deadline: float) -> None:
+        """Asks every peer to stop using the region."""
+        for revoker in self._revokers:
+            revoker(region.region_id, deadline)
+
+    def forget(self, region: MemoryRegion) -> None:
+        """Takes a deregistered region out of the table."""
+        for forgetter in self._forgetters:
+            forgetter(region.region_id)
+        with self._lock:
+            self._regions.pop(region.region_id, None)
+
+    def all(self) -> list[MemoryRegion]:
+        """The regions registered now."""
+        with self._lock:
+            return list(self._regions.values())
+
+    def gpus(self) -> set[int]:
+        """Indices, in this process, of the GPUs that regions lie on."""
+        return {region.device for region in self.all()} - {-1}
+
+    def gpu_addresses(self) -> set[str]:
+        """PCI addresses of these GPUs, of those that the driver knows."""
+        found = set()
+        for device in self.gpus():
+            with contextlib.suppress(DeviceError):
+                found.add(driver().pci_address(device))
+        return found
+
+
+_quarantined: list[_Memory] = []
+
+
+def quarantine(regions: Sequence[MemoryRegion]) -> None:
+    """Keeps the regions' memory until this process ends: somebody may still write into it."""
+    _quarantined.extend(region._memory for region in regions if region._memory is not None)
+
+
+def check_ranges(
+    offsets: npt.NDArray[np.int64],
+    nbytes: npt.NDArray[np.int64],
+    limits: npt.NDArray[np.int64] | int,
+    what: str,
+) -> None:
+    """Checks that every range `[offset, offset + nbytes)` lies inside `[0, limit)`.
+
+    Raises:
+        OutOfRange: naming the first range that does not.
+    """
+    # `offset > limit - nbytes` instead of `offset + nbytes > limit`: the sum could overflow.
+    bad = (offsets < 0) | (nbytes < 0) | (nbytes > limits) | (offsets > limits - nbytes)
+    if bool(bad.any()):
+        first = int(np.argmax(bad))
+        limit = limits if isinstance(limits, int) else int(limits[first])
+        raise OutOfRange(
+            f"{what} range [{int(offsets[first])}, +{int(nbytes[first])}) leaves a region of "
+            f"{limit} bytes",
+            operation="access",
+        )
+
+
+class _Memory:
+    """Address, size and owner of a tensor, array or buffer."""
+
+    def __init__(self, memory: Any) -> None:
+        torch = sys.modules.get("torch")
+        self.device = -1
+        self.cuda: CudaMemory | None = None
+        self.exported: ExportedChunks | None = None
+        self._storage: Any = None
+        if torch is not None and isinstance(memory, torch.Tensor):
+            self._from_tensor(memory)
+        else:
+            self._from_buffer(memory)
+        if self.nbytes < 1:
+            raise NotRegistered("an empty tensor cannot be registered", operation="register")
+
+    def _from_tensor(self, tensor: Any) -> None:
+        if tensor.device.type not in ("cpu", "cuda"):
+            raise NotRegistered(
+                f"a tensor on {tensor.device} cannot be registered: the transports of this engine "
+                "move host memory and CUDA memory",
+                operation="register",
+            )
+        if tensor.device.type == "cuda":
+            self.device = int(tensor.device.index)
+        if tensor.layout is not sys.modules["torch"].strided:
+            raise NotRegistered(
+                f"a {tensor.layout} tensor cannot be registered: make it dense",
+                operation="register",
+            )
+        self._storage = tensor.untyped_storage()
+        self._storage_address = self._storage.data_ptr()
+        self._storage_nbytes = self._storage.nbytes()
+        self.address = int(tensor.data_ptr())
+        spans = ((size - 1) * step for size, step in zip(tensor.shape, tensor.stride()))  # noqa: B905
+        self.nbytes = (sum(spans) + 1) * tensor.element_size() if tensor.numel() else 0
+
+    def _from_buffer(self, memory: Any) -> None:
+        try:
+            array = memory if isinstance(memory, np.ndarray) else np.frombuffer(memory, np.uint8)
+        except (TypeError, ValueError, BufferError) as error:
+            raise NotRegistered(
+                f"a {type(memory).__name__} cannot be registered: give a tensor, a NumPy array "
+                "or a writable buffer",
+                operation="register",
+            ) from error
+        if not array.flags.writeable:
+            raise NotRegistered(
+                "read-only memory cannot be registered: peers may write to a region",
+                operation="register",
+            )
+        if array.dtype.hasobject:
+            raise NotRegistered(
+                "an array of Python objects cannot be registered: its bytes are pointers",
+                operation="register",
+            )
+        if any(step < 0 for step in array.strides):
+            raise NotRegistered(
+                "an array with negative strides cannot be registered: pass its base",
+                operation="register",
+            )
+        self._owner = array
+        self.address = int(array.ctypes.data)
+        steps = zip(array.shape, array.strides, strict=True)
+        self.nbytes = sum((n - 1) * step for n, step in steps) + array.itemsize if array.size else 0
+
+    @property
+    def movable(self) -> bool:
+        """Whether its owner can free or resize it: torch can, NumPy cannot while it is held."""
+        return self._storage is not None
+
+    def intact(self) -> bool:
+        """Whether the memory is still where it was."""
+        return self._storage is None or (
+            self._storage.data_ptr() == self._storage_address
+            and self._storage.nbytes() >= self._storage_nbytes
+        )

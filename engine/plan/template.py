@@ -1,0 +1,259 @@
+"""The pieces of one unit of tokens, and many units of them.
+
+A *template* is the pieces of one unit at both ends, as rows. A request multiplies it out over its
+units; the first and the last unit may be partial and have templates of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from .pieces import Pieces
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from .mapping import Bundle, Step
+
+    Ids = npt.NDArray[np.int64]
+
+
+_NONE = np.zeros(0, np.int64)
+
+
+class Rows(NamedTuple):
+    """Pieces of one unit that move alike, as columns; at unit 0 of block 0 on both sides.
+
+    Attributes:
+        elements: of each piece.
+        factor: what its numbers are multiplied by; None where bits are moved.
+        entry, head: of the bundle, where numbers are converted.
+    """
+
+    bundle: Bundle
+    src_region: Ids
+    src_offset: Ids
+    dst_region: Ids
+    dst_offset: Ids
+    elements: Ids
+    factor: npt.NDArray[np.float32] | None
+    entry: Ids
+    head: Ids
+
+
+class Stretch(NamedTuple):
+    """Units `first` to `last` (not included), of each of which tokens `[low, high)` are moved."""
+
+    first: int
+    last: int
+    low: int
+    high: int
+
+
+class Moves(NamedTuple):
+    """Pieces whose numbers all are of one type on each side.
+
+    Attributes:
+        pieces: with the destination's `nbytes`.
+        bundle: says which types.
+        factor: of each piece; None where bits are moved.
+        entry, head, src_block, dst_block: of each piece, where scales differ from block to block.
+    """
+
+    pieces: Pieces
+    bundle: Bundle
+    factor: npt.NDArray[np.float32] | None
+    entry: Ids
+    head: Ids
+    src_block: Ids
+    dst_block: Ids
+
+
+def stretches(start: int, stop: int, unit: int) -> list[Stretch]:
+    """Tokens `[start, stop)` as a partial first unit, whole ones, and a partial last one."""
+    found = []
+    first, last = start // unit, stop // unit
+    if start >= stop:
+        return []
+    if first == last:
+        return [Stretch(first, first + 1, start % unit, stop % unit)]
+    if start % unit:
+        found.append(Stretch(first, first + 1, start % unit, unit))
+        first += 1
+    if first < last:
+        found.append(Stretch(first, last, 0, unit))
+    if stop % unit:
+        found.append(Stretch(last, last + 1, 0, stop % unit))
+    return found
+
+
+# Templates.
+
+
+def make_rows(bundles: list[Bundle], low: int, high: int, layers: tuple[int, ...] | None) -> Rows:
+    """The pieces of one unit for bundles whose blocks and tokens lie alike."""
+    tables = []
+    factors: list[npt.NDArray[np.float32]] = []
+    entry = head = np.zeros(0, np.int64)
+    for bundle in bundles:
+        inner, of_head = _inner(bundle, low, high)
+        chosen = slice(None) if layers is None else bundle.chosen(layers)
+        starts = np.stack(
+            [bundle.src_region, bundle.src_start, bundle.dst_region, bundle.dst_start], axis=1
+        )[chosen]
+        table = np.empty((len(starts), len(inner), 5), np.int64)
+        table[:, :, 0], table[:, :, 2] = starts[:, None, 0], starts[:, None, 2]
+        table[:, :, 1] = starts[:, None, 1] + inner[:, 0]
+        table[:, :, 3] = starts[:, None, 3] + inner[:, 1]
+        table[:, :, 4] = inner[:, 2]
+        tables.append(table.reshape(-1, 5))
+        if bundle.factors is not None:
+            of_entry = bundle.factors[chosen]
+            wide = of_entry.shape[1] > 1
+            factors.append(of_entry[:, of_head if wide else of_head * 0].ravel())
+            numbers = np.arange(len(bundle.layer))[chosen]
+            entry = np.repeat(numbers, len(inner))
+            head = np.tile(of_head, len(numbers))
+    whole = np.concatenate(tables)
+    # By place at the destination: small pieces that are neighbours there can then be joined.
+    order = np.lexsort((whole[:, 1], whole[:, 3], whole[:, 2], whole[:, 0]))
+    whole = whole[order]
+    first = bundles[0]
+    factor = np.concatenate(factors)[order] if factors else None
+    if factor is None:
+        whole = _merge(whole, first.src_elem, first.dst_elem)
+    return Rows(
+        first,
+        whole[:, 0].copy(),
+        whole[:, 1].copy(),
+        whole[:, 2].copy(),
+        whole[:, 3].copy(),
+        whole[:, 4].copy(),
+        factor,
+        entry if factor is None else entry[order],
+        head if factor is None else head[order],
+    )
+
+
+def _inner(bundle: Bundle, low: int, high: int) -> tuple[Ids, Ids]:
+    """Rows (source offset, destination offset, elements) of one unit of an entry, and their heads."""
+    src_start = dst_start = 0
+    steps: list[Step] = list(bundle.steps)
+    if bundle.token is not None:
+        token = bundle.token
+        src_start, dst_start = low * token.src_stride, low * token.dst_stride
+        steps.append(token._replace(size=high - low))
+    steps.sort(key=lambda step: (step.src_stride, step.dst_stride))
+    by_head = bundle.by_head
+    count = bundle.elements
+    rest: list[Step] = []
+    for step in steps:
+        dense = (count * bundle.src_elem, count * bundle.dst_elem)
+        joined = not rest and (step.src_stride, step.dst_stride) == dense
+        if step.size == 1 and step.name != "head":
+            continue
+        if joined and not (by_head and step.name == "head"):
+            count *= step.size
+        else:
+            rest.append(step)
+    sizes = [step.size for step in reversed(rest)]
+    grids = np.indices(sizes, np.int64).reshape(len(rest), math.prod(sizes))
+    src = np.full(grids.shape[1], src_start, np.int64)
+    dst = np.full(grids.shape[1], dst_start, np.int64)
+    head = np.zeros(grids.shape[1], np.int64)
+    for index, step in zip(grids, reversed(rest), strict=True):
+        src += index * step.src_stride
+        dst += index * step.dst_stride
+        if step.name == "head":
+            head = index
+    return np.stack([src, dst, np.full(len(src), count, np.int64)], axis=1), head
+
+
+def _merge(table: Ids, src_elem: int, dst_elem: int) -> Ids:
+    """Joins rows that are neighbours on both sides."""
+    before, after = table[:-1], table[1:]
+    joined = (
+        (before[:, 0] == after[:, 0])
+        & (before[:, 2] == after[:, 2])
+        & (before[:, 1] + before[:, 4] * src_elem == after[:, 1])
+        & (before[:, 3] + before[:, 4] * dst_elem == after[:, 3])
+    )
+    starts = np.concatenate(([0], np.flatnonzero(~joined) + 1))
+    merged: Ids = table[starts]
+    merged[:, 4] = np.add.reduceat(table[:, 4], starts)
+    return merged
+
+
+# Multiplying out.
+
+
+def spread(
+    rows: Rows,
+    src_blocks: Ids,
+    dst_blocks: Ids,
+    src_tokens: Ids | tuple[int, int],
+    dst_tokens: Ids | tuple[int, int],
+) -> Moves:
+    """Multiplies rows out over units: the one in `src_blocks[i]` from token `src_tokens[i]` on."""
+    bundle = rows.bundle
+    src, dst = src_blocks * bundle.src_slot_stride, dst_blocks * bundle.dst_slot_stride
+    if bundle.token is not None:
+        src = src + np.asarray(src_tokens) * bundle.token.src_stride
+        dst = dst + np.asarray(dst_tokens) * bundle.token.dst_stride
+    if bundle.src_scales is not None or bundle.dst_scales is not None:
+        units, each = len(src), len(rows.elements)
+        return _product(rows, src, dst, None)._replace(
+            entry=np.repeat(rows.entry, units),
+            head=np.repeat(rows.head, units),
+            src_block=np.tile(src_blocks, each),
+            dst_block=np.tile(dst_blocks, each),
+        )
+    if rows.factor is not None or len(src) < 2:
+        return _product(rows, src, dst, None)
+    parts = []
+    for elements in sorted(set(rows.elements.tolist())):
+        same = _where(rows, rows.elements == elements)
+        parts.append(_product(same, *_runs(src, dst, elements * bundle.src_elem)).pieces)
+    if len(parts) == 1:
+        return Moves(parts[0], bundle, None, _NONE, _NONE, _NONE, _NONE)
+    together = Pieces(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    return Moves(together, bundle, None, _NONE, _NONE, _NONE, _NONE)
+
+
+def _where(rows: Rows, chosen: npt.NDArray[np.bool_]) -> Rows:
+    if bool(chosen.all()):
+        return rows
+    return rows._replace(
+        src_region=rows.src_region[chosen],
+        src_offset=rows.src_offset[chosen],
+        dst_region=rows.dst_region[chosen],
+        dst_offset=rows.dst_offset[chosen],
+        elements=rows.elements[chosen],
+    )
+
+
+def _runs(src: Ids, dst: Ids, nbytes: int) -> tuple[Ids, Ids, Ids | None]:
+    """First source and destination address and length of each run of neighbours on both sides."""
+    breaks = (src[1:] - src[:-1] != nbytes) | (dst[1:] - dst[:-1] != nbytes)
+    if bool(breaks.all()):  # scattered, the usual case: nothing to join, so nothing to copy
+        return src, dst, None
+    starts = np.concatenate(([0], np.flatnonzero(breaks) + 1))
+    return src[starts], dst[starts], np.append(starts[1:], len(src)) - starts
+
+
+def _product(rows: Rows, src: Ids, dst: Ids, lengths: Ids | None) -> Moves:
+    units = len(src)
+    row_nbytes = rows.elements * rows.bundle.dst_elem
+    nbytes = np.repeat(row_nbytes, units) if lengths is None else np.outer(row_nbytes, lengths)
+    pieces = Pieces(
+        np.repeat(rows.src_region, units),
+        (rows.src_offset[:, None] + src).ravel(),
+        np.repeat(rows.dst_region, units),
+        (rows.dst_offset[:, None] + dst).ravel(),
+        nbytes.ravel(),
+    )
+    factor = None if rows.factor is None else np.repeat(rows.factor, units)
+    return Moves(pieces, rows.bundle, factor, _NONE, _NONE, _NONE, _NONE)

@@ -1,0 +1,189 @@
+"""Gathers pieces of GPU memory straight into pinned host memory, and scatters them from it.
+
+One kernel launch a buffer, on streams of the mover's own: the kernel reads and writes host memory
+over PCIe itself, so nothing passes through device memory a second time (decision 0016).
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ...kernels.pieces import FEWEST_SHORT_ROWS, copy_pieces, make_table
+from ..errors import DeviceError
+from ..memory.cuda_driver import driver
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from ..memory.iovec import Iovec
+
+# PCIe needs few programs, and a model wants the multiprocessors. H200, GB/s of gather and scatter with
+# 32 KiB pieces: 8 programs 51 and 49, 32 the same; with 4 KiB pieces: 8 33 and 17, 32 49 and 48.
+MAX_PROGRAMS = 32
+NUM_STREAMS = 2  # the next table is uploaded while a kernel runs
+_FEWEST_WORDS = 1 << 15  # 8,192 pieces and their cuts
+_warming = threading.Lock()  # threads that compile one kernel at once would each compile it
+
+
+class _DeviceMemory:
+    """An allocation of its own. What torch's allocator gives may still be in use by the stream that
+    freed it, which the mover's stream does not wait for."""
+
+    def __init__(self, device: int, nbytes: int) -> None:
+        self.device = device
+        self.nbytes = nbytes
+        self.address = driver().allocate(device, nbytes, zeros=False)
+
+    def words(self) -> torch.Tensor:
+        """It as int64."""
+        shape = (self.nbytes // 8,)
+        self.__cuda_array_interface__ = {
+            "shape": shape,
+            "typestr": "<i8",
+            "data": (self.address, False),
+            "version": 2,
+        }
+        return torch.as_tensor(self, device=torch.device("cuda", self.device))
+
+    def free(self) -> None:
+        driver().free(self.device, self.address)
+
+
+class _Table:
+    """A table of pieces on its way to the GPU: pinned words here, as many there."""
+
+    def __init__(self, device: int, num_words: int) -> None:
+        self.device = device
+        self.num_words = num_words
+        self._here = torch.empty(num_words, dtype=torch.int64, pin_memory=True)
+        self.memory = _DeviceMemory(device, 8 * num_words)
+        self._there = self.memory.words()
+        self._words: npt.NDArray[np.int64] = self._here.numpy()
+
+    def upload(self, columns: npt.NDArray[np.int64], stream: int) -> torch.Tensor:
+        """The columns on the GPU, on that stream."""
+        self._words[: columns.size].reshape(columns.shape)[...] = columns
+        # Not torch's copy: its allocators would remember the stream, and ask it when it is gone.
+        driver().copy(
+            self.device, self.memory.address, self._here.data_ptr(), columns.nbytes, stream
+        )
+        return self._there[: columns.size].view(columns.shape)
+
+
+class _Flight:
+    """A launch that was begun, and the table that it reads."""
+
+    def __init__(self, mover: GpuMover, table: _Table, event: torch.cuda.Event) -> None:
+        self._mover = mover
+        self._table = table
+        self._event = event
+
+    def done(self) -> bool:
+        """Whether the kernel has ended, or failed."""
+        try:
+            return bool(self._event.query())  # type: ignore[no-untyped-call]
+        except RuntimeError:
+            return True  # `wait` says why
+
+    def wait(self) -> None:
+        """Spins in native code, without the interpreter lock, until the kernel has ended."""
+        try:
+            self._event.synchronize()
+        except RuntimeError as error:
+            raise DeviceError(
+                f"GPU {self._mover.device} failed: {error}", operation="stage"
+            ) from error
+        self._mover._back(self._table, self._event)
+
+
+class GpuMover:
+    """Moves pieces of one GPU's memory. One thread begins; any thread waits."""
+
+    def __init__(self, device: int, max_programs: int | None = None) -> None:
+        self.device = device
+        self._max_programs = max_programs or MAX_PROGRAMS
+        raw = [driver().new_stream(device) for _ in range(NUM_STREAMS)]
+        self._streams: list[tuple[int, torch.cuda.Stream]] = [
+            (stream, torch.cuda.ExternalStream(stream, device=device))  # type: ignore[no-untyped-call]
+            for stream in raw
+        ]
+        self._turns = itertools.cycle(self._streams)
+        self._tables: deque[_Table] = deque()
+        self._events: deque[torch.cuda.Event] = deque()
+
+    def gather(self, pieces: Iovec, address: int) -> _Flight:
+        """Begins to copy the pieces to `address` in pinned memory."""
+        return self._begin(pieces, address, gather=True)
+
+    def scatter(self, address: int, pieces: Iovec) -> _Flight:
+        """Begins to copy from `address` in pinned memory into the pieces."""
+        return self._begin(pieces, address, gather=False)
+
+    def pin(self, address: int, nbytes: int) -> None:
+        """Registers host memory with CUDA, for all GPUs of this process."""
+        driver().pin(self.device, address, nbytes)
+
+    def unpin(self, address: int) -> None:
+        """Ends a registration."""
+        driver().unpin(self.device, address)
+
+    def warm(self, address: int) -> None:
+        """Copies a few bytes within pinned memory, so that the kernels are compiled and loaded.
+
+        `address` must have room for 256 bytes.
+        """
+        with _warming:
+            pieces = np.array([[address, 64]], np.uint64)
+            self.gather(pieces, address + 128).wait()
+            short = np.array([[address, 16]] * FEWEST_SHORT_ROWS, np.uint64)
+            self.gather(short, address).wait()  # the kernel for short pieces
+
+    def close(self) -> None:
+        """Frees the streams and the memory: nothing is in flight."""
+        for table in self._tables:
+            table.memory.free()
+        self._tables.clear()
+        for stream, _ in self._streams:
+            driver().destroy_stream(self.device, stream)
+
+    def _begin(self, pieces: Iovec, address: int, *, gather: bool) -> _Flight:
+        try:
+            return self._launch(pieces, address, gather=gather)
+        except DeviceError:
+            raise
+        except Exception as error:  # Triton and torch raise many kinds
+            raise DeviceError(
+                f"launching on GPU {self.device} failed: {error}", operation="stage"
+            ) from error
+
+    def _launch(self, pieces: Iovec, address: int, *, gather: bool) -> _Flight:
+        nbytes = pieces[:, 1].astype(np.int64)
+        scattered, staged = pieces[:, 0].astype(np.int64), address + np.cumsum(nbytes) - nbytes
+        src, dst = (scattered, staged) if gather else (staged, scattered)
+        table = make_table(src, dst, nbytes)
+        room = self._room(table.columns.size)
+        event = self._events.pop() if self._events else torch.cuda.Event()  # type: ignore[no-untyped-call]
+        raw_stream, stream = next(self._turns)
+        with torch.cuda.stream(stream):
+            columns = room.upload(table.columns, raw_stream)
+            copy_pieces(table, columns, max_programs=self._max_programs)
+            event.record(stream)
+        return _Flight(self, room, event)
+
+    def _room(self, num_words: int) -> _Table:
+        while self._tables:
+            table = self._tables.pop()
+            if table.num_words >= num_words:
+                return table
+            table.memory.free()
+        return _Table(self.device, max(_FEWEST_WORDS, 1 << (num_words - 1).bit_length()))
+
+    def _back(self, table: _Table, event: torch.cuda.Event) -> None:
+        self._tables.append(table)
+        self._events.append(event)

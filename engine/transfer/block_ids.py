@@ -1,0 +1,117 @@
+"""Block ids as a transport takes them: checked, and wherever they lie."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import PlanError
+
+if TYPE_CHECKING:
+    import torch
+
+    from .plan import TransferPlan
+
+
+class UploadedIds:
+    """Pairs of block ids that were checked, ordered and copied to a GPU once, to be used often.
+
+    Made by `Link.upload_ids`; give it to `write_blocks` or `read_blocks` in place of both lists, as
+    often as you like (layer by layer, say). Holds its GPU memory; nobody writes it. Thread-safe.
+
+    Attributes:
+        plan: the plan that they were checked against; they serve no other.
+        num_blocks: how many pairs.
+    """
+
+    def __init__(self, plan: TransferPlan, rows: torch.Tensor) -> None:
+        self.plan = plan
+        self.num_blocks = int(rows.shape[1])
+        self._checked = CheckedIds(rows[0], rows[1], True, self.num_blocks)
+
+    def __len__(self) -> int:
+        return self.num_blocks
+
+
+class CheckedIds(NamedTuple):
+    """Ids for `DataPath.submit_blocks`.
+
+    Attributes:
+        src, dst: int64 rows in host memory, or int32 or int64 tensors on the GPU.
+        on_gpu: which of the two.
+        num_blocks: how many.
+    """
+
+    src: Any
+    dst: Any
+    on_gpu: bool
+    num_blocks: int
+
+
+def check_ids(plan: TransferPlan, src: Any, dst: Any, *, ordered: bool = True) -> CheckedIds:
+    """Checks ids of any kind.
+
+    Those in host memory are looked at; two tensors on a GPU stay where they are, unread.
+
+    Args:
+        ordered: whether ids in host memory must come back in order of their destination.
+
+    Raises:
+        BlockOutOfRange, OverlappingBlocks, PlanError: as for `Plan.pieces`.
+    """
+    if type(src) is UploadedIds:
+        if dst is not None or src.plan is not plan:
+            raise PlanError(
+                "uploaded ids stand for both lists, and for the plan they were uploaded for",
+                operation="plan",
+            )
+        return src._checked
+    if dst is None:
+        raise PlanError("destination block ids are missing", operation="plan")
+    if not (getattr(src, "is_cuda", False) or getattr(dst, "is_cuda", False)):
+        rows_src, rows_dst = plan.plan.check_ids(src, dst, ordered=ordered)
+        return CheckedIds(rows_src, rows_dst, False, len(rows_dst))
+    return CheckedIds(src, dst, True, check_on_gpu(plan, src, dst))
+
+
+def check_on_gpu(plan: TransferPlan, src: Any, dst: Any) -> int:
+    """Checks everything of two tensors of ids but their values; returns how many there are.
+
+    Raises:
+        PlanError: they are not two equally long rows of integers on the GPU of the cache.
+    """
+    device = plan.local.device
+    try:
+        count: int = src.numel()
+        if (
+            src.get_device() == device
+            and dst.get_device() == device
+            and dst.numel() == count
+            and src.dim() == 1
+            and dst.dim() == 1
+            and src.is_contiguous()
+            and dst.is_contiguous()
+            and src.dtype in _dtypes()
+            and dst.dtype in _dtypes()
+        ):
+            return count
+    except AttributeError:
+        pass  # one of them is no tensor
+    raise PlanError(
+        "block ids on a GPU must be two equally long contiguous rows of int32 or int64, both on "
+        f"GPU {device}, where the cache is; these are {_describe(src)} and {_describe(dst)}",
+        operation="plan",
+    )
+
+
+@functools.cache
+def _dtypes() -> tuple[torch.dtype, torch.dtype]:
+    import torch  # whoever has no GPU need not load it
+
+    return torch.int64, torch.int32
+
+
+def _describe(ids: Any) -> str:
+    if not hasattr(ids, "get_device"):
+        return f"a {type(ids).__name__}"
+    return f"{ids.dtype} {list(ids.shape)} with strides {list(ids.stride())} on {ids.device}"

@@ -1,0 +1,425 @@
+"""Cross-memory attach: one host, host memory, one copy made by the kernel; GPU memory by staging.
+
+`process_vm_writev` and `process_vm_readv` reach any memory of a process that we may ptrace, so the
+engine's own tensors need no preparation. The link's control channel, a Unix socket, carries one
+`Arrived` a write. Neither keys nor bounds are checked in the kernel: the peer grants each region
+once (`grants.py`), and the link checks every range against its descriptor before it gets here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...errors import (
+    ChecksumMismatch,
+    EngineError,
+    LinkError,
+    PeerLost,
+    ProtocolError,
+    RegionGone,
+    TransportUnavailable,
+)
+from ...memory import iovec
+from ...runtime.copy_threads import Batch
+from ...transfer.staged import note_compute
+from ...wire import tables
+from ...wire.messages import Arrived, Check, Checked, LinkMessage, Refuse
+from ..base import Availability, DataPath, Transfer
+from ..workers import Workers
+from .shared_staging import SharedStaging
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy.typing as npt
+    import torch
+
+    from ...transfer.plan import TransferPlan
+    from ...transfer.template import BoundBlocks, BoundTemplate, Column, Share
+    from ..base import PathHost
+
+# A transfer is cut so that every copier has a share: at most this much, so that a long one stops
+# soon (flat from 2 to 32 MiB), and at least that much, because waking a copier costs 50 microseconds.
+CHUNK_NBYTES = 4 << 20
+MIN_CHUNK_NBYTES = 256 << 10
+# A copy that is no larger, of no more pieces, is an errand of the thread that begins it, if that does
+# errands: it takes 5 to 40 microseconds, and a copier needs 50 to 150 to wake and take the interpreter.
+ERRAND_NBYTES = 64 << 10
+ERRAND_PIECES = 32
+# The addresses of so few pieces are made at once; of more, each copier makes those of its share while
+# the others copy.
+FEW_PIECES = 1024
+# Pieces smaller than this are joined where they are neighbours at the peer: the kernel pins the pages
+# of each remote entry anew, 0.75 us, and joining costs a seventh of that.
+JOINED_BELOW_NBYTES = 2048
+YAMA = "/proc/sys/kernel/yama/ptrace_scope"
+_PR_SET_PTRACER = 0x59616D61
+_PR_SET_PTRACER_ANY = ctypes.c_ulong(-1)
+
+
+def yama_scope() -> int:
+    """Yama's ptrace_scope; 0 where there is no Yama."""
+    try:
+        with open(YAMA) as file:
+            return int(file.read())
+    except FileNotFoundError:
+        return 0
+
+
+def probe() -> Availability:
+    """Tries the system call on this process itself, and looks at what Yama would allow."""
+    word = np.arange(2, dtype=np.uint64)
+    copy = np.zeros(2, np.uint64)
+    try:
+        iovec.process_vm(
+            os.getpid(),
+            iovec.one(copy.ctypes.data, 16),
+            iovec.one(word.ctypes.data, 16),
+            16,
+            write=False,
+        )
+    except OSError as error:
+        return Availability(
+            False,
+            f"process_vm_readv is refused ({error.strerror}): a container's seccomp profile does "
+            "that; allow it, or use tcp",
+        )
+    scope = yama_scope()
+    if scope >= 2:
+        return Availability(
+            False,
+            f"{YAMA} is {scope}, which refuses all attachment: set it to 0 or 1, or use tcp",
+        )
+    return Availability(True, "process_vm_writev works" + (", Yama scope 1" if scope else ""))
+
+
+def permit_peers() -> None:
+    """Under Yama scope 1, lets processes of the same user reach this one's memory."""
+    if yama_scope() == 1:
+        ctypes.CDLL(None).prctl(_PR_SET_PTRACER, _PR_SET_PTRACER_ANY, 0, 0, 0)
+
+
+def read_word(pid: int, address: int) -> bytes:
+    """16 bytes of another process, to find out whether it may be reached.
+
+    Raises:
+        OSError: it may not.
+    """
+    word = np.zeros(2, np.uint64)
+    iovec.process_vm(
+        pid,
+        iovec.one(word.ctypes.data, 16),
+        iovec.one(address, 16),
+        16,
+        write=False,
+    )
+    return word.tobytes()
+
+
+def refusal(error: OSError) -> str:
+    """Why an attachment failed, and what to do."""
+    if error.errno == errno.EPERM:
+        return (
+            "the kernel does not let one engine reach the other's memory (different users, "
+            "Yama, or a container without CAP_SYS_PTRACE): run both alike, or use tcp"
+        )
+    return f"one engine cannot reach the other's memory ({error.strerror}): use tcp"
+
+
+class CmaPath(DataPath):
+    """Copies by the engine's copier threads."""
+
+    peer_reaches_memory = True
+    kinds = frozenset({"host", "cuda"})
+    asks_leave = True
+
+    def __init__(self, link: PathHost, pid: int) -> None:
+        self._link = link
+        self._staging = SharedStaging(link, pid)
+        self._pid = pid
+        self._lock = threading.Lock()
+        self._workers = Workers(link, "a copy")
+        self._unchecked: dict[tuple[int, int], tuple[Transfer, int, int]] = {}  # by chunk
+
+    def before(self, transfer: Transfer, stream: torch.cuda.Stream | None) -> None:
+        note_compute(transfer, stream)
+
+    def prepare(self, plan: TransferPlan, layers: Sequence[int] | None) -> None:
+        if plan.local.device >= 0:
+            self._staging.prepare(plan.local.device)
+
+    def submit(self, transfer: Transfer) -> None:
+        if self._is_staged(transfer):
+            self._staging.submit(transfer)
+            return
+        if not self._announce(transfer):
+            return
+        remote = transfer.remote_iovec()
+        limit_nbytes = self._share_nbytes(transfer)
+        # All parts are cut before the first one starts: a copier that has woken up would take the
+        # interpreter lock in between.
+        parts = iovec.chunks(transfer.nbytes, limit_nbytes, tables.MAX_PIECES)
+        self._start(
+            transfer,
+            [
+                functools.partial(self._copy, transfer, number, part, remote[part])
+                for number, part in enumerate(parts)
+            ],
+        )
+
+    def _is_staged(self, transfer: Transfer) -> bool:
+        """Whether a GPU's memory is at either end, or the table of paths says so."""
+        regions = (*transfer.local_regions, *transfer.remote_regions)
+        if any(region.kind != "host" for region in regions):
+            return True
+        pieces = len(transfer.nbytes)
+        if not pieces:
+            return False
+        return not self._link.core.paths.direct("cma", transfer.total_nbytes / pieces)
+
+    def takes_blocks(self, plan: TransferPlan) -> bool:
+        if self._link.core.verify or self._link.core.paths.limit_nbytes("cma"):
+            return False  # checksums, and the choice of a path, want a list of pieces
+        return plan.local.kind == plan.remote_kind == "host"
+
+    def submit_blocks(
+        self,
+        transfer: Transfer,
+        plan: TransferPlan,
+        src_block_ids: Any,
+        dst_block_ids: Any,
+        layers: Sequence[int] | None,
+    ) -> None:
+        ids = (src_block_ids, dst_block_ids)
+        bound = plan.bound(*ids, layers)
+        if bound is None:
+            transfer.take(plan.pieces(*ids, layers))
+            self.submit(transfer)
+        elif self._announce(transfer):
+            count = len(ids[1])
+            if count * bound.num_rows <= ERRAND_PIECES and transfer.total_nbytes <= ERRAND_NBYTES:
+                self._start_small(transfer, *bound.few(*ids))
+                return
+            blocks = bound.blocks(*ids)
+            shares = bound.shares(count, self._share_nbytes(transfer), tables.MAX_PIECES)
+            copy = functools.partial(self._copy_share, transfer, bound, blocks)
+            if count * bound.num_rows <= FEW_PIECES:
+                whole = bound.iovecs(bound.everything, blocks)
+                copy = functools.partial(self._copy_slice, transfer, count, *whole)
+            self._start(transfer, [functools.partial(copy, share) for share in shares])
+
+    def _announce(self, transfer: Transfer) -> bool:
+        """Notes what to do at the end; False if there is nothing to copy, so that this was it."""
+        if transfer.write and transfer.imm is not None:
+            transfer.on_placed = functools.partial(self._count, transfer.imm, transfer)
+        if not transfer.total_nbytes and transfer.begin():
+            transfer.end(0)
+        return transfer.total_nbytes > 0
+
+    def _share_nbytes(self, transfer: Transfer) -> int:
+        share_nbytes = -(-transfer.total_nbytes // self._link.core.copiers.count)
+        return min(CHUNK_NBYTES, max(MIN_CHUNK_NBYTES, share_nbytes))
+
+    def _start(self, transfer: Transfer, tasks: list[Callable[[], None]]) -> None:
+        guarded = [functools.partial(self._guarded, task) for task in tasks]
+        transfer.ticket._help = Batch(self._link.core.copiers, guarded).help
+
+    def _start_small(
+        self, transfer: Transfer, local: iovec.FewEntries, remote: iovec.FewEntries
+    ) -> None:
+        copy = functools.partial(self._copy_all, transfer, local, remote)
+        if not self._link.core.copiers.do_here(functools.partial(self._guarded, copy)):
+            self._start(transfer, [copy])
+
+    def handle(self, message: LinkMessage) -> bool:
+        if isinstance(message, Arrived):
+            return False  # the link counts it
+        if self._staging.handle(message):
+            return True
+        if isinstance(message, Check):
+            self._run(functools.partial(self._check, message))
+        elif isinstance(message, Checked):
+            self._checked(message)
+        elif isinstance(message, Refuse):
+            if self._answered(message.transfer, message.first) is not None:
+                return False  # the link ends the transfer
+        else:
+            return False
+        return True
+
+    def _answered(self, transfer: int, chunk: int) -> tuple[Transfer, int, int] | None:
+        """Takes note of an answer about a chunk: its transfer, size and checksum if it was asked."""
+        with self._lock:
+            entry = self._unchecked.pop((transfer, chunk), None)
+        if entry is None:
+            self._link.fail(answer_to_nothing())
+        return entry
+
+    def _run(self, task: Callable[[], None]) -> None:
+        """Runs `task` on a copier, unless the path has been halted by then."""
+        self._link.core.copiers.run(functools.partial(self._guarded, task))
+
+    def halt(self, halted: Callable[[], None]) -> None:
+        self._workers.close()
+        self._staging.halt(lambda: self._workers.halt(halted))
+
+    def _guarded(self, task: Callable[[], None]) -> None:
+        if self._workers.enter():
+            self._workers.run(task)
+
+    def _copy(self, transfer: Transfer, number: int, part: slice, remote: iovec.Iovec) -> None:
+        if not transfer.begin():
+            return
+        nbytes = int(transfer.nbytes[part].sum())
+        local = transfer.local[part].copy()
+        if nbytes < len(local) * JOINED_BELOW_NBYTES:
+            local, remote = iovec.join_remote(local, remote)
+        if not self._move(transfer, local, remote, nbytes):
+            return
+        if self._link.core.verify:
+            self._ask_check(transfer, number, part, nbytes)
+        else:
+            transfer.end(nbytes)
+
+    def _copy_share(
+        self,
+        transfer: Transfer,
+        bound: BoundTemplate,
+        blocks: BoundBlocks,
+        share: Share,
+    ) -> None:
+        if transfer.begin() and self._move(transfer, *bound.iovecs(share, blocks), share.nbytes):
+            transfer.end(share.nbytes)
+
+    def _copy_slice(
+        self, transfer: Transfer, count: int, local: Column, remote: Column, share: Share
+    ) -> None:
+        part = slice(share.rows.start * count, share.rows.stop * count)
+        if transfer.begin() and self._move(transfer, local[part], remote[part], share.nbytes):
+            transfer.end(share.nbytes)
+
+    def _copy_all(
+        self, transfer: Transfer, local: iovec.FewEntries, remote: iovec.FewEntries
+    ) -> None:
+        nbytes = transfer.total_nbytes
+        if transfer.begin() and self._move(transfer, local, remote, nbytes):
+            transfer.end(nbytes)
+
+    def _move(
+        self,
+        transfer: Transfer,
+        local: npt.NDArray[np.integer] | iovec.FewEntries,
+        remote: npt.NDArray[np.integer] | iovec.FewEntries,
+        nbytes: int,
+    ) -> bool:
+        """Copies, for work that was begun; ends it, and says False, if that fails."""
+        transfer.ticket._mark("on wire")
+        try:
+            iovec.process_vm(self._pid, local, remote, nbytes, write=transfer.write)
+        except OSError as error:
+            transfer.stop(self._error(error, transfer))
+            transfer.end(0)
+            return False
+        return True
+
+    def _count(self, imm: int, transfer: Transfer) -> None:
+        """Counts a write that is placed; the peer counts the bytes that it verifies."""
+        nbytes, verify = transfer.total_nbytes, self._link.core.verify
+        done = Arrived(imm, 0, 1, write_nbytes=nbytes) if verify else Arrived(imm, nbytes, 1)
+        self._link.send(done)
+
+    def _error(self, error: OSError, transfer: Transfer) -> EngineError:
+        peer, operation = self._link.peer.name, transfer.ticket.operation
+        if error.errno == errno.ESRCH:
+            lost = PeerLost(
+                "the peer's process has ended", operation=operation, peer=peer, process_gone=True
+            )
+            self._link.suspect()
+            return lost
+        if error.errno == errno.EPERM:
+            return TransportUnavailable(refusal(error), operation=operation, peer=peer)
+        if error.errno != errno.EFAULT:
+            return LinkError(
+                f"the kernel could not copy: {error.strerror}",
+                operation=operation,
+                peer=peer,
+                imm=transfer.imm,
+            )
+        return RegionGone(
+            f"memory of a region is not mapped any more ({error.strerror}): it was freed while "
+            "registered, here or at the peer",
+            operation=operation,
+            peer=peer,
+            imm=transfer.imm,
+        )
+
+    # Verification: the sender's checksum is compared where the bytes lie, before they count.
+
+    def _ask_check(self, transfer: Transfer, number: int, part: slice, nbytes: int) -> None:
+        crc = iovec.checksum(transfer.local[part])
+        with self._lock:
+            self._unchecked[transfer.id, number] = (transfer, nbytes, crc)
+        self._link.send(
+            Check(
+                transfer=transfer.id,
+                chunk=number,
+                regions=tables.region_rows(transfer.remote_regions).tobytes(),
+                pieces=tables.piece_rows(transfer, part).tobytes(),
+                count=transfer.write,
+                crc=crc,
+                imm=transfer.imm,
+            )
+        )
+
+    def _check(self, ask: Check) -> None:
+        """The peer's side: computes a checksum over this process's memory."""
+        link = self._link
+        try:
+            admitted = tables.admit(link.core.regions, ask.regions, ask.pieces)
+            crc = iovec.checksum(admitted.iov)
+            admitted.release()
+        except LinkError as error:
+            link.fail(error)
+        except EngineError as error:
+            link.send(Refuse(ask.transfer, type(error).__name__, error.message, ask.chunk))
+        else:
+            if ask.count and crc != ask.crc:
+                mismatch = checksum_mismatch(link.peer.name, ask.imm)
+                link.reject(ask.transfer, ask.imm, mismatch, first=ask.chunk)
+                return
+            if ask.count and ask.imm is not None:
+                link.count(ask.imm, admitted.nbytes, 0)
+            link.send(Checked(ask.transfer, ask.chunk, crc))
+
+    def _checked(self, answer: Checked) -> None:
+        entry = self._answered(answer.transfer, answer.chunk)
+        if entry is None:
+            return
+        transfer, nbytes, crc = entry
+        if crc == answer.crc:
+            transfer.end(nbytes)
+        else:
+            transfer.stop(checksum_mismatch(self._link.peer.name, None))
+            transfer.end(0)
+
+
+def answer_to_nothing() -> ProtocolError:
+    """The error for a peer that acknowledges, checks or refuses what it was not asked."""
+    return ProtocolError("the peer answers something that it was not asked", operation="receive")
+
+
+def checksum_mismatch(peer: str, imm: int | None) -> ChecksumMismatch:
+    """The error for bytes that changed on their way."""
+    return ChecksumMismatch(
+        "the bytes that arrived are not the bytes that were sent; nothing was counted",
+        operation="verify",
+        peer=peer,
+        imm=imm,
+    )

@@ -1,0 +1,433 @@
+"""The staged path of a verbs link: many small pieces as one frame in a slot, one write a frame.
+
+Copies run on the engine's copier threads, posts on the link's thread: while one frame is on the
+wire, the next is gathered and the one before is scattered. GPU memory goes this way whatever the
+size of its pieces.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import deque
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ...errors import DeviceError, EngineError, LinkError, ProtocolError
+from ...memory import iovec
+from ...wire import frames as frames
+from ...wire import tables
+from ...wire.messages import Acknowledge, ReadRequest, Refuse, SlotFree
+from ..cma.path import answer_to_nothing, checksum_mismatch
+from .movers import Movers
+from .slots import (
+    FRAME_NBYTES,
+    FRAME_PIECES,
+    NUM_SLOTS,
+    PIECE_NBYTES,
+    SLOT_NBYTES,
+    bytes_begin,
+)
+from .work_requests import MIN_SHARE_NBYTES, cuts
+
+if TYPE_CHECKING:
+    from ..base import Transfer
+    from .path import VerbsPath
+    from .rail import Rail
+    from .slots import Slots
+
+
+FULL_NBYTES = FRAME_NBYTES - PIECE_NBYTES  # a frame ends with the piece that reaches it
+FEWEST_FRAMES = 4  # of a transfer that is not small
+
+
+class Reply(NamedTuple):
+    """Pieces of this process's memory that a peer reads."""
+
+    transfer: int
+    first: int
+    admitted: tables.Admitted
+    verify: bool
+
+
+class Part(NamedTuple):
+    """Pieces of a write, as many as a frame takes."""
+
+    transfer: Transfer
+    pieces: slice
+
+
+@dataclasses.dataclass
+class _Frame:
+    """A slot of ours that is in use: until its bytes have left it and the peer has answered."""
+
+    item: Part | Reply
+    rail: Rail | None = None
+    left: bool = False
+    answered: bool = False
+
+
+class Frames:
+    """Frames of one link, both ways. Used by the link's thread; other methods say so."""
+
+    def __init__(self, path: VerbsPath, slots: Slots) -> None:
+        self._path = path
+        self._link = path.link
+        self._slots = slots
+        self._movers = Movers(path.link, slots)
+        self.warm = self._movers.warm
+        self._free = deque(range(NUM_SLOTS))
+        self._waiting: deque[Part | Reply] = deque()
+        self._gathered: deque[tuple[int, int]] = deque()
+        self._frames: dict[int, _Frame] = {}
+        self._reads: dict[tuple[int, int], tuple[Transfer, slice]] = {}
+        self._scattering: dict[int, int] = {}
+
+    # Sending.
+
+    @property
+    def busy(self) -> bool:
+        """Whether frames are on their way, or wait to be."""
+        return bool(self._frames or self._waiting)
+
+    def submit(self, transfer: Transfer) -> None:
+        """Starts a transfer."""
+        _cut(transfer)
+        rails = sum(rail.up for rail in self._path.rails)
+        limit_nbytes = even_limit(transfer.total_nbytes, rails)
+        for part in iovec.chunks(transfer.nbytes, limit_nbytes, FRAME_PIECES):
+            if transfer.write:
+                self._waiting.append(Part(transfer, part))
+            elif transfer.begin():
+                self._reads[transfer.id, part.start] = (transfer, part)
+                ask = tables.read_request(transfer, part, verify=self._link.core.verify)
+                self._link.send(ask)
+        self.advance()
+
+    def serve(self, ask: ReadRequest) -> None:
+        """Answers a peer that reads."""
+        try:
+            admitted = tables.admit(self._link.core.regions, ask.regions, ask.pieces, staged=True)
+        except LinkError as error:
+            self._link.fail(error)
+            return
+        except EngineError as error:
+            self._link.send(Refuse(ask.transfer, type(error).__name__, error.message, ask.first))
+            return
+        if admitted.nbytes > FRAME_NBYTES:
+            admitted.release()
+            self._link.fail(
+                ProtocolError(
+                    f"the peer reads {admitted.nbytes} bytes at once, a frame has {FRAME_NBYTES}",
+                    operation="receive",
+                )
+            )
+            return
+        self._waiting.append(Reply(ask.transfer, ask.first, admitted, ask.verify))
+        self.advance()
+
+    def advance(self) -> None:
+        """Gathers into free slots, and posts what is gathered, as far as it goes."""
+        while self._free and self._waiting:
+            item = self._waiting.popleft()
+            if isinstance(item, Part) and not item.transfer.begin(2):  # the copy, and the answer
+                continue
+            slot = self._free.popleft()
+            self._frames[slot] = _Frame(item)
+            self._path.copy(functools.partial(self._gather, slot, item))
+        while self._gathered:
+            slot, nbytes = self._gathered[0]
+            rail = self._path.next_rail()
+            if rail is None:
+                return
+            self._gathered.popleft()
+            self._frames[slot].rail = rail
+            address, key = rail.peer_slots
+            here = self._slots.outgoing(slot).ctypes.data
+            row = [
+                address + slot * SLOT_NBYTES,
+                key,
+                here,
+                nbytes,
+                self._slots.keys(rail.device)[0],
+            ]
+            item = self._frames[slot].item
+            if isinstance(item, Part):
+                item.transfer.ticket._mark("on wire")
+            self._path.post_frame(rail, slot, row, nbytes)
+
+    def _gather(self, slot: int, item: Part | Reply) -> None:
+        """On a copier thread."""
+        if isinstance(item, Part):
+            transfer, part = item
+            local, device = transfer.local[part], transfer.device()
+            header, body = frames.of_write(transfer, part)
+            verify = self._link.core.verify
+        else:
+            local, device = item.admitted.iov, item.admitted.device
+            body, verify = b"", item.verify
+            header = frames.of_reply(item.transfer, item.first, item.admitted)
+        buffer = self._slots.outgoing(slot)
+        head_nbytes = frames.HEADER_NBYTES + len(body)
+        start = bytes_begin(head_nbytes)
+        staged = buffer[start : start + header.nbytes]
+        try:
+            self._movers.gather(staged, local, device)
+        except DeviceError as error:
+            self._path.soon(functools.partial(self._not_gathered, slot, error))
+            return
+        if verify:
+            # No processor reads a GPU's memory: there, what lies in the slot has to do.
+            crc = iovec.checksum(local if device < 0 else _whole(staged))
+            header = header._replace(flags=header.flags | frames.HAS_CRC, crc=crc)
+        buffer[:head_nbytes] = np.frombuffer(frames.encode(header) + body, np.uint8)
+        if isinstance(item, Part):
+            item.transfer.ticket._mark_staged("gathered", header.nbytes)
+        self._path.soon(functools.partial(self._ready, slot, start + header.nbytes))
+
+    def _ready(self, slot: int, nbytes: int) -> None:
+        self._gathered.append((slot, nbytes))
+        self.advance()
+
+    def _not_gathered(self, slot: int, error: DeviceError) -> None:
+        """A frame that cannot be filled is not sent, and so not answered."""
+        frame = self._frames[slot]
+        frame.answered = True
+        if isinstance(frame.item, Part):
+            frame.item.transfer.stop(error)
+            frame.item.transfer.end(0)
+        else:
+            self._refuse_reply(frame.item, "DeviceError", error)
+        self._leave(frame)
+        self._settle(slot, frame)
+
+    def left(self, slot: int) -> None:
+        """A frame's bytes are in the peer's slot."""
+        frame = self._frames[slot]
+        self._leave(frame)
+        self._settle(slot, frame)
+
+    def acknowledged(self, message: Acknowledge) -> None:
+        """The peer has placed a frame of a write."""
+        frame = self._frames.get(-1 if message.slot is None else message.slot)
+        if (
+            frame is None
+            or frame.answered
+            or not isinstance(frame.item, Part)
+            or frame.item.transfer.id != message.transfer
+        ):
+            self._link.fail(answer_to_nothing())
+            return
+        frame.answered = True
+        frame.item.transfer.end(message.nbytes)
+        self._settle(message.slot or 0, frame)
+
+    def freed(self, slot: int) -> None:
+        """The peer has taken a frame apart that needs no further answer, or has refused it."""
+        frame = self._frames.get(slot)
+        if frame is None or frame.answered:
+            self._link.fail(answer_to_nothing())
+            return
+        frame.answered = True
+        self._settle(slot, frame)
+
+    def expects_refusal(self, message: Refuse) -> bool:
+        """Whether a refusal is an answer to anything. On the progress thread."""
+        if self._reads.pop((message.transfer, message.first), None) is not None:
+            return True
+        return any(
+            isinstance(frame.item, Part)
+            and frame.item.transfer.id == message.transfer
+            and not frame.answered
+            for frame in list(self._frames.values())
+        )
+
+    def lost(self, slot: int, error: EngineError) -> None:
+        """A frame's rail broke before it left: the peer's word decides whether it arrived."""
+        frame = self._frames[slot]
+        if isinstance(frame.item, Part):
+            frame.item.transfer.stop(error)
+        else:
+            self._refuse_reply(frame.item, "RailError", error)
+        self._leave(frame)
+        self._settle(slot, frame)
+
+    def rail_closed(self, rail: Rail) -> None:
+        """The peer has dealt with all that came over a rail: what it did not answer never came."""
+        for slot, frame in list(self._frames.items()):
+            if frame.rail is rail and frame.left and not frame.answered:
+                frame.answered = True
+                if isinstance(frame.item, Part):
+                    frame.item.transfer.end(0)
+                self._settle(slot, frame)
+        self.advance()
+
+    def _refuse_reply(self, reply: Reply, kind: str, error: EngineError) -> None:
+        """The reader learns that its bytes are lost. They may have come all the same: then the
+        refusal answers nothing that is still asked, and is passed over."""
+        self._link.send(Refuse(reply.transfer, kind, error.message, reply.first))
+
+    def _leave(self, frame: _Frame) -> None:
+        if frame.left:
+            return
+        frame.left = True
+        if isinstance(frame.item, Part):
+            frame.item.transfer.end(0)
+        else:
+            frame.item.admitted.release()
+
+    def _settle(self, slot: int, frame: _Frame) -> None:
+        if frame.left and frame.answered:
+            del self._frames[slot]
+            self._free.append(slot)
+            self.advance()
+
+    def close(self) -> None:
+        """The link is down and no thread copies: ends the use of memory that peers wanted."""
+        for item in self._waiting:
+            if isinstance(item, Reply):
+                item.admitted.release()
+        for frame in self._frames.values():
+            if isinstance(frame.item, Reply) and not frame.left:
+                frame.item.admitted.release()
+        self._movers.close()
+
+    # Receiving.
+
+    def arrived(self, rail: Rail, slot: int, nbytes: int) -> None:
+        """A frame has come."""
+        if slot >= NUM_SLOTS or not frames.HEADER_NBYTES <= nbytes <= SLOT_NBYTES:
+            self._link.fail(
+                ProtocolError(f"{nbytes} bytes came in slot {slot}", operation="receive")
+            )
+            return
+        self._scattering[rail.number] = self._scattering.get(rail.number, 0) + 1
+        self._path.copy(functools.partial(self._take_apart, rail, slot, nbytes))
+
+    def scattering(self, rail: Rail) -> bool:
+        """Whether frames that came over this rail are being taken apart."""
+        return self._scattering.get(rail.number, 0) > 0
+
+    def _take_apart(self, rail: Rail, slot: int, nbytes: int) -> None:
+        """On a copier thread."""
+        try:
+            data = self._slots.incoming(slot)[:nbytes]
+            header = frames.decode(data[: frames.HEADER_NBYTES].tobytes())
+            if header.kind == frames.WRITE:
+                self._place_write(slot, data, header)
+            else:
+                self._place_read(slot, data, header)
+        except LinkError as error:
+            self._link.fail(error)
+        finally:
+            self._path.soon(functools.partial(self._taken, rail))
+
+    def _taken(self, rail: Rail) -> None:
+        self._scattering[rail.number] -= 1
+        self._path.settle(rail)
+
+    def _place_write(self, slot: int, data: Any, header: frames.Header) -> None:
+        link = self._link
+        first = frames.HEADER_NBYTES + header.table * tables.REGION_ROW.itemsize
+        stop = first + header.num_pieces * tables.PIECE_ROW.itemsize
+        start = bytes_begin(stop)
+        _check_size(len(data), start + header.nbytes)
+        # Out of the slot before they are checked: the peer could change them there.
+        regions, pieces = data[frames.HEADER_NBYTES : first].tobytes(), data[first:stop].tobytes()
+        imm = header.imm if header.flags & frames.HAS_IMM else None
+        try:
+            admitted = tables.admit(link.core.regions, regions, pieces, staged=True)
+        except LinkError:
+            raise
+        except EngineError as error:
+            link.reject(header.transfer, imm, error)
+            link.send(SlotFree(slot))
+            return
+        try:
+            _check_size(admitted.nbytes, header.nbytes)
+            failure = self._place(data[start:], header, admitted.iov, admitted.device, imm)
+        finally:
+            admitted.release()
+        if failure is not None:
+            link.reject(header.transfer, imm, failure)
+            link.send(SlotFree(slot))
+            return
+        if imm is not None:
+            link.count(imm, header.nbytes, 0, staged=True)
+        link.send(Acknowledge(header.transfer, header.nbytes, slot))
+
+    def _place_read(self, slot: int, data: Any, header: frames.Header) -> None:
+        start = bytes_begin(frames.HEADER_NBYTES)
+        _check_size(len(data), start + header.nbytes)
+        entry = self._reads.pop((header.transfer, header.table), None)
+        self_nbytes = header.nbytes
+        if entry is None:
+            # Its rail broke and the peer refused it, then it came after all: nobody waits for it.
+            self._link.send(SlotFree(slot))
+            return
+        transfer, part = entry
+        local = transfer.local[part]
+        _check_size(int(transfer.nbytes[part].sum()), self_nbytes)
+        failure = self._place(data[start:], header, local, transfer.device(), None)
+        self._link.send(SlotFree(slot))
+        if failure is not None:
+            transfer.stop(failure)
+        else:
+            transfer.ticket._mark("first byte")
+            transfer.ticket._mark_staged("scattered", self_nbytes)
+        transfer.end(0 if failure is not None else self_nbytes)
+
+    def _place(
+        self,
+        staged: Any,
+        header: frames.Header,
+        pieces: iovec.Iovec,
+        device: int,
+        imm: int | None,
+    ) -> EngineError | None:
+        """Puts a frame's bytes where they belong; the error if that fails or they are not what was
+        sent. A checksum is that of host memory, or of what goes to a GPU."""
+        checked, on_gpu = header.flags & frames.HAS_CRC, device >= 0
+        if checked and on_gpu and iovec.checksum(_whole(staged)) != header.crc:
+            return checksum_mismatch(self._link.peer.name, imm)
+        try:
+            self._movers.scatter(staged, pieces, device)
+        except DeviceError as error:
+            return error
+        if checked and not on_gpu and iovec.checksum(pieces) != header.crc:
+            return checksum_mismatch(self._link.peer.name, imm)
+        return None
+
+
+def even_limit(total_nbytes: int, rails: int) -> int:
+    """At most how many bytes a frame of a transfer has: so that every rail carries as much, and one
+    frame is gathered while another is on the wire."""
+    few_nbytes = max(-(-total_nbytes // FEWEST_FRAMES), FULL_NBYTES // 4)
+    limit_nbytes = min(few_nbytes, FULL_NBYTES)
+    if rails < 2 or total_nbytes <= MIN_SHARE_NBYTES:
+        return limit_nbytes
+    rounds = -(-total_nbytes // (rails * limit_nbytes))
+    return -(-total_nbytes // (rails * rounds))
+
+
+def _whole(staged: Any) -> iovec.Iovec:
+    return iovec.one(staged.ctypes.data, len(staged))
+
+
+def _check_size(nbytes: int, announced_nbytes: int) -> None:
+    if nbytes != announced_nbytes:
+        raise ProtocolError(
+            f"a frame announces {announced_nbytes} bytes but has {nbytes}", operation="receive"
+        )
+
+
+def _cut(transfer: Transfer) -> None:
+    """Cuts a transfer's pieces to what a frame takes. Nothing of it has begun."""
+    if int(transfer.nbytes.max()) <= PIECE_NBYTES:
+        return
+    row, begin, nbytes = cuts(transfer.nbytes, PIECE_NBYTES)
+    transfer.local = iovec.make(transfer.local[row, 0].astype(np.int64) + begin, nbytes)
+    transfer.nbytes = nbytes
+    transfer.remote_index = transfer.remote_index[row]
+    transfer.remote_offset = transfer.remote_offset[row] + begin

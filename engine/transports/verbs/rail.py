@@ -1,0 +1,202 @@
+"""A rail: one device here, one at the peer, and the queue pairs between them.
+
+A rail is opened, used and taken out as a whole. Its epoch says how often it has been opened, so that
+a message about an earlier life is not taken for one about this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from ...errors import RailError, TransportUnavailable
+from . import cards as verbs_cards
+from .cards import RailCard
+from .queue_pair import RECEIVE_DEPTH, SEND_DEPTH, QueuePair
+
+if TYPE_CHECKING:
+    from .device import Device
+    from .slots import Slots
+
+POLL_AT_ONCE = 64
+FLUSH_S = 0.2  # a device takes microseconds to flush a stopped queue; one that is gone never does
+
+
+class Rail:
+    """One end of one rail. Its link's thread uses it; `stop` and `poll` are for any thread.
+
+    Attributes:
+        number: the same at both ends.
+        nic: position of its device among this end's.
+        device: which it is.
+        up: both ends are connected.
+        mtu: the verbs' code of the packets that the two ends agreed on.
+        error: why it is out; None while it is not.
+        staged, direct: its queue pairs.
+        sent_nbytes, received_nbytes: over all its lives.
+    """
+
+    def __init__(self, number: int, nic: int, device: Device, slots: Slots, queues: int) -> None:
+        self.number = number
+        self.nic = nic
+        self.device = device
+        self.epoch = 0
+        self.up = False
+        self.error: RailError | None = None
+        self.mtu = 1
+        self.peer_nic = 0
+        self.peer_slots = (0, 0)
+        self.sent_nbytes = 0
+        self.received_nbytes = 0
+        self.open = False
+        self.fd = -1
+        self._slots = slots
+        self._num_queues = queues
+        self._lock = threading.Lock()
+        self._channel: Any = None
+        self._completions: Any = None
+        self.staged: QueuePair | None = None
+        self.direct: list[QueuePair] = []
+
+    @property
+    def name(self) -> str:
+        """For people: number and device."""
+        return f"{self.number} ({self.device.name})"
+
+    @property
+    def queues(self) -> list[QueuePair]:
+        """All queue pairs, the staged path's first."""
+        return [self.staged, *self.direct] if self.staged is not None else []
+
+    def create(self) -> None:
+        """Makes the queue pairs, not connected yet.
+
+        Raises:
+            TransportUnavailable: the device does not give them.
+        """
+        library = self.device.library
+        self.device.acquire()
+        self.open = True
+        self.error = None
+        try:
+            pad = (self._slots.address, self._slots.keys(self.device)[0])
+            depth = (1 + self._num_queues) * (SEND_DEPTH + RECEIVE_DEPTH)
+            self._channel, self.fd = self.device.channel()
+            self._completions = library.cq.CQ(self.device.context, depth, None, self._channel)
+            pairs = [
+                QueuePair(self.device, self._completions, pad=pad)
+                for _ in range(1 + self._num_queues)
+            ]
+        except library.error as error:
+            self.close()
+            raise TransportUnavailable(
+                f"RDMA device {self.device.name} gives no queue pair: {error}", operation="connect"
+            ) from error
+        self.staged, *self.direct = pairs
+
+    def card(self) -> RailCard:
+        """What the peer needs to connect its end."""
+        nic = self.device.nic
+        return RailCard(
+            rail=self.number,
+            epoch=self.epoch,
+            nic=self.nic,
+            device=nic.name,
+            link_layer=nic.link_layer,
+            lid=nic.lid,
+            mtu=self.device.mtu,
+            gids=verbs_cards.gid_cards(self.device.gids(), nic.link_layer),
+            queues=tuple(pair.card for pair in self.queues),
+            slots=self._slots.inbox,
+            slots_key=self._slots.keys(self.device)[1],
+        )
+
+    def connect(self, mine: RailCard, theirs: RailCard) -> None:
+        """Connects the queue pairs; they receive from now on.
+
+        Raises:
+            TransportUnavailable: the two ends do not reach each other.
+        """
+        if len(theirs.queues) != len(self.queues):
+            raise TransportUnavailable(
+                f"rail {self.number} has {len(self.queues)} queue pairs here and "
+                f"{len(theirs.queues)} at the peer",
+                operation="connect",
+            )
+        way = verbs_cards.route(mine, theirs)
+        try:
+            for pair, card in zip(self.queues, theirs.queues, strict=True):
+                pair.connect(way, card)
+            self._completions.req_notify()
+        except self.device.library.error as error:
+            raise TransportUnavailable(
+                f"rail {self.name} does not connect: {error}", operation="connect"
+            ) from error
+        self.mtu = way.mtu
+        self.peer_nic = theirs.nic
+        self.peer_slots = (theirs.slots, theirs.slots_key)
+
+    def poll(self) -> list[Any]:
+        """The completions that have come, up to a limit. From any thread."""
+        with self._lock:
+            if self._completions is None:
+                return []
+            completions: list[Any] = self._completions.poll(POLL_AT_ONCE)[1]
+            return completions
+
+    def arm(self) -> None:
+        """Asks for an event with the next completion. What came before it gives none."""
+        with self._lock:
+            if self._completions is not None:
+                with contextlib.suppress(self.device.library.error):  # `poll` finds out
+                    self._completions.req_notify()
+
+    def take_event(self) -> None:
+        """Takes the event that its descriptor announced."""
+        with self._lock, contextlib.suppress(self.device.library.error):
+            if self._completions is not None:
+                self._channel.get_cq_event(self._completions)
+                self._completions.ack_events(1)
+
+    def stop(self) -> None:
+        """Nothing is sent or received over it any more. From any thread."""
+        self.up = False
+        for pair in self.queues:
+            pair.stop()
+
+    def flushed(self) -> list[Any]:
+        """Of a stopped rail, the completions that are left, bounded in time: what arrived before it
+        stopped is counted, so that the two ends agree on it."""
+        left: list[Any] = []
+        deadline_s = time.monotonic() + FLUSH_S
+        receives = sum(pair.posted for pair in self.queues)
+        while receives > 0 and time.monotonic() < deadline_s and not self.device.lost:
+            try:
+                some = self.poll()
+            except self.device.library.error:
+                break
+            receives -= sum(1 for completion in some if completion.wr_id >> 62)
+            left += some
+        return left
+
+    def close(self) -> None:
+        """Gives everything back to the device. Safe to call twice."""
+        if not self.open:
+            return
+        self.open = False
+        self.up = False
+        for pair in self.queues:
+            pair.close()
+        self.staged, self.direct = None, []
+        with self._lock:
+            for thing in (self._completions, self._channel):
+                if thing is not None:
+                    with contextlib.suppress(self.device.library.error):
+                        thing.close()
+            self._completions = self._channel = None
+            self.fd = -1
+        if self.device.lost:
+            self._slots.release(self.device)
+        self.device.release()

@@ -1,0 +1,151 @@
+"""Staging of a verbs link: slots that hold one frame each, at both ends, and the copies in and out.
+
+A frame is what a tcp rail carries (`tcp_frames`): header, tables, bytes. It is put together in a
+slot here, written into the slot of the same number at the peer by one work request, checked and
+taken apart there. Whoever owns the bytes decides where they go, so a lying peer is refused as on
+tcp. The bytes begin at a multiple of 256, which a GPU's kernel reads and writes at its widest.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...memory import iovec
+from ...wire import frames as frames
+from ...wire.tables import MAX_REGIONS, PIECE_ROW, REGION_ROW
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from .device import Device
+
+    Bytes = npt.NDArray[np.uint8]
+
+# A frame costs both ends some 18,000 steps of a Python loop, whatever its size.
+NUM_SLOTS = 4
+FRAME_NBYTES = 2 << 20
+FRAME_PIECES = 4096
+PIECE_NBYTES = 64 << 10  # longer pieces are cut before they are staged
+BYTES_ALIGN_NBYTES = 256
+_PAGE_NBYTES = 4096
+_TABLES_NBYTES = MAX_REGIONS * REGION_ROW.itemsize + FRAME_PIECES * PIECE_ROW.itemsize
+SLOT_NBYTES = (
+    -(-(frames.HEADER_NBYTES + _TABLES_NBYTES + BYTES_ALIGN_NBYTES + FRAME_NBYTES) // _PAGE_NBYTES)
+    * _PAGE_NBYTES
+)
+SLOTS_NBYTES = 2 * NUM_SLOTS * SLOT_NBYTES  # of one end of a link
+TABLE_GRAIN_NBYTES = 16  # finer grids are left to the kernel
+_FEW = 16
+
+
+class Slots:
+    """The slots of one end of a link: half to send from, half to receive into.
+
+    Attributes:
+        address, nbytes: all of its memory, and one page more, which no peer reaches.
+        inbox: address of the half to receive into.
+        spare: address of that page.
+    """
+
+    def __init__(self) -> None:
+        half = NUM_SLOTS * SLOT_NBYTES
+        whole = np.empty(2 * half + 2 * _PAGE_NBYTES, np.uint8)
+        start = -whole.ctypes.data % _PAGE_NBYTES
+        self._memory: Bytes = whole[start : start + 2 * half]
+        self.address = int(self._memory.ctypes.data)
+        self.nbytes = 2 * half + _PAGE_NBYTES
+        self.inbox = self.address + half
+        self.spare = self.inbox + half
+        self._pinned: dict[Device, Any] = {}
+
+    def keys(self, device: Device) -> tuple[int, int]:
+        """The local and the remote key of the slots on a device; pins them there at first."""
+        if device not in self._pinned:
+            self._pinned[device] = device.pin(self.address, len(self._memory))
+        entry = self._pinned[device]
+        return entry.lkey, entry.rkey
+
+    def outgoing(self, slot: int) -> Bytes:
+        """The slot's bytes to send from."""
+        return self._memory[slot * SLOT_NBYTES : (slot + 1) * SLOT_NBYTES]
+
+    def incoming(self, slot: int) -> Bytes:
+        """The slot's bytes to receive into."""
+        return self.outgoing(NUM_SLOTS + slot)
+
+    def release(self, device: Device) -> None:
+        """Unpins the slots from a device that no rail uses any more."""
+        entry = self._pinned.pop(device, None)
+        if entry is not None:
+            try:
+                entry.close()
+            except device.library.error:
+                return  # the device is gone, and the registration with it
+
+    def close(self) -> None:
+        """Unpins the slots everywhere."""
+        for device in list(self._pinned):
+            self.release(device)
+
+
+def bytes_begin(head_nbytes: int) -> int:
+    """Where in a slot the bytes begin, behind a header and tables of this size."""
+    return -(-head_nbytes // BYTES_ALIGN_NBYTES) * BYTES_ALIGN_NBYTES
+
+
+def gather(into: Bytes, pieces: iovec.Iovec) -> None:
+    """Copies the pieces one after the other into a buffer of their size."""
+    grid = _grid(pieces)
+    if grid is None:
+        _copy(into, pieces, write=False)
+        return
+    rows, index, grain = grid
+    np.take(rows, index, axis=0, out=into.reshape(-1, grain), mode="clip")
+
+
+def scatter(out_of: Bytes, pieces: iovec.Iovec) -> None:
+    """Copies a buffer into the pieces, one after the other."""
+    grid = _grid(pieces)
+    if grid is None:
+        _copy(out_of, pieces, write=True)
+        return
+    rows, index, grain = grid
+    item = f"V{grain}"
+    rows.reshape(-1).view(item)[index] = out_of.view(item)
+
+
+def _grid(pieces: iovec.Iovec) -> tuple[Bytes, npt.NDArray[np.int64], int] | None:
+    """The memory that the pieces span as rows of one size, and the numbers of their rows in order;
+    None if they lie on no grid that is worth it."""
+    if len(pieces) < _FEW:
+        return None
+    addresses, nbytes = pieces[:, 0].astype(np.int64), pieces[:, 1].astype(np.int64)
+    first = int(addresses.min())
+    grain = int(np.gcd.reduce(np.concatenate((nbytes, addresses - first))))
+    if grain < TABLE_GRAIN_NBYTES:
+        return None
+    span = int((addresses + nbytes).max()) - first
+    rows = iovec.bytes_at(first, span).reshape(-1, grain)
+    index = (addresses - first) // grain
+    counts = nbytes // grain
+    if int(counts.max()) > 1:
+        starts = np.cumsum(counts) - counts
+        index = np.repeat(index - starts, counts) + np.arange(int(counts.sum()))
+    return rows, index, grain
+
+
+def _copy(buffer: Bytes, pieces: iovec.Iovec, *, write: bool) -> None:
+    """Copies between a buffer and pieces of any shape: the kernel walks them, or Python does."""
+    whole = iovec.one(buffer.ctypes.data, len(buffer))
+    try:
+        iovec.process_vm(os.getpid(), whole, pieces.copy(), len(buffer), write=write)
+    except OSError:  # a sandbox forbids the call: one by one, then
+        position = int(buffer.ctypes.data)
+        for address, nbytes in pieces.tolist():
+            there, here = (address, position) if write else (position, address)
+            ctypes.memmove(there, here, nbytes)
+            position += nbytes

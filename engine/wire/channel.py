@@ -1,0 +1,155 @@
+"""The control channel of one link: messages over a stream socket, both ways, and no thread waits.
+
+What the socket does not take at once is kept, and goes out from the progress thread when it can.
+What comes is decoded on the progress thread and handed on message by message.
+"""
+
+from __future__ import annotations
+
+import select
+import threading
+from typing import TYPE_CHECKING
+
+from ..errors import EngineError, PeerLost
+from . import messages as wire
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from ..runtime.progress import Progress
+    from .messages import LinkMessage
+
+MAX_UNSENT_NBYTES = 16 << 20
+RECEIVE_NBYTES = 1 << 18
+
+
+class ControlChannel:
+    """One link's control socket, which it owns.
+
+    `send` and `close` may be called from any thread. The rest is the progress thread's.
+
+    Args:
+        peer: its name, for errors.
+        fail: called with the error when the peer cannot be understood, or takes nothing.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        progress: Progress,
+        peer: str,
+        fail: Callable[[EngineError], None],
+    ) -> None:
+        self.closed = False
+        self._sock = sock
+        self._progress = progress
+        self._peer = peer
+        self._fail = fail
+        self._lock = threading.Lock()  # of the socket's end and of what is unsent
+        self._unsent = bytearray()
+        self._received = bytearray()
+
+    def start(
+        self,
+        *,
+        heard: Callable[[], None],
+        handle: Callable[[LinkMessage], None],
+        ended: Callable[[], None],
+    ) -> None:
+        """Begins to receive.
+
+        Args:
+            heard: called when anything has come.
+            handle: called with each message.
+            ended: called when everything that the peer said is read and no more will come.
+        """
+        self._heard, self._handle, self._ended = heard, handle, ended
+        self._sock.setblocking(False)
+        self._progress.watch(self._sock.fileno(), select.EPOLLIN, self._ready)
+
+    def send(self, message: LinkMessage) -> None:
+        """Sends a message; never blocks. On a closed channel it does nothing."""
+        data = wire.encode(message)
+        with self._lock:
+            if self.closed:
+                return
+            if not self._unsent:
+                try:
+                    done = self._sock.send(data)
+                except BlockingIOError:
+                    done = 0
+                except OSError:
+                    return  # the reading side finds out why, after what the peer still said
+                data = data[done:]
+            if data:
+                if not self._unsent:
+                    self._progress.change(self._sock.fileno(), select.EPOLLIN | select.EPOLLOUT)
+                self._unsent += data
+            overflow = len(self._unsent) > MAX_UNSENT_NBYTES
+        if overflow:
+            self._fail(
+                PeerLost(
+                    f"the peer has not taken {MAX_UNSENT_NBYTES} bytes of control messages",
+                    operation="send",
+                    peer=self._peer,
+                )
+            )
+
+    def take(self) -> bool:
+        """Handles what has come, up to a limit; False if there was nothing."""
+        try:
+            data = self._sock.recv(RECEIVE_NBYTES)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""
+        if not data:
+            self._ended()
+            return False
+        self._heard()
+        self._received += data
+        try:
+            messages = wire.decode_all(self._received)
+        except EngineError as error:
+            self._fail(error)
+            self._ended()  # nothing that comes after this can be understood
+            return False
+        for message in messages:
+            self._handle(message)
+        return True
+
+    def unwatch(self) -> None:
+        """Nobody looks at the socket any more, which stays open for a last word."""
+        self._progress.unwatch(self._sock.fileno())
+
+    def close(self) -> bool:
+        """Closes the socket; False if it was closed."""
+        with self._lock:
+            if self.closed:
+                return False
+            self.closed = True
+            self._progress.unwatch(self._sock.fileno())
+            self._sock.close()
+        return True
+
+    def _ready(self, events: int) -> None:
+        if events & select.EPOLLOUT:
+            self._flush()
+        if not events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
+            return
+        self.take()
+
+    def _flush(self) -> None:
+        with self._lock:
+            if self.closed:
+                return
+            try:
+                done = self._sock.send(self._unsent)
+            except BlockingIOError:
+                return
+            except OSError:
+                done = len(self._unsent)  # as in `send`
+            del self._unsent[:done]
+            if not self._unsent:
+                self._progress.change(self._sock.fileno(), select.EPOLLIN)

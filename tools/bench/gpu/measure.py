@@ -1,0 +1,590 @@
+"""Measures `cuda_ipc` between two processes on two GPUs. Needs torch, Triton, NumPy and msgspec:
+
+PYTHONPATH=src python3 -m kvferry.tools.bench.gpu.measure --json report.json
+
+Ratios are within one run: the ceiling is one contiguous copy between the two GPUs in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import cProfile
+import dataclasses
+import io
+import json
+import multiprocessing
+import platform
+import pstats
+import statistics
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from kvferry.engine.layout.kv_layout import KVLayout
+from kvferry.engine.memory.cuda_driver import driver
+from kvferry.engine.transfer_engine import TransferEngine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.connection import Connection
+
+    from kvferry.engine.link.link import Link
+    from kvferry.engine.memory.regions import RegisteredCache
+    from kvferry.engine.transfer.block_ids import UploadedIds
+    from kvferry.engine.transfer.plan import TransferPlan
+    from kvferry.engine.transfer.ticket import Ticket
+
+DIMS = "plane block dim"
+NUM_LAYERS, NUM_PLANES = 16, 2
+POOL_FACTOR = 4  # the pool holds so many times the blocks that move: the L2 stays cold
+TOTALS_NBYTES = (1 << 20, 64 << 20, 256 << 20, 1 << 30)
+PIECES_NBYTES = (1 << 10, 4 << 10, 16 << 10, 32 << 10, 64 << 10)
+CAPS = (8, 16, 24, 32, 48, 64, 132, 264, 528)
+LATENCIES = ((4 << 10, 4 << 10), (1 << 20, 32 << 10), (8 << 20, 32 << 10), (64 << 20, 32 << 10))
+SWEEP = ((4, 4), (8, 4), (8, 8), (16, 4), (16, 8), (16, 16), (32, 8), (32, 16), (64, 32))
+REPEATS = 20
+HOST_BLOCKS = (1, 32, 256, 1024)  # of 1 MiB each: 32 pieces
+HOST_CALLS = 300
+PING_PONGS = 60  # each of other blocks
+BATCHES = 7  # of ping-pongs; the first compiles the peer's kernel
+FLUSH_NBYTES = 256 << 20  # five times the L2 of an H200
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One shape: medians.
+
+    On the GPU, by events: one write, one of several in flight, one read of as many blocks, and one
+    contiguous copy of as many bytes in one process. By the host's clock: one write
+    until its ticket ends, until a thread of the peer that waits awake has seen its bytes and
+    answered, and its call alone. Block ids are uploaded before.
+    """
+
+    total_nbytes: int
+    piece_nbytes: int
+    gb_per_s: float
+    of_ceiling: float
+    streamed_gb_per_s: float
+    read_gb_per_s: float
+    copy_gb_per_s: float
+    alone_us: float
+    arrived_us: float
+    enqueue_us: float
+
+
+@dataclasses.dataclass(frozen=True)
+class HostCost:
+    """What one call takes the host, after the one before has ended: microseconds."""
+
+    ids: str
+    num_blocks: int
+    p50_us: float
+    p99_us: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `--json` writes."""
+
+    devices: list[str]
+    versions: dict[str, str]
+    ceiling_gb_per_s: float
+    mapped_gb_per_s: float  # one contiguous copy onto the other process's memory
+    rows: list[Row]
+    host: list[HostCost]
+    caps: list[tuple[int, float]]
+    one_way_us: list[tuple[int, float]]
+
+
+class WrongBytes(Exception):
+    """Bytes arrived wrong: no figure is worth printing."""
+
+
+def _tensors(
+    total_nbytes: int, piece_nbytes: int, device: int, *, random: bool, factor: int = POOL_FACTOR
+) -> Any:
+    rows = NUM_LAYERS * NUM_PLANES
+    num_ids = max(1, total_nbytes // (rows * piece_nbytes))
+    layers = NUM_LAYERS if total_nbytes >= rows * piece_nbytes else 1
+    shape = (NUM_PLANES if layers > 1 else 1, factor * num_ids, piece_nbytes // 8)
+    with torch.cuda.device(device):
+        tensors = [torch.zeros(shape, dtype=torch.int64, device="cuda") for _ in range(layers)]
+        for tensor in tensors if random else ():
+            tensor.random_()
+    return tensors, num_ids
+
+
+def _sums(tensor: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """A checksum of each of these blocks, `[plane, block]`: every word has an odd factor of its own,
+    so that no word that is wrong alone, or in another place, goes unseen."""
+    random = torch.Generator(tensor.device).manual_seed(1)
+    shape, where = tensor.shape[-1:], tensor.device
+    factors = torch.randint(-(1 << 62), 1 << 62, shape, generator=random, device=where) * 2 + 1
+    return (tensor[:, ids] * factors).sum(-1)
+
+
+def _blank_elsewhere(tensor: torch.Tensor, ids: torch.Tensor) -> bool:
+    """Whether all blocks but these are zero, as they were made."""
+    touched = tensor.any(-1)
+    touched[:, ids] = False
+    return not bool(touched.any())
+
+
+def _flush() -> None:
+    """Takes everything else out of the current GPU's L2, on the current stream."""
+    torch.empty(FLUSH_NBYTES, dtype=torch.uint8, device="cuda").zero_()
+
+
+def peer_main(pipe: Connection[Any, Any], device: int) -> None:
+    """The receiving process: does what it is told."""
+    torch.cuda.set_device(device)
+    engine = TransferEngine(transports=("cuda_ipc",), name="decode")
+    pipe.send(engine.address.encode())
+    link: Link | None = None
+    cache: RegisteredCache | None = None
+    tensors: list[torch.Tensor] = []
+    while True:
+        command, *arguments = pipe.recv()
+        if command == "stop":
+            engine.close()
+            return
+        if command == "accept":
+            link = engine.accept_link(arguments[0])
+            pipe.send(None)
+        elif command == "cache":
+            if cache is not None:
+                cache.deregister()
+            cache = None
+            total, piece, factor = arguments
+            tensors, _ = _tensors(total, piece, device, random=False, factor=factor)
+            torch.cuda.synchronize()
+            cache = engine.register_cache(KVLayout.from_tensors(tensors, DIMS), tensors)
+            pipe.send(cache.descriptor)
+        elif command == "expect":
+            tickets = [
+                engine.expect(engine.new_imm(), nbytes=arguments[0]) for _ in range(arguments[1])
+            ]
+            pipe.send([ticket.imm for ticket in tickets])
+            for ticket in tickets:
+                ticket.wait(spin=True)
+                pipe.send(None)
+        elif command == "sums":
+            ids = torch.from_numpy(arguments[0]).to(device)
+            blank = all(_blank_elsewhere(tensor, ids) for tensor in tensors)
+            pipe.send((blank, [_sums(tensor, ids).cpu().numpy() for tensor in tensors]))
+        elif command == "ping-pong":
+            assert link is not None
+            assert cache is not None
+            remote, turns, imms = arguments
+            mine = [engine.new_imm() for _ in turns]
+            plan = engine.plan(cache, remote)
+            link.prepare(plan)
+            uploaded = [link.upload_ids(plan, *ids) for ids in turns]
+            nbytes = plan.nbytes(len(turns[0][0]))
+            tickets = [engine.expect(imm, nbytes=nbytes) for imm in mine]
+            pipe.send(mine)
+            _ping_pong(link, plan, uploaded, imms, tickets, first=False)
+            pipe.send(None)
+
+
+def _ping_pong(
+    link: Link,
+    plan: TransferPlan,
+    turns: list[UploadedIds],
+    imms: list[int],
+    tickets: list[Any],
+    *,
+    first: bool,
+) -> float:
+    """Enqueues all turns, each of blocks that no other turn touches, behind a sleeping kernel and
+    out of a cold L2; microseconds of one way."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    last = None
+    with torch.cuda.stream(stream):
+        _flush()
+        if first:
+            # 0.1 s: both sides enqueue meanwhile.
+            torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
+            begin.record()
+        for ids, imm, ticket in zip(turns, imms, tickets, strict=True):
+            if first:
+                last = link.write_blocks(plan, ids, imm=imm, stream=stream)
+            ticket.wait_on(stream)
+            if not first:
+                last = link.write_blocks(plan, ids, imm=imm, stream=stream)
+        end.record()
+    stream.synchronize()
+    if last is not None:
+        last.wait(30)
+    return float(begin.elapsed_time(end)) * 1e3 / len(imms) / 2 if first else 0.0
+
+
+def _enqueued(move: Callable[..., Ticket], plan: TransferPlan, ids: Any, count: int) -> float:
+    """Seconds that transfers take on the GPU, all enqueued while it sleeps, by CUDA events."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(4_000_000 + 1_000_000 * count)  # type: ignore[no-untyped-call]
+        begin.record()
+        tickets = [move(plan, *ids, stream=stream) for _ in range(count)]
+        tickets[-1].wait_on(stream)
+        end.record()
+    for ticket in tickets:
+        ticket.wait()
+    stream.synchronize()
+    seconds: float = begin.elapsed_time(end) / 1e3
+    return seconds
+
+
+def ceiling(total_nbytes: int) -> float:
+    """GB/s of one contiguous copy between two GPUs in one process."""
+    src = torch.empty(total_nbytes, dtype=torch.uint8, device="cuda:0").random_()
+    dst = torch.empty(total_nbytes, dtype=torch.uint8, device="cuda:1")
+    seconds = []
+    for _ in range(REPEATS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(1_000_000)  # type: ignore[no-untyped-call]
+        begin.record()
+        dst.copy_(src, non_blocking=True)
+        end.record()
+        torch.cuda.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3)
+    return float(total_nbytes / statistics.median(seconds) / 1e9)
+
+
+class Bench:
+    """The sending process."""
+
+    def __init__(self, *, profile: bool = False) -> None:
+        self._profile = profile
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self._process = context.Process(target=peer_main, args=(theirs, 1), daemon=True)
+        self._process.start()
+        self._address = self.pipe.recv()
+
+    def call(self, *command: Any) -> Any:
+        self.pipe.send(command)
+        return self.pipe.recv()
+
+    def close(self) -> None:
+        self.pipe.send(("stop",))
+        self._process.join(10)
+
+    @contextlib.contextmanager
+    def engine(self, max_programs: int | None = None) -> Any:
+        with TransferEngine(
+            transports=("cuda_ipc",), name="prefill", max_programs=max_programs
+        ) as engine:
+            link = engine.connect(self._address, transport="cuda_ipc")
+            self.call("accept", engine.engine_id)
+            yield engine, link
+
+    def shape(
+        self,
+        engine: TransferEngine,
+        total_nbytes: int,
+        piece_nbytes: int,
+        factor: int = POOL_FACTOR,
+    ) -> Any:
+        remote = self.call("cache", total_nbytes, piece_nbytes, factor)
+        tensors, num_ids = _tensors(total_nbytes, piece_nbytes, 0, random=True, factor=factor)
+        torch.cuda.synchronize()
+        local = engine.register_cache(KVLayout.from_tensors(tensors, DIMS), tensors)
+        random = np.random.default_rng(total_nbytes + piece_nbytes)
+        ids = tuple(random.permutation(factor * num_ids)[:num_ids] for _ in range(2))
+        return tensors, local, engine.plan(local, remote), ids
+
+    def check(self, tensors: list[torch.Tensor], ids: Any) -> None:
+        """Compares every block that moved, and looks for bytes where none belong.
+
+        Raises:
+            WrongBytes: some arrived wrong, or elsewhere.
+        """
+        src, dst = (np.ascontiguousarray(side) for side in ids)
+        blank, there = self.call("sums", dst)
+        src_ids = torch.from_numpy(src).to(0)
+        for mine, theirs in zip(tensors, there, strict=True):
+            if not torch.equal(_sums(mine, src_ids).cpu(), torch.from_numpy(theirs)):
+                raise WrongBytes
+        if not blank:
+            raise WrongBytes
+
+    def row(
+        self,
+        engine: TransferEngine,
+        link: Link,
+        total: int,
+        piece: int,
+        top: float,
+        copy_speed: float,
+    ) -> Row:
+        tensors, local, plan, ids = self.shape(engine, total, piece)
+        nbytes = plan.nbytes(len(ids[0]))
+        link.prepare(plan)
+        link.write_blocks(plan, *ids).wait()
+        self.check(tensors, ids)
+        lists, ids = ids, (link.upload_ids(plan, *ids),)
+        in_flight = 8 if nbytes > 1 << 24 else 50
+        on_gpu, streamed = [], []
+        for _ in range(5):
+            streamed.append(_enqueued(link.write_blocks, plan, ids, in_flight) / in_flight)
+        for _ in range(REPEATS):
+            on_gpu.append(_enqueued(link.write_blocks, plan, ids, 1))
+        alone, enqueue = [], []
+        for _ in range(2 * REPEATS):
+            start_s = time.perf_counter()
+            ticket = link.write_blocks(plan, *ids)
+            enqueue.append(time.perf_counter() - start_s)
+            ticket.wait()
+            alone.append(time.perf_counter() - start_s)
+        arrived = []
+        self.pipe.send(("expect", nbytes, REPEATS))
+        for imm in self.pipe.recv():
+            start_s = time.perf_counter()
+            link.write_blocks(plan, *ids, imm=imm)
+            self.pipe.recv()
+            arrived.append(time.perf_counter() - start_s)
+        if self._profile and total == 1 << 20 and piece == 32 << 10:
+            self._show_profile(link, plan, ids)
+        self.check(tensors, lists)
+        read_s = self._read(engine, link, plan, tensors, lists)
+        alone_speed, speed = (nbytes / statistics.median(x) / 1e9 for x in (on_gpu, streamed))
+        local.deregister()
+        micros = [statistics.median(x) * 1e6 for x in (alone, arrived, enqueue)]
+        return Row(
+            nbytes,
+            piece,
+            alone_speed,
+            alone_speed / top,
+            speed,
+            nbytes / read_s / 1e9,
+            copy_speed,
+            *micros,
+        )
+
+    def _read(
+        self,
+        engine: TransferEngine,
+        link: Link,
+        written: TransferPlan,
+        tensors: list[torch.Tensor],
+        ids: Any,
+    ) -> float:
+        """Seconds of reading the blocks that were written into others of the same cache."""
+        there = ids[1]
+        here = np.random.default_rng(len(there)).permutation(tensors[0].shape[1])[: len(there)]
+        plan = engine.plan(written.remote, written.local)
+        link.prepare(plan)
+        uploaded = (link.upload_ids(plan, there, here),)
+        link.read_blocks(plan, *uploaded).wait()
+        self.check(tensors, (here, there))
+        return statistics.median(
+            _enqueued(link.read_blocks, plan, uploaded, 1) for _ in range(REPEATS)
+        )
+
+    def _show_profile(self, link: Link, plan: TransferPlan, ids: Any) -> None:
+        profile = cProfile.Profile()
+        for _ in range(200):
+            profile.enable()
+            ticket = link.write_blocks(plan, *ids)
+            profile.disable()
+            ticket.wait(60)
+        text = io.StringIO()
+        pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(28)
+        print(text.getvalue()[:4500])
+
+    def one_way(self, engine: TransferEngine, link: Link, total: int, piece: int) -> float:
+        """Microseconds from a stream here to one there, the median of several batches."""
+        _, local, plan, ids = self.shape(engine, total, piece, PING_PONGS)
+        link.prepare(plan)
+        num_ids = len(ids[0])
+        random = np.random.default_rng(total)
+        sides = [random.permutation(PING_PONGS * num_ids).reshape(-1, num_ids) for _ in range(4)]
+        here, there = (list(zip(*sides[i : i + 2], strict=True)) for i in (0, 2))
+        uploaded = [link.upload_ids(plan, *turn) for turn in here]
+        link.write_blocks(plan, uploaded[0]).wait()
+        nbytes = plan.nbytes(num_ids)
+        results = []
+        for _ in range(BATCHES):
+            imms = [engine.new_imm() for _ in here]
+            tickets = [engine.expect(imm, nbytes=nbytes) for imm in imms]
+            theirs = self.call("ping-pong", local.descriptor, there, imms)
+            results.append(_ping_pong(link, plan, uploaded, theirs, tickets, first=True))
+            self.pipe.recv()
+        local.deregister()
+        return statistics.median(results[1:])
+
+    def mapped(self, link: Link, engine: TransferEngine) -> float:
+        """GB/s of one contiguous copy, by the copy engine, onto the other process's memory."""
+        tensors, local, plan, _ = self.shape(engine, 256 << 20, 32 << 10)
+        region = plan.remote.regions[0]
+        there = link._path._mappings.address(0, region)  # type: ignore[attr-defined]
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        seconds = []
+        for _ in range(REPEATS):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record(stream)
+            driver().copy(0, there, tensors[0].data_ptr(), region.nbytes, stream.cuda_stream)
+            end.record(stream)
+            stream.synchronize()
+            seconds.append(begin.elapsed_time(end) / 1e3)
+        local.deregister()
+        return float(region.nbytes / statistics.median(seconds) / 1e9)
+
+    def host(self, engine: TransferEngine, link: Link) -> list[HostCost]:
+        """What calls take the host, by kind of ids, and the replay of a graph."""
+        tensors, local, plan, _ = self.shape(engine, 1 << 30, 32 << 10)
+        link.prepare(plan)
+        num_blocks = int(tensors[0].shape[1])
+        costs = []
+        for count in HOST_BLOCKS:
+            random = np.random.default_rng(count)
+            lists = tuple(random.permutation(num_blocks)[:count] for _ in range(2))
+            rows = tuple(torch.from_numpy(side).to(0) for side in lists)
+            kinds: dict[str, Any] = {
+                "NumPy": lists,
+                "GPU": rows,
+                "uploaded": (link.upload_ids(plan, *lists),),
+            }
+            for kind, ids in kinds.items():
+                seconds = []
+                for _ in range(HOST_CALLS):
+                    imm = engine.new_imm()  # the peer expects none of them
+                    start_s = time.perf_counter()
+                    ticket = link.write_blocks(plan, *ids, imm=imm)
+                    seconds.append(time.perf_counter() - start_s)
+                    ticket.wait()
+                costs.append(_cost(kind, count, seconds))
+        order = torch.tensor([0, HOST_BLOCKS[-1]], device=0)
+        with link.graph_write(plan, rows[0], rows[1], order) as write:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                write.launch()
+            seconds = []
+            for _ in range(HOST_CALLS):
+                torch.cuda.synchronize()
+                start_s = time.perf_counter()
+                graph.replay()
+                seconds.append(time.perf_counter() - start_s)
+            torch.cuda.synchronize()
+            costs.append(_cost("graph", HOST_BLOCKS[-1], seconds))
+        local.deregister()
+        return costs
+
+
+def _cost(kind: str, count: int, seconds: list[float]) -> HostCost:
+    micros = sorted(second * 1e6 for second in seconds)
+    return HostCost(kind, count, statistics.median(micros), micros[len(micros) * 99 // 100])
+
+
+def measure(*, quick: bool = False, profile: bool = False) -> Report:
+    """Runs everything.
+
+    Raises:
+        WrongBytes: a transfer did not move what it should.
+    """
+    top = ceiling(1 << 30)
+    print(f"contiguous copy, one process: {top:.1f} GB/s", flush=True)
+    torch.cuda.empty_cache()
+    rows, caps, latencies = [], [], []
+    bench = Bench(profile=profile)
+    with bench.engine() as (engine, link):
+        mapped = bench.mapped(link, engine)
+        print(f"contiguous copy onto the other process's memory: {mapped:.1f} GB/s", flush=True)
+        host = bench.host(engine, link)
+        for total in TOTALS_NBYTES if not quick else (1 << 20, 256 << 20):
+            copy_speed = ceiling(total)
+            for piece in PIECES_NBYTES:
+                row = bench.row(engine, link, total, piece, top, copy_speed)
+                rows.append(row)
+                ratios = [row.of_ceiling] + [
+                    speed / copy_speed for speed in (row.gb_per_s, row.read_gb_per_s)
+                ]
+                print(total >> 20, piece >> 10, [round(ratio, 3) for ratio in ratios], flush=True)
+        for total, piece in LATENCIES:
+            latencies.append((total, bench.one_way(engine, link, total, piece)))
+            print("one way", latencies[-1], flush=True)
+    for cap in CAPS if not quick else ():
+        with bench.engine(cap) as (engine, link):
+            caps.append((cap, bench.row(engine, link, 256 << 20, 32 << 10, top, top).gb_per_s))
+            print("cap", caps[-1], flush=True)
+    bench.close()
+    versions = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cuda": str(torch.version.cuda),
+    }
+    devices = [torch.cuda.get_device_name(i) for i in range(2)]
+    return Report(devices, versions, top, mapped, rows, host, caps, latencies)
+
+
+def sweep() -> None:
+    """Prints GB/s of 1 GiB and 256 MiB in 32 KiB blocks for several tunings of the kernel."""
+    from kvferry.kernels import copy
+    from kvferry.kernels.tiles import Tuning
+
+    kernel: Any = copy
+    default = kernel.default_tuning
+    bench = Bench()
+    with bench.engine() as (engine, link):
+        for total in (256 << 20, 1 << 30):
+            for tile_kib, warps in SWEEP:
+                tuning = Tuning(tile_kib << 10, warps)
+                kernel.default_tuning = lambda *_, _tuning=tuning, **__: _tuning
+                row = bench.row(engine, link, total, 32 << 10, 1.0, 1.0)
+                print(f"{total >> 20} MiB, tile {tile_kib} KiB, {warps} warps: {row.gb_per_s:.1f}")
+    kernel.default_tuning = default
+    bench.close()
+
+
+def show(report: Report) -> None:
+    """Prints the report as tables."""
+    print(f"{' and '.join(report.devices)}; {report.versions}")
+    print(f"ceiling, contiguous copy in one process: {report.ceiling_gb_per_s:.1f} GB/s")
+    print(f"the same onto the other process's memory: {report.mapped_gb_per_s:.1f} GB/s")
+    for cost in report.host:
+        print(
+            f"a call, {cost.ids} ids, {cost.num_blocks} blocks: p50 {cost.p50_us:.1f} us, "
+            f"p99 {cost.p99_us:.1f} us"
+        )
+    print(
+        f"{'bytes':>10} {'piece':>6} {'GB/s':>7} {'of top':>6} {'streamed':>8} {'read':>7} {'copy':>7} {'alone us':>9} {'arrived us':>10} {'enqueue us':>10}"
+    )
+    for row in report.rows:
+        print(
+            f"{row.total_nbytes >> 10:>8} K {row.piece_nbytes >> 10:>4} K {row.gb_per_s:7.1f} "
+            f"{row.of_ceiling:6.3f} {row.streamed_gb_per_s:8.1f} {row.read_gb_per_s:7.1f} {row.copy_gb_per_s:7.1f} {row.alone_us:9.1f} {row.arrived_us:10.1f} {row.enqueue_us:10.1f}"
+        )
+    for total, micros in report.one_way_us:
+        print(f"stream to stream, {total >> 10} KiB: {micros:.1f} us one way")
+    for cap, speed in report.caps:
+        print(f"at most {cap} programs: {speed:.1f} GB/s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--sweep", action="store_true")
+    options = parser.parse_args()
+    if torch.cuda.device_count() < 2:
+        sys.exit("two GPUs are needed")
+    if options.sweep:
+        sweep()
+        return
+    report = measure(quick=options.quick, profile=options.profile)
+    show(report)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(dataclasses.asdict(report), file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

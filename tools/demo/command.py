@@ -1,0 +1,116 @@
+"""`kvferry demo`: a model's KV cache goes from a prefill to a decode process; the tokens prove it."""
+
+from __future__ import annotations
+
+import enum
+import json
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from kvferry.tools.demo import devices as demo_devices
+from kvferry.tools.demo import run as demo_run
+from kvferry.tools.demo.events import Options
+from kvferry.tools.demo.progress import DemoProgress
+from kvferry.tools.demo.report import Collector
+
+TRANSPORTS = ("cma", "tcp")  # between host memories; with GPUs, cuda_ipc before them
+
+
+class DeviceChoice(str, enum.Enum):
+    """What `--device` takes."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class TransportChoice(str, enum.Enum):
+    """What `--transport` takes."""
+
+    all = "all"
+    cuda_ipc = "cuda_ipc"
+    cma = "cma"
+    tcp = "tcp"
+
+
+def demo(
+    transport: Annotated[
+        TransportChoice, typer.Option(help="Which transports carry the handoffs.")
+    ] = TransportChoice.all,
+    device: Annotated[
+        DeviceChoice,
+        typer.Option(help="Where the models compute; by itself on GPUs, if there are any."),
+    ] = DeviceChoice.auto,
+    prompts: Annotated[int, typer.Option(min=1, max=1024, help="How many prompts.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, max=1024, help="Greedy tokens a prompt.")] = 32,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    corrupt: Annotated[
+        bool,
+        typer.Option(
+            "--corrupt", help="Damage one received block a transport: tokens must differ."
+        ),
+    ] = False,
+) -> None:
+    """Hand a real model's KV cache from one process to another and compare the tokens.
+
+    With one GPU both processes use it, with more each has its own.
+
+    Exits 0 only if every token is that of the reference, which one process generates alone.
+    """
+    everything = transport is TransportChoice.all
+    console = Console(stderr=True)
+    try:
+        devices = demo_devices.choose(device.value)
+    except demo_devices.NoGpu as error:
+        _print_problem(console, str(error))
+        raise typer.Exit(1) from None
+    on_gpus = devices[0] != "cpu"
+    options = Options(
+        transports=(("cuda_ipc",) if on_gpus else ()) + TRANSPORTS
+        if everything
+        else (transport.value,),
+        devices=devices,
+        skip_unavailable=everything,
+        num_prompts=prompts,
+        num_tokens=tokens,
+        corrupt=corrupt,
+    )
+    collector = Collector(options)
+    started_s = time.monotonic()
+    try:
+        with DemoProgress(console, options) as progress:
+
+            def on_event(event: object) -> None:
+                collector.add(event)  # type: ignore[arg-type]
+                progress.show(event)  # type: ignore[arg-type]
+
+            demo_run.run(options, on_event)
+    except demo_run.DemoError as error:
+        _print_problem(console, str(error))
+        raise typer.Exit(1) from None
+    wall_s = time.monotonic() - started_s
+    if as_json:
+        typer.echo(json.dumps(collector.to_json(wall_s), indent=2))
+    else:
+        _print_report(Console(), collector, wall_s)
+    problems = collector.problems()
+    for problem in problems:
+        _print_problem(console, problem)
+    if problems:
+        raise typer.Exit(1)
+
+
+def _print_report(console: Console, collector: Collector, wall_s: float) -> None:
+    """The table and what goes with it, on standard output."""
+    console.print(collector.table())
+    for line in collector.lines(wall_s):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _print_problem(console: Console, problem: str) -> None:
+    """One line on standard error; a message's own brackets are no markup."""
+    console.print(Text.assemble(("kvferry demo: ", "bold red"), problem), soft_wrap=True)

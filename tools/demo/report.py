@@ -1,0 +1,199 @@
+"""What the demo found: tokens compared, bytes moved, and how long it took."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from kvferry.tools.demo.events import Finished, Generated, Prefilled, Received, Skipped
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvferry.tools.demo.events import Event, Options
+
+
+@dataclass(frozen=True)
+class TransportResult:
+    """One row of the table."""
+
+    transport: str
+    requests: int
+    tokens_compared: int
+    mismatches: int
+    nbytes: int
+    gb_per_s: float
+    p50_ms: float
+    p99_ms: float
+    share_of_prefill: float
+
+
+@dataclass
+class Collector:
+    """Keeps the events that the results are made of."""
+
+    options: Options
+    prefill_s: dict[int, float] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    received: dict[str, list[Received]] = field(default_factory=dict)
+    tokens: dict[str, dict[int, list[int]]] = field(default_factory=dict)
+    finished: dict[str, Finished] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def add(self, event: Event) -> None:
+        if isinstance(event, Prefilled):
+            self.prefill_s[event.prompt] = event.prefill_s
+            self.prompt_tokens += event.num_tokens
+        elif isinstance(event, Received):
+            self.received.setdefault(event.transport, []).append(event)
+        elif isinstance(event, Generated):
+            self.tokens.setdefault(event.path, {}).update(event.tokens)
+        elif isinstance(event, Finished):
+            self.finished[event.role] = event
+        elif isinstance(event, Skipped):
+            self.skipped[event.transport] = event.reason
+
+    def results(self) -> list[TransportResult]:
+        """One result a transport that ran, in the order of the options."""
+        return [
+            self._result(name, self.received[name])
+            for name in self.options.transports
+            if name in self.received
+        ]
+
+    def _result(self, transport: str, received: Sequence[Received]) -> TransportResult:
+        reference, decoded = self.tokens["reference"], self.tokens[transport]
+        latencies_s = sorted(one.latency_s for one in received)
+        nbytes, transfer_s = sum(one.nbytes for one in received), sum(latencies_s)
+        return TransportResult(
+            transport=transport,
+            requests=len(received),
+            tokens_compared=sum(len(tokens) for tokens in reference.values()),
+            mismatches=sum(
+                mismatches(tokens, decoded.get(prompt, [])) for prompt, tokens in reference.items()
+            ),
+            nbytes=nbytes,
+            gb_per_s=nbytes / transfer_s / 1e9,
+            p50_ms=percentile(latencies_s, 50) * 1e3,
+            p99_ms=percentile(latencies_s, 99) * 1e3,
+            share_of_prefill=transfer_s / sum(self.prefill_s.values()),
+        )
+
+    @property
+    def distinct_tokens(self) -> float:
+        """Distinct tokens of a reference answer, on average: one repeated token proves little."""
+        answers = self.tokens["reference"].values()
+        return sum(len(set(tokens)) for tokens in answers) / len(answers)
+
+    def problems(self) -> list[str]:
+        """Why the demo has to fail; empty when all is well."""
+        found = []
+        note = " (a block was damaged on purpose)" if self.options.corrupt else ""
+        results = self.results()
+        for result in results:
+            if result.mismatches:
+                found.append(
+                    f"{result.mismatches} of {result.tokens_compared} tokens over "
+                    f"{result.transport} differ from the reference{note}"
+                )
+            if result.requests != self.options.num_prompts:
+                found.append(
+                    f"{result.requests} of {self.options.num_prompts} requests arrived over "
+                    f"{result.transport}"
+                )
+            if self.options.corrupt and not result.mismatches:
+                found.append(f"the damage done on purpose went unnoticed over {result.transport}")
+        if not results:
+            found.append("no transport ran")
+        for role, pool in self.finished.items():
+            if pool.num_free != pool.num_blocks:
+                found.append(
+                    f"{role} leaked {pool.num_blocks - pool.num_free} of {pool.num_blocks} blocks"
+                )
+            if pool.stray_blocks:
+                found.append(f"{pool.stray_blocks} free blocks of {role} were written to")
+        return found
+
+    def to_json(self, wall_s: float) -> dict[str, Any]:
+        """Everything in plain types, times in the units of the names."""
+        return {
+            "transports": [dataclasses.asdict(result) for result in self.results()],
+            "skipped": self.skipped,
+            "prompts": self.options.num_prompts,
+            "prompt_tokens": self.prompt_tokens,
+            "prefill_s": sum(self.prefill_s.values()),
+            "distinct_tokens_an_answer": self.distinct_tokens,
+            "pools": {role: dataclasses.asdict(pool) for role, pool in self.finished.items()},
+            "devices": list(self.options.devices),
+            "corrupted_on_purpose": self.options.corrupt,
+            "problems": self.problems(),
+            "wall_s": wall_s,
+        }
+
+    def table(self) -> Table:
+        """A row a transport, for people."""
+        table = Table(
+            title="KV cache handed from process to process; p50 and p99 of one handoff",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
+        table.add_column("transport", no_wrap=True)
+        for heading in (
+            "requests",
+            "tokens\ncompared",
+            "mis-\nmatches",
+            "MB",
+            "GB/s",
+            "p50\nms",
+            "p99\nms",
+            "share of\nprefill",
+        ):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for result in self.results():
+            table.add_row(
+                result.transport,
+                str(result.requests),
+                f"{result.tokens_compared:,}",
+                f"[bold red]{result.mismatches:,}[/]" if result.mismatches else "[green]0[/]",
+                f"{result.nbytes / 1e6:,.1f}",
+                f"{result.gb_per_s:.2f}",
+                f"{result.p50_ms:.2f}",
+                f"{result.p99_ms:.2f}",
+                f"{result.share_of_prefill:.1%}",
+            )
+        return table
+
+    def lines(self, wall_s: float) -> list[str]:
+        """What the table leaves out, a sentence each."""
+        pools = ", ".join(
+            f"{role} {pool.num_free} of {pool.num_blocks}" for role, pool in self.finished.items()
+        )
+        strays = sum(pool.stray_blocks for pool in self.finished.values())
+        prefill, decode = self.options.devices
+        return [
+            f"prefill on {prefill}, decode on {decode}",
+            f"prefill: {len(self.prefill_s)} prompts, {self.prompt_tokens:,} tokens in "
+            f"{sum(self.prefill_s.values()):.1f} s",
+            f"answers: {self.options.num_tokens} tokens, {self.distinct_tokens:.1f} of them "
+            "distinct, on average",
+            f"blocks free at the end: {pools}; free blocks written to: {strays}",
+            f"total: {wall_s:.1f} s",
+        ]
+
+
+def mismatches(reference: Sequence[int], decoded: Sequence[int]) -> int:
+    """Positions at which two answers differ; a missing token differs."""
+    return sum(
+        position >= len(decoded) or token != decoded[position]
+        for position, token in enumerate(reference)
+    )
+
+
+def percentile(ordered: Sequence[float], percent: float) -> float:
+    """The nearest-rank percentile of sorted values."""
+    return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)]

@@ -1,0 +1,337 @@
+"""The demo's two processes: one computes prompts and their reference, one decodes what it is handed.
+
+Each batch of prompts goes through the same steps:
+
+1. prefill computes the prompts one by one into its pool and opens a handoff a transport for each;
+2. decode asks for each request over each transport, waits for its last byte, and imports it. Both
+   processes do nothing else meanwhile, so a handoff's latency is not that of the model;
+3. decode generates from what arrived, a transport after the other; prefill generates the reference
+   from caches that never left it, then starts on the next batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Literal
+
+from kvferry.tools.demo.events import (
+    Addresses,
+    Computed,
+    Connected,
+    Failed,
+    Finished,
+    Generated,
+    Prefilled,
+    Ready,
+    Received,
+    Skipped,
+    Started,
+    Step,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.connection import Connection
+
+    from kvferry.adapters.agent.agent import Agent
+    from kvferry.tools.demo.events import Options
+    from kvferry.tools.demo.pool import FragmentedPool
+
+    Role = Literal["prefill", "decode"]
+
+
+CONNECT_TIMEOUT_S = 20.0
+"""Both processes may share one core, with a model's start-up still on it."""
+
+
+class PeerGone(RuntimeError):
+    """The other worker closed its pipe or stayed silent."""
+
+
+def run_prefill(options: Options, parent: Connection, peer: Connection) -> None:
+    """Entry of the prefill process."""
+    _run("prefill", _prefill, options, parent, peer)
+
+
+def run_decode(options: Options, parent: Connection, peer: Connection) -> None:
+    """Entry of the decode process."""
+    _run("decode", _decode, options, parent, peer)
+
+
+def _run(
+    role: Role,
+    body: Callable[[Options, Connection, Connection], None],
+    options: Options,
+    parent: Connection,
+    peer: Connection,
+) -> None:
+    """Runs one worker; every failure becomes one event, then the process ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before torch: the same sums every time
+    try:
+        parent.send(Started(role, os.getpid()))
+        import torch
+
+        torch.set_num_threads(1)
+        device = options.devices[role == "decode"]
+        if device != "cpu":
+            torch.cuda.set_device(device)
+            _repeat_exactly()
+        body(options, parent, peer)
+    except Exception as error:
+        with contextlib.suppress(OSError):  # the parent may be gone: then nobody is left to tell
+            parent.send(Failed(role, f"{type(error).__name__}: {error}"))
+        # Not through the interpreter's exit: a thread that waits for a dead peer must not hold it.
+        os._exit(1)
+
+
+def _repeat_exactly() -> None:
+    """Leaves torch the one attention kernel for CUDA that gives the same bits every time.
+
+    With the others, equal caches gave other tokens in one of twelve batches on an H200.
+    """
+    import torch
+
+    torch.backends.cuda.enable_flash_sdp(enabled=False)
+    torch.backends.cuda.enable_mem_efficient_sdp(enabled=False)
+    torch.backends.cuda.enable_cudnn_sdp(enabled=False)
+    torch.backends.cuda.enable_math_sdp(enabled=True)
+
+
+def _end_with_parent() -> None:
+    """Ends this process with its parent, however that one ended."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _prefill(options: Options, parent: Connection, peer: Connection) -> None:
+    from kvferry.adapters.transformers import export_cache
+    from kvferry.tools.demo import model as demo_model
+
+    device = options.devices[0]
+    model = demo_model.make_model(device)
+    prompts = demo_model.make_prompts(options.num_prompts)
+    batches = demo_model.batches(options.num_prompts)
+    pool = _make_pool(
+        model, max(_num_blocks(prompts, batch) for batch in batches), seed=1, device=device
+    )
+    agents, unavailable = _make_agents("prefill", options, pool)
+    parent.send(Ready("prefill"))
+    peer.send(Addresses({name: agent.address for name, agent in agents.items()}, unavailable))
+    transports = _receive(peer, Connected, options).transports
+
+    for batch in batches:
+        caches, block_ids, handoffs = [], [], []
+        for prompt in batch:
+            started_s = time.perf_counter()
+            cache = demo_model.prefill(model, prompts[prompt])
+            _synchronize(device)
+            prefill_s = time.perf_counter() - started_s
+            ids = pool.allocate(len(prompts[prompt]))
+            export_cache(cache, pool.tensors, ids)
+            caches.append(cache)
+            block_ids.append(ids)
+            parent.send(Prefilled(prompt, len(prompts[prompt]), prefill_s))
+        for prompt, ids in zip(batch, block_ids, strict=True):
+            handoffs.append(
+                [
+                    agents[name].send(f"{name}-{prompt}", ids, timeout_s=options.deadline_s)
+                    for name in transports
+                ]
+            )
+        peer.send(Computed(batch))
+        for ids, of_prompt in zip(block_ids, handoffs, strict=True):
+            for handoff in of_prompt:
+                handoff.wait(options.deadline_s)
+                handoff.blocks_free.wait(options.deadline_s)
+            pool.free(ids)
+        _generate(model, prompts, batch, caches, "reference", options, parent)
+
+    _receive(peer, Finished, options)  # decode is done: no agent of ours is needed any more
+    _finish("prefill", agents, pool, parent)
+
+
+def _decode(options: Options, parent: Connection, peer: Connection) -> None:
+    from kvferry.adapters.transformers import import_cache
+    from kvferry.tools.demo import model as demo_model
+
+    device = options.devices[1]
+    model = demo_model.make_model(device)
+    prompts = demo_model.make_prompts(options.num_prompts)
+    longest = _num_blocks(prompts, range(len(prompts) - 1, len(prompts)))
+    pool = _make_pool(model, longest, seed=2, device=device)
+    agents, unavailable = _make_agents("decode", options, pool)
+    parent.send(Ready("decode"))
+    addresses: Addresses = _receive(peer, Addresses, options)
+    peers = _connect(agents, addresses, unavailable, options)
+    for name, reason in unavailable.items():
+        parent.send(Skipped(name, reason))
+    peer.send(Connected(tuple(peers)))
+    layer = model.config.num_hidden_layers // 2
+
+    for batch in demo_model.batches(options.num_prompts):
+        _receive(peer, Computed, options)
+        caches: dict[str, list[Any]] = {name: [] for name in peers}
+        for prompt in batch:
+            for name in peers:
+                ids = pool.allocate(len(prompts[prompt]))
+                _synchronize(device)  # the poison is in the blocks before anything else is
+                started_s = time.perf_counter()
+                handoff = agents[name].receive(
+                    f"{name}-{prompt}", peers[name], ids, timeout_s=options.deadline_s
+                )
+                nbytes = handoff.wait(options.deadline_s)
+                latency_s = time.perf_counter() - started_s
+                if options.corrupt and prompt == options.num_prompts // 2:
+                    pool.flip_bits(int(ids[(len(ids) - 1) // 2]), layer)
+                caches[name].append(
+                    import_cache(pool.tensors, ids, len(prompts[prompt]), config=model.config)
+                )
+                handoff.blocks_free.wait(options.deadline_s)
+                pool.free(ids)
+                parent.send(Received(name, prompt, nbytes, latency_s))
+        for name in peers:
+            _generate(model, prompts, batch, caches.pop(name), name, options, parent)
+
+    finished = _finish("decode", agents, pool, parent)
+    peer.send(finished)
+
+
+def _generate(
+    model: Any,
+    prompts: list[list[int]],
+    batch: range,
+    caches: list[Any],
+    path: str,
+    options: Options,
+    parent: Connection,
+) -> None:
+    """Generates a batch and tells the parent, a step at a time and then the tokens."""
+    from kvferry.tools.demo import model as demo_model
+
+    tokens = demo_model.generate(
+        model,
+        [prompts[prompt] for prompt in batch],
+        caches,
+        options.num_tokens,
+        lambda: parent.send(Step(path, len(batch))),
+    )
+    parent.send(Generated(path, dict(zip(batch, tokens, strict=True))))
+
+
+def _make_agents(
+    role: Role, options: Options, pool: FragmentedPool
+) -> tuple[dict[str, Agent], dict[str, str]]:
+    """An agent for each transport, all of them on the one pool; and why some have none."""
+    from kvferry.adapters.agent.agent import Agent
+    from kvferry.engine.errors import TransportUnavailable
+
+    agents, unavailable = {}, {}
+    for name in options.transports:
+        try:
+            agents[name] = Agent(
+                name=f"{role}-{name}",
+                role=role,
+                layout=pool.layout,
+                tensors=pool.tensors,
+                transports=(name,),
+            )
+        except TransportUnavailable as error:
+            if not options.skip_unavailable:
+                raise
+            unavailable[name] = error.message
+    return agents, unavailable
+
+
+def _connect(
+    agents: dict[str, Agent],
+    addresses: Addresses,
+    unavailable: dict[str, str],
+    options: Options,
+) -> dict[str, str]:
+    """Connects agents to their peers: the peer's name by transport, of those that work.
+
+    Adds to `unavailable` those that do not.
+
+    Raises:
+        TransportUnavailable: a transport that was asked for, or every one, does not work.
+    """
+    from kvferry.control.errors import HelloRefused
+    from kvferry.engine.errors import TransportUnavailable
+
+    peers = {}
+    for name, agent in agents.items():
+        if name not in addresses.agents:
+            continue
+        try:
+            peers[name] = agent.connect(addresses.agents[name], CONNECT_TIMEOUT_S)
+        except (TransportUnavailable, HelloRefused) as error:  # refused: there can be no link
+            if not options.skip_unavailable:
+                raise
+            unavailable[name] = error.message
+    unavailable.update(addresses.unavailable)
+    if not peers:
+        raise TransportUnavailable(
+            "; ".join(f"{name}: {why}" for name, why in unavailable.items()), operation="connect"
+        )
+    return peers
+
+
+def _make_pool(model: Any, blocks_in_use: int, *, seed: int, device: str) -> FragmentedPool:
+    """A pool with room to scatter: three times the blocks that are ever held together."""
+    from kvferry.tools.demo.pool import FragmentedPool
+
+    return FragmentedPool(model.config, 3 * blocks_in_use, seed=seed, device=device)
+
+
+def _synchronize(device: str) -> None:
+    """Waits for what this process has enqueued on its GPU, if it has one."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+def _num_blocks(prompts: list[list[int]], batch: range) -> int:
+    """How many blocks the prompts of a batch fill."""
+    from kvferry.adapters.transformers import blocks_for
+    from kvferry.tools.demo.pool import TOKENS_PER_BLOCK
+
+    return sum(blocks_for(len(prompts[prompt]), TOKENS_PER_BLOCK) for prompt in batch)
+
+
+def _receive(peer: Connection, kind: Any, options: Options) -> Any:
+    """The other worker's next message, which must be a `kind`.
+
+    Raises:
+        PeerGone: it ended, or said nothing for `options.deadline_s`.
+    """
+    try:
+        if not peer.poll(options.deadline_s):
+            raise PeerGone(f"the other process was silent for {options.deadline_s:.0f} s")
+        message = peer.recv()
+    except (EOFError, ConnectionResetError) as error:
+        raise PeerGone("the other process ended") from error
+    if not isinstance(message, kind):
+        raise PeerGone(f"the other process sent {message!r} instead of {kind.__name__}")
+    return message
+
+
+def _finish(
+    role: Role, agents: dict[str, Agent], pool: FragmentedPool, parent: Connection
+) -> Finished:
+    """Closes the agents, looks the pool over, and tells the parent."""
+    for agent in agents.values():
+        agent.close()
+    finished = Finished(role, pool.num_blocks, pool.num_free, pool.stray_blocks())
+    parent.send(finished)
+    return finished
