@@ -8,7 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 DECISIONS = ROOT / "docs" / "decisions"
-FOLDERS = "engine control kernels adapters tools tests docs deploy examples".split()
+CODE = ("engine", "control", "kernels", "adapters", "tools")
+FOLDERS = (*CODE, "tests", "docs", "deploy", "examples")
 TEXT = {".py", ".md", ".toml", ".yaml", ".js", ".html", ".css", ".sh", ".service", ""}
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *DECISIONS.glob("*.md")]
 
