@@ -33,7 +33,7 @@ test-gpu: venv ## the tests that need CUDA devices; each skip says why
 	@$(BIN)/pytest -m "gpu and not soak" -rs $(ARGS)
 
 test-vllm: venv ## the vLLM connector on pairs of real engines, all of them (minutes)
-	@$(BIN)/pytest -rs -m "soak or not soak" tests/adapters/test_vllm_*.py $(ARGS)
+	@$(BIN)/pytest -rs -m "soak or not soak" tests/adapters/vllm $(ARGS)
 
 test-rdma: venv ## the whole verbs suite, in a virtual machine with RDMA devices (many minutes)
 	@KVFERRY_REQUIRE_TOOLS=1 $(BIN)/pytest -q -m "rdma and (soak or not soak)" tests/tools/test_rdma_suite.py $(ARGS)

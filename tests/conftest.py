@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +21,8 @@ from kvferry.engine.transports.verbs import path as verbs
 from kvferry.engine.transports.verbs import queue_pair as verbs_qp
 from kvferry.engine.transports.verbs import topology
 from kvferry.engine.transports.verbs.device import NICS_VARIABLE
+from tests.support import shuffle
+from tests.support.child import Child
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -45,12 +46,6 @@ if "KVFERRY_TEST_TRANSPORTS" in os.environ:  # only these, with commas between t
     _wanted = os.environ["KVFERRY_TEST_TRANSPORTS"].split(",")
     TRANSPORTS = {name: entry for name, entry in TRANSPORTS.items() if name in _wanted}
 
-if TYPE_CHECKING:
-    from tests import shuffle
-    from tests.child import Child
-else:  # beside this file: `pythonpath` in pyproject.toml
-    import shuffle
-    from child import Child
 
 shuffle.install()
 
@@ -58,7 +53,6 @@ SENTINEL = 0xA5
 # How long a peer may take for a command: reached only when something hangs. Soft RDMA devices are in
 # emulated machines, where starting Python takes a minute on a busy host.
 ANSWER_S = 150.0 if "verbs" in TRANSPORTS else 30.0
-ROOT = Path(__file__).parent.parent
 
 
 class Peer(Child):
@@ -66,10 +60,10 @@ class Peer(Child):
 
     def __init__(self, *, launcher: Sequence[str] = (), **options: Any) -> None:
         """Starts the peer, by way of the command `launcher`, with these options of its engine; with
-        `interpreted_gpu`, which imports torch and Triton, it has a GPU (`engine/interpreted_gpu.py`).
+        `interpreted_gpu`, which imports torch and Triton, it has a GPU (`support/interpreted_gpu.py`).
         """
         super().__init__(
-            ROOT / "tests" / "peer_process.py",
+            "tests.support.peer_process",
             json.dumps(options),
             answer_s=4 * ANSWER_S if "interpreted_gpu" in options else ANSWER_S,
             launcher=launcher,

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
 DECISIONS = ROOT / "docs" / "decisions"
 CODE = ("engine", "control", "kernels", "adapters", "tools")
 FOLDERS = (*CODE, "tests", "docs", "deploy", "examples")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
+from tests import ROOT
+
+README = ROOT / "README.md"
 
 
 def test_the_example_of_the_readme_runs() -> None:

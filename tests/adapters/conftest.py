@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from kvferry.engine.staging.thresholds import NEVER_DIRECT, Paths
 from kvferry.engine.transfer_engine import TransferEngine
-from kvferry.tools.pinned import CannotInstall
-from kvferry.tools.vllm_cpu.environment import ensure
-
-from .agent_process import Cache, Gate
-from .agents import TRANSPORTS, Local, Remote
-from .vllm_servers import run_nicely
-from .vllm_steps import make_worker
+from tests.support.agent_process import Cache, Gate
+from tests.support.agents import TRANSPORTS, Local, Remote
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from kvferry.adapters.vllm.worker import WorkerSide
-    from tests.needs import lack
-else:
-    from needs import lack  # in the folder above: `pythonpath` in pyproject.toml
 
 
 @pytest.fixture(params=TRANSPORTS)
@@ -98,40 +87,3 @@ def gate() -> Iterator[Gate]:
     gate = Gate()
     yield gate
     gate.open()
-
-
-@pytest.fixture
-def new_worker(transport: str) -> Iterator[Callable[..., WorkerSide]]:
-    """Starts workers of the vLLM connector, each of one rank; see `make_worker`."""
-    made: list[WorkerSide] = []
-
-    def make(*arguments: Any, **options: Any) -> WorkerSide:
-        made.append(make_worker(*arguments, transport=transport, **options))
-        return made[-1]
-
-    yield make
-    for worker in made:
-        worker.close()
-
-
-@pytest.fixture(scope="session")
-def vllm_python() -> str:
-    """The Python of an environment with vLLM for CPUs."""
-    try:
-        return str(ensure())
-    except CannotInstall as error:
-        lack(f"vLLM cannot be installed here: {error}")
-
-
-@pytest.fixture(scope="session")
-def model(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """Makes a model of that kind, once."""
-
-    @functools.cache
-    def make(kind: str) -> str:
-        folder = tmp_path_factory.mktemp(kind)
-        command = [vllm_python, "-m", "kvferry.tools.vllm_cpu.models", str(folder), kind]
-        run_nicely(command, folder / "log.txt")
-        return str(folder)
-
-    return make

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 from msgspec import inspect
 
-from tests.daemon_process import ROOT
+from tests import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

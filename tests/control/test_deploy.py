@@ -17,8 +17,8 @@ from kvferry.control.curve import new_pair
 from kvferry.control.daemon.settings import Settings, load_keys, read_settings
 from kvferry.control.errors import ConfigError, InsecureAddress
 from kvferry.control.keys import Keys, write_keys
-from tests.daemon_process import ROOT
-from tests.needs import lack
+from tests import ROOT
+from tests.support.requirements import lack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

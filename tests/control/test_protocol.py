@@ -21,7 +21,8 @@ from kvferry.engine.memory import cuda_export as cuda_memory
 from kvferry.engine.memory import regions as memory
 from kvferry.engine.transports.verbs import cards as verbs_cards
 from kvferry.engine.wire import messages as wire
-from tests.daemon_process import ROOT, DaemonProcess
+from tests import ROOT
+from tests.support.daemon_process import DaemonProcess
 
 from .protocol_document import (
     TEXT,

@@ -6,17 +6,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
-if TYPE_CHECKING:
-    from tests.shuffle import VARIABLE, Shuffler
-else:
-    from shuffle import VARIABLE, Shuffler
+from tests import ROOT
+from tests.support.shuffle import VARIABLE, Shuffler
 
-ROOT = Path(__file__).parent.parent.parent
 PATIENCE_S = 400.0
 
 
@@ -34,11 +29,20 @@ def test_the_shuffler_loses_nothing_and_does_shuffle() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1])
 def test_nothing_depends_on_the_order_of_arrivals(seed: int) -> None:
-    suites = sorted((ROOT / "tests" / "engine").glob("test_conformance*.py"))
-    handoffs = ROOT / "tests" / "adapters" / "test_agent.py"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not soak"]
-        + [str(path) for path in (*suites, handoffs)],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "not soak",
+            "tests/engine/conformance",
+            "tests/adapters/agent/test_agent.py",
+        ],
         env=os.environ | {VARIABLE: str(seed)},
         capture_output=True,
         text=True,

@@ -24,16 +24,14 @@ from kvferry.engine.errors import (
 from kvferry.engine.memory import iovec
 from kvferry.engine.transfer_engine import TransferEngine
 from kvferry.engine.transports.verbs import queue_pair as verbs_qp
+from tests.support.leaks import LeakCheck
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvferry.engine.link.link import Link
     from kvferry.engine.transfer.ticket import Ticket
-    from tests.census import Census
     from tests.conftest import Gate, Peer, Pool
-else:
-    from census import Census  # `pythonpath` in pyproject.toml
 
 SENTINEL = 0xA5
 LARGE = 64 << 20
@@ -267,7 +265,7 @@ def deaths(transport: str, start_peer: Callable[..., Peer], rounds: int, seed: i
             theirs = other.register(np.zeros(size, np.uint8)).descriptor
             assert link.write(mine, 0, theirs, 0, size).wait(PATIENCE_S) == size
         assert link.quiesced.wait(PATIENCE_S) == 0
-        census = Census()
+        leaks = LeakCheck()
         for _ in range(rounds):
             victim = start_peer()
             link = connected(engine, victim, transport)
@@ -302,7 +300,7 @@ def deaths(transport: str, start_peer: Callable[..., Peer], rounds: int, seed: i
             assert mine._uses == 0
             assert engine.links == ()
             victim.end()
-            census.take()
+            leaks.take()
         replacement = start_peer()
         link = connected(engine, replacement, transport)
         theirs = replacement.call("pool", size, 0)

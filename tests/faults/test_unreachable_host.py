@@ -11,7 +11,7 @@ import pytest
 
 from kvferry.engine.errors import PeerLost, TransportUnavailable
 from kvferry.engine.transfer_engine import TransferEngine
-from tests.needs import lack, need_network_namespaces
+from tests.support.requirements import lack, need_network_namespaces
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

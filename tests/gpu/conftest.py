@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,14 +10,12 @@ import torch
 
 from kvferry.engine.connect.handshake import EngineAddress
 from kvferry.engine.transfer_engine import TransferEngine
+from tests.support.child import Child
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from kvferry.engine.link.link import Link
-    from tests.child import Child
-else:
-    from child import Child  # in the folder above: `pythonpath` in pyproject.toml
 
 ANSWER_S = 90.0  # how long a peer may take: kernels are compiled in it
 
@@ -28,7 +25,7 @@ class GpuPeer(Child):
 
     def __init__(self, device: int, environment: dict[str, str], **options: Any) -> None:
         super().__init__(
-            Path(__file__).with_name("gpu_peer.py"),
+            "tests.gpu.gpu_peer",
             str(device),
             json.dumps(options),
             answer_s=ANSWER_S,

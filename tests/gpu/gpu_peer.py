@@ -17,14 +17,12 @@ import torch
 from kvferry.engine.errors import EngineError
 from kvferry.engine.layout.kv_layout import KVLayout
 from kvferry.engine.transfer_engine import TransferEngine
+from tests.support.child import pipe_of_child, serve
 
 if TYPE_CHECKING:
     from kvferry.engine.link.link import Link
     from kvferry.engine.memory.regions import CacheDescriptor, RegionDescriptor, RegisteredCache
     from kvferry.engine.transfer.ticket import Ticket
-    from tests.child import pipe_of_child, serve
-else:
-    from child import pipe_of_child, serve  # in the folder above
 
 MAX_NBYTES = 1 << 20
 

@@ -11,8 +11,7 @@ import torch
 from kvferry.engine.errors import ChecksumMismatch, PeerLost, PlanError
 from kvferry.engine.staging.thresholds import NEVER_DIRECT, Paths
 from kvferry.engine.transfer_engine import TransferEngine
-from tests.engine.caches import PagedPool, expect_tokens
-from tests.gpu.test_cuda_ipc import (
+from tests.gpu.cuda_ipc.test_ipc import (
     HND,
     LAYERS_INSIDE,
     NHD,
@@ -25,8 +24,9 @@ from tests.gpu.test_cuda_ipc import (
     some_ids,
     two_caches,
 )
-from tests.gpu.test_cuda_tokens import check, shuffled
-from tests.gpu.test_cuda_tokens import moved as tokens_moved
+from tests.gpu.cuda_ipc.test_tokens import check, shuffled
+from tests.gpu.cuda_ipc.test_tokens import moved as tokens_moved
+from tests.support.caches import PagedPool, expect_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

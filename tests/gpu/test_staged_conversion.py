@@ -14,8 +14,8 @@ from kvferry.engine.errors import Cancelled, PlanError
 from kvferry.engine.layout.dtypes import QUANTISED
 from kvferry.engine.transfer_engine import TransferEngine
 from kvferry.kernels.cast import cast_reference
-from tests.engine.caches import PagedPool, expect_tokens
-from tests.engine.scaled_caches import NUM_BLOCKS, Scaled, expect
+from tests.support.caches import PagedPool, expect_tokens
+from tests.support.scaled_caches import NUM_BLOCKS, Scaled, expect
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,7 +9,7 @@ import torch
 
 from kvferry.adapters.vllm.cache import Backend
 from kvferry.adapters.vllm.orders import Orders, SendOrder
-from tests.adapters.vllm_steps import NAMES, SENTINEL, ask, make_caches, make_worker, until_reported
+from tests.support.vllm_steps import NAMES, SENTINEL, ask, make_caches, make_worker, until_reported
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,8 +14,8 @@ from kvferry.engine.transports.cuda_ipc.tokens import compile_tokens
 from kvferry.kernels.relayout import relayout_kernel, scale_constants
 from kvferry.kernels.tiles import LARGE, SMALL, Tuning
 from kvferry.kernels.walk import walk_constants
-from tests.engine.caches import PagedPool
-from tests.engine.scaled_caches import Scaled
+from tests.support.caches import PagedPool
+from tests.support.scaled_caches import Scaled
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,6 +1,6 @@
 """Groups, slices of a latent and ranks by the kernel: windows, null slots, state, indexers.
 
-The truth is what the same plan's pieces do in host memory (`tests/engine/test_join.py`).
+The truth is what the same plan's pieces do in host memory (`tests/engine/layout/test_join.py`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from kvferry.engine.transports.cuda_ipc.tokens import compile_tokens, span_of
 from kvferry.kernels.relayout import relayout
 from kvferry.kernels.signal import Signal
 from kvferry.kernels.tiles import Tuning
-from tests.engine import grouped_caches
-from tests.engine.grouped_caches import hybrid, indexed, latent_ranks
+from tests.support import grouped_caches
+from tests.support.grouped_caches import hybrid, indexed, latent_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tests.engine.grouped_caches import Grouped
+    from tests.support.grouped_caches import Grouped
 
 SMALL = Tuning(tile_nbytes=1 << 10, num_warps=4)
 HYBRID_TABLES = ([[3, 8, 1, 6, 2], [0, 0, 0, 5, 7], [0, 0, 4]], [[4, 1, 2], [0, 3, 1], [0, 0, 2]])

@@ -18,7 +18,7 @@ from kvferry.kernels.relayout import relayout
 from kvferry.kernels.signal import Signal
 from kvferry.kernels.tiles import Tuning
 from kvferry.kernels.walk import walk_constants
-from tests.engine.caches import AXES, PagedPool, expect_tokens
+from tests.support.caches import AXES, PagedPool, expect_tokens
 
 from .conftest import need_cuda
 

@@ -19,7 +19,7 @@ from kvferry.kernels.relayout import relayout
 from kvferry.kernels.scaling import scales_reference
 from kvferry.kernels.signal import Signal
 from kvferry.kernels.tiles import Tuning
-from tests.engine.scaled_caches import NUM_BLOCKS, Scaled, expect, fill_exactly
+from tests.support.scaled_caches import NUM_BLOCKS, Scaled, expect, fill_exactly
 
 NHD = ("plane", "block", "token", "head", "dim")
 HND = ("plane", "block", "head", "token", "dim")

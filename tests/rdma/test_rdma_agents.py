@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvferry.control.errors import HandoffError
-from tests.adapters.agent_process import Cache
-from tests.adapters.agents import Local, Remote
+from tests.support.agent_process import Cache
+from tests.support.agents import Local, Remote
 
 from .conftest import PATIENCE_S
 

@@ -8,20 +8,14 @@ from __future__ import annotations
 import multiprocessing
 import random
 import threading
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from kvferry.engine.errors import EngineError, PeerLost
 from kvferry.engine.transfer_engine import TransferEngine
-
-if TYPE_CHECKING:
-    from tests.census import Census
-    from tests.rdma_victim import victim
-else:  # `pythonpath` in pyproject.toml
-    from census import Census
-    from rdma_victim import victim
+from tests.rdma.victim import victim
+from tests.support.leaks import LeakCheck
 
 MIB = 1 << 20
 SENTINEL = 0xA5
@@ -31,14 +25,14 @@ PATIENCE_S = 120.0
 @pytest.mark.parametrize("rounds", [4, pytest.param(30, marks=pytest.mark.soak)])
 def test_a_peer_may_be_killed_at_any_moment(rounds: int) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rdma_victim"])
+    context.set_forkserver_preload(["tests.rdma.victim"])
     chance = random.Random(rounds)
     nbytes = 2 * MIB
     whole = np.full(nbytes + 8192, SENTINEL, np.uint8)
     window = whole[4096:-4096]
     with TransferEngine(name="survivor", nics=("rxe0",), transports=("verbs",)) as engine:
         mine = engine.register(np.ones(nbytes, np.uint8))
-        census = Census()
+        leaks = LeakCheck()
         for _ in range(rounds):
             into = engine.register(window)
             ours, theirs = context.Pipe()
@@ -75,4 +69,4 @@ def test_a_peer_may_be_killed_at_any_moment(rounds: int) -> None:
             assert mine._uses == 0
             ours.close()
             process.close()
-            census.take()
+            leaks.take()

@@ -11,7 +11,8 @@ import pytest
 
 from kvferry.control.cluster.client import DaemonClient
 from kvferry.control.cluster.messages import Heartbeat, Load, Register, Registration
-from tests.daemon_process import ROOT, DaemonProcess
+from tests import ROOT
+from tests.support.daemon_process import DaemonProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

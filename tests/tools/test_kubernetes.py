@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import kubernetes_validate
 import pytest
@@ -15,12 +15,8 @@ from kvferry.adapters.vllm.settings import Settings
 from kvferry.control.cluster.store import parse_store
 from kvferry.control.daemon.settings import Settings as DaemonSettings
 from kvferry.tools.router.cli import router
-from tests.daemon_process import ROOT
-
-if TYPE_CHECKING:
-    from tests.needs import need
-else:
-    from needs import need  # in the folder above: `pythonpath` in pyproject.toml
+from tests import ROOT
+from tests.support.requirements import need
 
 FOLDER = ROOT / "deploy" / "kubernetes"
 KUSTOMIZATION: dict[str, Any] = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())

@@ -9,20 +9,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
 from kvferry.tools.rdma_vm import missing
-from tests.needs import lack
+from tests import ROOT
+from tests.support.requirements import lack
 
-ROOT = Path(__file__).parent.parent.parent
+if TYPE_CHECKING:
+    from pathlib import Path
+
 ENGINE = ROOT / "tests" / "engine"
-CONFORMANCE = sorted(ENGINE.glob("test_conformance*.py"))
+CONFORMANCE = ENGINE / "conformance"
 RDMA = ROOT / "tests" / "rdma"
 LOST_PEER = ROOT / "tests" / "faults" / "test_lost_peer.py"
-AGENT = ROOT / "tests" / "adapters" / "test_agent.py"
+AGENT = ROOT / "tests" / "adapters" / "agent" / "test_agent.py"
 SHUFFLED = "KVFERRY_TEST_SHUFFLE=1"
 # What the core has: each kind of fault once, two rails, unequal ends, and bytes both ways.
 CHOSEN = [
@@ -66,20 +68,20 @@ class Part(NamedTuple):
 CORE = Part(
     [
         RDMA,
-        ENGINE / "test_conformance.py",
-        ENGINE / "test_conformance_blocks.py",
-        ENGINE / "test_conformance_conversion.py",
-        ENGINE / "test_conformance_endings.py",
+        CONFORMANCE / "test_transfers.py",
+        CONFORMANCE / "test_blocks.py",
+        CONFORMANCE / "test_conversion.py",
+        CONFORMANCE / "test_endings.py",
     ],
     ["-m", "not soak", "-k", " or ".join(CHOSEN)],
     2400,
 )
 ALL = {
     "all-faults": Part([RDMA], ["-m", "soak or not soak"], 7200),
-    "all-conformance": Part(CONFORMANCE, [], 7200),
-    "all-shuffled": Part(CONFORMANCE, [], 7200, (SHUFFLED,)),
-    "gpu-memory": Part([ENGINE / "test_gpu_over_hosts.py"], [], 7200),
-    "agents": Part([AGENT, ENGINE / "test_admission.py"], [], 7200),
+    "all-conformance": Part([CONFORMANCE], [], 7200),
+    "all-shuffled": Part([CONFORMANCE], [], 7200, (SHUFFLED,)),
+    "gpu-memory": Part([ENGINE / "transports" / "test_gpu_over_hosts.py"], [], 7200),
+    "agents": Part([AGENT, ENGINE / "connect" / "test_admission.py"], [], 7200),
     "lost-peers": Part([LOST_PEER], ["-m", "not soak"], 7200),
 }
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from kvferry.tools.cli import app
 from kvferry.tools.rdma_vm import missing
-from tests.needs import lack
+from tests.support.requirements import lack
 
 COMMAND = (sys.executable, "-m", "kvferry.tools.cli", "rdma-vm", "run")
 PATIENCE_S = 300.0

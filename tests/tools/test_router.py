@@ -23,7 +23,8 @@ from kvferry.tools.cli import app
 from kvferry.tools.router import bodies
 from kvferry.tools.router.backends import DaemonBackends, FixedBackends
 from kvferry.tools.router.server import Router
-from tests.daemon_process import ROOT, DaemonProcess
+from tests import ROOT
+from tests.support.daemon_process import DaemonProcess
 from tests.tools.api_server import ApiServer
 
 if TYPE_CHECKING:

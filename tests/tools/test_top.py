@@ -29,7 +29,8 @@ from kvferry.control.cluster.messages import (
     Register,
     Registration,
 )
-from tests.daemon_process import ROOT, DaemonProcess
+from tests import ROOT
+from tests.support.daemon_process import DaemonProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

