@@ -241,9 +241,9 @@ def pip(*args: str) -> None:
 
 def install() -> None:
     """Installs kvferry (editable), torch and the tools into `.venv`, each at its pinned version."""
-    if not output_of(VENV_PYTHON, "import pip; print(1)"):
-        if subprocess.call([VENV_PYTHON, "-m", "ensurepip"]) != 0:
-            fail(f"{VENV_PYTHON} has no pip and no ensurepip; remove {VENV} and try again")
+    has_pip = output_of(VENV_PYTHON, "import pip; print(1)")
+    if not has_pip and subprocess.call([VENV_PYTHON, "-m", "ensurepip"]) != 0:
+        fail(f"{VENV_PYTHON} has no pip and no ensurepip; remove {VENV} and try again")
     note_what_was_added()
     write_constraints()
     options = ["install", "--progress-bar=off", "--no-input", "--constraint", USED_CONSTRAINTS]
