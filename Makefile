@@ -17,6 +17,11 @@ venv: ## .venv with kvferry and its tools
 lock: ## renews constraints.txt, which pins all that .venv gets
 	@$(PYTHON) tools/bootstrap.py lock
 
+tools: venv ## installs the Debian packages that tests miss on this machine
+	@packages=$$($(BIN)/python tests/needs.py) && { [ -z "$$packages" ] || { \
+	sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); $$sudo apt-get update -q && \
+	$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $$packages; }; }
+
 demo: venv ## two processes, a real model's KV cache between them, the tokens compared
 	@$(BIN)/kvferry demo $(ARGS)
 
