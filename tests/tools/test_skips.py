@@ -50,10 +50,9 @@ def test_a_run_ends_with_what_was_skipped(tmp_path: Path, options: list[str]) ->
     )
     assert done.returncode == 0, done.stdout + done.stderr
     _, _, tail = done.stdout.partition(" skipped -")
-    assert tail.splitlines()[1:3] == [
-        "    3 needs a CUDA device; torch sees 0",
-        "    1 needs a wheel: no network",
-    ], done.stdout
+    gpu, wheel = tail.splitlines()[1:3]
+    assert gpu.startswith("    3 needs a CUDA device; torch sees "), done.stdout
+    assert wheel == "    1 needs a wheel: no network"
 
 
 def test_the_list_is_short_and_the_most_frequent_come_first() -> None:
