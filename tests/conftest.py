@@ -23,6 +23,7 @@ from kvferry.engine.transports.verbs import topology
 from kvferry.engine.transports.verbs.device import NICS_VARIABLE
 from tests.support import shuffle
 from tests.support.child import Child
+from tests.support.skips import pytest_terminal_summary  # noqa: F401 - a hook
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

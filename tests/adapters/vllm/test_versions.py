@@ -2,7 +2,7 @@
 
 `base_classes.json` holds their methods, parameters and fields. `tools/vllm_cpu/read_bases.py` has read
 them from the wheels of the versions it names; so this needs no vLLM. That vLLM 0.32 really works is
-shown by `test_vllm_pairs.py`.
+shown by `test_pairs.py`.
 """
 
 from __future__ import annotations

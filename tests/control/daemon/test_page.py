@@ -34,7 +34,7 @@ from kvferry.control.http import http_host
 from tests import ROOT
 from tests.control.daemon import browser
 from tests.support.daemon_process import DaemonProcess
-from tests.support.requirements import lack
+from tests.support.requirements import CHROMIUM, need
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,9 +49,7 @@ WAIT_S = 30.0
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[browser.Browser]:
-    if browser.find() is None:
-        lack("needs a browser: apt-get install chromium-headless-shell")
-    with browser.Browser() as made:
+    with browser.Browser(need(CHROMIUM)) as made:
         yield made
 
 
