@@ -1,14 +1,17 @@
-# Every target makes .venv first if it is missing. PYTHON picks the interpreter, ARGS go to the command.
+# Every target that needs .venv makes it first if it is missing. PYTHON picks the interpreter, ARGS go to the command.
 PYTHON ?= python3
 BIN := .venv/bin
 # Files side by side, those that take long first. Most tests wait for processes of their own.
 PARALLEL := -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lock tools demo test check bench test-gpu test-vllm test-rdma soak clean
+.PHONY: help map venv lock tools demo test check bench test-gpu test-vllm test-rdma soak clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+map: ## every folder, its files with what they say of themselves, and its lines
+	@$(PYTHON) tools/map.py $(ARGS)
 
 venv: ## .venv with kvferry and its tools
 	@command -v $(PYTHON) >/dev/null || { echo "kvferry set-up: no $(PYTHON) on PATH; install Python 3.10 or newer, or set PYTHON=/path/to/python3" >&2; exit 1; }

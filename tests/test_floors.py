@@ -25,7 +25,7 @@ FLOORS = {
     "control": "errors < toml, wire < keys < curve, http < handoff < cluster < placement < daemon"
     " < __main__",
     "adapters": "agent < vllm, sglang, transformers",
-    "tools": "bootstrap, lazy, locked, pinned < agents, daemon, demo, doctor, keys, rdma_vm, router,"
+    "tools": "bootstrap, lazy, locked, map, pinned < agents, daemon, demo, doctor, keys, rdma_vm, router,"
     " sglang_wheel, trace, vllm_cpu < bench, top < cli",
 }
 MOST_FILES = 16  # in one folder
