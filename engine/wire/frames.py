@@ -18,7 +18,7 @@ from ..errors import ProtocolError
 from . import tables
 
 if TYPE_CHECKING:
-    from ..transports.base import Transfer
+    from ..transfer.transfer import Transfer
     from .tables import Admitted
 
 MAGIC = b"KVF1"

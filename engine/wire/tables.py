@@ -18,7 +18,7 @@ from .messages import ReadRequest
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from ..transports.base import Transfer
+    from ..transfer.transfer import Transfer
 
 REGION_ROW = np.dtype([("region", "<u4"), ("unused", "<u4"), ("key", "u1", (KEY_NBYTES,))])
 PIECE_ROW = np.dtype([("region", "<u4"), ("unused", "<u4"), ("offset", "<u8"), ("nbytes", "<u8")])

@@ -15,9 +15,10 @@ import pytest
 
 from kvferry.engine.errors import EngineError
 from kvferry.engine.memory.regions import RegionTable
+from kvferry.engine.transfer.moves import PieceMove
 from kvferry.engine.transfer.pieces import bind
 from kvferry.engine.transfer.ticket import Ticket
-from kvferry.engine.transports.base import Transfer
+from kvferry.engine.transfer.transfer import Transfer
 from kvferry.engine.transports.verbs.frames import Frames
 from kvferry.engine.transports.verbs.slots import BYTES_ALIGN_NBYTES, Slots
 from kvferry.engine.wire import messages as wire
@@ -117,15 +118,16 @@ class Case:
 
     def run(self) -> int:
         local, remote = (self.src_at, self.dst_at) if self.write else (self.dst_at, self.src_at)
-        ticket = Ticket("write" if self.write else "read", peer="there", timeout_s=60.0)
+        imm = 7 if self.write else None
+        kind = "write" if self.write else "read"
+        ticket = Ticket(kind, peer="there", imm=imm, timeout_s=60.0)
         zero = np.zeros(len(SIZES), np.int64)
+        theirs = (self.theirs.descriptor,)
+        pieces = bind(self.mine.address + local, SIZES, zero, remote, theirs)
         transfer = Transfer(
             len(self.here.transfers) + 1,
+            PieceMove((self.mine,), theirs, pieces),
             write=self.write,
-            pieces=bind(self.mine.address + local, SIZES, zero, remote, (self.theirs.descriptor,)),
-            local_regions=(self.mine,),
-            remote_regions=(self.theirs.descriptor,),
-            imm=7 if self.write else None,
             ticket=ticket,
             on_end=lambda _: None,
         )

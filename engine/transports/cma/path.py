@@ -13,7 +13,7 @@ import errno
 import functools
 import os
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,10 +28,11 @@ from ...errors import (
 )
 from ...memory import iovec
 from ...runtime.copy_threads import Batch
+from ...transfer.moves import BlockMove
 from ...transfer.staged import note_compute
 from ...wire import tables
 from ...wire.messages import Arrived, Check, Checked, LinkMessage, Refuse
-from ..base import Availability, DataPath, Transfer
+from ..base import Availability, DataPath
 from ..workers import Workers
 from .shared_staging import SharedStaging
 
@@ -41,8 +42,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
+    from ...transfer.moves import TokenMove
     from ...transfer.plan import TransferPlan
     from ...transfer.template import BoundBlocks, BoundTemplate, Column, Share
+    from ...transfer.transfer import Transfer
     from ..base import PathHost
 
 # A transfer is cut so that every copier has a share: at most this much, so that a long one stops
@@ -156,6 +159,13 @@ class CmaPath(DataPath):
             self._staging.prepare(plan.local.device)
 
     def submit(self, transfer: Transfer) -> None:
+        move = transfer.move
+        if isinstance(move, BlockMove):
+            self._submit_blocks(transfer, move)
+        else:
+            self._submit_pieces(transfer)
+
+    def _submit_pieces(self, transfer: Transfer) -> None:
         if self._is_staged(transfer):
             self._staging.submit(transfer)
             return
@@ -184,30 +194,25 @@ class CmaPath(DataPath):
             return False
         return not self._link.core.paths.direct("cma", transfer.total_nbytes / pieces)
 
-    def takes_blocks(self, plan: TransferPlan) -> bool:
+    def takes(self, move: BlockMove | TokenMove) -> bool:
         if self._link.core.verify or self._link.core.paths.limit_nbytes("cma"):
             return False  # checksums, and the choice of a path, want a list of pieces
-        return plan.local.kind == plan.remote_kind == "host"
+        plan = move.plan
+        return type(move) is BlockMove and plan.local.kind == plan.remote_kind == "host"
 
-    def submit_blocks(
-        self,
-        transfer: Transfer,
-        plan: TransferPlan,
-        src_block_ids: Any,
-        dst_block_ids: Any,
-        layers: Sequence[int] | None,
-    ) -> None:
-        ids = (src_block_ids, dst_block_ids)
-        bound = plan.bound(*ids, layers)
+    def _submit_blocks(self, transfer: Transfer, move: BlockMove) -> None:
+        """Copy blocks whose pieces are multiplied out by the threads that copy."""
+        src, dst = move.ids.src, move.ids.dst
+        bound = move.plan.bound(src, dst, move.layers)
         if bound is None:
-            transfer.take(plan.pieces(*ids, layers))
-            self.submit(transfer)
+            transfer.take(move.pieces())
+            self._submit_pieces(transfer)
         elif self._announce(transfer):
-            count = len(ids[1])
+            count = move.ids.num_blocks
             if count * bound.num_rows <= ERRAND_PIECES and transfer.total_nbytes <= ERRAND_NBYTES:
-                self._start_small(transfer, *bound.few(*ids))
+                self._start_small(transfer, *bound.few(src, dst))
                 return
-            blocks = bound.blocks(*ids)
+            blocks = bound.blocks(src, dst)
             shares = bound.shares(count, self._share_nbytes(transfer), tables.MAX_PIECES)
             copy = functools.partial(self._copy_share, transfer, bound, blocks)
             if count * bound.num_rows <= FEW_PIECES:

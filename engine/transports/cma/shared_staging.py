@@ -39,8 +39,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ...transfer.ticket import Ticket
+    from ...transfer.transfer import Transfer
     from ...wire.messages import LinkMessage
-    from ..base import PathHost, Transfer
+    from ..base import PathHost
 
 # Two H200s, 1 GiB of 32 KiB pieces, GB/s by slots and their size: 4 of 32 MiB 35, 8 of 16 MiB 40, 12 of
 # 16 MiB 41, 12 of 24 MiB 43, 16 of 8 MiB 23. A part costs each side 0.3 ms in Python, and a slot goes

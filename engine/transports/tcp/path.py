@@ -23,7 +23,7 @@ from ...runtime.pipeline import Finisher
 from ...transfer.staged import hold_until_computed, note_compute
 from ...wire import tables
 from ...wire.messages import Acknowledge, Arrived, LinkMessage, ReadRequest, Refuse
-from ..base import Availability, DataPath, Transfer
+from ..base import Availability, DataPath
 from ..cma.path import answer_to_nothing
 from ..workers import Workers
 from .rail import FRAME_NBYTES, Receiver, Reply, Sender
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from ...transfer.transfer import Transfer
     from ..base import PathHost
 
 DEFAULT_RAILS = 2  # 32 KiB pieces on two cores, loopback: 1 rail 2.6 GB/s, 2 rails 3.0, 4 rails 3.0

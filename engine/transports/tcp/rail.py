@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
     from ...staging.ring import Moved
     from ...transfer.ticket import Ticket
-    from ..base import PathHost, Transfer
+    from ...transfer.transfer import Transfer
+    from ..base import PathHost
     from .path import TcpPath
 
     Placed = Callable[[EngineError | None, bool], None]  # why not, and whether through staging

@@ -32,7 +32,7 @@ from .slots import (
 from .work_requests import MIN_SHARE_NBYTES, cuts
 
 if TYPE_CHECKING:
-    from ..base import Transfer
+    from ...transfer.transfer import Transfer
     from .path import VerbsPath
     from .rail import Rail
     from .slots import Slots

@@ -43,7 +43,7 @@ from ...wire.messages import (
     Refuse,
     SlotFree,
 )
-from ..base import Availability, DataPath, RailState, Transfer
+from ..base import Availability, DataPath, RailState
 from ..workers import Workers, guard
 from . import device as verbs_device
 from . import errors as verbs_errors
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
 
     from ...memory.regions import RegionDescriptor
     from ...transfer.plan import TransferPlan
+    from ...transfer.transfer import Transfer
     from ...wire.messages import LinkMessage
     from ..base import PathHost
     from .device import Device

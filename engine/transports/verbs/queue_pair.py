@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .cards import ETHERNET, QueueCard
 
 if TYPE_CHECKING:
-    from ..base import Transfer
+    from ...transfer.transfer import Transfer
     from .cards import Route
     from .device import Device
     from .work_requests import Share
