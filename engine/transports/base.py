@@ -23,7 +23,7 @@ from ..errors import EngineError, NotRegistered
 from ..memory import iovec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from ..connect.handshake import Identity
     from ..context import EngineCore
@@ -287,6 +287,10 @@ class DataPath(abc.ABC):
     kinds = frozenset({"host"})
     """The kinds of memory that it moves."""
 
+    handlers: Mapping[type[LinkMessage], Callable[[Any], bool]]
+    """What it does with each type of message, on the progress thread, and whether that was all: what
+    is False goes on to the link."""
+
     def start(self) -> None:  # noqa: B027 - most paths have no threads of their own
         """Starts what the path needs; called once, when the link is known to the engine."""
 
@@ -355,9 +359,10 @@ class DataPath(abc.ABC):
     def forget(self, region_id: int) -> None:  # noqa: B027 - most paths keep nothing of a region
         """The peer takes a region back and no transfer uses it. Never blocks."""
 
-    @abc.abstractmethod
     def handle(self, message: LinkMessage) -> bool:
         """Handles a control message on the progress thread; False if it is not this path's."""
+        handler = self.handlers.get(type(message))
+        return handler is not None and handler(message)
 
     @abc.abstractmethod
     def halt(self, halted: Callable[[], None]) -> None:

@@ -69,7 +69,7 @@ class End:
     def count(self, imm: int, nbytes: int, writes: int, *, staged: bool) -> None:
         self.counted += nbytes
 
-    def reject(self, number: int, imm: int | None, error: EngineError) -> None:
+    def reject(self, number: int, imm: int | None, error: EngineError, *, first: int) -> None:
         self.link.send(wire.Refuse(number, type(error).__name__, error.message))
 
     def post(self, rail: Any, slot: int, row: list[int], nbytes: int) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import DeviceError
 from ...staging.ring import new_mover
+from ..segments import prepare_gpus
 from .slots import gather, scatter
 
 if TYPE_CHECKING:
@@ -64,13 +65,8 @@ class Movers:
             moved.wait()
 
     def warm(self) -> None:
-        """Prepares what GPU memory that is registered already will need: making it later could
-        wait for a stream that waits for us."""
-        for device in self._link.core.regions.gpus():
-            try:
-                self._mover(device)
-            except DeviceError as error:
-                log.warning("kvferry: GPU %d cannot be staged: %s", device, error)
+        """Prepares the movers of this process's GPUs."""
+        prepare_gpus(self._link, self._mover)
 
     def close(self) -> None:
         """Frees what it holds; nobody copies any more."""
