@@ -28,20 +28,23 @@ from ..segments import (
     checksum_mismatch,
     serve,
 )
-from .movers import Movers
+from . import queue_pair as verbs_qp
 from .slots import (
     FRAME_NBYTES,
     FRAME_PIECES,
     NUM_SLOTS,
     PIECE_NBYTES,
     SLOT_NBYTES,
+    Movers,
     bytes_begin,
 )
 from .work_requests import MIN_SHARE_NBYTES, cuts
 
 if TYPE_CHECKING:
-    from ..base import Transfer
-    from .path import VerbsPath
+    from collections.abc import Callable
+
+    from ..base import PathHost, Transfer
+    from .loop import Loop
     from .rail import Rail
     from .slots import Slots
 
@@ -63,17 +66,29 @@ class _Frame:
 class Frames:
     """Frames of one link, both ways. Used by the link's thread; other methods say so."""
 
-    def __init__(self, path: VerbsPath, slots: Slots) -> None:
-        self._path = path
-        self._link = path.link
+    def __init__(
+        self,
+        link: PathHost,
+        loop: Loop,
+        slots: Slots,
+        *,
+        copy: Callable[[Callable[[], None]], None],
+        taken_apart: Callable[[Rail], None],
+    ) -> None:
+        """`copy` runs a task on a copier thread; `taken_apart` hears that a frame of a rail is."""
+        self._link = link
+        self._loop = loop
         self._slots = slots
-        self._movers = Movers(path.link, slots)
+        self._copy = copy
+        self._taken_apart = taken_apart
+        self._movers = Movers(link, slots)
         self.warm = self._movers.warm
+        self._turn = 0
         self._free = deque(range(NUM_SLOTS))
         self._waiting: deque[Segment | Reply] = deque()
         self._gathered: deque[tuple[int, int]] = deque()
         self._frames: dict[int, _Frame] = {}
-        self._outstanding = Outstanding(path.link)
+        self._outstanding = Outstanding(link)
         self._scattering: dict[int, int] = {}
 
     # Sending.
@@ -86,7 +101,7 @@ class Frames:
     def submit(self, transfer: Transfer) -> None:
         """Starts a transfer."""
         _cut(transfer)
-        rails = sum(rail.up for rail in self._path.rails)
+        rails = sum(rail.up for rail in self._loop.rails)
         limit_nbytes = even_limit(transfer.total_nbytes, rails)
         cuts = iovec.chunks(transfer.nbytes, limit_nbytes, FRAME_PIECES)
         self._outstanding.submit(transfer, cuts, self._waiting.append)
@@ -107,11 +122,11 @@ class Frames:
             if source is not None:
                 slot = self._free.popleft()
                 self._frames[slot] = _Frame(item)
-                self._path.copy(functools.partial(self._gather, slot, item, *source))
+                self._copy(functools.partial(self._gather, slot, item, *source))
         while self._gathered:
             slot, nbytes = self._gathered[0]
-            rail = self._path.next_rail()
-            if rail is None:
+            rail = self._next_rail()
+            if rail is None or rail.staged is None:
                 return
             self._gathered.popleft()
             self._frames[slot].rail = rail
@@ -127,7 +142,18 @@ class Frames:
             ticket = self._frames[slot].item.ticket
             if ticket is not None:
                 ticket._mark("on wire")
-            self._path.post_frame(rail, slot, row, nbytes)
+            batch = (1, nbytes, None, slot)
+            self._loop.post(rail, rail.staged, verbs_qp.WRITE, [row], slot, batch)
+
+    def _next_rail(self) -> Rail | None:
+        """A rail that can take a frame, in turn; None if none can now."""
+        rails = self._loop.rails
+        for _ in rails:
+            self._turn = (self._turn + 1) % len(rails)
+            rail = rails[self._turn]
+            if rail.up and rail.staged is not None and rail.staged.room and rail.staged.credits:
+                return rail
+        return None
 
     def _gather(self, slot: int, item: Segment | Reply, pieces: iovec.Iovec, device: int) -> None:
         """On a copier thread."""
@@ -139,7 +165,7 @@ class Frames:
         try:
             self._movers.gather(staged, pieces, device)
         except DeviceError as error:
-            self._path.soon(functools.partial(self._not_gathered, slot, error))
+            self._loop.soon(functools.partial(self._not_gathered, slot, error))
             return
         if item.verify:
             # No processor reads a GPU's memory: there, what lies in the slot has to do.
@@ -148,7 +174,7 @@ class Frames:
         buffer[:head_nbytes] = np.frombuffer(frames.encode(header) + body, np.uint8)
         if item.ticket is not None:
             item.ticket._mark_staged("gathered", header.nbytes)
-        self._path.soon(functools.partial(self._ready, slot, start + header.nbytes))
+        self._loop.soon(functools.partial(self._ready, slot, start + header.nbytes))
 
     def _ready(self, slot: int, nbytes: int) -> None:
         self._gathered.append((slot, nbytes))
@@ -248,7 +274,7 @@ class Frames:
             )
             return
         self._scattering[rail.number] = self._scattering.get(rail.number, 0) + 1
-        self._path.copy(functools.partial(self._take_apart, rail, slot, nbytes))
+        self._copy(functools.partial(self._take_apart, rail, slot, nbytes))
 
     def scattering(self, rail: Rail) -> bool:
         """Whether frames that came over this rail are being taken apart."""
@@ -266,11 +292,11 @@ class Frames:
         except LinkError as error:
             self._link.fail(error)
         finally:
-            self._path.soon(functools.partial(self._taken, rail))
+            self._loop.soon(functools.partial(self._taken, rail))
 
     def _taken(self, rail: Rail) -> None:
         self._scattering[rail.number] -= 1
-        self._path.settle(rail)
+        self._taken_apart(rail)
 
     def _place_write(self, slot: int, data: Any, header: frames.Header) -> None:
         first = frames.HEADER_NBYTES + header.table * tables.REGION_ROW.itemsize
