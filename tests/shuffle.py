@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kvferry.engine.transfer.transfer import Transfer
-    from kvferry.engine.transports.base import Handlers, PathHost, RailState
+    from kvferry.engine.transports.base import PathHost, RailState
 
 VARIABLE = "KVFERRY_TEST_SHUFFLE"
 LONGEST_BURST = 24
@@ -95,6 +95,11 @@ class ShufflePath(DataPath):
         self.peer_reaches_memory = self._inner.peer_reaches_memory
         self.asks_leave = self._inner.asks_leave
         self.kinds = self._inner.kinds
+        self.handlers = {
+            **self._inner.handlers,
+            Acknowledge: self._acknowledged,
+            Arrived: self._arrived,
+        }
 
     def start(self) -> None:
         self._inner.start()
@@ -127,19 +132,16 @@ class ShufflePath(DataPath):
         self._inner.drain()
         self.shuffler.drain()
 
-    @property
-    def handlers(self) -> Handlers:
-        return {**self._inner.handlers, Acknowledge: self._acknowledged, Arrived: self._arrived}
-
-    def _acknowledged(self, message: Acknowledge) -> None:
+    def _acknowledged(self, message: Acknowledge) -> bool:
         self.shuffler.add(lambda: self._late(message))
+        return True
 
     def _late(self, message: Acknowledge) -> None:
         self._inner.handlers[Acknowledge](message)
 
     def _arrived(self, message: Arrived) -> bool:
         if message.nbytes and not self.peer_reaches_memory:
-            return self._inner.handlers[Arrived](message) is not False
+            return False
         imm, nbytes, writes = message.imm, message.nbytes, message.writes
         more = message.write_nbytes
         self.shuffler.add(lambda: self._link.count(imm, nbytes, writes, write_nbytes=more))

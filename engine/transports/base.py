@@ -142,6 +142,10 @@ class DataPath(abc.ABC):
     kinds = frozenset({"host"})
     """The kinds of memory that it moves."""
 
+    handlers: Handlers
+    """What it does with each type of message, on the progress thread, and whether that was all: what
+    is False goes on to the link."""
+
     def start(self) -> None:  # noqa: B027 - most paths have no threads of their own
         """Starts what the path needs; called once, when the link is known to the engine."""
 
@@ -176,16 +180,6 @@ class DataPath(abc.ABC):
 
     def forget(self, region_id: int) -> None:  # noqa: B027 - most paths keep nothing of a region
         """The peer takes a region back and no transfer uses it. Never blocks."""
-
-    @property
-    def handlers(self) -> Handlers:
-        """What it does with the peer's messages, on the progress thread: by their type."""
-        from typing import get_args  # SHIM until merge
-
-        from ..wire.messages import LinkMessage
-
-        handle = getattr(self, "handle", None)
-        return dict.fromkeys(get_args(LinkMessage), handle) if handle else {}
 
     @abc.abstractmethod
     def halt(self, halted: Callable[[], None]) -> None:

@@ -13,7 +13,6 @@ import numpy as np
 from ..errors import NotRegistered, OutOfRange, ProtocolError
 from ..memory import iovec
 from ..memory.regions import KEY_NBYTES, MemoryRegion, RegionDescriptor, RegionTable, check_ranges
-from .messages import ReadRequest
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -57,17 +56,6 @@ def piece_rows(transfer: Transfer, part: slice) -> npt.NDArray[np.void]:
     rows["offset"] = offsets
     rows["nbytes"] = transfer.nbytes[part]
     return rows
-
-
-def read_request(transfer: Transfer, part: slice, *, verify: bool) -> ReadRequest:
-    """Asks for some of a read's pieces; `verify`: with a checksum."""
-    return ReadRequest(
-        transfer=transfer.id,
-        first=part.start,
-        regions=region_rows(transfer.remote_regions).tobytes(),
-        pieces=piece_rows(transfer, part).tobytes(),
-        verify=verify,
-    )
 
 
 def admit(

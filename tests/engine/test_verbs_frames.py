@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -46,7 +46,10 @@ class End:
         self.counted = 0
         self.regions = RegionTable(name)
         self.slots = Slots()
-        self.rail: Any = SimpleNamespace(number=0, up=True, peer_slots=(0, 0), device=Device())
+        queues = SimpleNamespace(room=1, credits=1)
+        self.rail: Any = SimpleNamespace(
+            number=0, up=True, peer_slots=(0, 0), device=Device(), staged=queues
+        )
         self.transfers: dict[int, Transfer] = {}
         self.core = SimpleNamespace(regions=self.regions, verify=verify, max_programs=None)
         self.link: Any = SimpleNamespace(
@@ -56,24 +59,22 @@ class End:
             reject=self.reject,
             count=self.count,
         )
-        self.path: Any = SimpleNamespace(
-            link=self.link,
-            rails=[self.rail],
-            soon=tasks.append,
-            copy=tasks.append,
-            next_rail=lambda: self.rail,
-            post_frame=self.post,
-            settle=lambda rail: None,
+        loop: Any = SimpleNamespace(rails=[self.rail], soon=tasks.append, post=self.post)
+        self.frames = Frames(
+            self.link, loop, self.slots, copy=tasks.append, taken_apart=lambda rail: None
         )
-        self.frames = Frames(cast("Any", self.path), self.slots)
 
     def count(self, imm: int, nbytes: int, writes: int, *, staged: bool) -> None:
         self.counted += nbytes
 
-    def reject(self, number: int, imm: int | None, error: EngineError) -> None:
+    def reject(self, number: int, imm: int | None, error: EngineError, *, first: int) -> None:
         self.link.send(wire.Refuse(number, type(error).__name__, error.message))
 
-    def post(self, rail: Any, slot: int, row: list[int], nbytes: int) -> None:
+    def post(
+        self, rail: Any, pair: Any, kind: str, rows: Any, imm: int, batch: tuple[Any, ...]
+    ) -> None:
+        _, nbytes, _, slot = batch
+        assert (pair, kind, imm, len(rows)) == (rail.staged, "write", slot, 1)
         there = self.peer.slots.incoming(slot)
         ctypes.memmove(there.ctypes.data, self.slots.outgoing(slot).ctypes.data, nbytes)
         self.tasks.append(lambda: self.frames.left(slot))

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ...memory.regions import MemoryRegion, RegionDescriptor, RegisteredCache
     from ...transfer.plan import TransferPlan
     from ...transfer.transfer import Transfer
-    from ..base import Handlers, PathHost
+    from ..base import PathHost
     from .graph_write import GraphWrite
     from .lane import Lane, Launched
     from .plan import CudaPlan
@@ -100,6 +100,7 @@ class CudaIpcPath(DataPath):
         self.kernels = self
         self._link = link
         self._host = CmaPath(link, pid)
+        self.handlers = {**self._host.handlers, Arrived: self._arrived}
         self._mappings = PeerMappings(link.peer.name, pid)
         self._reach = PeerReach(link, self._mappings)
         self._lock = threading.Lock()
@@ -440,10 +441,6 @@ class CudaIpcPath(DataPath):
 
     def _refusing(self, transfer: Transfer) -> _Refusing:
         return _Refusing(transfer)
-
-    @property
-    def handlers(self) -> Handlers:
-        return {**self._host.handlers, Arrived: self._arrived}
 
     def _arrived(self, message: Arrived) -> bool:
         if message.device_nbytes:
