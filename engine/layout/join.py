@@ -53,7 +53,7 @@ def join_planes(*layouts: KVLayout) -> KVLayout:
 
 def _joined(layouts: Sequence[KVLayout], groups: tuple[GroupLayout, ...]) -> KVLayout:
     if not layouts:
-        raise LayoutError("no layouts were given to join", operation="layout")
+        raise LayoutError("no layouts were given to join")
     for name in ("codec", "opaque", "version"):
         _same(name, [getattr(layout, name) for layout in layouts])
     first = next((layout for layout in layouts if _has_heads(layout)), layouts[0])
@@ -95,7 +95,4 @@ def _in_its_own_terms(layout: KVLayout, index: int) -> RegionLayout:
 def _same(name: str, values: list[Any]) -> None:
     for value in values[1:]:
         if value != values[0]:
-            raise LayoutError(
-                f"layouts to be joined differ in {name}: {values[0]!r} and {value!r}",
-                operation="layout",
-            )
+            raise LayoutError(f"layouts to be joined differ in {name}: {values[0]!r} and {value!r}")

@@ -182,22 +182,19 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         names = dims.split()
         for name in names:
             if name not in _OUTER + _INNER:
-                raise LayoutError(
-                    f"axis {name!r} is unknown: use {' '.join(_OUTER + _INNER)}", operation="layout"
-                )
+                raise LayoutError(f"axis {name!r} is unknown: use {' '.join(_OUTER + _INNER)}")
             if names.count(name) > 1:
-                raise LayoutError(f"axis {name!r} is named twice in {dims!r}", operation="layout")
+                raise LayoutError(f"axis {name!r} is named twice in {dims!r}")
         for name in ("block", "dim"):
             if name not in names:
-                raise LayoutError(f"axis {name!r} is missing from {dims!r}", operation="layout")
+                raise LayoutError(f"axis {name!r} is missing from {dims!r}")
         stacked = "layer" in names
         parts = [tensors] if hasattr(tensors, "shape") else list(tensors)
         if not parts:
-            raise LayoutError("no tensors were given: a cache has at least one", operation="layout")
+            raise LayoutError("no tensors were given: a cache has at least one")
         if stacked and len(parts) > 1:
             raise LayoutError(
-                f"axis 'layer' is in {dims!r}, so one tensor is expected, not {len(parts)}",
-                operation="layout",
+                f"axis 'layer' is in {dims!r}, so one tensor is expected, not {len(parts)}"
             )
         sizes, strides, elem_bytes, dtype = _describe(parts[0], names)
         for position, part in enumerate(parts[1:], 1):
@@ -206,28 +203,22 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 if other_sizes[name] != sizes[name]:
                     raise LayoutError(
                         f"axis {name!r} has size {sizes[name]} in tensor 0 "
-                        f"but {other_sizes[name]} in tensor {position}",
-                        operation="layout",
+                        f"but {other_sizes[name]} in tensor {position}"
                     )
             if other_dtype != dtype:
                 raise LayoutError(
-                    f"dtype is {dtype} in tensor 0 but {other_dtype} in tensor {position}",
-                    operation="layout",
+                    f"dtype is {dtype} in tensor 0 but {other_dtype} in tensor {position}"
                 )
         num_layers = sizes["layer"] if stacked else len(parts)
         layer_ids = tuple(range(num_layers)) if layers is None else tuple(int(i) for i in layers)
         if len(layer_ids) != num_layers or len(set(layer_ids)) != num_layers:
-            raise LayoutError(
-                f"axis 'layer' has {num_layers} entries but layers={list(layer_ids)}",
-                operation="layout",
-            )
+            raise LayoutError(f"axis 'layer' has {num_layers} entries but layers={list(layer_ids)}")
         num_planes = sizes.get("plane", 1)
         default = ("k", "v") if num_planes == 2 else ("latent",) if num_planes == 1 else ()
         plane_names = tuple(planes) if planes is not None else default
         if len(plane_names) != num_planes:
             raise LayoutError(
-                f"axis 'plane' has {num_planes} entries but planes={list(plane_names)}",
-                operation="layout",
+                f"axis 'plane' has {num_planes} entries but planes={list(plane_names)}"
             )
         regions = []
         for position, part in enumerate(parts):
@@ -238,8 +229,7 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 last = next(axis for axis in axes if axis.name == "dim")
                 raise LayoutError(
                     f"axis 'dim' must be innermost and dense: its stride is {last.stride_bytes} "
-                    f"bytes, one element is {elem_bytes}",
-                    operation="layout",
+                    f"bytes, one element is {elem_bytes}"
                 )
             span = sum((sizes[n] - 1) * strides[n] for n in names) + elem_bytes
             regions.append(
@@ -292,36 +282,30 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.version != LAYOUT_VERSION:
             raise LayoutError(
                 f"layout version {self.version} is not {LAYOUT_VERSION}: "
-                "run the same kvferry version on both ends",
-                operation="layout",
+                "run the same kvferry version on both ends"
             )
         if not self.regions:
-            raise LayoutError("a layout needs at least one region", operation="layout")
+            raise LayoutError("a layout needs at least one region")
         for number, region in enumerate(self.regions):
             check_region(number, region)
         if not 0 <= self.head_start < self.head_stop:
             raise LayoutError(
-                f"axis 'head': [{self.head_start}, {self.head_stop}) is no range of heads",
-                operation="layout",
+                f"axis 'head': [{self.head_start}, {self.head_stop}) is no range of heads"
             )
         if self.tp_mode not in ("split", "replicate"):
-            raise LayoutError(
-                f"tp_mode {self.tp_mode!r} is neither 'split' nor 'replicate'", operation="layout"
-            )
+            raise LayoutError(f"tp_mode {self.tp_mode!r} is neither 'split' nor 'replicate'")
         for number, region in enumerate(self.regions):
             held = [axis.size for axis in region.axes if axis.name == "head"]
             start, stop = self.region_heads(number)
             if held and (held[0] != stop - start or start < 0):
                 raise LayoutError(
                     f"region {number}: axis 'head' has size {held[0]} but heads "
-                    f"[{start}, {stop}) are held",
-                    operation="layout",
+                    f"[{start}, {stop}) are held"
                 )
             if held and 0 < self.model_heads < stop:
                 raise LayoutError(
                     f"region {number}: axis 'head' holds [{start}, {stop}) of a model of "
-                    f"{self.model_heads} heads",
-                    operation="layout",
+                    f"{self.model_heads} heads"
                 )
         seen: set[int] = set()
         rows: set[tuple[int, str]] = set()
@@ -329,26 +313,21 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             slots = set()
             for index in group.regions:
                 if not 0 <= index < len(self.regions) or index in seen:
-                    raise LayoutError(
-                        f"region {index} is in no group or in two", operation="layout"
-                    )
+                    raise LayoutError(f"region {index} is in no group or in two")
                 seen.add(index)
                 slots.add(self.regions[index].num_slots)
             if len(slots) > 1:
                 raise LayoutError(
-                    f"axis 'block' differs within a {group.kind} group: {sorted(slots)} slots",
-                    operation="layout",
+                    f"axis 'block' differs within a {group.kind} group: {sorted(slots)} slots"
                 )
             check_group(self, group)
             for region in (self.regions[index] for index in group.regions):
                 for row in itertools.product(region.layers, region.planes):
                     if row in rows:
-                        raise LayoutError(
-                            f"plane {row[1]!r} of layer {row[0]} is held twice", operation="layout"
-                        )
+                        raise LayoutError(f"plane {row[1]!r} of layer {row[0]} is held twice")
                     rows.add(row)
         if len(seen) != len(self.regions):
-            raise LayoutError("every region must be in one group", operation="layout")
+            raise LayoutError("every region must be in one group")
         check_scales(self)
 
     @property
@@ -383,8 +362,7 @@ def _make_scales(scales: Mapping[str, Any], layers: tuple[int, ...]) -> tuple[Sc
         if values.ndim > 2 or (values.ndim and values.shape[0] != len(layers)):
             raise LayoutError(
                 f"scales of plane {plane!r} have shape {values.shape}: give one number, "
-                f"[{len(layers)} layers] or [{len(layers)} layers, heads]",
-                operation="layout",
+                f"[{len(layers)} layers] or [{len(layers)} layers, heads]"
             )
         rows = np.broadcast_to(values.reshape(-1, values.shape[1] if values.ndim == 2 else 1),
                                (len(layers), values.shape[1] if values.ndim == 2 else 1))  # fmt: skip
@@ -400,8 +378,7 @@ def _describe(tensor: Any, names: list[str]) -> tuple[dict[str, int], dict[str, 
     if len(tensor.shape) != len(names):
         raise LayoutError(
             f"a tensor of shape {tuple(tensor.shape)} does not have the {len(names)} axes "
-            f"{' '.join(names)}",
-            operation="layout",
+            f"{' '.join(names)}"
         )
     if hasattr(tensor, "element_size"):
         elem = int(tensor.element_size())
@@ -415,12 +392,11 @@ def _describe(tensor: Any, names: list[str]) -> tuple[dict[str, int], dict[str, 
     by_name = dict(zip(names, strides, strict=True))
     for name, size in sizes.items():
         if size < 1:
-            raise LayoutError(f"axis {name!r} is empty", operation="layout")
+            raise LayoutError(f"axis {name!r} is empty")
     for name, size in sizes.items():
         if by_name[name] < 0 or (size > 1 and by_name[name] == 0):
             raise LayoutError(
                 f"axis {name!r} has stride {by_name[name]} bytes: expanded and flipped tensors "
-                "are no caches",
-                operation="layout",
+                "are no caches"
             )
     return sizes, by_name, elem, dtype

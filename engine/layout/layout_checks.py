@@ -26,45 +26,38 @@ def check_region(number: int, region: RegionLayout) -> None:
     if region.elem_bytes < 1 or region.base_offset < 0 or region.tokens_per_slot < 0:
         raise LayoutError(
             f"{where}: elem_bytes {region.elem_bytes}, base_offset {region.base_offset} and "
-            f"tokens_per_slot {region.tokens_per_slot} must not be negative",
-            operation="layout",
+            f"tokens_per_slot {region.tokens_per_slot} must not be negative"
         )
     names = [name for name, _, _ in steps]
     if len(set(names)) != len(names):
-        raise LayoutError(f"{where}: an axis is named twice in {names}", operation="layout")
+        raise LayoutError(f"{where}: an axis is named twice in {names}")
     if max(region.nbytes, region.base_offset, *(stride for _, _, stride in steps)) > MAX_NBYTES:
-        raise LayoutError(f"{where}: sizes beyond {MAX_NBYTES} bytes", operation="layout")
+        raise LayoutError(f"{where}: sizes beyond {MAX_NBYTES} bytes")
     if region.num_slots > MAX_SLOTS:
         raise LayoutError(
-            f"{where}: axis 'block' has size {region.num_slots}, the most is {MAX_SLOTS}",
-            operation="layout",
+            f"{where}: axis 'block' has size {region.num_slots}, the most is {MAX_SLOTS}"
         )
     for name, size, stride in steps:
         if size < 1 or stride < 0:
-            raise LayoutError(
-                f"{where}: axis {name!r} has size {size} and stride {stride}", operation="layout"
-            )
+            raise LayoutError(f"{where}: axis {name!r} has size {size} and stride {stride}")
     # Sorted by stride, each axis must step over everything that the smaller ones cover.
     covered = region.elem_bytes
     for name, size, stride in sorted((s for s in steps if s[1] > 1), key=lambda s: s[2]):
         if stride < covered:
             raise LayoutError(
                 f"{where}: axis {name!r} steps {stride} bytes but what lies inside it takes "
-                f"{covered}: slots would overlap",
-                operation="layout",
+                f"{covered}: slots would overlap"
             )
         covered = stride * (size - 1) + covered
     if region.base_offset + covered > region.nbytes:
         raise LayoutError(
-            f"{where}: needs {region.base_offset + covered} bytes but has {region.nbytes}",
-            operation="layout",
+            f"{where}: needs {region.base_offset + covered} bytes but has {region.nbytes}"
         )
     token = [axis.size for axis in region.axes if axis.name == "token"]
     if token and token[0] != region.tokens_per_slot:
         raise LayoutError(
             f"{where}: axis 'token' has size {token[0]} but tokens_per_slot is "
-            f"{region.tokens_per_slot}",
-            operation="layout",
+            f"{region.tokens_per_slot}"
         )
 
 
@@ -74,8 +67,7 @@ def check_group(layout: KVLayout, group: GroupLayout) -> None:
     tokens = {region.tokens_per_slot for region in regions}
     if len(tokens) > 1:
         raise LayoutError(
-            f"block sizes differ within a {group.kind} group: {sorted(tokens)} tokens",
-            operation="layout",
+            f"block sizes differ within a {group.kind} group: {sorted(tokens)} tokens"
         )
     if group.window < 0 or (
         regions and group.window > regions[0].num_slots * regions[0].tokens_per_slot
@@ -83,8 +75,7 @@ def check_group(layout: KVLayout, group: GroupLayout) -> None:
         held = regions[0].num_slots * regions[0].tokens_per_slot if regions else 0
         raise LayoutError(
             f"a window of {group.window} tokens is larger than the group's blocks, which hold "
-            f"{held} tokens",
-            operation="layout",
+            f"{held} tokens"
         )
 
 
@@ -101,20 +92,17 @@ def check_scales(layout: KVLayout) -> None:
         if key not in held or key in seen:
             raise LayoutError(
                 f"a scale is for plane {scale.plane!r} of layer {scale.layer}, which is "
-                f"{'scaled twice' if key in seen else 'not held'}",
-                operation="layout",
+                f"{'scaled twice' if key in seen else 'not held'}"
             )
         seen.add(key)
         start, stop = layout.region_heads(held[key])
         if len(scale.values) not in (1, stop - start):
             raise LayoutError(
                 f"plane {scale.plane!r} of layer {scale.layer} has {len(scale.values)} scales: give "
-                f"1, or {stop - start} for heads [{start}, {stop})",
-                operation="layout",
+                f"1, or {stop - start} for heads [{start}, {stop})"
             )
         if not all(0.0 < value < math.inf for value in scale.values):
             raise LayoutError(
                 f"plane {scale.plane!r} of layer {scale.layer} has scales {scale.values}: they must "
-                "be positive and finite",
-                operation="layout",
+                "be positive and finite"
             )
