@@ -12,7 +12,7 @@ from .kv_layout import GroupLayout, KVLayout
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .kv_layout import RegionLayout
+    from .region import RegionLayout
 
 
 def join_groups(*layouts: KVLayout) -> KVLayout:
@@ -56,7 +56,10 @@ def _joined(layouts: Sequence[KVLayout], groups: tuple[GroupLayout, ...]) -> KVL
         raise LayoutError("no layouts were given to join")
     for name in ("codec", "opaque", "version"):
         _same(name, [getattr(layout, name) for layout in layouts])
-    first = next((layout for layout in layouts if _has_heads(layout)), layouts[0])
+    first = next(
+        (layout for layout in layouts if any(region.axis("head") for region in layout.regions)),
+        layouts[0],
+    )
     regions = [
         _in_its_own_terms(layout, index)
         for layout in layouts
@@ -77,10 +80,6 @@ def _joined(layouts: Sequence[KVLayout], groups: tuple[GroupLayout, ...]) -> KVL
     )
     joined.check()
     return joined
-
-
-def _has_heads(layout: KVLayout) -> bool:
-    return any(axis.name == "head" for region in layout.regions for axis in region.axes)
 
 
 def _in_its_own_terms(layout: KVLayout, index: int) -> RegionLayout:

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from ..errors import LayoutError
-from .layout_checks import check_group, check_region, check_scales
+from .region import Axis, RegionLayout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,51 +34,6 @@ WHOLE_KINDS = (
 )  # groups whose slots are moved whole: no tokens are looked for in them
 _OUTER = ("layer", "plane", "block")
 _INNER = ("token", "head", "tile", "dim")
-
-
-class Axis(msgspec.Struct, frozen=True, array_like=True):
-    """One named axis inside a slot: `size` steps of `stride_bytes` bytes."""
-
-    name: str
-    size: int
-    stride_bytes: int
-
-
-class RegionLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one region (one stretch of registered memory) holds.
-
-    Attributes:
-        layers: global indices of the layers it holds, in order of address.
-        planes: names of the planes it holds (`k`, `v`; `latent` for MLA; `state`).
-        layer_stride, plane_stride, slot_stride: bytes between neighbours; 0 where there is one.
-        num_slots: how many block ids it has.
-        tokens_per_slot: token slots of a block; 0 for state that has no tokens.
-        elem_bytes: bytes of one element of the innermost axis.
-        axes: the axes inside a slot, outermost first.
-        base_offset: bytes from the region's start to its first slot.
-        nbytes: size of the region.
-        dtype: element type, if other than the layout's.
-        heads: range of the model's heads, if other than the layout's.
-    """
-
-    layers: tuple[int, ...]
-    planes: tuple[str, ...]
-    layer_stride: int
-    plane_stride: int
-    slot_stride: int
-    num_slots: int
-    tokens_per_slot: int
-    elem_bytes: int
-    axes: tuple[Axis, ...]
-    base_offset: int
-    nbytes: int
-    dtype: str = ""
-    heads: tuple[int, int] | None = None
-
-    @property
-    def slot_nbytes(self) -> int:
-        """Payload bytes of one slot of one layer and one plane."""
-        return math.prod(axis.size for axis in self.axes) * self.elem_bytes
 
 
 class GroupLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -287,7 +242,7 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if not self.regions:
             raise LayoutError("a layout needs at least one region")
         for number, region in enumerate(self.regions):
-            check_region(number, region)
+            region.check(number)
         if not 0 <= self.head_start < self.head_stop:
             raise LayoutError(
                 f"axis 'head': [{self.head_start}, {self.head_stop}) is no range of heads"
@@ -295,11 +250,11 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.tp_mode not in ("split", "replicate"):
             raise LayoutError(f"tp_mode {self.tp_mode!r} is neither 'split' nor 'replicate'")
         for number, region in enumerate(self.regions):
-            held = [axis.size for axis in region.axes if axis.name == "head"]
+            held = region.axis("head")
             start, stop = self.region_heads(number)
-            if held and (held[0] != stop - start or start < 0):
+            if held and (held.size != stop - start or start < 0):
                 raise LayoutError(
-                    f"region {number}: axis 'head' has size {held[0]} but heads "
+                    f"region {number}: axis 'head' has size {held.size} but heads "
                     f"[{start}, {stop}) are held"
                 )
             if held and 0 < self.model_heads < stop:
@@ -320,7 +275,7 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise LayoutError(
                     f"axis 'block' differs within a {group.kind} group: {sorted(slots)} slots"
                 )
-            check_group(self, group)
+            self._check_group(group)
             for region in (self.regions[index] for index in group.regions):
                 for row in itertools.product(region.layers, region.planes):
                     if row in rows:
@@ -328,7 +283,53 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     rows.add(row)
         if len(seen) != len(self.regions):
             raise LayoutError("every region must be in one group")
-        check_scales(self)
+        self._check_scales()
+
+    def _check_group(self, group: GroupLayout) -> None:
+        """Check what the regions of one block table must have in common."""
+        regions = [self.regions[index] for index in group.regions]
+        tokens = {region.tokens_per_slot for region in regions}
+        if len(tokens) > 1:
+            raise LayoutError(
+                f"block sizes differ within a {group.kind} group: {sorted(tokens)} tokens"
+            )
+        if group.window < 0 or (
+            regions and group.window > regions[0].num_slots * regions[0].tokens_per_slot
+        ):
+            held = regions[0].num_slots * regions[0].tokens_per_slot if regions else 0
+            raise LayoutError(
+                f"a window of {group.window} tokens is larger than the group's blocks, which hold "
+                f"{held} tokens"
+            )
+
+    def _check_scales(self) -> None:
+        """Check that every scale is for a plane held here, once, and is a positive number."""
+        seen = set()
+        held = {
+            (layer, plane): index
+            for index, region in enumerate(self.regions)
+            for layer in region.layers
+            for plane in region.planes
+        }
+        for scale in self.scales:
+            key = (scale.layer, scale.plane)
+            if key not in held or key in seen:
+                raise LayoutError(
+                    f"a scale is for plane {scale.plane!r} of layer {scale.layer}, which is "
+                    f"{'scaled twice' if key in seen else 'not held'}"
+                )
+            seen.add(key)
+            start, stop = self.region_heads(held[key])
+            if len(scale.values) not in (1, stop - start):
+                raise LayoutError(
+                    f"plane {scale.plane!r} of layer {scale.layer} has {len(scale.values)} scales: give "
+                    f"1, or {stop - start} for heads [{start}, {stop})"
+                )
+            if not all(0.0 < value < math.inf for value in scale.values):
+                raise LayoutError(
+                    f"plane {scale.plane!r} of layer {scale.layer} has scales {scale.values}: they must "
+                    "be positive and finite"
+                )
 
     @property
     def layers(self) -> tuple[int, ...]:

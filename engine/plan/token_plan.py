@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from ..layout.kv_layout import KVLayout, RegionLayout
+    from ..layout.kv_layout import KVLayout
+    from ..layout.region import RegionLayout
     from .mapping import Bundle, TablePair
     from .planes import Key
     from .template import Moves, Rows

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from kvferry.engine.errors import EngineError, LayoutError, NotRegistered, OutOfRange, PlanError
-from kvferry.engine.layout.kv_layout import Axis, GroupLayout, KVLayout
+from kvferry.engine.layout.kv_layout import GroupLayout, KVLayout
+from kvferry.engine.layout.region import Axis
 from kvferry.engine.memory.regions import CacheDescriptor, RegionTable
 from kvferry.engine.plan.block_plan import Plan
 from kvferry.engine.plan.token_plan import TokenPlan
@@ -17,7 +18,7 @@ from kvferry.engine.transfer_engine import TransferEngine
 from kvferry.engine.wire import tables
 
 if TYPE_CHECKING:
-    from kvferry.engine.layout.kv_layout import RegionLayout
+    from kvferry.engine.layout.region import RegionLayout
 
 DIMS = "plane block token head dim"
 
