@@ -11,7 +11,8 @@ import pytest
 from kvferry.engine.errors import EngineError, LayoutError, NotRegistered, OutOfRange, PlanError
 from kvferry.engine.layout.kv_layout import GroupLayout, KVLayout
 from kvferry.engine.layout.region import Axis
-from kvferry.engine.memory.regions import CacheDescriptor, RegionTable
+from kvferry.engine.memory.descriptors import CacheDescriptor
+from kvferry.engine.memory.regions import RegionTable
 from kvferry.engine.plan.block_plan import Plan
 from kvferry.engine.plan.token_plan import TokenPlan
 from kvferry.engine.transfer_engine import TransferEngine
