@@ -124,8 +124,7 @@ class Conversion:
         if plan.local.kind != ("cuda" if plan.local.device >= 0 else "host"):
             raise PlanError(
                 "numbers change their type, and the cache here is on several GPUs, or partly in "
-                "host memory: register a cache for each",
-                operation="plan",
+                "host memory: register a cache for each"
             )
         check_move(plan, move)
         self._submitter, self._operation, self._plan, self._imm = submitter, operation, plan, imm

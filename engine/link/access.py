@@ -20,7 +20,8 @@ from ..wire.refusals import refused
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..memory.regions import MemoryRegion, RegionDescriptor
+    from ..memory.descriptors import RegionDescriptor
+    from ..memory.regions import MemoryRegion
     from ..transports.base import Transfer
     from .context import LinkContext
 

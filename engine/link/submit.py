@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import NotRegistered, PeerLost
-from ..memory.regions import MemoryRegion, RegionDescriptor, check_ranges
+from ..memory.descriptors import RegionDescriptor
+from ..memory.regions import MemoryRegion, check_ranges
 from ..transfer.counters import check_imm
 from ..transfer.pieces import NO_PIECES, as_columns, bind
 from ..transfer.ticket import DEFAULT_TIMEOUT_S, Ticket

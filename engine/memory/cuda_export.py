@@ -10,40 +10,17 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from typing import TYPE_CHECKING, Annotated
-
-import msgspec
+from typing import TYPE_CHECKING
 
 from ..errors import DeviceError, NotRegistered, RegionGone, TransportUnavailable
 from .cuda_driver import driver
 from .cuda_vmm import ExportedChunks, MappedChunks
-from .fields import Uint32, Uint63  # noqa: TC001 - msgspec reads them at run time
+from .descriptors import CudaMemory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from .regions import RegionDescriptor
-
-
-class CudaMemory(msgspec.Struct, frozen=True, array_like=True):
-    """Where a region of GPU memory lies, for a process that wants to map it.
-
-    Attributes:
-        handle: CUDA IPC handle of the allocation that holds it; empty where there is none.
-        offset: bytes from the start of that allocation, or of the first chunk, to the region's.
-        device_uuid: the GPU, named alike in all processes.
-        counters: IPC handle of the owning engine's counters on that GPU.
-        counters_address: where they lie in the owning process.
-        chunks: without a handle, the owning process's file descriptors of the chunks that hold it,
-            and the bytes of each.
-    """
-
-    handle: bytes
-    offset: int
-    device_uuid: str
-    counters: bytes
-    counters_address: int
-    chunks: Annotated[tuple[tuple[Uint32, Uint63], ...], msgspec.Meta(max_length=1 << 16)] = ()
+    from .descriptors import RegionDescriptor
 
 
 def export_tensor(

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from ..connect.handshake import Identity
     from ..context import EngineCore
-    from ..memory.regions import MemoryRegion, RegionDescriptor, RegisteredCache
+    from ..memory.descriptors import RegionDescriptor
+    from ..memory.regions import MemoryRegion, RegisteredCache
     from ..transfer.block_ids import CheckedIds
     from ..transfer.moves import TokenMove
     from ..transfer.pieces import BoundPieces

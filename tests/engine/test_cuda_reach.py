@@ -10,8 +10,8 @@ import pytest
 from kvferry.engine.errors import DeviceError, RegionGone
 from kvferry.engine.memory import cuda_driver as cuda
 from kvferry.engine.memory import cuda_export as cuda_memory
-from kvferry.engine.memory.cuda_export import CudaMemory, PeerMappings
-from kvferry.engine.memory.regions import RegionDescriptor
+from kvferry.engine.memory.cuda_export import PeerMappings
+from kvferry.engine.memory.descriptors import CudaMemory, RegionDescriptor
 from kvferry.engine.transports.cuda_ipc import path as cuda_ipc
 from kvferry.engine.transports.cuda_ipc.peer_memory import PeerReach
 

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     import torch
 
     from ....kernels.signal import Signal
-    from ...memory.regions import MemoryRegion, RegionDescriptor, RegisteredCache
+    from ...memory.descriptors import RegionDescriptor
+    from ...memory.regions import MemoryRegion, RegisteredCache
     from ...transfer.block_ids import CheckedIds
     from ...transfer.moves import TokenMove
     from ...transfer.plan import TransferPlan

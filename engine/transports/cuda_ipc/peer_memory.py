@@ -14,7 +14,8 @@ from ...errors import EngineError, TransportUnavailable
 
 if TYPE_CHECKING:
     from ...memory.cuda_export import PeerMappings
-    from ...memory.regions import MemoryRegion, RegionDescriptor, RegisteredCache
+    from ...memory.descriptors import RegionDescriptor
+    from ...memory.regions import MemoryRegion, RegisteredCache
     from ..base import PathHost
 
 log = logging.getLogger(__name__)

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ...memory.regions import RegionDescriptor
+    from ...memory.descriptors import RegionDescriptor
     from ...transfer.plan import TransferPlan
     from ...wire.messages import LinkMessage
     from ..base import PathHost
