@@ -19,13 +19,12 @@ import numpy as np
 
 from ...errors import DeviceError, EngineError, NotRegistered, PlanError, TransportUnavailable
 from ...memory import cuda_driver as cuda
-from ...memory.cuda_export import PeerMappings
 from ...transfer.device_counters import slot_offset
 from ...transfer.staged import compute_event
 from ...wire.messages import Arrived
 from ..base import Availability, DataPath, Transfer
 from ..cma.path import CmaPath
-from .peer_memory import PeerReach
+from .peer_memory import PeerMappings, PeerReach
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
