@@ -30,9 +30,9 @@ from .errors import (
     NotRegistered,
     TransportUnavailable,
 )
-from .memory.regions import CacheDescriptor, MemoryRegion, RegionTable, RegisteredCache, quarantine
-from .runtime.copy_threads import Copiers
-from .runtime.errands import Errands
+from .memory.descriptors import CacheDescriptor
+from .memory.regions import MemoryRegion, RegionTable, RegisteredCache, quarantine
+from .runtime.copy_threads import Copiers, Errands
 from .runtime.progress import TICK_S, Progress
 from .staging.thresholds import Paths
 from .staging.thresholds import load as load_paths
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
     from .layout.kv_layout import KVLayout
     from .link.link import Link
-    from .memory.regions import RegionDescriptor
+    from .memory.descriptors import RegionDescriptor
 
 
 class TransferEngine:
@@ -342,7 +342,7 @@ class TransferEngine:
                 another thread should go on with the work of the one that does it. It must not block.
         """
         self._check_open("take errands")
-        errands = Errands(self._core.copiers.errands, self._core.copiers, stalled)
+        errands = Errands(self._core.copiers, stalled)
         self._errands.add(errands)
         return errands
 

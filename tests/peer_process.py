@@ -24,12 +24,8 @@ from kvferry.engine.transfer_engine import TransferEngine
 
 if TYPE_CHECKING:
     from kvferry.engine.link.link import Link
-    from kvferry.engine.memory.regions import (
-        CacheDescriptor,
-        MemoryRegion,
-        RegionDescriptor,
-        RegisteredCache,
-    )
+    from kvferry.engine.memory.descriptors import CacheDescriptor, RegionDescriptor
+    from kvferry.engine.memory.regions import MemoryRegion, RegisteredCache
     from kvferry.engine.transfer.ticket import Ticket
     from tests import shuffle
     from tests.census import Census

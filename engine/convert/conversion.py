@@ -139,8 +139,7 @@ class Conversion:
         if plan.local.kind != ("cuda" if plan.local.device >= 0 else "host"):
             raise PlanError(
                 "numbers change their type, and the cache here is on several GPUs, or partly in "
-                "host memory: register a cache for each",
-                operation="plan",
+                "host memory: register a cache for each"
             )
         move.nbytes  # noqa: B018 - checks the tables
         self._op, self._plan = op, plan

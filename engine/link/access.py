@@ -21,7 +21,8 @@ from ..wire.refusals import refused, region_taken_back
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..memory.regions import MemoryRegion, RegionDescriptor
+    from ..memory.descriptors import RegionDescriptor
+    from ..memory.regions import MemoryRegion
     from ..transfer.transfer import Transfer
     from .context import LinkContext
     from .transfers import TransferTable

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     import torch
 
     from ..context import EngineCore
-    from ..memory.regions import MemoryRegion, RegionDescriptor
+    from ..memory.descriptors import RegionDescriptor
+    from ..memory.regions import MemoryRegion
     from ..plan.block_plan import BlockIds
     from ..transfer.block_ids import UploadedIds
     from ..transfer.pieces import Offsets

@@ -14,7 +14,8 @@ import numpy as np
 
 from ..convert.conversion import Conversion, warm
 from ..errors import EngineError, NotRegistered, PeerLost, PlanError
-from ..memory.regions import MemoryRegion, RegionDescriptor, check_ranges
+from ..memory.descriptors import RegionDescriptor
+from ..memory.regions import MemoryRegion, check_ranges
 from ..transfer.counters import check_imm
 from ..transfer.moves import BlockMove, Op, PieceMove, TokenMove
 from ..transfer.pieces import as_columns, bind

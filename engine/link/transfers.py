@@ -16,7 +16,7 @@ from ..wire.refusals import link_down, region_taken_back
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..memory.regions import RegionDescriptor
+    from ..memory.descriptors import RegionDescriptor
     from ..transfer.ticket import Ticket
     from ..transfer.transfer import Transfer
 

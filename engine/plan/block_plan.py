@@ -167,8 +167,7 @@ class Plan:
         dst_ids = _as_ids("destination", dst_block_ids)
         if len(src_ids) != len(dst_ids):
             raise PlanError(
-                f"{len(src_ids)} source block ids but {len(dst_ids)} destination block ids",
-                operation="plan",
+                f"{len(src_ids)} source block ids but {len(dst_ids)} destination block ids"
             )
         if not len(dst_ids):
             return src_ids, dst_ids
@@ -241,8 +240,7 @@ def _as_ids(side: str, ids: BlockIds) -> npt.NDArray[np.int64]:
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise PlanError(
             f"{side} block ids must be one row of integers, not {array.dtype} of shape "
-            f"{array.shape}",
-            operation="plan",
+            f"{array.shape}"
         )
     return array.astype(np.int64, copy=False)
 

@@ -28,8 +28,7 @@ def block_table(side: str, tables: Sequence[BlockTable], group: int) -> Ids:
     if group >= len(tables):
         raise PlanError(
             f"{len(tables)} {side} block tables, but group {group} is to be moved: give one for "
-            "each group of the layout",
-            operation="plan",
+            "each group of the layout"
         )
     ids = np.asarray(tables[group])
     if ids.size == 0:
@@ -37,8 +36,7 @@ def block_table(side: str, tables: Sequence[BlockTable], group: int) -> Ids:
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise PlanError(
             f"{side} block table {group} must be one row of integers, not {ids.dtype} of shape "
-            f"{ids.shape}",
-            operation="plan",
+            f"{ids.shape}"
         )
     return ids.astype(np.int64, copy=False)
 
@@ -47,9 +45,7 @@ def state_ids(pair: TablePair, src_ids: Ids, dst_ids: Ids) -> tuple[Ids, Ids]:
     """The pages of state to move, without the null slots."""
     if len(src_ids) != len(dst_ids):
         raise PlanError(
-            f"{len(src_ids)} source pages of {pair.kind} state but {len(dst_ids)} destination "
-            "pages",
-            operation="plan",
+            f"{len(src_ids)} source pages of {pair.kind} state but {len(dst_ids)} destination pages"
         )
     keep = np.ones(len(src_ids), bool)
     if pair.src_null is not None and pair.dst_null is not None:
@@ -71,14 +67,12 @@ def check_ids(side: str, ids: Ids, num_slots: int, null: int | None) -> None:
         return
     if null is not None and bool((ids == null).any()):
         raise BlockOutOfRange(
-            f"{side} block id {null} stands for no block, but tokens in it are to be moved",
-            operation="plan",
+            f"{side} block id {null} stands for no block, but tokens in it are to be moved"
         )
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= num_slots:
         raise BlockOutOfRange(
-            f"{side} block id {low if low < 0 else high} is not in a cache of {num_slots} blocks",
-            operation="plan",
+            f"{side} block id {low if low < 0 else high} is not in a cache of {num_slots} blocks"
         )
 
 
@@ -92,4 +86,4 @@ def check_distinct(ids: Ids) -> None:
     same = ordered[1:] == ordered[:-1]
     if bool(same.any()):
         twice = int(ordered[1:][same][0])
-        raise OverlappingBlocks(f"destination block id {twice} is named twice", operation="plan")
+        raise OverlappingBlocks(f"destination block id {twice} is named twice")

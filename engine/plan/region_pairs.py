@@ -9,7 +9,8 @@ from ..layout.block_scales import is_scale
 from ..layout.dtypes import has_conversion
 
 if TYPE_CHECKING:
-    from ..layout.kv_layout import KVLayout, RegionLayout
+    from ..layout.kv_layout import KVLayout
+    from ..layout.region import RegionLayout
 
 
 def differ(what: str, left: object, right: object) -> None:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from ..layout.kv_layout import KVLayout, RegionLayout
+    from ..layout.kv_layout import KVLayout
+    from ..layout.region import RegionLayout
     from .mapping import Bundle, TablePair
     from .planes import Key
     from .template import Moves, Rows
@@ -177,7 +178,7 @@ class TokenPlan:
             PlanError: numbers change their type; and as for `moves`.
         """
         if self.converts:
-            raise PlanError("numbers change their type: there are no pieces", operation="plan")
+            raise PlanError("numbers change their type: there are no pieces")
         found = self.moves(src_tables, dst_tables, start, stop, layers=layers)
         parts = [moves.pieces for moves in found]
         if not parts:
@@ -203,13 +204,12 @@ class TokenPlan:
         if not pair.unit:
             return state_ids(pair, src_ids, dst_ids)
         if not 0 <= start <= stop:
-            raise PlanError(f"tokens [{start}, {stop}) are no range", operation="plan")
+            raise PlanError(f"tokens [{start}, {stop}) are no range")
         first = window_start(pair, start, stop)
         if pair.aligned and first % pair.dst_tokens:
             raise PlanError(
                 f"token {first} is inside a block of {pair.dst_tokens} tokens, and {pair.aligned}: "
-                "begin at a block boundary",
-                operation="plan",
+                "begin at a block boundary"
             )
         for side, ids, tokens, slots, null in (
             ("source", src_ids, pair.src_tokens, pair.src_slots, pair.src_null),
@@ -218,8 +218,7 @@ class TokenPlan:
             used = ids[first // tokens : -(-stop // tokens)] if stop > first else ids[:0]
             if stop > first and len(ids) * tokens < stop:
                 raise PlanError(
-                    f"{len(ids)} {side} blocks of {tokens} tokens do not hold token {stop - 1}",
-                    operation="plan",
+                    f"{len(ids)} {side} blocks of {tokens} tokens do not hold token {stop - 1}"
                 )
             check_ids(side, used, slots, null)
             if side == "destination":
@@ -241,7 +240,7 @@ class TokenPlan:
         """Pieces of one unit's tokens `[low, high)`; of one whole slot for `[0, 0)`."""
         missing = set(layers or ()) - set(self.layers)
         if missing:
-            raise PlanError(f"layer {min(missing)} is not held by both sides", operation="plan")
+            raise PlanError(f"layer {min(missing)} is not held by both sides")
         whole = low == high
         found: dict[tuple[int, ...], list[Bundle]] = {}
         for bundle in self.pairs[pair].bundles:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ..memory.regions import MemoryRegion, RegionDescriptor, RegisteredCache
+    from ..memory.descriptors import RegionDescriptor
+    from ..memory.regions import MemoryRegion, RegisteredCache
     from .pieces import BoundPieces
     from .plan import TransferPlan
 

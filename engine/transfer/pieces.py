@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from ..memory.regions import RegionDescriptor
+    from ..memory.descriptors import RegionDescriptor
 
     Offsets = int | Sequence[int] | npt.NDArray[np.integer]
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from ..memory.regions import CacheDescriptor, RegisteredCache
+    from ..memory.descriptors import CacheDescriptor
+    from ..memory.regions import RegisteredCache
     from ..plan.block_plan import Ids
     from ..plan.pieces import Pieces
     from ..plan.planes import Key

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from ..context import EngineCore
     from ..errors import EngineError
-    from ..memory.regions import MemoryRegion, RegionDescriptor
+    from ..memory.descriptors import RegionDescriptor
+    from ..memory.regions import MemoryRegion
     from ..transfer.moves import BlockMove, TokenMove
     from ..transfer.plan import TransferPlan
     from ..transfer.transfer import Transfer

@@ -12,7 +12,8 @@ import numpy as np
 
 from ..errors import NotRegistered, OutOfRange, ProtocolError
 from ..memory import iovec
-from ..memory.regions import KEY_NBYTES, MemoryRegion, RegionDescriptor, RegionTable, check_ranges
+from ..memory.descriptors import KEY_NBYTES, RegionDescriptor
+from ..memory.regions import MemoryRegion, RegionTable, check_ranges
 
 if TYPE_CHECKING:
     import numpy.typing as npt

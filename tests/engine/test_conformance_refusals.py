@@ -27,7 +27,7 @@ from kvferry.engine.errors import (
     UnknownImmOverflow,
 )
 from kvferry.engine.layout.kv_layout import KVLayout
-from kvferry.engine.memory.regions import CacheDescriptor, RegionDescriptor
+from kvferry.engine.memory.descriptors import CacheDescriptor, RegionDescriptor
 from kvferry.engine.transfer.counters import MAX_UNKNOWN_IMMS
 from kvferry.engine.transfer_engine import TransferEngine
 

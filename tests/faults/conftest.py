@@ -13,7 +13,7 @@ import pytest
 
 from kvferry.engine.connect import handshake
 from kvferry.engine.connect.handshake import Hello
-from kvferry.engine.memory.regions import RegionDescriptor
+from kvferry.engine.memory.descriptors import RegionDescriptor
 from kvferry.engine.transfer_engine import TransferEngine
 from kvferry.engine.wire import frames as frames
 from kvferry.engine.wire import messages as wire

@@ -20,7 +20,8 @@ from kvferry.engine.transfer_engine import TransferEngine
 
 if TYPE_CHECKING:
     from kvferry.engine.link.link import Link
-    from kvferry.engine.memory.regions import CacheDescriptor, RegionDescriptor, RegisteredCache
+    from kvferry.engine.memory.descriptors import CacheDescriptor, RegionDescriptor
+    from kvferry.engine.memory.regions import RegisteredCache
     from kvferry.engine.transfer.ticket import Ticket
     from tests.child import pipe_of_child, serve
 else:

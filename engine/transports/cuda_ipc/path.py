@@ -19,7 +19,6 @@ import numpy as np
 
 from ...errors import DeviceError, EngineError, NotRegistered, PlanError, TransportUnavailable
 from ...memory import cuda_driver as cuda
-from ...memory.cuda_export import PeerMappings
 from ...transfer.device_counters import slot_offset
 from ...transfer.moves import BlockMove, TokenMove
 from ...transfer.staged import compute_event
@@ -27,7 +26,7 @@ from ...transfer.transfer import Transfer
 from ...wire.messages import Arrived
 from ..base import Availability, DataPath
 from ..cma.path import CmaPath
-from .peer_memory import PeerReach
+from .peer_memory import PeerMappings, PeerReach
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,7 +34,8 @@ if TYPE_CHECKING:
     import torch
 
     from ....kernels.signal import Signal
-    from ...memory.regions import MemoryRegion, RegionDescriptor, RegisteredCache
+    from ...memory.descriptors import RegionDescriptor
+    from ...memory.regions import MemoryRegion, RegisteredCache
     from ...transfer.plan import TransferPlan
     from ...transfer.transfer import Transfer
     from ..base import PathHost

@@ -16,7 +16,7 @@ from . import queue_pair as verbs_qp
 from .work_requests import Share, own_regions, split
 
 if TYPE_CHECKING:
-    from ...memory.regions import RegionDescriptor
+    from ...memory.descriptors import RegionDescriptor
     from ...transfer.transfer import Transfer
     from .device import Device
     from .loop import Loop

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ...memory.regions import RegionDescriptor
+    from ...memory.descriptors import RegionDescriptor
     from ...transfer.plan import TransferPlan
     from ...transfer.transfer import Transfer
     from ..base import PathHost
