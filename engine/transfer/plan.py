@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import PlanError
-from ..plan.block_plan import Plan, are_few, have_neighbours
+from ..plan.block_plan import Plan
+from ..plan.block_tables import are_few, have_neighbours
 from ..plan.token_plan import TokenPlan
 from .pieces import BoundPieces, bind
 from .template import BoundTemplate
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from ..memory.descriptors import CacheDescriptor
     from ..memory.regions import RegisteredCache
-    from ..plan.block_plan import BlockIds, Ids
+    from ..plan.block_tables import BlockIds, Ids
     from ..plan.planes import Key
 
     Column = npt.NDArray[np.int64]
