@@ -8,6 +8,7 @@ import numpy as np
 
 from ...control.errors import BlocksMismatch
 from ...engine.errors import PlanError
+from ...engine.plan.block_tables import as_row
 from ...engine.transfer.moves import TokenMove, as_tables, states_of
 
 if TYPE_CHECKING:
@@ -31,13 +32,7 @@ def pack_tables(tables: Any) -> tuple[bytes, ...]:
     """
     packed = []
     for number, table in enumerate(as_tables(tables)):
-        ids = np.asarray(table)
-        if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu"):
-            raise PlanError(
-                f"block table {number} must be one row of integers, not {ids.dtype} of shape "
-                f"{ids.shape}",
-                operation="plan",
-            )
+        ids = as_row(f"block table {number}", table)
         if ids.size and not -(2**31) <= int(ids.min()) <= int(ids.max()) < 2**31:
             raise PlanError(f"block table {number} has an id beyond 32 bits", operation="plan")
         packed.append(ids.astype("<i4").tobytes())

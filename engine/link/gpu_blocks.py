@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ..plan.block_plan import BlockIds
+    from ..plan.block_tables import BlockIds
     from ..transfer.plan import TransferPlan
     from ..transports.base import Kernels
     from ..transports.cuda_ipc.graph_write import GraphWrite

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ..context import EngineCore
     from ..memory.descriptors import RegionDescriptor
     from ..memory.regions import MemoryRegion
-    from ..plan.block_plan import BlockIds
+    from ..plan.block_tables import BlockIds
     from ..transfer.block_ids import UploadedIds
     from ..transfer.pieces import Offsets
     from ..transfer.plan import TransferPlan

@@ -52,13 +52,28 @@ class MemoryRegion:
         movable: whether its owner could free or resize it while it is registered.
     """
 
-    def __init__(self, table: RegionTable, region_id: int, memory: _Memory) -> None:
-        self._table = table
+    def __init__(
+        self,
+        engine_id: str,
+        region_id: int,
+        memory: _Memory,
+        *,
+        revoke: Callable[[int, float], None],
+        forget: Callable[[int], None],
+    ) -> None:
+        """Describe memory as a region.
+
+        Args:
+            revoke: `revoke(region_id, deadline)` returns once no peer uses it any more.
+            forget: `forget(region_id)` is told that nobody uses it at all.
+        """
+        self._revoke = revoke
+        self._forget = forget
         self._memory: _Memory | None = memory
         self.address = memory.address
         self.nbytes = memory.nbytes
         self.descriptor = RegionDescriptor(
-            engine_id=table.engine_id,
+            engine_id=engine_id,
             region_id=region_id,
             key=secrets.token_bytes(KEY_NBYTES),
             address=memory.address,
@@ -146,7 +161,7 @@ class MemoryRegion:
         self._closing = True
         for cache in self.caches:
             cache.close()
-        self._table.revoke(self, deadline)
+        self._revoke(self.region_id, deadline)
         for cache in self.caches:
             if not cache.drained(deadline):
                 raise DeadlineExceeded(
@@ -162,7 +177,7 @@ class MemoryRegion:
                         operation="deregister",
                     )
             memory, self._memory = self._memory, None
-        self._table.forget(self)
+        self._forget(self.region_id)
         if memory is not None and memory.exported is not None:
             memory.exported.close()
 
@@ -261,7 +276,13 @@ class RegionTable:
                 described.device, described.address, described.nbytes, *counters
             )
         with self._lock:
-            region = MemoryRegion(self, next(self._ids), described)
+            region = MemoryRegion(
+                self.engine_id,
+                next(self._ids),
+                described,
+                revoke=self._revoke,
+                forget=self._forget,
+            )
             self._regions[region.region_id] = region
         return region
 
@@ -312,17 +333,17 @@ class RegionTable:
         """`forgetter(region_id)` is called when nobody uses a deregistered region any more."""
         self._forgetters.append(forgetter)
 
-    def revoke(self, region: MemoryRegion, deadline: float) -> None:
-        """Asks every peer to stop using the region."""
+    def _revoke(self, region_id: int, deadline: float) -> None:
+        """Ask every peer to stop using a region."""
         for revoker in self._revokers:
-            revoker(region.region_id, deadline)
+            revoker(region_id, deadline)
 
-    def forget(self, region: MemoryRegion) -> None:
-        """Takes a deregistered region out of the table."""
+    def _forget(self, region_id: int) -> None:
+        """Take a deregistered region out of the table."""
         for forgetter in self._forgetters:
-            forgetter(region.region_id)
+            forgetter(region_id)
         with self._lock:
-            self._regions.pop(region.region_id, None)
+            self._regions.pop(region_id, None)
 
     def all(self) -> list[MemoryRegion]:
         """The regions registered now."""

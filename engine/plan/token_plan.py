@@ -6,7 +6,7 @@ leave a block on either side, so a unit is to two caches of different blocks wha
 of equal ones. A block table alone says where unit `u` lies: in block `table[u // r]`, as its
 `u % r`-th part, where a block has `r` units.
 
-The pieces themselves are made in `token_pieces.py`.
+The pieces themselves are made in `template.py`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ import numpy as np
 from ..errors import LayoutError, PlanError
 from ..layout.block_scales import SCALE_NBYTES
 from .block_tables import block_table, check_distinct, check_ids, state_ids
-from .pieces import Pieces
 from .reconcile import reconcile
-from .template import make_rows, spread, stretches
+from .template import join, make_rows, spread, stretches
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -30,11 +29,11 @@ if TYPE_CHECKING:
 
     from ..layout.kv_layout import KVLayout
     from ..layout.region import RegionLayout
+    from .block_tables import BlockIds
     from .mapping import Bundle, TablePair
     from .planes import Key
-    from .template import Moves, Rows
+    from .template import Moves, Pieces, Rows
 
-    BlockTable = Sequence[int] | npt.NDArray[np.integer]
     Ids = npt.NDArray[np.int64]
 
 
@@ -99,7 +98,7 @@ class TokenPlan:
             layers: global layer indices; all if None.
             states: pages of each group whose slots are moved whole.
         """
-        key = _layer_key(layers)
+        key = layer_key(layers)
         total = 0
         for number, pair in enumerate(self.pairs):
             token_nbytes, slot_nbytes = self._per_layer(number, key)
@@ -114,8 +113,8 @@ class TokenPlan:
 
     def moves(
         self,
-        src_tables: Sequence[BlockTable],
-        dst_tables: Sequence[BlockTable],
+        src_tables: Sequence[BlockIds],
+        dst_tables: Sequence[BlockIds],
         start: int,
         stop: int,
         *,
@@ -133,7 +132,7 @@ class TokenPlan:
         Raises:
             BlockOutOfRange, OverlappingBlocks, PlanError: before any piece is made.
         """
-        key = _layer_key(layers)
+        key = layer_key(layers)
         checked = [self.check(pair, src_tables, dst_tables, start, stop) for pair in self.pairs]
         for number, (pair, (src_ids, dst_ids)) in enumerate(zip(self.pairs, checked, strict=True)):
             if not pair.unit:
@@ -165,8 +164,8 @@ class TokenPlan:
 
     def pieces(
         self,
-        src_tables: Sequence[BlockTable],
-        dst_tables: Sequence[BlockTable],
+        src_tables: Sequence[BlockIds],
+        dst_tables: Sequence[BlockIds],
         start: int,
         stop: int,
         *,
@@ -180,17 +179,13 @@ class TokenPlan:
         if self.converts:
             raise PlanError("numbers change their type: there are no pieces")
         found = self.moves(src_tables, dst_tables, start, stop, layers=layers)
-        parts = [moves.pieces for moves in found]
-        if not parts:
-            empty = np.zeros(0, np.int64)
-            return Pieces(empty, empty, empty, empty, empty)
-        return Pieces(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        return join([moves.pieces for moves in found])
 
     def check(
         self,
         pair: TablePair,
-        src_tables: Sequence[BlockTable],
-        dst_tables: Sequence[BlockTable],
+        src_tables: Sequence[BlockIds],
+        dst_tables: Sequence[BlockIds],
         start: int,
         stop: int,
     ) -> tuple[Ids, Ids]:
@@ -268,7 +263,8 @@ def window_start(pair: TablePair, start: int, stop: int) -> int:
     return max(start, first)
 
 
-def _layer_key(layers: Sequence[int] | None) -> tuple[int, ...] | None:
+def layer_key(layers: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Name a choice of layers, in whatever order it is given; None for all."""
     return None if layers is None else tuple(sorted({int(layer) for layer in layers}))
 
 

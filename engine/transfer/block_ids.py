@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import PlanError
-from ..plan.block_plan import are_few
+from ..plan.block_tables import are_few
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import PlanError
-from ..plan.block_plan import Plan, have_neighbours
+from ..plan.block_plan import Plan
+from ..plan.block_tables import have_neighbours
 from ..plan.token_plan import TokenPlan
 from .pieces import BoundPieces, bind
 from .template import BoundTemplate
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
     from ..memory.descriptors import CacheDescriptor
     from ..memory.regions import RegisteredCache
-    from ..plan.block_plan import Ids
-    from ..plan.pieces import Pieces
+    from ..plan.block_tables import Ids
+    from ..plan.template import Pieces
     from ..plan.planes import Key
 
     Column = npt.NDArray[np.int64]
