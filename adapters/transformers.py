@@ -215,7 +215,9 @@ def _check_states(
         ("dimensions a head", states.shape[3], head_dim),
     ):
         if mine != theirs:
-            raise LayoutError(f"{where} has {mine} {what} but the pool has {theirs}")
+            raise LayoutError(
+                f"{where} has {mine} {what} but the pool has {theirs}", operation="export"
+            )
     if states.dtype != layer.dtype:
         raise LayoutError(
             f"{where} is {states.dtype} but the pool is {layer.dtype}: load the model with "

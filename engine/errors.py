@@ -42,20 +42,22 @@ class EngineError(Exception):
     """An engine operation failed.
 
     Attributes:
-        operation: what was being done (`write`, `expect`, `connect`, …).
+        operation: what was being done (`write`, `expect`, `connect`, …); where none is named, the
+            class's `default_operation`.
         peer: the remote engine's name, or "" where no peer is concerned.
         imm: the imm concerned, if any.
         retryable: whether a retry (with a new imm) can help.
     """
 
     retryable = False
+    default_operation = ""
 
     def __init__(
         self, message: str, *, operation: str = "", peer: str = "", imm: int | None = None
     ) -> None:
         super().__init__(message)
         self.message = message
-        self.operation = operation
+        self.operation = operation or self.default_operation
         self.peer = peer
         self.imm = imm
 
@@ -73,9 +75,13 @@ class EngineError(Exception):
 class LayoutError(EngineError, ValueError):
     """A layout contradicts itself, its tensors, or the peer's layout; names the axis."""
 
+    default_operation = "layout"
+
 
 class PlanError(EngineError, ValueError):
     """Block ids that no plan can move."""
+
+    default_operation = "plan"
 
 
 class BlockOutOfRange(PlanError):

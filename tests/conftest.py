@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kvferry.engine.link.link import Link
-    from kvferry.engine.memory.regions import MemoryRegion, RegionDescriptor
+    from kvferry.engine.memory.descriptors import RegionDescriptor
+    from kvferry.engine.memory.regions import MemoryRegion
 
 # Each transport, and the functions that move its writes' and its reads' bytes in the process that
 # asked for them: `Gate` holds transfers in flight there.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ...control.handoff.session import Session
     from ...engine.errors import EngineError
     from ...engine.link.link import Link
-    from ...engine.memory.regions import CacheDescriptor
+    from ...engine.memory.descriptors import CacheDescriptor
     from ...engine.transfer.plan import TransferPlan
     from .event_loop import Timer
     from .messaging import Route

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...engine.errors import BlockOutOfRange, OverlappingBlocks, PlanError
-from ...engine.plan.block_plan import FEW_IDS
+from ...engine.errors import BlockOutOfRange, OverlappingBlocks
+from ...engine.plan.block_tables import FEW_IDS, as_row
 from ...engine.transfer_engine import TransferEngine
 from ...engine.transports.selection import TRANSPORTS
 
@@ -39,14 +39,9 @@ def pack_block_ids(num_blocks: int, block_ids: BlockIds, *, dst_of: str = "") ->
             if dst_of and len(set(few)) != len(few):
                 raise _named_twice(dst_of)
             return struct.pack(f"<{len(few)}i", *block_ids)
-    ids = np.asarray(block_ids)
+    ids = as_row("block ids", block_ids)
     if ids.size == 0:
         return b""
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise PlanError(
-            f"block ids must be one row of integers, not {ids.dtype} of shape {ids.shape}",
-            operation="plan",
-        )
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= num_blocks:
         raise BlockOutOfRange(

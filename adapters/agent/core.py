@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from ...control.handoff.messages import Message, Reason, Role, Side
     from ...control.handoff.registry import Desk, Steps
     from ...control.keys import Keys
-    from ...engine.memory.regions import CacheDescriptor, RegisteredCache
+    from ...engine.memory.descriptors import CacheDescriptor
+    from ...engine.memory.regions import RegisteredCache
     from ...engine.transfer_engine import TransferEngine
     from .acquaintance import Acquaintance
     from .messaging import Route

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ...engine.runtime.errands import Errands
+    from ...engine.runtime.copy_threads import Errands
 
 # That are kept until they are due, or more than half of all: 2,000 handoffs a second leave 60,000 in
 # 30 s otherwise, which Python's collector goes through again and again.

@@ -18,7 +18,7 @@ from ...control.handoff import events
 from ...control.handoff.messages import BLOCK_ID_NBYTES, unpack_block_ids
 from ...control.handoff.timeline import Recorder
 from ...engine.errors import Cancelled, EngineError, LinkError
-from ...engine.plan.block_plan import FEW_IDS
+from ...engine.plan.block_tables import FEW_IDS
 from .activity import ActivityLog, short
 from .compute_order import idle_stream
 from .tables import read_tokens, write_tokens
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ...control.handoff.messages import Side
     from ...control.handoff.timeline import Timeline
     from ...engine.memory.regions import RegisteredCache
-    from ...engine.plan.block_plan import BlockIds
+    from ...engine.plan.block_tables import BlockIds
     from ...engine.transfer.plan import TransferPlan
     from ...engine.transfer.ticket import Ticket
     from ...engine.transfer_engine import TransferEngine

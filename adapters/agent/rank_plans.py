@@ -9,7 +9,8 @@ from ...engine.plan.rank_plan import RankPlan
 
 if TYPE_CHECKING:
     from ...engine.layout.kv_layout import KVLayout
-    from ...engine.memory.regions import CacheDescriptor, RegisteredCache
+    from ...engine.memory.descriptors import CacheDescriptor
+    from ...engine.memory.regions import RegisteredCache
     from ...engine.transfer.plan import TransferPlan
     from ...engine.transfer_engine import TransferEngine
 

@@ -35,7 +35,7 @@ from ...control.handoff.session import (
 from ...engine.connect.admission import TOKEN_NBYTES
 from ...engine.connect.handshake import HANDSHAKE_TIMEOUT_S, EngineAddress
 from ...engine.errors import EngineError, LinkClosed
-from ...engine.memory.regions import CacheDescriptor
+from ...engine.memory.descriptors import CacheDescriptor
 from .acquaintance import Acquaintance
 from .rank_plans import plan_between
 

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from ...engine.errors import LayoutError
-from ...engine.layout.kv_layout import Axis, GroupLayout, KVLayout, RegionLayout
-from ...engine.memory.regions import CacheDescriptor, RegisteredCache
+from ...engine.layout.kv_layout import GroupLayout, KVLayout
+from ...engine.layout.region import Axis, RegionLayout
+from ...engine.memory.descriptors import CacheDescriptor
+from ...engine.memory.regions import RegisteredCache
 from ...engine.transfer.plan import TransferPlan
 from .memory import AUX, KV
 

@@ -18,8 +18,8 @@ from typing import Any
 import msgspec
 
 from ...engine.errors import ProtocolError
+from ...engine.memory.descriptors import RegionDescriptor  # noqa: TC001 - msgspec reads it at run time
 from ...engine.memory.fields import DECODE_ERRORS
-from ...engine.memory.regions import RegionDescriptor  # noqa: TC001 - msgspec reads it at run time
 
 TAG = b"KVFERRY"
 VERSION = 1

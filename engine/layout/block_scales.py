@@ -81,24 +81,20 @@ def scale_shape(
                 f"{axis.name!r}: one a block, or one for each block and head, can be converted",
                 operation="plan",
             )
-    for axis in shape.axes:
-        if axis.name == "head":
-            first = layout.region_heads(region)[0]
-            return ScaleShape(
-                shape.slot_stride, axis.stride_bytes, (heads[0] - first) * axis.stride_bytes
-            )
+    head = shape.axis("head")
+    if head is not None:
+        first = layout.region_heads(region)[0]
+        return ScaleShape(
+            shape.slot_stride, head.stride_bytes, (heads[0] - first) * head.stride_bytes
+        )
     held = layout.region_heads(data)
-    if side == "destination" and held != heads and _has_heads(layout, data):
+    if side == "destination" and held != heads and layout.regions[data].axis("head"):
         raise LayoutError(
             f"plane {shape.planes[0]!r} of the destination has one scale for heads [{held[0]}, "
             f"{held[1]}), of which this source has [{heads[0]}, {heads[1]}): give each head its own",
             operation="plan",
         )
     return ScaleShape(shape.slot_stride, 0, 0)
-
-
-def _has_heads(layout: KVLayout, region: int) -> bool:
-    return any(axis.name == "head" for axis in layout.regions[region].axes)
 
 
 def is_scale(planes: tuple[str, ...]) -> bool:

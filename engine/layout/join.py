@@ -12,7 +12,7 @@ from .kv_layout import GroupLayout, KVLayout
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .kv_layout import RegionLayout
+    from .region import RegionLayout
 
 
 def join_groups(*layouts: KVLayout) -> KVLayout:
@@ -53,10 +53,13 @@ def join_planes(*layouts: KVLayout) -> KVLayout:
 
 def _joined(layouts: Sequence[KVLayout], groups: tuple[GroupLayout, ...]) -> KVLayout:
     if not layouts:
-        raise LayoutError("no layouts were given to join", operation="layout")
+        raise LayoutError("no layouts were given to join")
     for name in ("codec", "opaque", "version"):
         _same(name, [getattr(layout, name) for layout in layouts])
-    first = next((layout for layout in layouts if _has_heads(layout)), layouts[0])
+    first = next(
+        (layout for layout in layouts if any(region.axis("head") for region in layout.regions)),
+        layouts[0],
+    )
     regions = [
         _in_its_own_terms(layout, index)
         for layout in layouts
@@ -79,10 +82,6 @@ def _joined(layouts: Sequence[KVLayout], groups: tuple[GroupLayout, ...]) -> KVL
     return joined
 
 
-def _has_heads(layout: KVLayout) -> bool:
-    return any(axis.name == "head" for region in layout.regions for axis in region.axes)
-
-
 def _in_its_own_terms(layout: KVLayout, index: int) -> RegionLayout:
     """A region that says itself what its layout said for all."""
     return msgspec.structs.replace(
@@ -95,7 +94,4 @@ def _in_its_own_terms(layout: KVLayout, index: int) -> RegionLayout:
 def _same(name: str, values: list[Any]) -> None:
     for value in values[1:]:
         if value != values[0]:
-            raise LayoutError(
-                f"layouts to be joined differ in {name}: {values[0]!r} and {value!r}",
-                operation="layout",
-            )
+            raise LayoutError(f"layouts to be joined differ in {name}: {values[0]!r} and {value!r}")

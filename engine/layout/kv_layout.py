@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from ..errors import LayoutError
-from .layout_checks import check_group, check_region, check_scales
+from .region import Axis, RegionLayout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,51 +34,6 @@ WHOLE_KINDS = (
 )  # groups whose slots are moved whole: no tokens are looked for in them
 _OUTER = ("layer", "plane", "block")
 _INNER = ("token", "head", "tile", "dim")
-
-
-class Axis(msgspec.Struct, frozen=True, array_like=True):
-    """One named axis inside a slot: `size` steps of `stride_bytes` bytes."""
-
-    name: str
-    size: int
-    stride_bytes: int
-
-
-class RegionLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one region (one stretch of registered memory) holds.
-
-    Attributes:
-        layers: global indices of the layers it holds, in order of address.
-        planes: names of the planes it holds (`k`, `v`; `latent` for MLA; `state`).
-        layer_stride, plane_stride, slot_stride: bytes between neighbours; 0 where there is one.
-        num_slots: how many block ids it has.
-        tokens_per_slot: token slots of a block; 0 for state that has no tokens.
-        elem_bytes: bytes of one element of the innermost axis.
-        axes: the axes inside a slot, outermost first.
-        base_offset: bytes from the region's start to its first slot.
-        nbytes: size of the region.
-        dtype: element type, if other than the layout's.
-        heads: range of the model's heads, if other than the layout's.
-    """
-
-    layers: tuple[int, ...]
-    planes: tuple[str, ...]
-    layer_stride: int
-    plane_stride: int
-    slot_stride: int
-    num_slots: int
-    tokens_per_slot: int
-    elem_bytes: int
-    axes: tuple[Axis, ...]
-    base_offset: int
-    nbytes: int
-    dtype: str = ""
-    heads: tuple[int, int] | None = None
-
-    @property
-    def slot_nbytes(self) -> int:
-        """Payload bytes of one slot of one layer and one plane."""
-        return math.prod(axis.size for axis in self.axes) * self.elem_bytes
 
 
 class GroupLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -182,22 +137,19 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         names = dims.split()
         for name in names:
             if name not in _OUTER + _INNER:
-                raise LayoutError(
-                    f"axis {name!r} is unknown: use {' '.join(_OUTER + _INNER)}", operation="layout"
-                )
+                raise LayoutError(f"axis {name!r} is unknown: use {' '.join(_OUTER + _INNER)}")
             if names.count(name) > 1:
-                raise LayoutError(f"axis {name!r} is named twice in {dims!r}", operation="layout")
+                raise LayoutError(f"axis {name!r} is named twice in {dims!r}")
         for name in ("block", "dim"):
             if name not in names:
-                raise LayoutError(f"axis {name!r} is missing from {dims!r}", operation="layout")
+                raise LayoutError(f"axis {name!r} is missing from {dims!r}")
         stacked = "layer" in names
         parts = [tensors] if hasattr(tensors, "shape") else list(tensors)
         if not parts:
-            raise LayoutError("no tensors were given: a cache has at least one", operation="layout")
+            raise LayoutError("no tensors were given: a cache has at least one")
         if stacked and len(parts) > 1:
             raise LayoutError(
-                f"axis 'layer' is in {dims!r}, so one tensor is expected, not {len(parts)}",
-                operation="layout",
+                f"axis 'layer' is in {dims!r}, so one tensor is expected, not {len(parts)}"
             )
         sizes, strides, elem_bytes, dtype = _describe(parts[0], names)
         for position, part in enumerate(parts[1:], 1):
@@ -206,28 +158,22 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 if other_sizes[name] != sizes[name]:
                     raise LayoutError(
                         f"axis {name!r} has size {sizes[name]} in tensor 0 "
-                        f"but {other_sizes[name]} in tensor {position}",
-                        operation="layout",
+                        f"but {other_sizes[name]} in tensor {position}"
                     )
             if other_dtype != dtype:
                 raise LayoutError(
-                    f"dtype is {dtype} in tensor 0 but {other_dtype} in tensor {position}",
-                    operation="layout",
+                    f"dtype is {dtype} in tensor 0 but {other_dtype} in tensor {position}"
                 )
         num_layers = sizes["layer"] if stacked else len(parts)
         layer_ids = tuple(range(num_layers)) if layers is None else tuple(int(i) for i in layers)
         if len(layer_ids) != num_layers or len(set(layer_ids)) != num_layers:
-            raise LayoutError(
-                f"axis 'layer' has {num_layers} entries but layers={list(layer_ids)}",
-                operation="layout",
-            )
+            raise LayoutError(f"axis 'layer' has {num_layers} entries but layers={list(layer_ids)}")
         num_planes = sizes.get("plane", 1)
         default = ("k", "v") if num_planes == 2 else ("latent",) if num_planes == 1 else ()
         plane_names = tuple(planes) if planes is not None else default
         if len(plane_names) != num_planes:
             raise LayoutError(
-                f"axis 'plane' has {num_planes} entries but planes={list(plane_names)}",
-                operation="layout",
+                f"axis 'plane' has {num_planes} entries but planes={list(plane_names)}"
             )
         regions = []
         for position, part in enumerate(parts):
@@ -238,8 +184,7 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 last = next(axis for axis in axes if axis.name == "dim")
                 raise LayoutError(
                     f"axis 'dim' must be innermost and dense: its stride is {last.stride_bytes} "
-                    f"bytes, one element is {elem_bytes}",
-                    operation="layout",
+                    f"bytes, one element is {elem_bytes}"
                 )
             span = sum((sizes[n] - 1) * strides[n] for n in names) + elem_bytes
             regions.append(
@@ -292,36 +237,30 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.version != LAYOUT_VERSION:
             raise LayoutError(
                 f"layout version {self.version} is not {LAYOUT_VERSION}: "
-                "run the same kvferry version on both ends",
-                operation="layout",
+                "run the same kvferry version on both ends"
             )
         if not self.regions:
-            raise LayoutError("a layout needs at least one region", operation="layout")
+            raise LayoutError("a layout needs at least one region")
         for number, region in enumerate(self.regions):
-            check_region(number, region)
+            region.check(number)
         if not 0 <= self.head_start < self.head_stop:
             raise LayoutError(
-                f"axis 'head': [{self.head_start}, {self.head_stop}) is no range of heads",
-                operation="layout",
+                f"axis 'head': [{self.head_start}, {self.head_stop}) is no range of heads"
             )
         if self.tp_mode not in ("split", "replicate"):
-            raise LayoutError(
-                f"tp_mode {self.tp_mode!r} is neither 'split' nor 'replicate'", operation="layout"
-            )
+            raise LayoutError(f"tp_mode {self.tp_mode!r} is neither 'split' nor 'replicate'")
         for number, region in enumerate(self.regions):
-            held = [axis.size for axis in region.axes if axis.name == "head"]
+            held = region.axis("head")
             start, stop = self.region_heads(number)
-            if held and (held[0] != stop - start or start < 0):
+            if held and (held.size != stop - start or start < 0):
                 raise LayoutError(
-                    f"region {number}: axis 'head' has size {held[0]} but heads "
-                    f"[{start}, {stop}) are held",
-                    operation="layout",
+                    f"region {number}: axis 'head' has size {held.size} but heads "
+                    f"[{start}, {stop}) are held"
                 )
             if held and 0 < self.model_heads < stop:
                 raise LayoutError(
                     f"region {number}: axis 'head' holds [{start}, {stop}) of a model of "
-                    f"{self.model_heads} heads",
-                    operation="layout",
+                    f"{self.model_heads} heads"
                 )
         seen: set[int] = set()
         rows: set[tuple[int, str]] = set()
@@ -329,27 +268,68 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             slots = set()
             for index in group.regions:
                 if not 0 <= index < len(self.regions) or index in seen:
-                    raise LayoutError(
-                        f"region {index} is in no group or in two", operation="layout"
-                    )
+                    raise LayoutError(f"region {index} is in no group or in two")
                 seen.add(index)
                 slots.add(self.regions[index].num_slots)
             if len(slots) > 1:
                 raise LayoutError(
-                    f"axis 'block' differs within a {group.kind} group: {sorted(slots)} slots",
-                    operation="layout",
+                    f"axis 'block' differs within a {group.kind} group: {sorted(slots)} slots"
                 )
-            check_group(self, group)
+            self._check_group(group)
             for region in (self.regions[index] for index in group.regions):
                 for row in itertools.product(region.layers, region.planes):
                     if row in rows:
-                        raise LayoutError(
-                            f"plane {row[1]!r} of layer {row[0]} is held twice", operation="layout"
-                        )
+                        raise LayoutError(f"plane {row[1]!r} of layer {row[0]} is held twice")
                     rows.add(row)
         if len(seen) != len(self.regions):
-            raise LayoutError("every region must be in one group", operation="layout")
-        check_scales(self)
+            raise LayoutError("every region must be in one group")
+        self._check_scales()
+
+    def _check_group(self, group: GroupLayout) -> None:
+        """Check what the regions of one block table must have in common."""
+        regions = [self.regions[index] for index in group.regions]
+        tokens = {region.tokens_per_slot for region in regions}
+        if len(tokens) > 1:
+            raise LayoutError(
+                f"block sizes differ within a {group.kind} group: {sorted(tokens)} tokens"
+            )
+        if group.window < 0 or (
+            regions and group.window > regions[0].num_slots * regions[0].tokens_per_slot
+        ):
+            held = regions[0].num_slots * regions[0].tokens_per_slot if regions else 0
+            raise LayoutError(
+                f"a window of {group.window} tokens is larger than the group's blocks, which hold "
+                f"{held} tokens"
+            )
+
+    def _check_scales(self) -> None:
+        """Check that every scale is for a plane held here, once, and is a positive number."""
+        seen = set()
+        held = {
+            (layer, plane): index
+            for index, region in enumerate(self.regions)
+            for layer in region.layers
+            for plane in region.planes
+        }
+        for scale in self.scales:
+            key = (scale.layer, scale.plane)
+            if key not in held or key in seen:
+                raise LayoutError(
+                    f"a scale is for plane {scale.plane!r} of layer {scale.layer}, which is "
+                    f"{'scaled twice' if key in seen else 'not held'}"
+                )
+            seen.add(key)
+            start, stop = self.region_heads(held[key])
+            if len(scale.values) not in (1, stop - start):
+                raise LayoutError(
+                    f"plane {scale.plane!r} of layer {scale.layer} has {len(scale.values)} scales: give "
+                    f"1, or {stop - start} for heads [{start}, {stop})"
+                )
+            if not all(0.0 < value < math.inf for value in scale.values):
+                raise LayoutError(
+                    f"plane {scale.plane!r} of layer {scale.layer} has scales {scale.values}: they must "
+                    "be positive and finite"
+                )
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -383,8 +363,7 @@ def _make_scales(scales: Mapping[str, Any], layers: tuple[int, ...]) -> tuple[Sc
         if values.ndim > 2 or (values.ndim and values.shape[0] != len(layers)):
             raise LayoutError(
                 f"scales of plane {plane!r} have shape {values.shape}: give one number, "
-                f"[{len(layers)} layers] or [{len(layers)} layers, heads]",
-                operation="layout",
+                f"[{len(layers)} layers] or [{len(layers)} layers, heads]"
             )
         rows = np.broadcast_to(values.reshape(-1, values.shape[1] if values.ndim == 2 else 1),
                                (len(layers), values.shape[1] if values.ndim == 2 else 1))  # fmt: skip
@@ -400,8 +379,7 @@ def _describe(tensor: Any, names: list[str]) -> tuple[dict[str, int], dict[str, 
     if len(tensor.shape) != len(names):
         raise LayoutError(
             f"a tensor of shape {tuple(tensor.shape)} does not have the {len(names)} axes "
-            f"{' '.join(names)}",
-            operation="layout",
+            f"{' '.join(names)}"
         )
     if hasattr(tensor, "element_size"):
         elem = int(tensor.element_size())
@@ -415,12 +393,11 @@ def _describe(tensor: Any, names: list[str]) -> tuple[dict[str, int], dict[str, 
     by_name = dict(zip(names, strides, strict=True))
     for name, size in sizes.items():
         if size < 1:
-            raise LayoutError(f"axis {name!r} is empty", operation="layout")
+            raise LayoutError(f"axis {name!r} is empty")
     for name, size in sizes.items():
         if by_name[name] < 0 or (size > 1 and by_name[name] == 0):
             raise LayoutError(
                 f"axis {name!r} has stride {by_name[name]} bytes: expanded and flipped tensors "
-                "are no caches",
-                operation="layout",
+                "are no caches"
             )
     return sizes, by_name, elem, dtype

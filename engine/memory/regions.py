@@ -14,9 +14,8 @@ import secrets
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 
 from ..errors import (
@@ -27,10 +26,9 @@ from ..errors import (
     OutOfRange,
     RegionGone,
 )
-from ..layout.kv_layout import KVLayout  # noqa: TC001 - msgspec reads it at run time
 from .cuda_driver import driver
-from .cuda_export import CudaMemory, export_tensor
-from .fields import DECODE_ERRORS, Key, Uint32, Uint63
+from .cuda_export import export_tensor
+from .descriptors import KEY_NBYTES, CacheDescriptor, RegionDescriptor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,101 +36,9 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from .cuda_vmm import ExportedChunks
-
-KEY_NBYTES = 16
-
-
-class RegionDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a peer needs to write or read a region. It goes to the peer; the key is the permission.
-
-    Attributes:
-        engine_id: the engine (and so the generation) that registered it.
-        region_id: its number there.
-        key: 128 random bits; without them every access is refused.
-        address: virtual address in the owning process.
-        nbytes: size.
-        kind: `host` for memory of the process, `cuda` for memory of a GPU.
-        cuda: for GPU memory, what a peer needs to map it.
-    """
-
-    engine_id: str
-    region_id: Uint32
-    key: Key
-    address: Uint63
-    nbytes: Uint63
-    kind: str = "host"
-    cuda: CudaMemory | None = None
-
-    def __repr__(self) -> str:
-        return f"<RegionDescriptor {self.region_id} {self.nbytes} bytes>"  # without its key
-
-
-class CacheDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A registered cache as a peer sees it: its layout and the descriptor of each region.
-
-    Attributes:
-        ranks: the layouts of all ranks that hold the model's cache together; empty where it is one.
-        rank: which of them this is.
-        rank_set: what all of them, and no others, are called together.
-    """
-
-    layout: KVLayout
-    regions: tuple[RegionDescriptor, ...]
-    ranks: tuple[KVLayout, ...] = ()
-    rank: Uint32 = 0
-    rank_set: Annotated[str, msgspec.Meta(max_length=256)] = ""
-
-    def encode(self) -> bytes:
-        """MessagePack bytes, for the control plane."""
-        return msgspec.msgpack.encode(self)
-
-    @classmethod
-    def decode(cls, data: bytes) -> CacheDescriptor:
-        """Reads what `encode` wrote, and checks that it makes sense.
-
-        Raises:
-            LayoutError: it does not decode, or contradicts itself.
-        """
-        try:
-            cache = _cache_decoder.decode(data)
-        except DECODE_ERRORS as error:
-            raise LayoutError(f"not a cache descriptor: {error}", operation="hello") from error
-        cache.check()
-        return cache
-
-    def check(self) -> None:
-        """Checks that layout and regions fit together; also for one that came another way.
-
-        Raises:
-            LayoutError: they do not, or the layout contradicts itself.
-        """
-        self.layout.check()
-        for layout in self.ranks:
-            layout.check()
-        if self.ranks and (self.rank >= len(self.ranks) or self.ranks[self.rank] != self.layout):
-            raise LayoutError(
-                f"rank {self.rank} of {len(self.ranks)} ranks does not have the cache's own layout",
-                operation="hello",
-            )
-        if len(self.regions) != len(self.layout.regions):
-            raise LayoutError(
-                f"{len(self.regions)} regions for a layout of {len(self.layout.regions)}",
-                operation="hello",
-            )
-        for number, (region, shape) in enumerate(
-            zip(self.regions, self.layout.regions, strict=True)
-        ):
-            if shape.nbytes > region.nbytes or len(region.key) != KEY_NBYTES:
-                raise LayoutError(
-                    f"region {number} has {region.nbytes} bytes, its layout needs {shape.nbytes}",
-                    operation="hello",
-                )
-
-
-# Made here and not where it is used: msgspec works a type out when it first meets it, and two threads
-# that do so at once take the process down (msgspec 0.22: segmentation fault).
-_cache_decoder = msgspec.msgpack.Decoder(CacheDescriptor)
+    from ..layout.kv_layout import KVLayout
+    from .cuda_export import ExportedChunks
+    from .descriptors import CudaMemory
 
 
 class MemoryRegion:
@@ -146,13 +52,28 @@ class MemoryRegion:
         movable: whether its owner could free or resize it while it is registered.
     """
 
-    def __init__(self, table: RegionTable, region_id: int, memory: _Memory) -> None:
-        self._table = table
+    def __init__(
+        self,
+        engine_id: str,
+        region_id: int,
+        memory: _Memory,
+        *,
+        revoke: Callable[[int, float], None],
+        forget: Callable[[int], None],
+    ) -> None:
+        """Describe memory as a region.
+
+        Args:
+            revoke: `revoke(region_id, deadline)` returns once no peer uses it any more.
+            forget: `forget(region_id)` is told that nobody uses it at all.
+        """
+        self._revoke = revoke
+        self._forget = forget
         self._memory: _Memory | None = memory
         self.address = memory.address
         self.nbytes = memory.nbytes
         self.descriptor = RegionDescriptor(
-            engine_id=table.engine_id,
+            engine_id=engine_id,
             region_id=region_id,
             key=secrets.token_bytes(KEY_NBYTES),
             address=memory.address,
@@ -240,7 +161,7 @@ class MemoryRegion:
         self._closing = True
         for cache in self.caches:
             cache.close()
-        self._table.revoke(self, deadline)
+        self._revoke(self.region_id, deadline)
         for cache in self.caches:
             if not cache.drained(deadline):
                 raise DeadlineExceeded(
@@ -256,7 +177,7 @@ class MemoryRegion:
                         operation="deregister",
                     )
             memory, self._memory = self._memory, None
-        self._table.forget(self)
+        self._forget(self.region_id)
         if memory is not None and memory.exported is not None:
             memory.exported.close()
 
@@ -355,7 +276,13 @@ class RegionTable:
                 described.device, described.address, described.nbytes, *counters
             )
         with self._lock:
-            region = MemoryRegion(self, next(self._ids), described)
+            region = MemoryRegion(
+                self.engine_id,
+                next(self._ids),
+                described,
+                revoke=self._revoke,
+                forget=self._forget,
+            )
             self._regions[region.region_id] = region
         return region
 
@@ -406,17 +333,17 @@ class RegionTable:
         """`forgetter(region_id)` is called when nobody uses a deregistered region any more."""
         self._forgetters.append(forgetter)
 
-    def revoke(self, region: MemoryRegion, deadline: float) -> None:
-        """Asks every peer to stop using the region."""
+    def _revoke(self, region_id: int, deadline: float) -> None:
+        """Ask every peer to stop using a region."""
         for revoker in self._revokers:
-            revoker(region.region_id, deadline)
+            revoker(region_id, deadline)
 
-    def forget(self, region: MemoryRegion) -> None:
-        """Takes a deregistered region out of the table."""
+    def _forget(self, region_id: int) -> None:
+        """Take a deregistered region out of the table."""
         for forgetter in self._forgetters:
-            forgetter(region.region_id)
+            forgetter(region_id)
         with self._lock:
-            self._regions.pop(region.region_id, None)
+            self._regions.pop(region_id, None)
 
     def all(self) -> list[MemoryRegion]:
         """The regions registered now."""

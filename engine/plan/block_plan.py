@@ -8,59 +8,23 @@ only when, they are neighbours in both caches.
 
 from __future__ import annotations
 
-import itertools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import LayoutError, PlanError
-from .block_tables import check_distinct, check_ids
-from .pieces import Pieces
+from .block_tables import FEW_IDS, as_row, check_distinct, check_ids
+from .template import Pieces, Template, join, merge, product, runs
+from .token_plan import layer_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import TypeGuard
 
-    import numpy.typing as npt
-
+    from .block_tables import BlockIds, Row
     from .token_plan import TokenPlan
-
-    BlockIds = Sequence[int] | npt.NDArray[np.integer]
-    Ids = list[int] | npt.NDArray[np.int64]  # checked and ordered; a few may be a list
-
-
-# Up to so many ids Python's own sort and comparisons are quicker than NumPy's ten calls, which cost
-# 10 to 20 microseconds each when the caches are cold.
-FEW_IDS = 32
 
 # Marking each block of the cache finds doubled ids in half the time of a sort, up to such a cache.
 _MARKS_A_BLOCK, _FEWEST_MARKS = 32, 1 << 14
-
-
-class Template(NamedTuple):
-    """The pieces of one block, at block id 0 on both sides, and what each id adds."""
-
-    src_region: npt.NDArray[np.int64]
-    src_offset: npt.NDArray[np.int64]
-    src_stride: npt.NDArray[np.int64]
-    dst_region: npt.NDArray[np.int64]
-    dst_offset: npt.NDArray[np.int64]
-    dst_stride: npt.NDArray[np.int64]
-    nbytes: npt.NDArray[np.int64]
-    joins: npt.NDArray[np.bool_]  # whether blocks that are neighbours on both sides form one run
-
-    def where(self, rows: npt.NDArray[np.bool_]) -> Template:
-        """The template's chosen rows."""
-        return Template(
-            self.src_region[rows],
-            self.src_offset[rows],
-            self.src_stride[rows],
-            self.dst_region[rows],
-            self.dst_offset[rows],
-            self.dst_stride[rows],
-            self.nbytes[rows],
-            self.joins[rows],
-        )
 
 
 class Plan:
@@ -88,7 +52,7 @@ class Plan:
 
     def nbytes(self, num_blocks: int, *, layers: Sequence[int] | None = None) -> int:
         """Bytes that `num_blocks` blocks take: what a counter must reach. Reads no block ids."""
-        key = _layer_key(layers)
+        key = layer_key(layers)
         block_nbytes = self._block_nbytes.get(key)
         if block_nbytes is None:
             block_nbytes = self._block_nbytes[key] = int(self._template(key).nbytes.sum())
@@ -96,7 +60,7 @@ class Plan:
 
     def finest_nbytes(self, *, layers: Sequence[int] | None = None) -> int:
         """Bytes of the smallest piece of a block."""
-        key = _layer_key(layers)
+        key = layer_key(layers)
         finest = self._finest_nbytes.get(key)
         if finest is None:
             nbytes = self._template(key).nbytes
@@ -125,31 +89,32 @@ class Plan:
 
     def multiply(
         self,
-        src_ids: npt.NDArray[np.int64],
-        dst_ids: npt.NDArray[np.int64],
+        src_ids: Row,
+        dst_ids: Row,
         *,
         layers: Sequence[int] | None = None,
     ) -> Pieces:
         """`pieces` for ids that `check_ids` has checked and ordered."""
-        template = self._template(_layer_key(layers))
+        template = self._template(layer_key(layers))
         if not len(dst_ids):
-            empty = np.zeros(0, np.int64)
-            return Pieces(empty, empty, empty, empty, empty)
+            return join([])
         if bool(template.joins.all()):
-            return _spread(template, *_runs(src_ids, dst_ids))
-        ones = np.ones(len(src_ids), np.int64)
+            return _spread(template, *runs(src_ids, dst_ids, 1))
         if not bool(template.joins.any()):
-            return _spread(template, src_ids, dst_ids, ones)
-        joined, apart = template.where(template.joins), template.where(~template.joins)
-        parts = (
-            _spread(joined, *_runs(src_ids, dst_ids)),
-            _spread(apart, src_ids, dst_ids, ones),
+            return _spread(template, src_ids, dst_ids, None)
+        joined, apart = (
+            Template._make(column[rows] for column in template)
+            for rows in (template.joins, ~template.joins)
         )
-        return Pieces(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        parts = (
+            _spread(joined, *runs(src_ids, dst_ids, 1)),
+            _spread(apart, src_ids, dst_ids, None),
+        )
+        return join(parts)
 
     def template(self, *, layers: Sequence[int] | None = None) -> Template:
         """The pieces of one block, for a transport that multiplies them out by itself."""
-        return self._template(_layer_key(layers))
+        return self._template(layer_key(layers))
 
     def check_ids(
         self,
@@ -157,18 +122,17 @@ class Plan:
         dst_block_ids: BlockIds,
         *,
         ordered: bool = True,
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    ) -> tuple[Row, Row]:
         """Both id lists as int64, ordered by destination: pages are then walked in one direction,
         which is worth 10 to 20 % to `process_vm_writev` on 4 KiB pieces.
 
         Not `ordered`, they come back as they are, and checking them takes half the time.
         """
-        src_ids = _as_ids("source", src_block_ids)
-        dst_ids = _as_ids("destination", dst_block_ids)
+        src_ids = as_row("source block ids", src_block_ids).astype(np.int64, copy=False)
+        dst_ids = as_row("destination block ids", dst_block_ids).astype(np.int64, copy=False)
         if len(src_ids) != len(dst_ids):
             raise PlanError(
-                f"{len(src_ids)} source block ids but {len(dst_ids)} destination block ids",
-                operation="plan",
+                f"{len(src_ids)} source block ids but {len(dst_ids)} destination block ids"
             )
         if not len(dst_ids):
             return src_ids, dst_ids
@@ -195,9 +159,7 @@ class Plan:
                 check_distinct(dst_ids)
         return src_ids, dst_ids
 
-    def _order_few(
-        self, src_ids: npt.NDArray[np.int64], dst_ids: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None:
+    def _order_few(self, src_ids: Row, dst_ids: Row) -> tuple[Row, Row] | None:
         """What `check_ids` does, for a few ids; None if anything is wrong with them."""
         dst = dst_ids.tolist()
         few = self.order_few(src_ids.tolist(), dst)
@@ -230,70 +192,11 @@ class Plan:
         return template
 
 
-def _layer_key(layers: Sequence[int] | None) -> tuple[int, ...] | None:
-    return None if layers is None else tuple(sorted({int(layer) for layer in layers}))
-
-
-def _as_ids(side: str, ids: BlockIds) -> npt.NDArray[np.int64]:
-    array = np.asarray(ids)
-    if array.size == 0:
-        return np.zeros(0, np.int64)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise PlanError(
-            f"{side} block ids must be one row of integers, not {array.dtype} of shape "
-            f"{array.shape}",
-            operation="plan",
-        )
-    return array.astype(np.int64, copy=False)
-
-
-def are_few(ids: object) -> TypeGuard[list[int]]:
-    """Whether ids are a list of a few of Python's own numbers."""
-    return type(ids) is list and 0 < len(ids) <= FEW_IDS and {*map(type, ids)} == {int}
-
-
-def as_list(ids: Ids) -> list[int]:
-    """Ids that `check_ids` or `order_few` has returned, as Python's own numbers."""
-    return ids if isinstance(ids, list) else ids.tolist()
-
-
-def have_neighbours(src_ids: Ids, dst_ids: Ids) -> bool:
-    """Whether any two blocks that follow each other are neighbours on both sides."""
-    if len(src_ids) < 2:
-        return False
-    if isinstance(src_ids, list) or isinstance(dst_ids, list) or len(src_ids) <= FEW_IDS:
-        ids = list(zip(as_list(src_ids), as_list(dst_ids), strict=True))
-        return any(a + 1 == c and b + 1 == d for (a, b), (c, d) in itertools.pairwise(ids))
-    return bool(((src_ids[1:] - src_ids[:-1] == 1) & (dst_ids[1:] - dst_ids[:-1] == 1)).any())
-
-
-def _runs(
-    src_ids: npt.NDArray[np.int64], dst_ids: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """First source id, first destination id and length of each run of neighbours on both sides."""
-    breaks = (src_ids[1:] - src_ids[:-1] != 1) | (dst_ids[1:] - dst_ids[:-1] != 1)
-    if bool(breaks.all()):  # scattered, the usual case: nothing to join, so nothing to copy
-        return src_ids, dst_ids, np.ones(len(src_ids), np.int64)
-    starts = np.concatenate(([0], breaks.nonzero()[0] + 1))
-    lengths = np.append(starts[1:], len(src_ids)) - starts
-    return src_ids[starts], dst_ids[starts], lengths
-
-
-def _spread(
-    template: Template,
-    src_ids: npt.NDArray[np.int64],
-    dst_ids: npt.NDArray[np.int64],
-    lengths: npt.NDArray[np.int64],
-) -> Pieces:
-    """Multiplies the template out over runs of blocks."""
-    count = len(src_ids)
-    return Pieces(
-        np.repeat(template.src_region, count),
-        (template.src_offset[:, None] + src_ids * template.src_stride[:, None]).ravel(),
-        np.repeat(template.dst_region, count),
-        (template.dst_offset[:, None] + dst_ids * template.dst_stride[:, None]).ravel(),
-        (template.nbytes[:, None] * lengths).ravel(),
-    )
+def _spread(template: Template, src_ids: Row, dst_ids: Row, lengths: Row | None) -> Pieces:
+    """Multiply a template out over runs of blocks."""
+    src = src_ids * template.src_stride[:, None]
+    dst = dst_ids * template.dst_stride[:, None]
+    return product(template, template.nbytes, src, dst, lengths)
 
 
 def _make_template(tokens: TokenPlan, layers: tuple[int, ...] | None) -> Template:
@@ -321,7 +224,7 @@ def _make_template(tokens: TokenPlan, layers: tuple[int, ...] | None) -> Templat
         or [np.zeros((0, 5), np.int64)]
     )
     table = table[np.lexsort((table[:, 3], table[:, 1], table[:, 2], table[:, 0]))]
-    table = _merge(table)
+    table = merge(table)
     src_stride = np.array([region.slot_stride for region in src.regions], np.int64)[table[:, 0]]
     dst_stride = np.array([region.slot_stride for region in dst.regions], np.int64)[table[:, 2]]
     return Template(
@@ -334,20 +237,3 @@ def _make_template(tokens: TokenPlan, layers: tuple[int, ...] | None) -> Templat
         nbytes=table[:, 4].copy(),
         joins=(table[:, 4] == src_stride) & (table[:, 4] == dst_stride),
     )
-
-
-def _merge(table: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Joins rows that are neighbours on both sides."""
-    if len(table) < 2:
-        return table
-    before, after = table[:-1], table[1:]
-    joined = (
-        (before[:, 0] == after[:, 0])
-        & (before[:, 2] == after[:, 2])
-        & (before[:, 1] + before[:, 4] == after[:, 1])
-        & (before[:, 3] + before[:, 4] == after[:, 3])
-    )
-    starts = np.concatenate(([0], np.flatnonzero(~joined) + 1))
-    merged: npt.NDArray[np.int64] = table[starts]
-    merged[:, 4] = np.add.reduceat(table[:, 4], starts)
-    return merged

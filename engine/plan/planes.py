@@ -1,4 +1,5 @@
-"""Where each side of a pair holds the planes of its layers, and the planes of scales beside them."""
+"""Where each side of a pair holds the planes of its layers, and whether one side's numbers can
+become the other's: their regions, and the scales beside them."""
 
 from __future__ import annotations
 
@@ -7,15 +8,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ..errors import LayoutError
-from ..layout.block_scales import SCALE_SUFFIX, BlockScales, needs_scale, scale_shape
-from ..layout.dtypes import factors
-from .region_pairs import differ
+from ..layout.block_scales import SCALE_SUFFIX, BlockScales, is_scale, needs_scale, scale_shape
+from ..layout.dtypes import factors, has_conversion
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ..layout.block_scales import ScaleShape
     from ..layout.kv_layout import KVLayout
+    from ..layout.region import Axis
 
     Key = tuple[int, str]  # layer, plane
 
@@ -42,13 +43,136 @@ def places_of(layout: KVLayout) -> dict[Key, Place]:
     }
 
 
-class BlockScaled:
-    """The planes of scales beside the planes of two layouts."""
+# Two regions, one at each end.
+
+
+def differ(what: str, left: object, right: object) -> None:
+    """Raises a LayoutError that names both values, unless they are equal."""
+    if left != right:
+        raise LayoutError(
+            f"{what} differs: source has {left}, destination has {right}", operation="plan"
+        )
+
+
+def _heads(src: KVLayout, dst: KVLayout, left: int, right: int) -> tuple[int, int]:
+    """The heads that both regions hold; (0, 1) where neither has a head axis."""
+    held = [src.region_heads(left), dst.region_heads(right)]
+    low, high = max(held[0][0], held[1][0]), min(held[0][1], held[1][1])
+    if low >= high:
+        raise LayoutError(
+            f"axis 'head': source holds [{held[0][0]}, {held[0][1]}) and destination "
+            f"[{held[1][0]}, {held[1][1]}), which have no head in common",
+            operation="plan",
+        )
+    return low, high
+
+
+class RegionPair(NamedTuple):
+    """All of a region at the source and one at the destination but where they begin; hashable.
+
+    Attributes:
+        axes, slot_strides, elem_bytes, dtypes: at the source and at the destination.
+        heads: the heads that move; None where there is no head axis.
+        first_heads: the first head that either side holds.
+        whole: whether slots move whole.
+    """
+
+    axes: tuple[tuple[Axis, ...], tuple[Axis, ...]]
+    slot_strides: tuple[int, int]
+    elem_bytes: tuple[int, int]
+    dtypes: tuple[str, str]
+    heads: tuple[int, int] | None
+    first_heads: tuple[int, int]
+    whole: bool
+
+
+def pair_regions(src: KVLayout, dst: KVLayout, left: int, right: int) -> RegionPair:
+    """Describe two regions, after checking that the numbers of one can become the other's.
+
+    Raises:
+        LayoutError: they cannot; names what differs and both values.
+    """
+    one, other = src.regions[left], dst.regions[right]
+    dtypes = src.region_dtype(left), dst.region_dtype(right)
+    if not has_conversion(*dtypes):
+        differ("dtype", *dtypes)
+    if dtypes[0] == dtypes[1]:
+        differ("element size in bytes", one.elem_bytes, other.elem_bytes)
+    sizes = [
+        {a.name: a.size for a in r.axes if a.name not in ("head", "token") and a.size > 1}
+        for r in (one, other)
+    ]
+    for name in sizes[0] | sizes[1]:
+        differ(f"axis {name!r}", sizes[0].get(name, 1), sizes[1].get(name, 1))
+    heads: tuple[int, int] | None = None
+    with_heads = [region.axis("head") is not None for region in (one, other)]
+    if any(with_heads):
+        heads = _heads(src, dst, left, right)
+    token = [region.axis("token") for region in (one, other)]
+    blocks = one.tokens_per_slot, other.tokens_per_slot
+    # A slot of one token needs no axis for it.
+    hidden = [not axis and size > 1 for axis, size in zip(token, blocks, strict=True)]
+    if hidden[0] != hidden[1] and any(token):
+        differ("axis 'token'", *(axis.size if axis else "none" for axis in token))
+    if not blocks[0] or not blocks[1]:
+        differ("block size in tokens", *blocks)
+    whole = not any(token) or "token" in src.opaque
+    if whole and blocks[0] != blocks[1] and not is_scale(one.planes):
+        why = (
+            f"axis 'token' is opaque in codec {src.codec!r}"
+            if "token" in src.opaque
+            else "the slots of this plane have no token axis"
+        )
+        raise LayoutError(
+            f"{why}, so the block size cannot change from {blocks[0]} to {blocks[1]} tokens",
+            operation="plan",
+        )
+    if is_scale(one.planes) and blocks[0] % max(1, blocks[1]):
+        raise LayoutError(
+            f"plane {one.planes[0]!r} has a scale a block of {blocks[0]} tokens at the source and "
+            f"of {blocks[1]} at the destination: several scales cannot become one without "
+            "quantising again",
+            operation="plan",
+        )
+    for name in src.opaque:
+        axes = [[axis for axis in region.axes if axis.name == name] for region in (one, other)]
+        held = (src.region_heads(left), dst.region_heads(right))
+        if axes[0] != axes[1] or (name == "head" and held[0] != held[1]):
+            raise LayoutError(
+                f"axis {name!r} is opaque in codec {src.codec!r}, so it cannot change "
+                f"from {axes[0]} to {axes[1]}",
+                operation="plan",
+            )
+    if src.opaque and dtypes[0] != dtypes[1]:
+        differ(f"dtype, which codec {src.codec!r} hides,", *dtypes)
+    return RegionPair(
+        axes=(one.axes, other.axes),
+        slot_strides=(one.slot_stride, other.slot_stride),
+        elem_bytes=(one.elem_bytes, other.elem_bytes),
+        dtypes=dtypes,
+        heads=heads,
+        first_heads=(
+            src.region_heads(left)[0] if with_heads[0] else 0,
+            dst.region_heads(right)[0] if with_heads[1] else 0,
+        ),
+        whole=whole,
+    )
+
+
+# Scales.
+
+
+class Scales:
+    """The scales of two layouts: those that are part of them, and planes of scales beside others.
+
+    Attributes:
+        fixed: the former, at the source and at the destination.
+    """
 
     def __init__(self, src: KVLayout, dst: KVLayout, places: list[dict[Key, Place]]) -> None:
         self._layouts = (src, dst)
         self._places = places
-        self._static = fixed_scales(src), fixed_scales(dst)
+        self.fixed = _fixed_scales(src), _fixed_scales(dst)
 
     def _dtypes(self, key: Key) -> tuple[str, str]:
         one, other = (
@@ -77,7 +201,7 @@ class BlockScaled:
         found: list[ScaleShape | None] = []
         for side, name in enumerate(("source", "destination")):
             place = self._places[side].get(scale)
-            static = key in self._static[side]
+            static = key in self.fixed[side]
             if dtypes[0] == dtypes[1]:
                 held = [scale in places for places in self._places]
                 if held[0] != held[1] and needs_scale(dtypes[0]):
@@ -109,8 +233,7 @@ class BlockScaled:
         )
 
 
-def fixed_scales(layout: KVLayout) -> dict[Key, tuple[float, ...]]:
-    """The scales that are part of a layout."""
+def _fixed_scales(layout: KVLayout) -> dict[Key, tuple[float, ...]]:
     return {(scale.layer, scale.plane): scale.values for scale in layout.scales}
 
 

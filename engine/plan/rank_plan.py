@@ -105,8 +105,7 @@ def _held(side: tuple[KVLayout, ...]) -> _Held:
     found: _Held = defaultdict(dict)
     for rank, layout in enumerate(side):
         for index, region in enumerate(layout.regions):
-            with_heads = any(axis.name == "head" for axis in region.axes)
-            heads = layout.region_heads(index) if with_heads else (0, 1)
+            heads = layout.region_heads(index) if region.axis("head") else (0, 1)
             for layer in region.layers:
                 for plane in region.planes:
                     found[layer, plane][rank] = heads
@@ -120,7 +119,7 @@ def _check_replicas(side: str, layouts: tuple[KVLayout, ...]) -> None:
         if layout.tp_mode == "replicate":
             continue
         for index, region in enumerate(layout.regions):
-            if all(axis.name != "head" for axis in region.axes):
+            if region.axis("head") is None:
                 continue
             heads = layout.region_heads(index)
             for layer in region.layers:

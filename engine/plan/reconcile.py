@@ -1,13 +1,13 @@
 """What of one layout goes where in another, and why two layouts cannot go together.
 
-What comes of it are the bundles of `bundles.py`. Everything that does not fit is refused here, by
+What comes of it are the bundles of `mapping.py`. Everything that does not fit is refused here, by
 the axis and with both values, before anything moves.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -16,22 +16,38 @@ from ..layout.block_scales import SCALE_SUFFIX
 from ..layout.kv_layout import WHOLE_KINDS
 from .mapping import Bundle, Step, TablePair
 from .planes import (
-    BlockScaled,
+    RegionPair,
+    Scales,
     check_equal_scales,
-    fixed_scales,
+    differ,
     held_scales,
     make_factors,
+    pair_regions,
     places_of,
 )
-from .region_pairs import differ, signature_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    from ..layout.block_scales import ScaleShape
     from ..layout.kv_layout import GroupLayout, KVLayout
     from .planes import Key, Place
 
-    _Scales = tuple[dict[Key, tuple[float, ...]], dict[Key, tuple[float, ...]]]
+    _Entry = tuple[Key, Place, Place]  # a plane of a layer, where it is at source and destination
+
+
+class _Alike(NamedTuple):
+    """What entries of one bundle have in common; hashable.
+
+    Attributes:
+        regions: theirs.
+        num_scales: how many fixed scales each has on either side.
+        block_scales: how their scales lie that differ from block to block, on either side.
+    """
+
+    regions: RegionPair
+    num_scales: tuple[int, int]
+    block_scales: tuple[ScaleShape | None, ScaleShape | None]
 
 
 def reconcile(
@@ -49,24 +65,20 @@ def reconcile(
     places = [places_of(layout) for layout in (src, dst)]
     common = [key for key in places[0] if key in places[1] and (keys is None or key in keys)]
     _check_common(src, dst, places, keys, common)
-    blocked = BlockScaled(src, dst, places)
-    common = [key for key in common if not blocked.travels_as_scale(key)]
-    scales = fixed_scales(src), fixed_scales(dst)
-    by_tables: dict[tuple[int, int], dict[Any, list[tuple[Key, Place, Place]]]] = {}
-    signatures: dict[tuple[int, int], Any] = {}
+    scales = Scales(src, dst, places)
+    common = [key for key in common if not scales.travels_as_scale(key)]
+    by_tables: dict[tuple[int, int], dict[_Alike, list[_Entry]]] = {}
+    regions: dict[tuple[int, int], RegionPair] = {}
     for key in common:
         here, there = places[0][key], places[1][key]
-        pair = (here.region, there.region)
-        if pair not in signatures:
-            signatures[pair] = signature_of(src, dst, *pair)
+        numbers = (here.region, there.region)
+        if numbers not in regions:
+            regions[numbers] = pair_regions(src, dst, *numbers)
+        pair = regions[numbers]
+        one, other = (len(side.get(key, ())) for side in scales.fixed)
+        alike = _Alike(pair, (one, other), scales.shapes(key, pair.heads))
         tables = by_tables.setdefault((here.group, there.group), {})
-        per_block = blocked.shapes(key, signatures[pair][8])
-        signature = (
-            signatures[pair],
-            tuple(len(side.get(key, ())) for side in scales),
-            per_block,
-        )
-        tables.setdefault(signature, []).append((key, here, there))
+        tables.setdefault(alike, []).append((key, here, there))
     dst_groups = [dst_group for _, dst_group in by_tables]
     for group in dst_groups:
         if dst_groups.count(group) > 1:
@@ -75,10 +87,7 @@ def reconcile(
                 "several groups of the source",
                 operation="plan",
             )
-    pairs = (
-        _table_pair(src, dst, scales, blocked, *groups, found)
-        for groups, found in by_tables.items()
-    )
+    pairs = (_table_pair(src, dst, scales, *groups, found) for groups, found in by_tables.items())
     return tuple(sorted(pairs, key=lambda pair: pair.dst_group))
 
 
@@ -125,11 +134,10 @@ def _check_common(
 def _table_pair(
     src: KVLayout,
     dst: KVLayout,
-    scales: _Scales,
-    blocked: BlockScaled,
+    scales: Scales,
     src_group: int,
     dst_group: int,
-    found: dict[Any, list[tuple[Key, Place, Place]]],
+    found: dict[_Alike, list[_Entry]],
 ) -> TablePair:
     one, other = src.groups[src_group], dst.groups[dst_group]
     differ("group kind", one.kind, other.kind)
@@ -137,8 +145,7 @@ def _table_pair(
     blocks = _tokens(src, one), _tokens(dst, other)
     state = one.kind in WHOLE_KINDS
     bundles = tuple(
-        _bundle(scales, blocked, signature, entries, state=state)
-        for signature, entries in found.items()
+        _bundle(scales, alike, entries, state=state) for alike, entries in found.items()
     )
     aligned = ""
     if any(bundle.dst_scales is not None for bundle in bundles):
@@ -172,31 +179,10 @@ def _tokens(layout: KVLayout, group: GroupLayout) -> int:
     return layout.regions[group.regions[0]].tokens_per_slot
 
 
-def _bundle(
-    scales: _Scales,
-    blocked: BlockScaled,
-    signature: Any,
-    entries: list[tuple[Key, Place, Place]],
-    *,
-    state: bool,
-) -> Bundle:
-    (
-        src_axes,
-        dst_axes,
-        src_slot,
-        dst_slot,
-        src_elem,
-        dst_elem,
-        src_dtype,
-        dst_dtype,
-        heads,
-        src_first,
-        dst_first,
-        whole,
-    ) = signature[0]
-    there = {axis.name: axis for axis in dst_axes}
-    here = {axis.name: axis for axis in src_axes}
-    low, high = heads or (0, 1)
+def _bundle(scales: Scales, alike: _Alike, entries: list[_Entry], *, state: bool) -> Bundle:
+    pair = alike.regions
+    here, there = ({axis.name: axis for axis in axes} for axes in pair.axes)
+    low, high = pair.heads or (0, 1)
     token: Step | None = None
     steps: list[Step] = []
     elements = 1
@@ -206,11 +192,10 @@ def _bundle(
         size = (here.get(name) or there[name]).size
         if name == "head":
             size = high - low
-            begin[0] += (low - src_first) * strides[0]
-            begin[1] += (low - dst_first) * strides[1]
-        if name == "token" and not (whole or state):
+            begin = [(low - first) * n for first, n in zip(pair.first_heads, strides, strict=True)]
+        if name == "token" and not (pair.whole or state):
             token = Step(name, size, *strides)
-        elif name == "dim" and strides == [src_elem, dst_elem]:
+        elif name == "dim" and strides == list(pair.elem_bytes):
             elements = size
         elif size > 1:
             steps.append(Step(name, size, *strides))
@@ -221,13 +206,13 @@ def _bundle(
     table = np.array(columns, np.int64).reshape(-1, 5)
     held = [
         [held_scales(side, key, (low, high), first) for key, _, _ in entries]
-        for side, first in zip(scales, (src_first, dst_first), strict=True)
+        for side, first in zip(scales.fixed, pair.first_heads, strict=True)
     ]
     keys = [key for key, _, _ in entries]
     scaled = None
-    if src_dtype != dst_dtype:
-        per_block = [shape is not None for shape in signature[2]]
-        scaled = make_factors(keys, held, (src_dtype, dst_dtype), per_block)
+    if pair.dtypes[0] != pair.dtypes[1]:
+        per_block = [shape is not None for shape in alike.block_scales]
+        scaled = make_factors(keys, held, pair.dtypes, per_block)
     else:
         check_equal_scales(keys, held, high - low)
     return Bundle(
@@ -236,16 +221,16 @@ def _bundle(
         src_start=table[:, 2] + begin[0],
         dst_region=table[:, 3].copy(),
         dst_start=table[:, 4] + begin[1],
-        src_slot_stride=src_slot,
-        dst_slot_stride=dst_slot,
+        src_slot_stride=pair.slot_strides[0],
+        dst_slot_stride=pair.slot_strides[1],
         token=token,
         steps=tuple(steps),
         elements=elements,
-        src_elem=src_elem,
-        dst_elem=dst_elem,
-        src_dtype=src_dtype,
-        dst_dtype=dst_dtype,
+        src_elem=pair.elem_bytes[0],
+        dst_elem=pair.elem_bytes[1],
+        src_dtype=pair.dtypes[0],
+        dst_dtype=pair.dtypes[1],
         factors=scaled,
-        src_scales=blocked.columns(0, keys, signature[2][0]),
-        dst_scales=blocked.columns(1, keys, signature[2][1]),
+        src_scales=scales.columns(0, keys, alike.block_scales[0]),
+        dst_scales=scales.columns(1, keys, alike.block_scales[1]),
     )

@@ -1,4 +1,4 @@
-"""The pieces of one unit of tokens, and many units of them.
+"""The pieces of one unit of tokens, or of one block, and many of them.
 
 A *template* is the pieces of one unit at both ends, as rows. A request multiplies it out over its
 units; the first and the last unit may be partial and have templates of their own.
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .pieces import Pieces
-
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy.typing as npt
 
     from .mapping import Bundle, Step
@@ -22,6 +22,34 @@ if TYPE_CHECKING:
 
 
 _NONE = np.zeros(0, np.int64)
+
+
+class Pieces(NamedTuple):
+    """Pieces as columns; row i moves `nbytes[i]` bytes. Regions are positions in the layouts."""
+
+    src_region: npt.NDArray[np.int64]
+    src_offset: npt.NDArray[np.int64]
+    dst_region: npt.NDArray[np.int64]
+    dst_offset: npt.NDArray[np.int64]
+    nbytes: npt.NDArray[np.int64]
+
+    @property
+    def total_nbytes(self) -> int:
+        """Bytes of all pieces together."""
+        return int(self.nbytes.sum())
+
+
+class Template(NamedTuple):
+    """The pieces of one block, at block id 0 on both sides, and what each id adds."""
+
+    src_region: npt.NDArray[np.int64]
+    src_offset: npt.NDArray[np.int64]
+    src_stride: npt.NDArray[np.int64]
+    dst_region: npt.NDArray[np.int64]
+    dst_offset: npt.NDArray[np.int64]
+    dst_stride: npt.NDArray[np.int64]
+    nbytes: npt.NDArray[np.int64]
+    joins: npt.NDArray[np.bool_]  # whether blocks that are neighbours on both sides form one run
 
 
 class Rows(NamedTuple):
@@ -65,11 +93,11 @@ class Moves(NamedTuple):
 
     pieces: Pieces
     bundle: Bundle
-    factor: npt.NDArray[np.float32] | None
-    entry: Ids
-    head: Ids
-    src_block: Ids
-    dst_block: Ids
+    factor: npt.NDArray[np.float32] | None = None
+    entry: Ids = _NONE
+    head: Ids = _NONE
+    src_block: Ids = _NONE
+    dst_block: Ids = _NONE
 
 
 def stretches(start: int, stop: int, unit: int) -> list[Stretch]:
@@ -124,7 +152,7 @@ def make_rows(bundles: list[Bundle], low: int, high: int, layers: tuple[int, ...
     first = bundles[0]
     factor = np.concatenate(factors)[order] if factors else None
     if factor is None:
-        whole = _merge(whole, first.src_elem, first.dst_elem)
+        whole = merge(whole, first.src_elem, first.dst_elem)
     return Rows(
         first,
         whole[:, 0].copy(),
@@ -172,8 +200,14 @@ def _inner(bundle: Bundle, low: int, high: int) -> tuple[Ids, Ids]:
     return np.stack([src, dst, np.full(len(src), count, np.int64)], axis=1), head
 
 
-def _merge(table: Ids, src_elem: int, dst_elem: int) -> Ids:
-    """Joins rows that are neighbours on both sides."""
+def merge(table: Ids, src_elem: int = 1, dst_elem: int = 1) -> Ids:
+    """Join rows that are neighbours on both sides.
+
+    Args:
+        table: rows of source region and offset, destination region and offset, and elements.
+    """
+    if len(table) < 2:
+        return table
     before, after = table[:-1], table[1:]
     joined = (
         (before[:, 0] == after[:, 0])
@@ -190,6 +224,45 @@ def _merge(table: Ids, src_elem: int, dst_elem: int) -> Ids:
 # Multiplying out.
 
 
+def join(parts: Sequence[Pieces]) -> Pieces:
+    """Put several lists of pieces one behind the other."""
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        return Pieces(_NONE, _NONE, _NONE, _NONE, _NONE)
+    return Pieces(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def runs(src: Ids, dst: Ids, step: int) -> tuple[Ids, Ids, Ids | None]:
+    """Find runs of numbers that rise by `step` on both sides: the first of each on either side, and
+    the runs' lengths, or None where every run is of one."""
+    breaks = (src[1:] - src[:-1] != step) | (dst[1:] - dst[:-1] != step)
+    if bool(breaks.all()):  # scattered, the usual case: nothing to join, so nothing to copy
+        return src, dst, None
+    starts = np.concatenate(([0], np.flatnonzero(breaks) + 1))
+    return src[starts], dst[starts], np.append(starts[1:], len(src)) - starts
+
+
+def product(
+    rows: Rows | Template, nbytes: Ids, src: Ids, dst: Ids, lengths: Ids | None = None
+) -> Pieces:
+    """Multiply rows out over units.
+
+    Args:
+        nbytes: of each row.
+        src, dst: what a unit adds to every row, or `[row, unit]`.
+        lengths: by how many units in a row each one stands for; 1 if None.
+    """
+    units = src.shape[-1]
+    return Pieces(
+        np.repeat(rows.src_region, units),
+        (rows.src_offset[:, None] + src).ravel(),
+        np.repeat(rows.dst_region, units),
+        (rows.dst_offset[:, None] + dst).ravel(),
+        np.repeat(nbytes, units) if lengths is None else np.outer(nbytes, lengths).ravel(),
+    )
+
+
 def spread(
     rows: Rows,
     src_blocks: Ids,
@@ -203,24 +276,30 @@ def spread(
     if bundle.token is not None:
         src = src + np.asarray(src_tokens) * bundle.token.src_stride
         dst = dst + np.asarray(dst_tokens) * bundle.token.dst_stride
-    if bundle.src_scales is not None or bundle.dst_scales is not None:
-        units, each = len(src), len(rows.elements)
-        return _product(rows, src, dst, None)._replace(
-            entry=np.repeat(rows.entry, units),
-            head=np.repeat(rows.head, units),
-            src_block=np.tile(src_blocks, each),
-            dst_block=np.tile(dst_blocks, each),
-        )
+    nbytes = rows.elements * bundle.dst_elem
     if rows.factor is not None or len(src) < 2:
-        return _product(rows, src, dst, None)
+        pieces = product(rows, nbytes, src, dst)
+        if rows.factor is None:
+            return Moves(pieces, bundle)
+        units, each = len(src), len(nbytes)
+        factor = np.repeat(rows.factor, units)
+        if bundle.src_scales is None and bundle.dst_scales is None:
+            return Moves(pieces, bundle, factor)
+        return Moves(
+            pieces,
+            bundle,
+            factor,
+            np.repeat(rows.entry, units),
+            np.repeat(rows.head, units),
+            np.tile(src_blocks, each),
+            np.tile(dst_blocks, each),
+        )
     parts = []
     for elements in sorted(set(rows.elements.tolist())):
         same = _where(rows, rows.elements == elements)
-        parts.append(_product(same, *_runs(src, dst, elements * bundle.src_elem)).pieces)
-    if len(parts) == 1:
-        return Moves(parts[0], bundle, None, _NONE, _NONE, _NONE, _NONE)
-    together = Pieces(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-    return Moves(together, bundle, None, _NONE, _NONE, _NONE, _NONE)
+        found = runs(src, dst, elements * bundle.src_elem)
+        parts.append(product(same, same.elements * bundle.dst_elem, *found))
+    return Moves(join(parts), bundle)
 
 
 def _where(rows: Rows, chosen: npt.NDArray[np.bool_]) -> Rows:
@@ -233,27 +312,3 @@ def _where(rows: Rows, chosen: npt.NDArray[np.bool_]) -> Rows:
         dst_offset=rows.dst_offset[chosen],
         elements=rows.elements[chosen],
     )
-
-
-def _runs(src: Ids, dst: Ids, nbytes: int) -> tuple[Ids, Ids, Ids | None]:
-    """First source and destination address and length of each run of neighbours on both sides."""
-    breaks = (src[1:] - src[:-1] != nbytes) | (dst[1:] - dst[:-1] != nbytes)
-    if bool(breaks.all()):  # scattered, the usual case: nothing to join, so nothing to copy
-        return src, dst, None
-    starts = np.concatenate(([0], np.flatnonzero(breaks) + 1))
-    return src[starts], dst[starts], np.append(starts[1:], len(src)) - starts
-
-
-def _product(rows: Rows, src: Ids, dst: Ids, lengths: Ids | None) -> Moves:
-    units = len(src)
-    row_nbytes = rows.elements * rows.bundle.dst_elem
-    nbytes = np.repeat(row_nbytes, units) if lengths is None else np.outer(row_nbytes, lengths)
-    pieces = Pieces(
-        np.repeat(rows.src_region, units),
-        (rows.src_offset[:, None] + src).ravel(),
-        np.repeat(rows.dst_region, units),
-        (rows.dst_offset[:, None] + dst).ravel(),
-        nbytes.ravel(),
-    )
-    factor = None if rows.factor is None else np.repeat(rows.factor, units)
-    return Moves(pieces, rows.bundle, factor, _NONE, _NONE, _NONE, _NONE)

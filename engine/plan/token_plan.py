@@ -6,7 +6,7 @@ leave a block on either side, so a unit is to two caches of different blocks wha
 of equal ones. A block table alone says where unit `u` lies: in block `table[u // r]`, as its
 `u % r`-th part, where a block has `r` units.
 
-The pieces themselves are made in `token_pieces.py`.
+The pieces themselves are made in `template.py`.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ import numpy as np
 from ..errors import LayoutError, PlanError
 from ..layout.block_scales import SCALE_NBYTES
 from .block_tables import block_table, check_distinct, check_ids, state_ids
-from .pieces import Pieces
 from .reconcile import reconcile
-from .template import make_rows, spread, stretches
+from .template import join, make_rows, spread, stretches
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
     import numpy.typing as npt
 
-    from ..layout.kv_layout import KVLayout, RegionLayout
+    from ..layout.kv_layout import KVLayout
+    from ..layout.region import RegionLayout
+    from .block_tables import BlockIds
     from .mapping import Bundle, TablePair
     from .planes import Key
-    from .template import Moves, Rows
+    from .template import Moves, Pieces, Rows
 
-    BlockTable = Sequence[int] | npt.NDArray[np.integer]
     Ids = npt.NDArray[np.int64]
 
 
@@ -98,7 +98,7 @@ class TokenPlan:
             layers: global layer indices; all if None.
             states: pages of each group whose slots are moved whole.
         """
-        key = _layer_key(layers)
+        key = layer_key(layers)
         total = 0
         for number, pair in enumerate(self.pairs):
             token_nbytes, slot_nbytes = self._per_layer(number, key)
@@ -113,8 +113,8 @@ class TokenPlan:
 
     def moves(
         self,
-        src_tables: Sequence[BlockTable],
-        dst_tables: Sequence[BlockTable],
+        src_tables: Sequence[BlockIds],
+        dst_tables: Sequence[BlockIds],
         start: int,
         stop: int,
         *,
@@ -132,7 +132,7 @@ class TokenPlan:
         Raises:
             BlockOutOfRange, OverlappingBlocks, PlanError: before any piece is made.
         """
-        key = _layer_key(layers)
+        key = layer_key(layers)
         checked = [self.check(pair, src_tables, dst_tables, start, stop) for pair in self.pairs]
         for number, (pair, (src_ids, dst_ids)) in enumerate(zip(self.pairs, checked, strict=True)):
             if not pair.unit:
@@ -164,8 +164,8 @@ class TokenPlan:
 
     def pieces(
         self,
-        src_tables: Sequence[BlockTable],
-        dst_tables: Sequence[BlockTable],
+        src_tables: Sequence[BlockIds],
+        dst_tables: Sequence[BlockIds],
         start: int,
         stop: int,
         *,
@@ -177,19 +177,15 @@ class TokenPlan:
             PlanError: numbers change their type; and as for `moves`.
         """
         if self.converts:
-            raise PlanError("numbers change their type: there are no pieces", operation="plan")
+            raise PlanError("numbers change their type: there are no pieces")
         found = self.moves(src_tables, dst_tables, start, stop, layers=layers)
-        parts = [moves.pieces for moves in found]
-        if not parts:
-            empty = np.zeros(0, np.int64)
-            return Pieces(empty, empty, empty, empty, empty)
-        return Pieces(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        return join([moves.pieces for moves in found])
 
     def check(
         self,
         pair: TablePair,
-        src_tables: Sequence[BlockTable],
-        dst_tables: Sequence[BlockTable],
+        src_tables: Sequence[BlockIds],
+        dst_tables: Sequence[BlockIds],
         start: int,
         stop: int,
     ) -> tuple[Ids, Ids]:
@@ -203,13 +199,12 @@ class TokenPlan:
         if not pair.unit:
             return state_ids(pair, src_ids, dst_ids)
         if not 0 <= start <= stop:
-            raise PlanError(f"tokens [{start}, {stop}) are no range", operation="plan")
+            raise PlanError(f"tokens [{start}, {stop}) are no range")
         first = window_start(pair, start, stop)
         if pair.aligned and first % pair.dst_tokens:
             raise PlanError(
                 f"token {first} is inside a block of {pair.dst_tokens} tokens, and {pair.aligned}: "
-                "begin at a block boundary",
-                operation="plan",
+                "begin at a block boundary"
             )
         for side, ids, tokens, slots, null in (
             ("source", src_ids, pair.src_tokens, pair.src_slots, pair.src_null),
@@ -218,8 +213,7 @@ class TokenPlan:
             used = ids[first // tokens : -(-stop // tokens)] if stop > first else ids[:0]
             if stop > first and len(ids) * tokens < stop:
                 raise PlanError(
-                    f"{len(ids)} {side} blocks of {tokens} tokens do not hold token {stop - 1}",
-                    operation="plan",
+                    f"{len(ids)} {side} blocks of {tokens} tokens do not hold token {stop - 1}"
                 )
             check_ids(side, used, slots, null)
             if side == "destination":
@@ -241,7 +235,7 @@ class TokenPlan:
         """Pieces of one unit's tokens `[low, high)`; of one whole slot for `[0, 0)`."""
         missing = set(layers or ()) - set(self.layers)
         if missing:
-            raise PlanError(f"layer {min(missing)} is not held by both sides", operation="plan")
+            raise PlanError(f"layer {min(missing)} is not held by both sides")
         whole = low == high
         found: dict[tuple[int, ...], list[Bundle]] = {}
         for bundle in self.pairs[pair].bundles:
@@ -269,7 +263,8 @@ def window_start(pair: TablePair, start: int, stop: int) -> int:
     return max(start, first)
 
 
-def _layer_key(layers: Sequence[int] | None) -> tuple[int, ...] | None:
+def layer_key(layers: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Name a choice of layers, in whatever order it is given; None for all."""
     return None if layers is None else tuple(sorted({int(layer) for layer in layers}))
 
 

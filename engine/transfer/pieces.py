@@ -9,13 +9,14 @@ import numpy as np
 from ..errors import PlanError
 from ..memory import iovec
 from ..memory.regions import check_ranges
+from ..plan.block_tables import as_row
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy.typing as npt
 
-    from ..memory.regions import RegionDescriptor
+    from ..memory.descriptors import RegionDescriptor
 
     Offsets = int | Sequence[int] | npt.NDArray[np.integer]
 
@@ -52,12 +53,14 @@ def as_columns(
     Raises:
         PlanError: they are no numbers, or do not go together.
     """
-    columns = [np.atleast_1d(np.asarray(column)) for column in (local, remote, nbytes)]
-    # NumPy takes an empty list for floats.
-    columns = [column if column.size else column.astype(np.int64) for column in columns]
-    for name, column in zip(("local offsets", "remote offsets", "nbytes"), columns, strict=True):
-        if column.ndim != 1 or column.dtype.kind not in "iu":
-            raise PlanError(f"{name} must be an int or a row of ints", operation="transfer")
+    columns = [
+        as_row(name, np.atleast_1d(np.asarray(column)), operation="transfer")
+        for name, column in (
+            ("local offsets", local),
+            ("remote offsets", remote),
+            ("nbytes", nbytes),
+        )
+    ]
     try:
         here, there, sizes = np.broadcast_arrays(*columns)
     except ValueError as error:

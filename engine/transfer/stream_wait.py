@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from ..memory.cuda_driver import driver
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Callable
 
-    from .ticket import Ticket
+    import torch
 
 _PAGE_WORDS = 512
 _WORD_NBYTES = 8
@@ -21,8 +21,8 @@ _pages: list[Any] = []  # pinned tensors; never freed, since a stream may still 
 _free: list[ctypes.c_int64] = []
 
 
-def wait_for_host(ticket: Ticket, stream: torch.cuda.Stream) -> None:
-    """Lets a stream wait until a ticket has ended, by a word that the ending thread writes.
+def wait_for_host(stream: torch.cuda.Stream) -> Callable[[], None]:
+    """Let a stream wait for a word of host memory; return what writes it, to be called once.
 
     A word only grows, so it can serve again as soon as it is written: streams that have not
     looked at it yet find what they wait for, or more.
@@ -31,12 +31,12 @@ def wait_for_host(ticket: Ticket, stream: torch.cuda.Stream) -> None:
     value = word.value + 1
     driver().wait_value(stream.device_index, stream.cuda_stream, ctypes.addressof(word), value)
 
-    def write(_: Ticket) -> None:
+    def write() -> None:
         word.value = value
         with _lock:
             _free.append(word)
 
-    ticket.add_done_callback(write)
+    return write
 
 
 def _take() -> ctypes.c_int64:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ..memory import iovec
-from ..plan.block_plan import as_list
+from ..plan.block_tables import as_list
 from .pieces import MAX_PIECE_NBYTES, NO_PIECES, BoundPieces
 
 if TYPE_CHECKING:
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from ..plan.block_plan import Ids, Template
+    from ..plan.block_tables import Ids
+    from ..plan.template import Template
 
     Column = npt.NDArray[np.int64]
 
@@ -84,7 +85,7 @@ class BoundTemplate:
         self.joins = bool(template.joins.any())
         self.uncut = 0 < longest <= MAX_PIECE_NBYTES
 
-    def pieces(self, src_ids: Column, dst_ids: Column) -> BoundPieces:
+    def pieces(self, src_ids: Ids, dst_ids: Ids) -> BoundPieces:
         """All pieces of these blocks."""
         count = len(src_ids)
         if not count:

@@ -180,7 +180,8 @@ class Ticket:
         """
         wait = self._stream_wait
         if not self._done and not (wait is not None and wait(self, stream)):
-            wait_for_host(self, stream)
+            write = wait_for_host(stream)
+            self.add_done_callback(lambda _: write())
         if self._error is not None:
             raise self._error
 

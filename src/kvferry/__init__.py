@@ -22,14 +22,11 @@ if TYPE_CHECKING:
     from .engine.connect.handshake import EngineAddress
     from .engine.errors import EngineError
     from .engine.layout.join import join_groups, join_planes
-    from .engine.layout.kv_layout import Axis, GroupLayout, KVLayout, RegionLayout
+    from .engine.layout.kv_layout import GroupLayout, KVLayout
+    from .engine.layout.region import Axis, RegionLayout
     from .engine.link.link import Link
-    from .engine.memory.regions import (
-        CacheDescriptor,
-        MemoryRegion,
-        RegionDescriptor,
-        RegisteredCache,
-    )
+    from .engine.memory.descriptors import CacheDescriptor, RegionDescriptor
+    from .engine.memory.regions import MemoryRegion, RegisteredCache
     from .engine.plan.rank_plan import RankPlan
     from .engine.transfer.block_ids import UploadedIds
     from .engine.transfer.plan import TransferPlan
@@ -39,8 +36,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Agent": "adapters.agent.agent",
-    "Axis": "engine.layout.kv_layout",
-    "CacheDescriptor": "engine.memory.regions",
+    "Axis": "engine.layout.region",
+    "CacheDescriptor": "engine.memory.descriptors",
     "EngineAddress": "engine.connect.handshake",
     "EngineError": "engine.errors",
     "GraphWrite": "engine.transports.cuda_ipc.graph_write",
@@ -51,8 +48,8 @@ _HOMES = {
     "Link": "engine.link.link",
     "MemoryRegion": "engine.memory.regions",
     "RankPlan": "engine.plan.rank_plan",
-    "RegionDescriptor": "engine.memory.regions",
-    "RegionLayout": "engine.layout.kv_layout",
+    "RegionDescriptor": "engine.memory.descriptors",
+    "RegionLayout": "engine.layout.region",
     "RegisteredCache": "engine.memory.regions",
     "SendHandoff": "adapters.agent.handoff",
     "Ticket": "engine.transfer.ticket",

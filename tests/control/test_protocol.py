@@ -17,9 +17,10 @@ from kvferry.control.cluster.client import DaemonClient
 from kvferry.control.handoff import messages
 from kvferry.engine.connect import handshake
 from kvferry.engine.layout import kv_layout as layout
-from kvferry.engine.memory import cuda_export as cuda_memory
-from kvferry.engine.memory import regions as memory
+from kvferry.engine.layout import region
+from kvferry.engine.memory import descriptors
 from kvferry.engine.transports.verbs import cards as verbs_cards
+from kvferry.engine.wire import identity
 from kvferry.engine.wire import messages as wire
 from tests import ROOT
 from tests.support.daemon_process import DaemonProcess
@@ -55,8 +56,8 @@ KINDS: dict[str, tuple[Kind, ...]] = {
     "Agent and agent": (
         *(messages.Message, messages.HandoffMessage, messages.RankMessage, messages.HandoffId),
         *messages.MESSAGE_TYPES,
-        *(memory.CacheDescriptor, memory.RegionDescriptor, cuda_memory.CudaMemory),
-        *(layout.KVLayout, layout.RegionLayout, layout.Axis, layout.GroupLayout, layout.Scale),
+        *(descriptors.CacheDescriptor, descriptors.RegionDescriptor, descriptors.CudaMemory),
+        *(layout.KVLayout, region.RegionLayout, region.Axis, layout.GroupLayout, layout.Scale),
     ),
     "Agent and daemon": (
         daemon_messages.Ask,
@@ -65,13 +66,13 @@ KINDS: dict[str, tuple[Kind, ...]] = {
         *(membership.Record, store.Peer),
     ),
     "Engine and engine": (
-        *(handshake.EngineAddress, handshake.Identity, handshake.Hello, handshake.Challenge),
+        *(handshake.EngineAddress, identity.Identity, handshake.Hello, handshake.Challenge),
         *(handshake.Proof, handshake.Welcome),
         *LINK_MESSAGES,
         *(verbs_cards.Offer, verbs_cards.RailCard, verbs_cards.QueueCard, verbs_cards.GidCard),
     ),
 }
-MODULES = (messages, daemon_messages, handshake, wire, verbs_cards, memory, cuda_memory, layout)
+MODULES = (messages, daemon_messages, handshake, wire, verbs_cards, descriptors, layout, region)
 NUMBERS = documented_numbers(TEXT)
 SECONDS = r"(?!.*PER_S$).*_(S|MS)"
 NOT_OF_THE_PROTOCOL = {

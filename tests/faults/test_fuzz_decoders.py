@@ -18,18 +18,19 @@ from kvferry.engine.connect.handshake import (
     Challenge,
     EngineAddress,
     Hello,
-    Identity,
     Proof,
     Welcome,
 )
 from kvferry.engine.errors import EngineError, LayoutError, PeerLost, ProtocolError
 from kvferry.engine.layout.kv_layout import KVLayout
-from kvferry.engine.memory.regions import KEY_NBYTES, CacheDescriptor, RegionTable
+from kvferry.engine.memory.descriptors import KEY_NBYTES, CacheDescriptor
+from kvferry.engine.memory.regions import RegionTable
 from kvferry.engine.plan.block_plan import Plan
 from kvferry.engine.plan.token_plan import TokenPlan
 from kvferry.engine.wire import frames as frames
 from kvferry.engine.wire import messages as wire
 from kvferry.engine.wire import tables
+from kvferry.engine.wire.identity import Identity
 
 if TYPE_CHECKING:
     import socket

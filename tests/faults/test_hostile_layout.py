@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 
 from kvferry.engine.errors import EngineError, LayoutError, NotRegistered, OutOfRange, PlanError
-from kvferry.engine.layout.kv_layout import Axis, GroupLayout, KVLayout
-from kvferry.engine.memory.regions import CacheDescriptor, RegionTable
+from kvferry.engine.layout.kv_layout import GroupLayout, KVLayout
+from kvferry.engine.layout.region import Axis
+from kvferry.engine.memory.descriptors import CacheDescriptor
+from kvferry.engine.memory.regions import RegionTable
 from kvferry.engine.plan.block_plan import Plan
 from kvferry.engine.plan.token_plan import TokenPlan
 from kvferry.engine.transfer_engine import TransferEngine
 from kvferry.engine.wire import tables
 
 if TYPE_CHECKING:
-    from kvferry.engine.layout.kv_layout import RegionLayout
+    from kvferry.engine.layout.region import RegionLayout
 
 DIMS = "plane block token head dim"
 

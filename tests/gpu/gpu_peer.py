@@ -21,7 +21,8 @@ from tests.support.child import pipe_of_child, serve
 
 if TYPE_CHECKING:
     from kvferry.engine.link.link import Link
-    from kvferry.engine.memory.regions import CacheDescriptor, RegionDescriptor, RegisteredCache
+    from kvferry.engine.memory.descriptors import CacheDescriptor, RegionDescriptor
+    from kvferry.engine.memory.regions import RegisteredCache
     from kvferry.engine.transfer.ticket import Ticket
 
 MAX_NBYTES = 1 << 20

@@ -26,12 +26,8 @@ from tests.support.leaks import LeakCheck
 
 if TYPE_CHECKING:
     from kvferry.engine.link.link import Link
-    from kvferry.engine.memory.regions import (
-        CacheDescriptor,
-        MemoryRegion,
-        RegionDescriptor,
-        RegisteredCache,
-    )
+    from kvferry.engine.memory.descriptors import CacheDescriptor, RegionDescriptor
+    from kvferry.engine.memory.regions import MemoryRegion, RegisteredCache
     from kvferry.engine.transfer.ticket import Ticket
 
 

@@ -21,6 +21,7 @@ CHROMIUM = "chromium-headless-shell"
 PACKAGES = {
     "etcd": "etcd-server",  # members that daemons share
     FAKETIME: "libfaketime",  # clocks that jump
+    "gcc": "gcc libc6-dev",  # a CUDA driver that only writes down
     "ip": "iproute2",  # networks that are cut
     "unshare": "util-linux",
     CHROMIUM: "chromium-headless-shell fonts-dejavu-core",  # the daemon's page

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvferry.adapters.agent.event_loop import CANCELLED_TIMERS, Turns
-from kvferry.engine.runtime.copy_threads import Copiers
-from kvferry.engine.runtime.errands import STALL_S, Errands
+from kvferry.engine.runtime.copy_threads import STALL_S, Copiers, Errands
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ class Desk:
         self.ends = 0
         self.copiers = Copiers("test")
         self.turns = Turns("test", self._end, lambda: False)
-        self.errands = Errands(self.copiers.errands, self.copiers, self.turns.replace_thread)
+        self.errands = Errands(self.copiers, self.turns.replace_thread)
         self.turns.errands = self.errands
         self.turns.start()
 

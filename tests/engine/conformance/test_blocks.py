@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from kvferry.engine.link.link import Link
-    from kvferry.engine.memory.regions import CacheDescriptor, RegisteredCache
+    from kvferry.engine.memory.descriptors import CacheDescriptor
+    from kvferry.engine.memory.regions import RegisteredCache
     from kvferry.engine.transfer_engine import TransferEngine
     from tests.conftest import Peer
 

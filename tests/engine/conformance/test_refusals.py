@@ -27,7 +27,7 @@ from kvferry.engine.errors import (
     UnknownImmOverflow,
 )
 from kvferry.engine.layout.kv_layout import KVLayout
-from kvferry.engine.memory.regions import CacheDescriptor, RegionDescriptor
+from kvferry.engine.memory.descriptors import CacheDescriptor, RegionDescriptor
 from kvferry.engine.transfer.counters import MAX_UNKNOWN_IMMS
 from kvferry.engine.transfer_engine import TransferEngine
 
@@ -111,7 +111,7 @@ def test_a_range_that_leaves_its_region_is_refused(
 def test_offsets_that_are_no_row_of_integers_are_refused(
     pair: Pair, src: Any, dst: Any, nbytes: Any
 ) -> None:
-    with pytest.raises(PlanError, match=r"row of ints|do not go together"):
+    with pytest.raises(PlanError, match=r"one row of integers|do not go together"):
         pair.link.write(pair.src.region, src, pair.dst, dst, nbytes)
     pair.unharmed()
 

@@ -19,7 +19,8 @@ from tests.support.caches import PagedPool, expect_tokens
 
 if TYPE_CHECKING:
     from kvferry.engine.link.link import Link
-    from kvferry.engine.memory.regions import CacheDescriptor, RegisteredCache
+    from kvferry.engine.memory.descriptors import CacheDescriptor
+    from kvferry.engine.memory.regions import RegisteredCache
     from kvferry.engine.transfer_engine import TransferEngine
     from tests.conftest import Peer
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from kvferry.engine.errors import LayoutError
-from kvferry.engine.layout.kv_layout import Axis, GroupLayout, KVLayout, RegionLayout
+from kvferry.engine.layout.kv_layout import GroupLayout, KVLayout
+from kvferry.engine.layout.region import Axis, RegionLayout
 
 NHD = "plane block token head dim"
 

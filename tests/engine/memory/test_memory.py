@@ -231,7 +231,7 @@ import sys, threading
 sys.setswitchinterval(1e-6)
 from kvferry.engine.errors import EngineError
 from kvferry.engine.connect.handshake import EngineAddress
-from kvferry.engine.memory.regions import CacheDescriptor
+from kvferry.engine.memory.descriptors import CacheDescriptor
 start = threading.Barrier(8)
 def decode(kind):
     start.wait()

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from kvferry.engine.errors import BlockOutOfRange, LayoutError, OverlappingBlocks, PlanError
 from kvferry.engine.layout.kv_layout import KVLayout
-from kvferry.engine.plan.block_plan import FEW_IDS, Plan, are_few
+from kvferry.engine.plan.block_plan import Plan
+from kvferry.engine.plan.block_tables import FEW_IDS, are_few
 from kvferry.engine.plan.token_plan import TokenPlan
 
 if TYPE_CHECKING:
-    from kvferry.engine.plan.pieces import Pieces
+    from kvferry.engine.plan.template import Pieces
 
 Array = np.ndarray[Any, Any]
 AXES = ("layer", "plane", "block", "token", "head", "dim")

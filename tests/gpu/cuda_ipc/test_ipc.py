@@ -25,7 +25,8 @@ from kvferry.engine.transfer_engine import TransferEngine
 
 if TYPE_CHECKING:
     from kvferry.engine.link.link import Link
-    from kvferry.engine.memory.regions import CacheDescriptor, RegisteredCache
+    from kvferry.engine.memory.descriptors import CacheDescriptor
+    from kvferry.engine.memory.regions import RegisteredCache
     from tests.gpu.conftest import GpuPeer
 
 pytestmark = pytest.mark.gpu

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvferry.engine.connect.handshake import EngineAddress
 from kvferry.engine.layout.kv_layout import KVLayout
-from kvferry.engine.memory.regions import CacheDescriptor
+from kvferry.engine.memory.descriptors import CacheDescriptor
 from kvferry.engine.transfer_engine import TransferEngine
 from kvferry.tools.bench.transfer.driver import READ, TIMEOUT_S, WRITE, Driver
 from kvferry.tools.bench.transfer.workload import block_ids
