@@ -21,7 +21,7 @@ FLOORS = {
     " < gather, launch, pull, push, relayout, rows, scatter < pieces",
     "engine": "errors, runtime < layout < plan, memory < transfer, staging < wire < context"
     " < transports < convert < link < connect < transfer_engine",
-    "engine.transports": "base < workers < cma, tcp, verbs < cuda_ipc < selection",
+    "engine.transports": "base < segments, workers < cma, tcp, verbs < cuda_ipc < selection",
     "control": "errors < toml, wire < keys < curve, http < handoff < cluster < placement < daemon"
     " < __main__",
     "adapters": "agent < vllm, sglang, transformers",

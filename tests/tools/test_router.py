@@ -310,7 +310,7 @@ def test_tokens_come_as_they_are_made(serve: Serve, start_router: StartRouter) -
     with router.ask("POST", "/v1/completions", COMPLETION | {"stream": True}) as response:
         first = response.read1(4096)
         assert b'"d "' in first
-        assert decode.hanging.is_set()
+        assert decode.hanging.wait(WAIT_S)
         decode.released.set()
         assert response.read().endswith(b"data: [DONE]\n\n")
 

@@ -16,10 +16,10 @@ import pytest
 from kvferry.engine.errors import DeviceError
 from kvferry.engine.memory import cuda_driver as cuda
 from kvferry.engine.transports.cuda_ipc import path as cuda_ipc
-from tests.needs import need
+from tests import ROOT
+from tests.support.requirements import need
 
 FAKE = Path(__file__).with_name("fake_cuda")
-ROOT = FAKE.parent.parent.parent
 PUSH, POP = "cuCtxPushCurrent_v2 c1", "cuCtxPopCurrent_v2"
 ADDRESS = 0x7F0000001000
 HANDLE = "f7" * cuda.IPC_HANDLE_NBYTES
