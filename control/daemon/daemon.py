@@ -35,7 +35,8 @@ from ..cluster.messages import (
 )
 from ..cluster.peer_loads import PeerLoads
 from ..cluster.replication import Cluster
-from ..cluster.store import Peer, open_store
+from ..cluster.store import Peer
+from ..cluster.stores import open_store
 from ..cluster.summary import summarize
 from ..curve import Gatekeeper, protect_server, sender_key
 from ..errors import ConfigError, PlacementError, ProtocolError

@@ -43,12 +43,13 @@ from kvferry.control.handoff.ledger import Ledger
 from kvferry.control.handoff.messages import (
     FINAL_ANSWERS,
     HandoffMessage,
+    decode,
+    encode,
     pack_block_ids,
     unpack_block_ids,
 )
 from kvferry.control.handoff.prefill import PrefillHandoff
 from kvferry.control.handoff.registry import DecodeDesk, PrefillDesk
-from kvferry.control.wire import decode, encode
 
 if TYPE_CHECKING:
     from kvferry.control.errors import ControlError
