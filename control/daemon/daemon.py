@@ -43,8 +43,7 @@ from ..errors import ConfigError, PlacementError, ProtocolError
 from ..keys import is_local
 from ..placement.fleet import Fleet
 from ..placement.policy import place
-from .figures import DaemonFigures
-from .history import History
+from .figures import DaemonFigures, History
 
 if TYPE_CHECKING:
     from ..cluster.messages import Activity, AnyAnswer, AnyRequest
