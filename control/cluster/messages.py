@@ -1,6 +1,6 @@
 """Every message between an agent (or a tool) and the daemon. Version 1.
 
-Each is one MessagePack map with a `type` key, as in `messages.py`, and fields are only appended.
+Each is one MessagePack map with a `type` key, as in `handoff/messages.py`, and fields are only appended.
 
     Requests       to the daemon's ROUTER; each is answered once, with the same `request` number
         Register → Registered        Heartbeat → Beat         Deregister → Done
