@@ -319,20 +319,18 @@ class Membership:
         return Registered(ask.request, generation, lease_s, self.publisher, self.epoch)
 
     def _renew(self, ask: Heartbeat, now_s: float, key: bytes) -> Judgement:
-        seat = self._seats.get(ask.name)
-        denial = self._denial(ask, seat, ask.generation, key)
-        if denial is not None or seat is None:
-            return denial or Denied(ask.request, "unknown"), None
+        seat = self._seat_of(ask, key)
+        if isinstance(seat, Denied):
+            return seat, None
         self._heard(seat, now_s)
         if ask.load != seat.load:
             seat.load = self._loads[ask.name] = ask.load
         return Beat(ask.request, seat.member.state, seat.member.wanted_role), None
 
     def _deregister(self, ask: Deregister, _: float, key: bytes) -> Judgement:
-        seat = self._seats.get(ask.name)
-        denial = self._denial(ask, seat, ask.generation, key)
-        if denial is not None or seat is None:
-            return denial or Denied(ask.request, "unknown"), None
+        seat = self._seat_of(ask, key)
+        if isinstance(seat, Denied):
+            return seat, None
         return Done(ask.request), Proposal(ask.name, seat.revision, None, "it left")
 
     def _drain(self, ask: Drain, *_: object) -> Judgement:
@@ -356,18 +354,19 @@ class Membership:
         record = Record(seat.member, seat.key, seat.lease_s, self.daemon)
         self._wishes[name] = Proposal(name, seat.revision, record)
 
-    def _denial(self, ask: Ask, seat: _Seat | None, generation: int, key: bytes) -> Denied | None:
-        """Why an agent may not speak for a member, or None."""
+    def _seat_of(self, ask: Heartbeat | Deregister, key: bytes) -> _Seat | Denied:
+        """The member that an agent speaks for, or why it may not."""
+        seat = self._seats.get(ask.name)
         reason: DenialReason
         if seat is None:
             reason, detail = "unknown", "nobody of that name is registered: register again"
-        elif generation != seat.member.generation:
+        elif ask.generation != seat.member.generation:
             reason = "generation"
-            detail = f"generation {generation} is over, the name has {seat.member.generation}"
+            detail = f"generation {ask.generation} is over, the name has {seat.member.generation}"
         elif seat.key != key:
             reason, detail = "key", "this name was registered with another key"
         else:
-            return None
+            return seat
         return Denied(ask.request, reason, detail)
 
     def _change(self, ask: Drain | Restore | Flip, state: State, wanted_role: str) -> Judgement:
