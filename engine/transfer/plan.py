@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from ..memory.descriptors import CacheDescriptor
     from ..memory.regions import RegisteredCache
     from ..plan.block_tables import Ids
-    from ..plan.template import Pieces
     from ..plan.planes import Key
+    from ..plan.template import Pieces
 
     Column = npt.NDArray[np.int64]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import subprocess
 import sys
@@ -25,6 +26,55 @@ SHELLS = {
     "curve",
     "daemon.daemon",
 }
+
+
+# From the ground up; a file imports files of its own floor and of those below, types included.
+FLOORS = (
+    ("errors", "wire"),
+    ("keys",),
+    ("handoff",),
+    ("cluster.messages", "cluster.membership", "cluster.view", "cluster.presence"),
+    ("cluster.summary", "cluster.store", "cluster.replication", "placement"),
+    ("curve", "http", "cluster.etcd", "cluster.peer_loads"),
+    ("cluster.stores", "cluster.client"),
+    ("daemon",),
+    ("__main__",),
+)
+
+
+def _floor_of(module: str) -> int:
+    (floor,) = [
+        floor
+        for floor, names in enumerate(FLOORS)
+        if any(module == name or module.startswith(f"{name}.") for name in names)
+    ]
+    return floor
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_file_imports_its_own_floor_and_those_below(module: str) -> None:
+    path = FOLDER.joinpath(*module.split(".")).with_suffix(".py")
+    package = module.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            above = package[: len(package) - node.level + 1]
+            there = ".".join([*above, node.module or ""])
+            assert _floor_of(there) <= _floor_of(module), f"{module} imports {there}"
+
+
+def test_what_a_simulator_needs_of_placement_loads_no_sockets_and_no_clock() -> None:
+    script = (
+        "import sys; import kvferry.control.placement.fleet, kvferry.control.placement.policy; "
+        "print(*sorted(m for m in sys.modules if m.startswith('kvferry.control.')))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT / "src"
+    )
+    control = {name.removeprefix("kvferry.control.") for name in found.stdout.split()}
+    assert control == {
+        *("cluster", "cluster.messages", "errors", "handoff", "handoff.messages", "wire"),
+        *("placement", "placement.fleet", "placement.policy"),
+    }
 
 
 @pytest.mark.parametrize(
