@@ -11,11 +11,15 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
+from prometheus_client import generate_latest
+
 from .errors import ConfigError
 from .keys import is_local
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from prometheus_client import CollectorRegistry
 
     Page = Callable[[], tuple[int, str, bytes]]
 
@@ -120,3 +124,8 @@ def health(problem: Callable[[], str]) -> Page:
         return (503 if words else 200), TEXT, f"{words or 'ok'}\n".encode()
 
     return page
+
+
+def metrics_page(registry: CollectorRegistry) -> Page:
+    """A registry in Prometheus's text format."""
+    return lambda: (200, "text/plain; version=0.0.4; charset=utf-8", generate_latest(registry))

@@ -12,11 +12,11 @@ import ipaddress
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from .errors import ConfigError, InsecureAddress
-from .toml import read_toml
 
 KEY_NBYTES = 32
 MAX_LIST_NBYTES = 8 << 20  # 80,000 keys
@@ -71,6 +71,21 @@ class Keys(msgspec.Struct, frozen=True):
         if not os.access(chosen, os.R_OK):
             raise _unreadable(chosen)
         return cls(keys["public"], keys["secret"], str(chosen))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table in a TOML file.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no TOML; says why.
+    """
+    try:
+        table: dict[str, Any] = msgspec.toml.decode(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no TOML: {error}") from error
+    return table
 
 
 def _is_credential(path: Path, mode: int) -> bool:

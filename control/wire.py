@@ -10,20 +10,15 @@ say what is wrong: the walk took 25 of the 30 microseconds that a frame of a sma
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
 from .errors import ProtocolError
-from .handoff.messages import AnyMessage
 
-if TYPE_CHECKING:
-    from .handoff.messages import Message
-
-MAX_FRAME_NBYTES = 8 << 20  # a Request with 2^20 block ids takes 4 MiB
 MAX_DEPTH = 8  # ours use 3: map, handoff, its fields; the rest is room to append
-MAX_ITEMS = 1024  # ours use under 200, with 64 tables
 
+_M = TypeVar("_M")
 _encoder = msgspec.msgpack.Encoder()
 
 # Bytes after the first byte, for the items of fixed size from 0xC0 on; -1 is not MessagePack.
@@ -37,7 +32,7 @@ _SIZED.update({0xDB: (">I", 0), 0xC7: (">B", 1), 0xC8: (">H", 1), 0xC9: (">I", 1
 _NESTED = {0xDC: (">H", 1), 0xDD: (">I", 1), 0xDE: (">H", 2), 0xDF: (">I", 2)}
 
 
-class Codec:
+class Codec(Generic[_M]):
     """One encoder and one decoder for one family of messages.
 
     Args:
@@ -46,7 +41,7 @@ class Codec:
     """
 
     def __init__(self, messages: Any, *, max_nbytes: int, max_items: int) -> None:
-        self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(messages)
+        self._decoder: msgspec.msgpack.Decoder[_M] = msgspec.msgpack.Decoder(messages)
         self._max_nbytes = max_nbytes
         self._max_items = max_items
 
@@ -73,7 +68,7 @@ class Codec:
             )
         return frame
 
-    def decode(self, frame: bytes | memoryview, *, peer: str = "") -> Any:
+    def decode(self, frame: bytes | memoryview, *, peer: str = "") -> _M:
         """The message in one frame, all of it checked.
 
         Raises:
@@ -102,23 +97,7 @@ class Codec:
             ) from error
 
 
-_agents = Codec(AnyMessage, max_nbytes=MAX_FRAME_NBYTES, max_items=MAX_ITEMS)
-
-
-def encode(message: Message) -> bytes:
-    """The frame for one message between agents; see `Codec.encode`."""
-    return _agents.encode(message)
-
-
-def decode(frame: bytes | memoryview, *, peer: str = "") -> AnyMessage:
-    """The message of an agent in one frame; see `Codec.decode`."""
-    message: AnyMessage = _agents.decode(frame, peer=peer)
-    return message
-
-
-def check_frame(
-    frame: bytes | memoryview, *, max_nbytes: int = MAX_FRAME_NBYTES, max_items: int = MAX_ITEMS
-) -> None:
+def check_frame(frame: bytes | memoryview, *, max_nbytes: int, max_items: int) -> None:
     """Checks that a frame is exactly one MessagePack map within the limits. Builds nothing.
 
     Raises:

@@ -22,11 +22,12 @@ FLOORS = {
     "engine": "errors, runtime < layout < plan, memory < transfer, staging < wire < context"
     " < transports < convert < link < connect < transfer_engine",
     "engine.transports": "base < segments, workers < cma, tcp, verbs < cuda_ipc < selection",
-    "control": "errors < toml, wire < keys < curve, http < handoff < cluster < placement < daemon"
-    " < __main__",
+    "control": "errors < wire, keys < curve, http < handoff < cluster < placement < daemon < __main__",
+    "control.cluster": "messages < membership, summary, view < presence, store"
+    " < etcd, peer_loads, replication < stores, client",
     "adapters": "agent < vllm, sglang, transformers",
-    "tools": "bootstrap, lazy, locked, map, pinned < agents, daemon, demo, doctor, keys, rdma_vm, router,"
-    " sglang_wheel, trace, vllm_cpu < bench, top < cli",
+    "tools": "bootstrap, lazy, locked, map, pinned < agents, daemon, demo, doctor, keys, rdma_vm,"
+    " sglang_wheel, trace, vllm_cpu < bench, router, top < cli",
 }
 MOST_FILES = 16  # in one folder
 FILES = {

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from kvferry.control.toml import read_toml
+from kvferry.control.keys import read_toml
 from tests import ROOT
 from tests.support.requirements import lack
 

@@ -6,12 +6,13 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Optional, get_args
 
 import typer
 
 from kvferry.control.cluster.client import DEFAULT_DAEMON, DaemonClient
 from kvferry.control.errors import ControlError
+from kvferry.control.handoff.messages import Role
 from kvferry.control.keys import Keys
 from kvferry.tools.lazy import new_app
 
@@ -29,15 +30,10 @@ KeysOption = Annotated[
 ]
 
 
-def open_client(daemon: str, keys: Path | None) -> DaemonClient:
-    """A client of the daemon, with the keys of that file, if one is named."""
-    return DaemonClient(daemon, Keys.load(keys) if keys is not None else None)
-
-
 def run(daemon: str, keys: Path | None, call: Callable[[DaemonClient], None]) -> None:
     """Runs `call` with a client; a failure is one line and exit status 1."""
     try:
-        with open_client(daemon, keys) as client:
+        with DaemonClient(daemon, Keys.load(keys) if keys is not None else None) as client:
             call(client)
     except ControlError as error:
         print(f"kvferry: {error}", file=sys.stderr)
@@ -93,12 +89,8 @@ def flip(
     keys: KeysOption = None,
 ) -> None:
     """Drain an agent and give it another role: prefill, decode or both."""
-    roles: dict[str, Literal["prefill", "decode", "both"]] = {
-        "prefill": "prefill",
-        "decode": "decode",
-        "both": "both",
-    }
-    if role not in roles:
-        print(f"kvferry: {role!r} is no role: use {', '.join(roles)}", file=sys.stderr)
+    known: dict[str, Role] = {role: role for role in get_args(Role)}
+    if role not in known:
+        print(f"kvferry: {role!r} is no role: use {', '.join(known)}", file=sys.stderr)
         raise typer.Exit(os.EX_USAGE)
-    run(daemon, keys, lambda client: client.flip(name, roles[role]))
+    run(daemon, keys, lambda client: client.flip(name, known[role]))

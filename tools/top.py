@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path  # noqa: TC003 - typer reads it
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console, Group
@@ -15,7 +14,7 @@ from rich.text import Text
 from kvferry.control.cluster.client import DEFAULT_DAEMON, DaemonClient
 from kvferry.control.cluster.messages import Load, Shown
 from kvferry.control.errors import DaemonDenied, DaemonTimeout
-from kvferry.tools.agents import run
+from kvferry.tools.agents import DaemonOption, KeysOption, run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -44,13 +43,8 @@ NOTHING = Shown(0, (), 0, (), (), {})
 
 def top(
     once: Annotated[bool, typer.Option("--once", help="Print one look and end.")] = False,
-    daemon: Annotated[
-        str, typer.Option(envvar="KVFERRY_DAEMON", help="Address, with #key if it has one.")
-    ] = DEFAULT_DAEMON,
-    keys: Annotated[
-        Optional[Path],  # noqa: UP045 - typer evaluates it
-        typer.Option(envvar="KVFERRY_KEYS", help="Key file, from `kvferry keys new`."),
-    ] = None,
+    daemon: DaemonOption = DEFAULT_DAEMON,
+    keys: KeysOption = None,
 ) -> None:
     """Agents, links, handoffs under way and failures, as the daemon knows them, live."""
     console = Console()

@@ -29,9 +29,10 @@ from ...control.handoff.messages import (
     Refused,
     Request,
     Sent,
+    decode,
+    encode,
 )
 from ...control.handoff.registry import DecodeDesk, PrefillDesk
-from ...control.wire import decode, encode
 from .executor import Workbench
 from .handoff import Handoff, SendHandoff
 from .messaging import Mailbox

@@ -23,7 +23,7 @@ import zmq
 
 from ...control.cluster.client import CONNECT_MS, daemon_address
 from ...control.curve import Gatekeeper, protect_client, protect_server
-from ...control.wire import MAX_FRAME_NBYTES
+from ...control.handoff.messages import MAX_FRAME_NBYTES
 from .event_loop import Turns
 
 if TYPE_CHECKING:

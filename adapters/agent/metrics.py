@@ -9,8 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from ...control.daemon.metrics import metrics_page
-from ...control.http import HttpServer, health
+from ...control.http import HttpServer, health, metrics_page
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

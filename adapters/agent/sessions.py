@@ -18,12 +18,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ...control.errors import AgentClosed, ControlError, HelloRefused
-from ...control.handoff.events import ClearTimer, Send, SetTimer, TimerFired
+from ...control.handoff.events import ClearTimer, Received, Send, SetTimer, TimerFired
 from ...control.handoff.messages import Bye, Describe, Hello, Refused
 from ...control.handoff.session import (
     ENDED,
     Ended,
-    Heard,
     LinkOpened,
     OpenLink,
     Reconcile,
@@ -118,7 +117,7 @@ class Acquaintances:
             known = self._stranger(message.session, route)
         if known is not None and known.route == route:
             known.patient = isinstance(message, Bye) and self._core.is_busy(known)
-            self._tell(known, Heard(message))
+            self._tell(known, Received(message))
         elif not isinstance(message, Refused | Bye):
             self._core.refuse(route, message.session, "session", "this agent does not know you")
 

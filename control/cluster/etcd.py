@@ -28,7 +28,7 @@ from etcd3gw import Etcd3Client, Lease
 from etcd3gw.exceptions import Etcd3Exception
 
 from .membership import Proposal, Record
-from .store import Away, Back, Failed, Peer, PeerSeen, Picture, Seen, Settled
+from .store import Away, Back, Failed, Peer, PeerSeen, Picture, Seen, Settled, Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,8 +52,8 @@ _encoder = msgspec.msgpack.Encoder()
 log = logging.getLogger("kvferry.daemon")
 
 
-class EtcdStore:
-    """A cluster's members in etcd. All methods return at once; see `store.Store`."""
+class EtcdStore(Store):
+    """A cluster's members in etcd; see `Store` for what its methods promise."""
 
     def __init__(self, address: StoreAddress) -> None:
         self._address = address
@@ -72,18 +72,15 @@ class EtcdStore:
         self._threads: list[threading.Thread] = []
 
     def start(self, me: Peer, wake: Callable[[], None]) -> None:
-        """Begins to follow the store, as this daemon; `wake` is called when there are events."""
         self._me, self._wake = me, wake
         for target in (self._ask, self._watch):
             self._threads.append(threading.Thread(target=target, name="kvferry-etcd", daemon=True))
             self._threads[-1].start()
 
     def propose(self, ticket: int, proposal: Proposal) -> None:
-        """Asks for a change; a `Settled` or `Failed` of this number follows."""
         self._asked.put((ticket, proposal))
 
     def events(self) -> list[StoreEvent]:
-        """What has come since the last call."""
         found = []
         with contextlib.suppress(queue.Empty):
             while True:
@@ -91,7 +88,6 @@ class EtcdStore:
         return found
 
     def close(self) -> None:
-        """Leaves the cluster: what this daemon vouched for stays until its leases end."""
         self._stopping = True
 
     def _tell(self, event: StoreEvent) -> None:

@@ -5,7 +5,7 @@ one batch until `flush`, which numbers it: that is what watchers follow.
 
 A request is judged first, which changes nothing: the judgement is an answer and, maybe, a proposal.
 A daemon that is alone learns its own proposal at once (`answer`); daemons that share a store
-(`cluster.py`) propose it there, and all of them learn what the store then has. The rules are these
+(`replication.py`) propose it there, and all of them learn what the store then has. The rules are these
 either way.
 
 Two rules carry the rest:
@@ -21,7 +21,7 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
@@ -48,9 +48,11 @@ from .messages import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from .messages import AnyAnswer, Ask, DenialReason, State
+
+    Judgement = tuple[AnyAnswer, "Proposal | None"]
 
 LIVES_REMEMBERED = 10_000  # lives that lost their name; about 200 bytes each
 MAX_LEASE_S = 60.0  # longer ones are cut: a dead agent must not be placed on for minutes
@@ -153,32 +155,14 @@ class Membership:
             self.learn(proposal.name, proposal.record, 0, now_s, proposal.reason)
         return answer
 
-    def judge(self, ask: Ask, now_s: float, key: bytes = b"") -> tuple[AnyAnswer, Proposal | None]:
+    def judge(self, ask: Ask, now_s: float, key: bytes = b"") -> Judgement:
         """What a request is answered with if what it needs comes about; `key` is the asker's public
         key, if it has one."""
-        now_s -= self._forgiven_s
-        match ask:
-            case Heartbeat():
-                return self._renew(ask, now_s, key), None
-            case Register():
-                return self._register(ask, now_s, key)
-            case Deregister(name=name, generation=generation):
-                seat = self._seats.get(name)
-                denial = self._denial(ask, seat, generation, key)
-                if denial is not None or seat is None:
-                    return denial or Denied(ask.request, "unknown"), None
-                return Done(ask.request), Proposal(name, seat.revision, None, "it left")
-            case Drain(name=name, generation=generation):
-                return self._change(ask, name, generation, "draining", "")
-            case Restore(name=name, generation=generation):
-                return self._change(ask, name, generation, "serving", "")
-            case Flip(name=name, generation=generation, role=role):
-                seat = self._seats.get(name)
-                if seat is not None and seat.member.role == role:
-                    return self._change(ask, name, generation, "serving", "")
-                return self._change(ask, name, generation, "draining", role)
-        detail = f"{type(ask).__name__} is no request of a member"
-        return Denied(ask.request, "protocol", detail), None
+        judge = self._judges.get(type(ask))
+        if judge is None:
+            detail = f"{type(ask).__name__} is no request of a member"
+            return Denied(ask.request, "protocol", detail), None
+        return judge(self, ask, now_s - self._forgiven_s, key)
 
     def learn(
         self, name: str, record: Record | None, revision: int, now_s: float, reason: str = ""
@@ -302,9 +286,7 @@ class Membership:
 
     # Requests
 
-    def _register(
-        self, ask: Register, now_s: float, key: bytes
-    ) -> tuple[AnyAnswer, Proposal | None]:
+    def _register(self, ask: Register, now_s: float, key: bytes) -> Judgement:
         registration = ask.registration
         name, life = registration.name, registration.life
         if ask.version != VERSION:
@@ -336,15 +318,32 @@ class Membership:
     def _registered(self, ask: Register, generation: int, lease_s: float) -> Registered:
         return Registered(ask.request, generation, lease_s, self.publisher, self.epoch)
 
-    def _renew(self, ask: Heartbeat, now_s: float, key: bytes) -> AnyAnswer:
-        seat = self._seats.get(ask.name)
-        denial = self._denial(ask, seat, ask.generation, key)
-        if denial is not None or seat is None:
-            return denial or Denied(ask.request, "unknown")
+    def _renew(self, ask: Heartbeat, now_s: float, key: bytes) -> Judgement:
+        seat = self._seat_of(ask, key)
+        if isinstance(seat, Denied):
+            return seat, None
         self._heard(seat, now_s)
         if ask.load != seat.load:
             seat.load = self._loads[ask.name] = ask.load
-        return Beat(ask.request, seat.member.state, seat.member.wanted_role)
+        return Beat(ask.request, seat.member.state, seat.member.wanted_role), None
+
+    def _deregister(self, ask: Deregister, _: float, key: bytes) -> Judgement:
+        seat = self._seat_of(ask, key)
+        if isinstance(seat, Denied):
+            return seat, None
+        return Done(ask.request), Proposal(ask.name, seat.revision, None, "it left")
+
+    def _drain(self, ask: Drain, *_: object) -> Judgement:
+        return self._change(ask, "draining", "")
+
+    def _restore(self, ask: Restore, *_: object) -> Judgement:
+        return self._change(ask, "serving", "")
+
+    def _flip(self, ask: Flip, *_: object) -> Judgement:
+        seat = self._seats.get(ask.name)
+        if seat is not None and seat.member.role == ask.role:
+            return self._change(ask, "serving", "")
+        return self._change(ask, "draining", ask.role)
 
     def _heard(self, seat: _Seat, now_s: float) -> None:
         """A member spoke: its lease begins anew, and it is ours if it was another daemon's."""
@@ -355,23 +354,23 @@ class Membership:
         record = Record(seat.member, seat.key, seat.lease_s, self.daemon)
         self._wishes[name] = Proposal(name, seat.revision, record)
 
-    def _denial(self, ask: Ask, seat: _Seat | None, generation: int, key: bytes) -> Denied | None:
-        """Why an agent may not speak for a member, or None."""
+    def _seat_of(self, ask: Heartbeat | Deregister, key: bytes) -> _Seat | Denied:
+        """The member that an agent speaks for, or why it may not."""
+        seat = self._seats.get(ask.name)
         reason: DenialReason
         if seat is None:
             reason, detail = "unknown", "nobody of that name is registered: register again"
-        elif generation != seat.member.generation:
+        elif ask.generation != seat.member.generation:
             reason = "generation"
-            detail = f"generation {generation} is over, the name has {seat.member.generation}"
+            detail = f"generation {ask.generation} is over, the name has {seat.member.generation}"
         elif seat.key != key:
             reason, detail = "key", "this name was registered with another key"
         else:
-            return None
+            return seat
         return Denied(ask.request, reason, detail)
 
-    def _change(
-        self, ask: Ask, name: str, generation: int, state: State, wanted_role: str
-    ) -> tuple[AnyAnswer, Proposal | None]:
+    def _change(self, ask: Drain | Restore | Flip, state: State, wanted_role: str) -> Judgement:
+        name, generation = ask.name, ask.generation
         seat = self._seats.get(name)
         if seat is None:
             return Denied(ask.request, "unknown", f"no agent {name!r} is registered"), None
@@ -392,3 +391,12 @@ class Membership:
         self._outlived[(name, seat.member.registration.life)] = None
         while len(self._outlived) > LIVES_REMEMBERED:
             self._outlived.popitem(last=False)
+
+    _judges: ClassVar[Mapping[type[Ask], Callable[..., Judgement]]] = {
+        Heartbeat: _renew,
+        Register: _register,
+        Deregister: _deregister,
+        Drain: _drain,
+        Restore: _restore,
+        Flip: _flip,
+    }

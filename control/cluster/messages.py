@@ -1,6 +1,6 @@
 """Every message between an agent (or a tool) and the daemon. Version 1.
 
-Each is one MessagePack map with a `type` key, as in `messages.py`, and fields are only appended.
+Each is one MessagePack map with a `type` key, as in `handoff/messages.py`, and fields are only appended.
 
     Requests       to the daemon's ROUTER; each is answered once, with the same `request` number
         Register → Registered        Heartbeat → Beat         Deregister → Done
@@ -22,7 +22,7 @@ Version history:
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union, get_args
+from typing import Annotated, Any, Literal, Union, get_args
 
 import msgspec
 from msgspec import Meta
@@ -405,5 +405,5 @@ AnyAnswer = Union[  # noqa: UP007
 REQUEST_TYPES: tuple[type[Ask], ...] = get_args(AnyRequest)
 ANSWER_TYPES: tuple[type[msgspec.Struct], ...] = get_args(AnyAnswer)
 
-requests = Codec(AnyRequest, max_nbytes=MAX_REQUEST_NBYTES, max_items=MAX_REQUEST_ITEMS)
-answers = Codec(AnyAnswer, max_nbytes=MAX_REPLY_NBYTES, max_items=MAX_REPLY_ITEMS)
+requests: Codec[Any] = Codec(AnyRequest, max_nbytes=MAX_REQUEST_NBYTES, max_items=MAX_REQUEST_ITEMS)
+answers: Codec[Any] = Codec(AnyAnswer, max_nbytes=MAX_REPLY_NBYTES, max_items=MAX_REPLY_ITEMS)

@@ -8,7 +8,7 @@ for ever, and the agent works on without it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, ClassVar, Union
 
 import msgspec
 
@@ -30,6 +30,8 @@ from .messages import (
 from .view import View
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from .messages import AnyAnswer, Ask, Registration
 
 RETRY_S = 0.25  # between registrations that nobody answers
@@ -165,21 +167,21 @@ class Presence:
 
     def hear(self, message: AnyAnswer) -> list[PresenceAction]:
         """An answer or a publication of the daemon."""
-        match message:
-            case Registered():
-                self._registered(message)
-            case Beat():
-                self._answered()
-                self._want(Wanted(message.state == "draining", message.wanted_role))
-            case Denied():
-                self._denied(message)
-            case Snapshot() if message.request == self._look_request:
-                self._answered()
-                self._look_request = 0
-                self._picture(message)
-            case Changes() | Tick():
-                self._picture(message)
+        heard = self._heard.get(type(message))
+        if heard is not None:
+            heard(self, message)
         return self._taken()
+
+    def _beaten(self, answer: Beat) -> None:
+        self._answered()
+        self._want(Wanted(answer.state == "draining", answer.wanted_role))
+
+    def _looked(self, snapshot: Snapshot) -> None:
+        if snapshot.request == self._look_request:
+            self._answered()
+            self._look_request = 0
+            self._follow(snapshot.publisher)
+            self._picture(snapshot)
 
     def _registered(self, answer: Registered) -> None:
         if answer.request != self._register_request or self.state != REGISTERING:
@@ -211,8 +213,6 @@ class Presence:
             self._sleep(SUPERSEDED_RETRY_S)
 
     def _picture(self, message: Snapshot | Changes | Tick) -> None:
-        if isinstance(message, Snapshot):
-            self._follow(message.publisher)
         if self.view.hear(message):
             self._do(MembersChanged())
         if self.view.stale and not self._look_request and self.state == PRESENT:
@@ -288,3 +288,12 @@ class Presence:
     def _taken(self) -> list[PresenceAction]:
         actions, self._actions = self._actions, []
         return actions
+
+    _heard: ClassVar[Mapping[type, Callable[..., None]]] = {
+        Registered: _registered,
+        Beat: _beaten,
+        Denied: _denied,
+        Snapshot: _looked,
+        Changes: _picture,
+        Tick: _picture,
+    }

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import itertools
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
-from .messages import Denied, Look, Place, Register, Registered, Show
+from .messages import Denied, Register, Registered
 from .store import Away, Back, Failed, Peer, PeerSeen, Picture, Seen, Settled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from .membership import Membership, Proposal
     from .messages import AnyAnswer, AnyRequest
@@ -76,8 +76,6 @@ class Cluster:
         """What a request is answered with, or None: `reply` gets it later, or it is asked again."""
         if not self._revision:
             return Denied(ask.request, "store", self.away)
-        if isinstance(ask, Look | Place | Show):
-            return None
         answer, proposal = self._membership.judge(ask, now_s, key)
         if proposal is None:
             return answer
@@ -90,7 +88,7 @@ class Cluster:
     def work(self, now_s: float) -> None:
         """Takes what the store has told, and tells it what has come about here."""
         for event in self._store.events():
-            self._hear(event, now_s)
+            self._told[type(event)](self, event, now_s)
         while self._due and self._due[0][0] <= self._revision:
             self._finish(self._due.pop(0)[1], now_s)
         for wish in self._membership.wishes():
@@ -106,39 +104,47 @@ class Cluster:
         """Leaves the cluster to the other daemons."""
         self._store.close()
 
-    def _hear(self, event: object, now_s: float) -> None:
-        match event:
-            case Picture():
-                self.away = ""
-                self._membership.floor = event.floor
-                self._membership.learn_all(event.records, event.revision, now_s)
-                self.peers = {n: peer for n, peer in event.peers.items() if self._is_other(n)}
-                self._revision = event.revision
-                for _, lost in (due for due in self._due if due[0] > event.revision):
-                    self._busy.discard(lost.proposal.name)  # this store has forgotten it
-                self._due = [due for due in self._due if due[0] <= event.revision]
-            case Seen():
-                reason = ELSEWHERE if event.record is None else ""
-                self._membership.learn(event.name, event.record, event.revision, now_s, reason)
-                self._revision = event.revision
-            case PeerSeen(daemon=daemon, peer=peer):
-                self.peers = {n: known for n, known in self.peers.items() if n != daemon}
-                if peer is not None and self._is_other(daemon):
-                    self.peers[daemon] = peer
-                self._revision = event.revision
-            case Settled():
-                waiting = self._waiting.pop(event.ticket)
-                if event.revision:
-                    self._due.append((event.revision, waiting))
-                else:  # something came before it
-                    self._busy.discard(waiting.proposal.name)
-            case Failed():
-                self._failed(self._waiting.pop(event.ticket), event.reason)
-            case Away():
-                self.away = event.reason
-            case Back():
-                self.away = ""
-                log.warning("the store answers again")
+    @property
+    def ready(self) -> bool:
+        """Whether the store has told what it has."""
+        return bool(self._revision)
+
+    # What the store tells
+
+    def _picture(self, picture: Picture, now_s: float) -> None:
+        self.away = ""
+        self._membership.floor = picture.floor
+        self._membership.learn_all(picture.records, picture.revision, now_s)
+        self.peers = {n: peer for n, peer in picture.peers.items() if self._is_other(n)}
+        self._revision = picture.revision
+        for _, lost in (due for due in self._due if due[0] > picture.revision):
+            self._busy.discard(lost.proposal.name)  # this store has forgotten it
+        self._due = [due for due in self._due if due[0] <= picture.revision]
+
+    def _seen(self, seen: Seen, now_s: float) -> None:
+        reason = ELSEWHERE if seen.record is None else ""
+        self._membership.learn(seen.name, seen.record, seen.revision, now_s, reason)
+        self._revision = seen.revision
+
+    def _peer_seen(self, seen: PeerSeen, _: float) -> None:
+        self.peers = {n: known for n, known in self.peers.items() if n != seen.daemon}
+        if seen.peer is not None and self._is_other(seen.daemon):
+            self.peers[seen.daemon] = seen.peer
+        self._revision = seen.revision
+
+    def _settled(self, settled: Settled, _: float) -> None:
+        waiting = self._waiting.pop(settled.ticket)
+        if settled.revision:
+            self._due.append((settled.revision, waiting))
+        else:  # something came before it
+            self._busy.discard(waiting.proposal.name)
+
+    def _went_away(self, away: Away, _: float) -> None:
+        self.away = away.reason
+
+    def _came_back(self, _: Back, __: float) -> None:
+        self.away = ""
+        log.warning("the store answers again")
 
     def _is_other(self, daemon: int) -> bool:
         return daemon != self._membership.daemon
@@ -161,9 +167,22 @@ class Cluster:
         if answer is not None:
             self._reply(waiting.envelope, answer)
 
-    def _failed(self, waiting: _Waiting, reason: str) -> None:
+    def _failed(self, failed: Failed, _: float) -> None:
+        waiting = self._waiting.pop(failed.ticket)
         self._busy.discard(waiting.proposal.name)
         if waiting.ask is not None:
-            self._reply(waiting.envelope, Denied(waiting.ask.request, "store", reason[:1024]))
+            self._reply(
+                waiting.envelope, Denied(waiting.ask.request, "store", failed.reason[:1024])
+            )
         elif waiting.proposal.record is None:
             self._owed[waiting.proposal.name] = waiting.proposal
+
+    _told: ClassVar[Mapping[type, Callable[..., None]]] = {
+        Picture: _picture,
+        Seen: _seen,
+        PeerSeen: _peer_seen,
+        Settled: _settled,
+        Failed: _failed,
+        Away: _went_away,
+        Back: _came_back,
+    }

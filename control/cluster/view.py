@@ -6,11 +6,13 @@ Pure. Publications may come before the snapshot, twice, or never: changes are nu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from .messages import Changes, Loads, Snapshot, Tick
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from .messages import Load, Member
 
 MAX_HELD = 1024  # changes that wait for a snapshot; with more, the snapshot is asked for again
@@ -36,17 +38,16 @@ class View:
 
     def hear(self, message: Snapshot | Changes | Tick | Loads) -> bool:
         """Takes one message; returns whether the members changed."""
-        match message:
-            case Snapshot():
-                return self._take(message)
-            case Changes():
-                return self._change(message)
-            case Tick(epoch=epoch, sequence=sequence):
-                if epoch != self.epoch or sequence > self.sequence:
-                    self.stale = True
-            case Loads(loads=loads):
-                members = self.members
-                self.loads = {n: load for n, load in self.loads.items() if n in members} | loads
+        return self._heard[type(message)](self, message)
+
+    def _tick(self, tick: Tick) -> bool:
+        if tick.epoch != self.epoch or tick.sequence > self.sequence:
+            self.stale = True
+        return False
+
+    def _load(self, message: Loads) -> bool:
+        known = {name: load for name, load in self.loads.items() if name in self.members}
+        self.loads = known | message.loads
         return False
 
     def _take(self, snapshot: Snapshot) -> bool:
@@ -86,3 +87,10 @@ class View:
             members[member.name] = member
         self.members = members
         self.sequence = changes.sequence
+
+    _heard: ClassVar[Mapping[type, Callable[..., bool]]] = {
+        Snapshot: _take,
+        Changes: _change,
+        Tick: _tick,
+        Loads: _load,
+    }

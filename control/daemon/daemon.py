@@ -1,6 +1,6 @@
-"""The daemon's process: ZeroMQ sockets around `membership.py` and `placement.py`.
+"""The daemon's process: ZeroMQ sockets around `membership.py` and `policy.py`.
 
-One ROUTER for requests, one XPUB for changes, one thread. With a store (`cluster.py`) it is one of
+One ROUTER for requests, one XPUB for changes, one thread. With a store (`replication.py`) it is one of
 several that serve the same members. It is off every request's path: agents
 that know each other go on without it, and when it comes back they tell it again who they are.
 """
@@ -12,7 +12,7 @@ import logging
 import os
 import socket as sockets
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 import zmq
@@ -35,18 +35,20 @@ from ..cluster.messages import (
 )
 from ..cluster.peer_loads import PeerLoads
 from ..cluster.replication import Cluster
-from ..cluster.store import Peer, open_store
+from ..cluster.store import Peer
+from ..cluster.stores import open_store
 from ..cluster.summary import summarize
 from ..curve import Gatekeeper, protect_server, sender_key
 from ..errors import ConfigError, PlacementError, ProtocolError
 from ..keys import is_local
 from ..placement.fleet import Fleet
 from ..placement.policy import place
-from .figures import DaemonFigures
-from .history import History
+from .figures import DaemonFigures, History
 
 if TYPE_CHECKING:
-    from ..cluster.messages import Activity, AnyAnswer, AnyRequest
+    from collections.abc import Callable, Mapping
+
+    from ..cluster.messages import Activity, AnyAnswer, AnyRequest, Snapshot
     from ..http import HttpServer
     from ..keys import Keys
     from .settings import Settings
@@ -260,20 +262,18 @@ class Daemon:
     def _decide(
         self, ask: AnyRequest, now_s: float, key: bytes, envelope: list[bytes]
     ) -> AnyAnswer | None:
+        tell = self._tells.get(type(ask))
+        if tell is not None and (self.cluster is None or self.cluster.ready):
+            return tell(self, ask, now_s)
         if self.cluster is not None:
-            answer = self.cluster.answer(ask, now_s, key, envelope)
-            if answer is not None or not isinstance(ask, Look | Place | Show):
-                return answer
-        if isinstance(ask, Look):
-            self._flush()
-            return self.membership.snapshot(ask.request, loads=ask.loads)
-        if isinstance(ask, Place):
-            return self._place(ask)
-        if isinstance(ask, Show):
-            return self._show(ask, now_s)
+            return self.cluster.answer(ask, now_s, key, envelope)
         return self.membership.answer(ask, now_s, key)
 
-    def _place(self, ask: Place) -> AnyAnswer:
+    def _look_up(self, ask: Look, _: float) -> Snapshot:
+        self._flush()
+        return self.membership.snapshot(ask.request, loads=ask.loads)
+
+    def _place(self, ask: Place, _: float) -> AnyAnswer:
         self._flush()
         try:
             decision = place(self.fleet, ask)
@@ -297,6 +297,12 @@ class Daemon:
             shown = summarize(0, there, loads, self._activities(), self.history.errors)
             self._shown = (now_s, shown)
         return msgspec.structs.replace(self._shown[1], request=ask.request)
+
+    _tells: ClassVar[Mapping[type, Callable[..., AnyAnswer]]] = {
+        Look: _look_up,
+        Place: _place,
+        Show: _show,
+    }
 
     def _activities(self) -> dict[str, Activity]:
         """What agents told last that are heard here: those that went, or went elsewhere, do not."""

@@ -6,11 +6,11 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from ..http import HttpServer, health
+from ..http import HttpServer, health, metrics_page
 from .page import page_files
 
 if TYPE_CHECKING:
@@ -75,8 +75,3 @@ def serve_daemon(address: str, look: Callable[[], DaemonFigures]) -> HttpServer:
             "/readyz": health(lambda: "draining" if look().draining else stuck()),
         },
     )
-
-
-def metrics_page(registry: CollectorRegistry) -> Callable[[], tuple[int, str, bytes]]:
-    """A registry in Prometheus's text format."""
-    return lambda: (200, "text/plain; version=0.0.4; charset=utf-8", generate_latest(registry))

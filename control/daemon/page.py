@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
     from ..cluster.messages import Member
     from ..http import Page
-    from .figures import DaemonFigures
-    from .history import Point
+    from .figures import DaemonFigures, Point
 
 WEB = Path(__file__).resolve().parent / "web"
 KINDS = {

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ..errors import ConfigError
-from ..keys import Keys, check_address
-from ..toml import read_toml
+from ..keys import Keys, check_address, read_toml
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

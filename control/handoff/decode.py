@@ -8,37 +8,32 @@ and from anywhere, after a failure, through `recall.py` (push) or `drain.py` (pu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from ..errors import (
-    BlocksMismatch,
-    HandoffCancelled,
-    HandoffTimeout,
-    LinkLost,
-    SendFailed,
-)
-from .drain import DRAINING, Draining
+from ..errors import BlocksMismatch, HandoffTimeout
+from .drain import Draining
 from .events import (
     CounterEnded,
     Expect,
     LinkDown,
     OperationEnded,
     Quiesced,
-    Received,
     RetireCounter,
     SendRefused,
     Settle,
     StartRead,
-    TimerFired,
     UserCancelled,
 )
+from .machine import Machine
 from .messages import Accepted, Cancel, Cancelled, Done, Failed, Ready, Sent
-from .recall import RECALL_STATES, Recalling
+from .recall import Recalling
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ..errors import HandoffError
-    from .events import Action, Event
-    from .machine import Timing
+    from .events import Action, TimerFired
+    from .machine import Reactions, Timing
     from .messages import Request
 
 REQUESTED = "requested"
@@ -47,100 +42,8 @@ SENT = "sent"
 READING = "reading"
 
 
-class DecodePush(Recalling):
-    """Decode asks, prefill writes into decode's blocks, a counter says when all is there.
-
-    Owns the destination blocks from `start` until `ReleaseBlocks`.
-    """
-
-    operation = "receive"
-    side = "decode"
-
-    def __init__(self, request: Request, peer: str, timing: Timing) -> None:
-        super().__init__(request.session, request.handoff, peer, timing)
-        self.request = request
-
-    def start(self) -> list[Action]:
-        """The first actions: count before asking, so that not a byte comes unexpected."""
-        self.state = REQUESTED
-        self._do(Expect(self.request.imm, self.request.nbytes))
-        self._start_repeating(self.request)
-        self._set_timer("deadline", self.request.timeout_s)
-        return self._taken()
-
-    def _react(self, event: Event) -> None:
-        if self.state in RECALL_STATES:
-            self._react_recalling(event)
-            return
-        match event:
-            case CounterEnded(error=None, nbytes=nbytes):
-                self._succeed(nbytes)
-            case CounterEnded(error=error) if error is not None:
-                self._give_up(self._transfer_error(error))
-            case Received(message=Accepted()) if self.state == REQUESTED:
-                self.state = ACCEPTED
-                self._clear_timers("retry")
-            case Received(message=Sent(nbytes=nbytes)):
-                self._sent(nbytes)
-            case Received(message=Failed() | Cancelled() as message):
-                self._fail(self._error_of_peer(message))
-                self._give_back()
-            case TimerFired(kind="retry"):
-                self._send_repeatedly(self.request)
-            case TimerFired(kind="deadline"):
-                self._give_up(
-                    self._error(
-                        HandoffTimeout,
-                        f"not complete after {self.request.timeout_s} s ({self.state})",
-                    )
-                )
-            case TimerFired(kind="settle"):
-                self._give_up(
-                    self._error(
-                        HandoffTimeout,
-                        "the peer has written everything, but the bytes were not counted within "
-                        f"{self.timing.settle_s} s",
-                    )
-                )
-            case UserCancelled(reason=reason):
-                self._give_up(self._error(HandoffCancelled, reason))
-            case SendRefused(reason=reason):
-                self._give_up(self._error(SendFailed, f"cannot send to the peer: {reason}"))
-            case LinkDown(reason=reason) if self.state == SENT:
-                self._give_up(self._error(LinkLost, f"the link went down: {reason}"))
-            case LinkDown():
-                self._react_link_down(event)
-            case Quiesced():
-                self._react_link_down(LinkDown("the peer is gone", quiesced=True))
-
-    def _sent(self, nbytes: int) -> None:
-        """Prefill's final answer: no byte moves any more; the counter is about to end, or never."""
-        if self.state == SENT:
-            return
-        self.state = SENT
-        self._clear_timers("retry")
-        self._set_timer("settle", self.timing.settle_s)
-        if nbytes != self.request.nbytes:
-            self._give_up(
-                self._error(
-                    BlocksMismatch,
-                    f"the peer wrote {nbytes} bytes, {self.request.nbytes} were asked for",
-                )
-            )
-
-    def _give_up(self, error: HandoffError) -> None:
-        if self.state == SENT:
-            self._fail(error)
-            self._give_back()
-        else:
-            self._recall(error)
-
-    def _retire(self) -> None:
-        self._do(RetireCounter(self.request.imm))
-
-
-class DecodePull(Draining):
-    """Decode asks, prefill says when its blocks are ready, decode reads them.
+class Asking(Machine):
+    """Decode's side, whoever moves the bytes: asks until it is heard, and waits until its deadline.
 
     Owns the destination blocks from `start` until `ReleaseBlocks`.
     """
@@ -155,66 +58,125 @@ class DecodePull(Draining):
     def start(self) -> list[Action]:
         """The first actions."""
         self.state = REQUESTED
+        self._repeat(self.request)
         self._set_timer("deadline", self.request.timeout_s)
-        self._start_repeating(self.request)
         return self._taken()
 
-    def _react(self, event: Event) -> None:
-        if self.state == DRAINING:
-            self._react_draining(event)
-            return
-        match event:
-            case Received(message=Accepted()) if self.state == REQUESTED:
-                self.state = ACCEPTED
-                self._clear_timers("retry")
-            case Received(message=Ready() as ready) if self.state != READING:
-                self._read(ready)
-            case OperationEnded(op=op, nbytes=nbytes, error=error) if op in self._ops:
-                self._ops.discard(op)
-                self._read_ended(nbytes, error)
-            case Received(message=Failed() | Cancelled() as message):
-                self._give_up(self._error_of_peer(message))
-            case Received(message=Cancel(reason=reason)):
-                error = self._error(
-                    HandoffCancelled, f"the peer cancelled: {reason}", retryable=True
-                )
-                self._drain(error, self._cancelled())
-            case TimerFired(kind="retry"):
-                self._send_repeatedly(self.request)
-            case TimerFired(kind="deadline"):
-                self._give_up(
-                    self._error(
-                        HandoffTimeout,
-                        f"not complete after {self.request.timeout_s} s ({self.state})",
-                    )
-                )
-            case UserCancelled(reason=reason):
-                self._give_up(self._error(HandoffCancelled, reason))
-            case SendRefused(reason=reason) if self.state != READING:
-                self._give_up(self._error(SendFailed, f"cannot send to the peer: {reason}"))
-            case LinkDown(reason=reason):
-                self._give_up(self._error(LinkLost, f"the link went down: {reason}"))
+    def _accepted(self, _: Accepted) -> None:
+        self.state = ACCEPTED
+        self._clear_timers("retry")
+
+    def _too_late(self, _: TimerFired) -> None:
+        what = f"not complete after {self.request.timeout_s} s ({self.state})"
+        self._give_up(self._error(HandoffTimeout, what))
+
+    waiting: ClassVar[Reactions] = {
+        "retry": Machine._send_again,
+        "deadline": _too_late,
+        UserCancelled: Machine._user_cancelled,
+    }
+
+
+class DecodePush(Asking, Recalling):
+    """Decode asks, prefill writes into decode's blocks, a counter says when all is there."""
+
+    def start(self) -> list[Action]:
+        """The first actions: count before asking, so that not a byte comes unexpected."""
+        self._do(Expect(self.request.imm, self.request.nbytes))
+        return super().start()
+
+    def _counted(self, event: CounterEnded) -> None:
+        if event.error is None:
+            self._succeed(event.nbytes)
+        else:
+            self._give_up(self._transfer_error(event.error))
+
+    def _sent(self, message: Sent) -> None:
+        """Prefill's final answer: no byte moves any more; the counter is about to end, or never."""
+        self.state = SENT
+        self._clear_timers("retry")
+        self._set_timer("settle", self.timing.settle_s)
+        if message.nbytes != self.request.nbytes:
+            what = f"the peer wrote {message.nbytes} bytes, {self.request.nbytes} were asked for"
+            self._give_up(self._error(BlocksMismatch, what))
+
+    def _not_counted(self, _: TimerFired) -> None:
+        what = (
+            "the peer has written everything, but the bytes were not counted within "
+            f"{self.timing.settle_s} s"
+        )
+        self._give_up(self._error(HandoffTimeout, what))
+
+    def _give_up(self, error: HandoffError) -> None:
+        if self.state == SENT:
+            self._fail(error)
+            self._give_back()
+        else:
+            self._recall(error)
+
+    def _retire(self) -> None:
+        self._do(RetireCounter(self.request.imm))
+
+    _exposed: ClassVar[Reactions] = {
+        **Asking.waiting,
+        SendRefused: Machine._send_refused,
+        CounterEnded: _counted,
+        Failed: Recalling._peer_ended,
+        Cancelled: Recalling._peer_ended,
+        Quiesced: Recalling._peer_gone,
+    }
+    _unsent: ClassVar[Reactions] = {
+        **_exposed,
+        Sent: _sent,
+        LinkDown: Recalling._link_down,
+    }
+    reactions: ClassVar[Mapping[str, Reactions]] = {
+        **Recalling.reactions,
+        REQUESTED: {**_unsent, Accepted: Asking._accepted},
+        ACCEPTED: _unsent,
+        SENT: {**_exposed, "settle": _not_counted, LinkDown: Machine._link_lost},
+    }
+
+
+class DecodePull(Asking, Draining):
+    """Decode asks, prefill says when its blocks are ready, decode reads them."""
 
     def _read(self, ready: Ready) -> None:
         if not self.request.stop_token and ready.num_blocks != self.request.num_blocks:
-            self._give_up(
-                self._error(
-                    BlocksMismatch,
-                    f"the peer has {ready.num_blocks} blocks, "
-                    f"{self.request.num_blocks} were asked for",
-                )
+            what = (
+                f"the peer has {ready.num_blocks} blocks, {self.request.num_blocks} were asked for"
             )
+            self._give_up(self._error(BlocksMismatch, what))
             return
         self.state = READING
         self._clear_timers("retry")
         self._do(StartRead(self._new_op(), ready))
 
-    def _read_ended(self, nbytes: int, error: Exception | None) -> None:
-        if error is not None:
-            self._give_up(self._transfer_error(error))
+    def _read_ended(self, event: OperationEnded) -> None:
+        if event.op not in self._ops:
             return
-        self._do(Settle(Done(self.session, self.handoff, nbytes)))
-        self._succeed(nbytes)
+        self._ops.discard(event.op)
+        if event.error is not None:
+            self._give_up(self._transfer_error(event.error))
+            return
+        self._do(Settle(Done(self.session, self.handoff, event.nbytes)))
+        self._succeed(event.nbytes)
 
-    def _give_up(self, error: HandoffError) -> None:
-        self._drain(error, self._failed(error))
+    _moving: ClassVar[Reactions] = {
+        **Asking.waiting,
+        Cancel: Draining._peer_cancelled,
+        Failed: Draining._peer_gave_up,
+        Cancelled: Draining._peer_gave_up,
+        LinkDown: Machine._link_lost,
+    }
+    _unready: ClassVar[Reactions] = {
+        **_moving,
+        SendRefused: Machine._send_refused,
+        Ready: _read,
+    }
+    reactions: ClassVar[Mapping[str, Reactions]] = {
+        **Draining.reactions,
+        REQUESTED: {**_unready, Accepted: Asking._accepted},
+        ACCEPTED: _unready,
+        READING: {**_moving, OperationEnded: _read_ended},
+    }

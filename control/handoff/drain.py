@@ -6,25 +6,20 @@ operation on it has ended here. Only then is the final answer given, so that the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from .events import (
-    CancelOperations,
-    OperationEnded,
-    Quarantine,
-    Received,
-    Settle,
-    TearDownLink,
-    TimerFired,
-)
+from ..errors import HandoffCancelled
+from .events import CancelOperations, OperationEnded, Quarantine, Settle, TearDownLink
 from .machine import Machine
 from .messages import Cancel
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ..errors import HandoffError
-    from .events import Event
-    from .machine import Timing
-    from .messages import HandoffId, HandoffMessage
+    from .events import TimerFired
+    from .machine import Reactions, Timing
+    from .messages import Cancelled, Failed, HandoffId, HandoffMessage
 
 DRAINING = "draining"
 
@@ -55,21 +50,35 @@ class Draining(Machine):
         else:
             self._drained()
 
-    def _react_draining(self, event: Event) -> None:
-        match event:
-            case OperationEnded(op=op):
-                self._ops.discard(op)
-                if not self._ops:
-                    self._drained()
-            case Received(message=Cancel()):
-                self._drain_answer = self._cancelled()
-            case TimerFired(kind="drain"):
-                reason = f"{len(self._ops)} cancelled operations of {self.handoff} do not end"
-                self._do(TearDownLink(self.session, reason))
-                self._set_timer("teardown", self.timing.teardown_s)
-            case TimerFired(kind="teardown") if self._drain_error is not None:
-                self._do(Quarantine(f"operations of {self.handoff} outlive their link"))
-                self._fail(self._drain_error)
+    def _give_up(self, error: HandoffError) -> None:
+        self._drain(error, self._failed(error))
+
+    def _peer_cancelled(self, message: Cancel) -> None:
+        reason = f"the peer cancelled: {message.reason}"
+        self._drain(self._error(HandoffCancelled, reason, retryable=True), self._cancelled())
+
+    def _peer_gave_up(self, message: Failed | Cancelled) -> None:
+        self._give_up(self._error_of_peer(message))
+
+    # While it drains
+
+    def _op_drained(self, event: OperationEnded) -> None:
+        self._ops.discard(event.op)
+        if not self._ops:
+            self._drained()
+
+    def _cancelled_meanwhile(self, _: Cancel) -> None:
+        self._drain_answer = self._cancelled()
+
+    def _tear_down(self, _: TimerFired) -> None:
+        reason = f"{len(self._ops)} cancelled operations of {self.handoff} do not end"
+        self._do(TearDownLink(self.session, reason))
+        self._set_timer("teardown", self.timing.teardown_s)
+
+    def _outlived(self, _: TimerFired) -> None:
+        assert self._drain_error is not None
+        self._do(Quarantine(f"operations of {self.handoff} outlive their link"))
+        self._fail(self._drain_error)
 
     def _drained(self) -> None:
         assert self._drain_answer is not None and self._drain_error is not None  # noqa: PT018
@@ -77,3 +86,12 @@ class Draining(Machine):
         self._release()
         self._fail(self._drain_error)
         self._finish()
+
+    reactions: ClassVar[Mapping[str, Reactions]] = {
+        DRAINING: {
+            OperationEnded: _op_drained,
+            Cancel: _cancelled_meanwhile,
+            "drain": _tear_down,
+            "teardown": _outlived,
+        }
+    }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, Union
 import msgspec
 
 if TYPE_CHECKING:
-    from .messages import HandoffMessage, Message, Ready, Request, Verdict
+    from .messages import HandoffMessage, Message, Ready, Request
 
 TimerKind = Literal["retry", "deadline", "source", "settle", "drain", "recall", "teardown"]
 Layers = tuple[int, int]  # first, and one past the last
@@ -21,9 +21,9 @@ Layers = tuple[int, int]  # first, and one past the last
 
 
 class Received(msgspec.Struct, frozen=True, gc=False):
-    """A message of the peer about this handoff arrived."""
+    """A message of the peer arrived that concerns this machine."""
 
-    message: HandoffMessage | Verdict
+    message: Message
 
 
 class OperationEnded(msgspec.Struct, frozen=True):

@@ -15,14 +15,15 @@ Every machine obeys four rules:
 * exactly one outcome (`Succeed` or `Fail`) and exactly one `ReleaseBlocks`; after success the
   blocks are free at once, after failure when nobody can reach them;
 * no state without a timer until the outcome is known;
-* an event that a state does not know changes nothing: messages come late, twice or never;
+* an event that a state's table does not name changes nothing: messages come late, twice or never;
 * the final answer about a serial is given only when not a byte of it moves any more, and a serial
   that has one never moves another.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import msgspec
 
@@ -33,13 +34,25 @@ from ..errors import (
     HandoffTimeout,
     LinkLost,
     PeerFailed,
+    SendFailed,
     TransferFailed,
 )
-from .events import ClearTimer, Fail, ReleaseBlocks, Send, SetTimer, Succeed
+from .events import (
+    Action,
+    ClearTimer,
+    Event,
+    Fail,
+    Received,
+    ReleaseBlocks,
+    Send,
+    SetTimer,
+    Succeed,
+    TimerFired,
+)
 from .messages import Cancelled, Failed, HandoffId
 
 if TYPE_CHECKING:
-    from .events import Action, Event, TimerKind
+    from .events import LinkDown, SendRefused, TimerKind, UserCancelled
     from .messages import Message, Side
 
 FINISHED = "finished"
@@ -63,69 +76,66 @@ class Timing(msgspec.Struct, frozen=True):
     remember_s: float = 30.0  # a session that is down; a peer repeats itself for recall_s at most
 
 
-class Machine:
-    """One side of one handoff. Not thread-safe: one owner tells it events, one at a time.
+_Event = TypeVar("_Event")
+_Action = TypeVar("_Action")
+Reaction = Callable[..., None]  # a method; takes the event, or the message that came with it
+Reactions = Mapping[object, Reaction]  # by an event's type, its message's type or its timer's kind
+NOTHING: Reactions = {}
+
+
+class StateMachine(Generic[_Event, _Action]):
+    """Takes events, returns actions; `reactions` say what each state reacts to.
+
+    An event that the table of the present state does not name changes nothing.
 
     Attributes:
-        state: where it is; `finished` is the last.
-        outcome: the `Succeed` or `Fail` that was asked for, or None.
-        released: whether its blocks were given back.
+        state: where it is.
         timers: the timers that are running.
     """
 
-    operation = ""  # what this side does, for its errors
-    side: ClassVar[Side]
+    reactions: ClassVar[Mapping[str, Reactions]] = {}
 
-    def __init__(self, session: int, handoff: HandoffId, peer: str, timing: Timing) -> None:
-        self.session = session
-        self.handoff = handoff
-        self.peer = peer
+    def __init_subclass__(cls) -> None:
+        """Looks every reaction up by its name, so that a subclass's own is the one that is called."""
+        super().__init_subclass__()
+        cls.reactions = {
+            state: {cause: getattr(cls, react.__name__) for cause, react in table.items()}
+            for state, table in cls.reactions.items()
+        }
+
+    def __init__(self, timing: Timing) -> None:
         self.timing = timing
         self.state = "new"
-        self.outcome: Succeed | Fail | None = None
-        self.released = False
         self.timers: set[TimerKind] = set()
+        self._repeated: Message | None = None
         self._retry_s = timing.retry_s
-        self._actions: list[Action] = []
+        self._actions: list[Any] = []
 
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.handoff} {self.state}>"
-
-    @property
-    def finished(self) -> bool:
-        """Whether nothing can happen any more: the outcome is known and the blocks are back."""
-        return self.state == FINISHED
-
-    def handle(self, event: Event) -> list[Action]:
-        """Takes one event; returns what to do, in this order."""
-        if not self.finished and self._expected(event):
-            self._react(event)
-        return self._taken()
-
-    def _react(self, event: Event) -> None:
-        raise NotImplementedError
-
-    def _expected(self, event: Event) -> bool:
-        """False for a timer that was stopped and for a message about another serial."""
-        kind = getattr(event, "kind", None)
-        if kind is not None:
-            if kind not in self.timers:
-                return False
-            self.timers.discard(kind)
-        message = getattr(event, "message", None)
-        return message is None or self._concerns(message)
-
-    def _concerns(self, message: Message) -> bool:
-        return message.session == self.session and getattr(message, "handoff", None) == self.handoff
-
-    def _taken(self) -> list[Action]:
+    def handle(self, event: _Event) -> list[_Action]:
+        """Takes one event; returns what to do, in this order. A timer that was stopped is none."""
+        cause: object = type(event)
+        about: object = event
+        if isinstance(event, Received):
+            about = event.message
+            cause = type(about)
+        elif isinstance(event, TimerFired):
+            cause = event.kind
+            if cause not in self.timers:
+                return []
+            self.timers.discard(event.kind)
+        react = self.reactions.get(self.state, NOTHING).get(cause)
+        if react is None:
+            return []
+        react(self, about)
         actions, self._actions = self._actions, []
         return actions
 
-    def _do(self, action: Action) -> None:
+    def _do(self, action: _Action | Send | SetTimer | ClearTimer) -> None:
         self._actions.append(action)
 
-    # Timers
+    def _taken(self) -> list[_Action]:
+        actions, self._actions = self._actions, []
+        return actions
 
     def _set_timer(self, kind: TimerKind, seconds: float) -> None:
         self.timers.add(kind)
@@ -137,15 +147,61 @@ class Machine:
                 self.timers.discard(kind)
                 self._do(ClearTimer(kind))
 
-    def _send_repeatedly(self, message: Message) -> None:
-        """Sends `message`, and sets the timer `retry`: first soon, then less and less often."""
-        self._do(Send(message))
-        self._set_timer("retry", self._retry_s)
-        self._retry_s = min(2 * self._retry_s, self.timing.retry_max_s)
-
-    def _start_repeating(self, message: Message) -> None:
+    def _repeat(self, message: Message) -> None:
+        """Sends `message` whenever the timer `retry` fires: first soon, then less and less often."""
+        self._repeated = message
         self._retry_s = self.timing.retry_s
-        self._send_repeatedly(message)
+        self._send_again()
+
+    def _send_again(self, _: TimerFired | None = None) -> None:
+        if self._repeated is not None:
+            self._do(Send(self._repeated))
+            self._set_timer("retry", self._retry_s)
+            self._retry_s = min(2 * self._retry_s, self.timing.retry_max_s)
+
+
+class Machine(StateMachine[Event, Action]):
+    """One side of one handoff. Not thread-safe: one owner tells it events, one at a time.
+
+    Attributes:
+        state: where it is; `finished` is the last.
+        outcome: the `Succeed` or `Fail` that was asked for, or None.
+        released: whether its blocks were given back.
+    """
+
+    operation = ""  # what this side does, for its errors
+    side: ClassVar[Side]
+
+    def __init__(self, session: int, handoff: HandoffId, peer: str, timing: Timing) -> None:
+        super().__init__(timing)
+        self.session = session
+        self.handoff = handoff
+        self.peer = peer
+        self.outcome: Succeed | Fail | None = None
+        self.released = False
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.handoff} {self.state}>"
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing can happen any more: the outcome is known and the blocks are back."""
+        return self.state == FINISHED
+
+    # What several machines react to alike
+
+    def _user_cancelled(self, event: UserCancelled) -> None:
+        self._give_up(self._error(HandoffCancelled, event.reason))
+
+    def _send_refused(self, event: SendRefused) -> None:
+        self._give_up(self._error(SendFailed, f"cannot send to the peer: {event.reason}"))
+
+    def _link_lost(self, event: LinkDown) -> None:
+        self._give_up(self._error(LinkLost, f"the link went down: {event.reason}"))
+
+    def _give_up(self, error: HandoffError) -> None:
+        """Fails with `error`; the blocks come back when nobody can reach them."""
+        raise NotImplementedError
 
     # Outcomes
 

@@ -36,6 +36,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, Union, get_args
 import msgspec
 from msgspec import Meta
 
+from ..wire import Codec
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -44,6 +46,8 @@ VERSION = 3
 MAX_BLOCK_IDS = 1 << 20  # a table: 16 Mi tokens at 16 a block
 MAX_TABLES = 64  # groups of layers with a block table each
 BLOCK_ID_NBYTES = 4
+MAX_FRAME_NBYTES = 8 << 20  # a Request with 2^20 block ids takes 4 MiB
+MAX_ITEMS = 1024  # a frame; ours use under 200, with 64 tables
 
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Text = Annotated[str, Meta(max_length=1024)]
@@ -262,6 +266,10 @@ AnyMessage = Union[  # noqa: UP007 - `get_args` of it works alike on every Pytho
 ]
 MESSAGE_TYPES: tuple[type[Message], ...] = get_args(AnyMessage)
 FINAL_ANSWERS = (Done, Sent, Failed, Cancelled)
+
+_codec: Codec[AnyMessage] = Codec(AnyMessage, max_nbytes=MAX_FRAME_NBYTES, max_items=MAX_ITEMS)
+encode = _codec.encode
+decode = _codec.decode
 
 
 def check_tables(tables: tuple[bytes, ...], num_blocks: int | None) -> None:

@@ -14,21 +14,14 @@ or `recall.py` (ready: decode may be reading).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from ..errors import (
-    BlocksMismatch,
-    HandoffCancelled,
-    HandoffTimeout,
-    LinkLost,
-    SendFailed,
-)
-from .drain import DRAINING, Draining
+from ..errors import BlocksMismatch, HandoffTimeout
+from .drain import Draining
 from .events import (
     LinkDown,
     OperationEnded,
     Quiesced,
-    Received,
     Send,
     SendRefused,
     Settle,
@@ -36,9 +29,9 @@ from .events import (
     SourceOffered,
     SourceReady,
     StartWrite,
-    TimerFired,
     UserCancelled,
 )
+from .machine import Machine
 from .messages import (
     Accepted,
     Cancel,
@@ -52,13 +45,14 @@ from .messages import (
     count_blocks,
     skip_in_tables,
 )
-from .recall import RECALL_STATES, Recalling
+from .recall import Recalling
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ..errors import HandoffError
-    from .events import Action, Event, Layers
-    from .machine import Timing
-    from .messages import Message
+    from .events import Action, Layers, TimerFired
+    from .machine import Reactions, Timing
 
 OFFERED = "offered"
 WANTED = "wanted"
@@ -81,7 +75,6 @@ class PrefillHandoff(Draining, Recalling):
         self.request: Request | None = None
         self.source: SourceOffered | None = None
         self._tables: tuple[bytes, ...] = ()  # the source blocks that decode asked for
-        self._ready: Ready | None = None
         self._layers: list[Layers] = []  # computed, not written yet
         self._next_layer = 0
         self._source_finished = False
@@ -109,9 +102,6 @@ class PrefillHandoff(Draining, Recalling):
             self._match(request, self.source)
         return self._taken()
 
-    def _concerns(self, message: Message) -> bool:
-        return self.request is not None and super()._concerns(message)
-
     def _match(self, request: Request, source: SourceOffered) -> None:
         self._tables = skip_in_tables(source.tables, request.skip_blocks)
         if not request.stop_token and count_blocks(self._tables) != request.num_blocks:
@@ -129,32 +119,23 @@ class PrefillHandoff(Draining, Recalling):
             self.state = PREPARING
             self._announce_if_finished()
 
-    def _react(self, event: Event) -> None:
-        if isinstance(event, SourceReady | SourceFinished):
-            self._computed(event)
-        elif self.state == DRAINING:
-            self._react_draining(event)
-        elif self.state in RECALL_STATES:
-            self._react_recalling(event)
-        elif self.state == READY:
-            self._react_exposed(event)
-        else:
-            self._react_unexposed(event)
+    def _layers_ready(self, event: SourceReady) -> None:
+        self._computed(*event.layers)
 
-    def _computed(self, event: SourceReady | SourceFinished) -> None:
-        """Layers became ready; they count only while the handoff is on its way."""
-        if self.source is None or self._source_finished:
+    def _all_ready(self, _: SourceFinished) -> None:
+        if self.source is not None and not self._source_finished:
+            self._computed(self._next_layer, self.source.num_layers, last=True)
+
+    def _computed(self, first: int, stop: int, *, last: bool = False) -> None:
+        """Layers became ready; all there are with `last`."""
+        if self._source_finished:
             return
-        if isinstance(event, SourceReady):
-            first, last = event.layers
-        else:
-            first, last = self._next_layer, self.source.num_layers
-            self._source_finished = True
-        if first < last:
+        self._source_finished = last
+        if first < stop:
             if self._layers:  # nobody has asked yet: all of it is one write then
                 first, _ = self._layers.pop()
-            self._layers.append((first, last))
-            self._next_layer = last
+            self._layers.append((first, stop))
+            self._next_layer = stop
         if self.state == WRITING:
             self._write_ready_layers()
         elif self.state == PREPARING:
@@ -162,28 +143,14 @@ class PrefillHandoff(Draining, Recalling):
 
     # Push, and everything before a peer can reach the source
 
-    def _react_unexposed(self, event: Event) -> None:
-        match event:
-            case OperationEnded(op=op, nbytes=nbytes, error=error) if op in self._ops:
-                self._ops.discard(op)
-                self._write_ended(nbytes, error)
-            case Received(message=Request()):
-                self._do(Send(Accepted(self.session, self.handoff)))
-            case Received(message=Cancel(reason=reason)):
-                error = self._error(
-                    HandoffCancelled, f"the peer cancelled: {reason}", retryable=True
-                )
-                self._drain(error, self._cancelled())
-            case Received(message=Failed() | Cancelled() as message):
-                self._give_up(self._error_of_peer(message))
-            case TimerFired(kind="source") if self.state == OFFERED:
-                self._give_up(self._error(HandoffTimeout, "nobody asked for the blocks in time"))
-            case TimerFired(kind="source" | "deadline"):
-                self._give_up(self._error(HandoffTimeout, f"not complete in time ({self.state})"))
-            case UserCancelled(reason=reason):
-                self._give_up(self._error(HandoffCancelled, reason))
-            case LinkDown(reason=reason) if self.request is not None:
-                self._give_up(self._error(LinkLost, f"the link went down: {reason}"))
+    def _asked_again(self, _: Request) -> None:
+        self._do(Send(Accepted(self.session, self.handoff)))
+
+    def _nobody_asked(self, _: TimerFired) -> None:
+        self._give_up(self._error(HandoffTimeout, "nobody asked for the blocks in time"))
+
+    def _too_late(self, _: TimerFired) -> None:
+        self._give_up(self._error(HandoffTimeout, f"not complete in time ({self.state})"))
 
     def _write_ready_layers(self) -> None:
         if self.request is None:
@@ -193,11 +160,14 @@ class PrefillHandoff(Draining, Recalling):
         self._layers.clear()
         self._settle_if_written()
 
-    def _write_ended(self, nbytes: int, error: Exception | None) -> None:
-        if error is not None:
-            self._give_up(self._transfer_error(error))
+    def _write_ended(self, event: OperationEnded) -> None:
+        if event.op not in self._ops:
             return
-        self._written_nbytes += nbytes
+        self._ops.discard(event.op)
+        if event.error is not None:
+            self._give_up(self._transfer_error(event.error))
+            return
+        self._written_nbytes += event.nbytes
         self._settle_if_written()
 
     def _settle_if_written(self) -> None:
@@ -206,13 +176,14 @@ class PrefillHandoff(Draining, Recalling):
             self._succeed(self._written_nbytes)
 
     def _give_up(self, error: HandoffError) -> None:
-        """Gives up while no peer can reach the source: what moves is this side's own."""
-        if self.request is None:
+        if self.state == READY:
+            self._recall(error)
+        elif self.request is not None:
+            super()._give_up(error)
+        else:  # nobody was told of the source
             self._release()
             self._fail(error)
             self._finish()
-        else:
-            self._drain(error, self._failed(error))
 
     # Pull
 
@@ -220,25 +191,47 @@ class PrefillHandoff(Draining, Recalling):
         if self._source_finished:
             self.state = READY
             num_blocks = count_blocks(self._tables)
-            self._ready = Ready(self.session, self.handoff, num_blocks, self._tables)
-            self._start_repeating(self._ready)
+            ready = Ready(self.session, self.handoff, num_blocks, self._tables)
+            self._repeat(ready)
 
-    def _react_exposed(self, event: Event) -> None:
-        match event:
-            case Received(message=Done(nbytes=nbytes)):
-                self._succeed(nbytes)
-            case Received(message=Failed() | Cancelled() as message):
-                self._fail(self._error_of_peer(message))
-                self._give_back()
-            case TimerFired(kind="retry") if self._ready is not None:
-                self._send_repeatedly(self._ready)
-            case TimerFired(kind="source" | "deadline"):
-                self._recall(self._error(HandoffTimeout, "decode did not finish reading in time"))
-            case UserCancelled(reason=reason):
-                self._recall(self._error(HandoffCancelled, reason))
-            case SendRefused(reason=reason):
-                self._recall(self._error(SendFailed, f"cannot send to the peer: {reason}"))
-            case LinkDown():
-                self._react_link_down(event)
-            case Quiesced():
-                self._react_link_down(LinkDown("the peer is gone", quiesced=True))
+    def _read(self, message: Done) -> None:
+        self._succeed(message.nbytes)
+
+    def _not_read(self, _: TimerFired) -> None:
+        self._give_up(self._error(HandoffTimeout, "decode did not finish reading in time"))
+
+    _computing: ClassVar[Reactions] = {SourceReady: _layers_ready, SourceFinished: _all_ready}
+    _wanted: ClassVar[Reactions] = {
+        Request: _asked_again,
+        Cancel: Draining._peer_cancelled,
+        Failed: Draining._peer_gave_up,
+        Cancelled: Draining._peer_gave_up,
+        "source": _too_late,
+        "deadline": _too_late,
+        UserCancelled: Machine._user_cancelled,
+        LinkDown: Machine._link_lost,
+    }
+    reactions: ClassVar[Mapping[str, Reactions]] = {
+        **Draining.reactions,
+        **Recalling.reactions,
+        OFFERED: {
+            **_computing,
+            "source": _nobody_asked,
+            UserCancelled: Machine._user_cancelled,
+        },
+        WANTED: _wanted,
+        WRITING: {**_wanted, **_computing, OperationEnded: _write_ended},
+        PREPARING: {**_wanted, **_computing},
+        READY: {
+            Done: _read,
+            Failed: Recalling._peer_ended,
+            Cancelled: Recalling._peer_ended,
+            "retry": Machine._send_again,
+            "source": _not_read,
+            "deadline": _not_read,
+            UserCancelled: Machine._user_cancelled,
+            SendRefused: Machine._send_refused,
+            LinkDown: Recalling._link_down,
+            Quiesced: Recalling._peer_gone,
+        },
+    }

@@ -69,7 +69,17 @@ class RankPart(Machine):
         self.state = PENDING
         # The handoffs keep the deadline; this is for ranks that never ask.
         self._set_timer("deadline", self.timeout_s + self.timing.grace_s)
-        self._start_repeating(self._report)
+        self._repeat(self._report)
+        return self._taken()
+
+    def handle(self, event: Event) -> list[Action]:
+        """Takes one event; returns what to do, in this order."""
+        kind = getattr(event, "kind", None)
+        message = getattr(event, "message", None)
+        stopped = kind is not None and kind not in self.timers
+        self.timers.discard(kind)
+        if not (self.finished or stopped) and (message is None or self._concerns(message)):
+            self._react(event)
         return self._taken()
 
     def _concerns(self, message: Message) -> bool:
@@ -102,7 +112,7 @@ class RankPart(Machine):
                     )
                 )
             case TimerFired(kind="retry"):
-                self._send_repeatedly(self._report)
+                self._send_again()
             case TimerFired(kind="deadline") if self.state == FAILED:
                 self._finish()
             case TimerFired(kind="deadline"):
@@ -130,7 +140,7 @@ class RankPart(Machine):
     def _tell_others(self, report: Part) -> None:
         self.state = report.state
         self._report = report
-        self._start_repeating(report)
+        self._repeat(report)
 
     def _give_up(self, error: Exception) -> None:
         """Fails here, and sees to it that all others do."""

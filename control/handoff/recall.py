@@ -12,29 +12,24 @@ do; or, where a live process keeps its hands on the memory (`cma`), the process 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import LinkLost
-from .events import (
-    CounterEnded,
-    LinkDown,
-    Quarantine,
-    Quiesced,
-    Received,
-    TearDownLink,
-    TimerFired,
-)
+from .events import CounterEnded, LinkDown, Quarantine, Quiesced, TearDownLink
 from .machine import MAX_REASON_CHARS, Machine
 from .messages import FINAL_ANSWERS, Cancel
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ..errors import HandoffError
-    from .events import Event
+    from .events import TimerFired
+    from .machine import Reactions
+    from .messages import Cancelled, Failed, HandoffMessage
 
 RECALLING = "recalling"
 TEARING = "tearing"
 QUARANTINED = "quarantined"
-RECALL_STATES = frozenset({RECALLING, TEARING, QUARANTINED})
 
 
 class Recalling(Machine):
@@ -48,10 +43,15 @@ class Recalling(Machine):
         self._clear_timers()
         self._fail(error)
         self.state = RECALLING
-        self._start_repeating(self._cancel())
+        self._repeat(self._cancel())
         self._set_timer("recall", self.timing.recall_s)
 
-    def _react_link_down(self, event: LinkDown) -> None:
+    def _peer_ended(self, message: Failed | Cancelled) -> None:
+        """The peer gave a final answer unasked: it touches nothing any more."""
+        self._fail(self._error_of_peer(message))
+        self._give_back()
+
+    def _link_down(self, event: LinkDown) -> None:
         """The link went down while the peer could touch the blocks."""
         self._fail(self._error(LinkLost, f"the link went down: {event.reason}"))
         if event.quiesced:
@@ -59,29 +59,32 @@ class Recalling(Machine):
         elif self.state != QUARANTINED:
             self._quarantine(event.reason)
 
-    def _react_recalling(self, event: Event) -> None:
-        match event:
-            case Received(message=message) if isinstance(message, FINAL_ANSWERS):
-                self._give_back()
-            case CounterEnded(error=None) | Quiesced():
-                self._give_back()
-            case LinkDown():
-                self._react_link_down(event)
-            case TimerFired(kind="retry"):
-                self._send_repeatedly(self._cancel())
-            case TimerFired(kind="recall"):
-                self.state = TEARING
-                reason = f"no answer to Cancel of {self.handoff} in {self.timing.recall_s} s"
-                self._do(TearDownLink(self.session, reason))
-                self._set_timer("teardown", self.timing.teardown_s)
-            case TimerFired(kind="teardown"):
-                self._quarantine("the link does not come down")
+    def _peer_gone(self, _: Quiesced) -> None:
+        self._link_down(LinkDown("the peer is gone", quiesced=True))
+
+    # While it is recalled
+
+    def _answered(self, _: HandoffMessage) -> None:
+        self._give_back()
+
+    def _counted_after_all(self, event: CounterEnded) -> None:
+        if event.error is None:
+            self._give_back()
+
+    def _unanswered(self, _: TimerFired) -> None:
+        self.state = TEARING
+        reason = f"no answer to Cancel of {self.handoff} in {self.timing.recall_s} s"
+        self._do(TearDownLink(self.session, reason))
+        self._set_timer("teardown", self.timing.teardown_s)
+
+    def _not_torn_down(self, _: TimerFired) -> None:
+        self._quarantine("the link does not come down")
 
     def _quarantine(self, reason: str) -> None:
         self._clear_timers()
         self.state = QUARANTINED
         self._do(Quarantine(reason))
-        self._start_repeating(self._cancel())
+        self._repeat(self._cancel())
 
     def _give_back(self) -> None:
         """Nobody can touch the blocks any more."""
@@ -94,3 +97,18 @@ class Recalling(Machine):
 
     def _cancel(self) -> Cancel:
         return Cancel(self.session, self.handoff, self.side, self._cancel_reason)
+
+    _recalled: ClassVar[Reactions] = {
+        **dict.fromkeys(FINAL_ANSWERS, _answered),
+        CounterEnded: _counted_after_all,
+        Quiesced: _peer_gone,
+        LinkDown: _link_down,
+        "retry": Machine._send_again,
+        "recall": _unanswered,
+        "teardown": _not_torn_down,
+    }
+    reactions: ClassVar[Mapping[str, Reactions]] = {
+        RECALLING: _recalled,
+        TEARING: _recalled,
+        QUARANTINED: _recalled,
+    }

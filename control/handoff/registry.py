@@ -8,7 +8,7 @@ steps, `(key, action)`, where the key names the handoff on this side (0: none).
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import HandoffError, LinkLost
 from .decode import DecodePull, DecodePush
@@ -19,6 +19,8 @@ from .messages import Cancel, Cancelled, Failed, HandoffId, Ready, Request
 from .prefill import PrefillHandoff
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from .events import Action, Event, SourceOffered
     from .messages import HandoffMessage, Mode, Side
 
@@ -32,6 +34,7 @@ class Desk:
     """What both desks share. Not thread-safe: one owner."""
 
     side: Side
+    unknown: ClassVar[Mapping[type[HandoffMessage], Callable[..., Steps]]]
 
     def __init__(self, timing: Timing | None = None) -> None:
         self.timing = timing or Timing()
@@ -58,9 +61,13 @@ class Desk:
         if ledger is None:
             return []
         key = ledger.live.get(message.handoff.serial)
-        if key is not None:
-            return self.handle(key, Received(message))
-        return self._receive_unknown(ledger, message)
+        if key is None:
+            answer = self.unknown.get(type(message))
+            return answer(self, ledger, message) if answer is not None else []
+        machine = self.machines[key]
+        if machine.handoff != message.handoff:
+            return []  # another request by its serial
+        return self._carry(key, machine, machine.handle(Received(message)))
 
     def handle(self, key: int, event: Event) -> Steps:
         """An event for one handoff; one that is over ignores it."""
@@ -86,9 +93,6 @@ class Desk:
         ledger = self._ledgers.get(session)
         if ledger is not None and ledger.idle:
             del self._ledgers[session]
-
-    def _receive_unknown(self, ledger: Ledger, message: HandoffMessage) -> Steps:
-        raise NotImplementedError
 
     def _tell_all(self, session: int, event: Event) -> Steps:
         ledger = self._ledgers.get(session)
@@ -131,8 +135,6 @@ class DecodeDesk(Desk):
     """The handoffs that this agent asked for."""
 
     side = "decode"
-    push: type[DecodePush] = DecodePush
-    pull: type[DecodePull] = DecodePull
 
     def __init__(self, timing: Timing | None = None) -> None:
         super().__init__(timing)
@@ -182,25 +184,24 @@ class DecodeDesk(Desk):
             start_token=start_token,
             stop_token=stop_token,
         )
-        make = self.push if mode == "push" else self.pull
-        machine = make(request, ledger.peer, self.timing)
+        make = DecodePush if mode == "push" else DecodePull
+        machine: DecodePush | DecodePull = make(request, ledger.peer, self.timing)
         key = self._add(machine)
         ledger.begin(handoff.serial, key)
         return key, self._carry(key, machine, machine.start())
 
-    def _receive_unknown(self, ledger: Ledger, message: HandoffMessage) -> Steps:
+    def _asked_about(self, ledger: Ledger, message: Ready | Cancel) -> Steps:
         """Prefill asks about a handoff that is over: it learns so, and gives its blocks back."""
-        if isinstance(message, Ready | Cancel):
-            over = self._over(message.session, message.handoff)
-            return [(0, Send(ledger.answer(message.handoff.serial) or over))]
-        return []
+        over = self._over(message.session, message.handoff)
+        return [(0, Send(ledger.answer(message.handoff.serial) or over))]
+
+    unknown = {Ready: _asked_about, Cancel: _asked_about}  # noqa: RUF012
 
 
 class PrefillDesk(Desk):
     """The handoffs that others ask for, and the sources that wait to be asked for."""
 
     side = "prefill"
-    machine: type[PrefillHandoff] = PrefillHandoff
 
     def __init__(self, timing: Timing | None = None) -> None:
         super().__init__(timing)
@@ -217,32 +218,36 @@ class PrefillDesk(Desk):
         if waiting:
             key = max(waiting)
             machine = waiting[key]
+            _discard(self._wanted, request_id, key)
+            self._num_wanted -= 1
         else:
-            machine = self.machine(request_id, self.timing)
+            machine = PrefillHandoff(request_id, self.timing)
             key = self._add(machine)
             self._offered.setdefault(request_id, {})[key] = machine
         actions = machine.offered(source)
         return key, self._carry(key, machine, actions)
 
-    def _receive_unknown(self, ledger: Ledger, message: HandoffMessage) -> Steps:
-        session, handoff = message.session, message.handoff
-        if isinstance(message, Cancel):
-            answer = ledger.answer(handoff.serial)
-            if answer is None:
-                answer = self._over(session, handoff)
-                ledger.settle(handoff.serial, answer)  # or the late Request would begin it
-            return [(0, Send(answer))]
-        if not isinstance(message, Request):
-            return []
-        if ledger.over(handoff.serial):
-            over = ledger.answer(handoff.serial) or self._over(session, handoff)
+    def _cancelled(self, ledger: Ledger, message: Cancel) -> Steps:
+        serial = message.handoff.serial
+        answer = ledger.answer(serial)
+        if answer is None:
+            answer = self._over(message.session, message.handoff)
+            ledger.settle(serial, answer)  # or the late Request would begin it
+        return [(0, Send(answer))]
+
+    def _requested(self, ledger: Ledger, request: Request) -> Steps:
+        serial = request.handoff.serial
+        if ledger.over(serial):
+            over = ledger.answer(serial) or self._over(request.session, request.handoff)
             return [(0, Send(over))]
         if not ledger.up:
-            return self._refuse(ledger, message, LinkLost("the link is down: connect again"))
+            return self._refuse(ledger, request, LinkLost("the link is down: connect again"))
         if self._num_wanted >= MAX_WANTED:
             busy = HandoffError(f"{MAX_WANTED} requests wait for their source", retryable=True)
-            return self._refuse(ledger, message, busy)
-        return self._begin(ledger, message)
+            return self._refuse(ledger, request, busy)
+        return self._begin(ledger, request)
+
+    unknown = {Cancel: _cancelled, Request: _requested}  # noqa: RUF012
 
     def _begin(self, ledger: Ledger, request: Request) -> Steps:
         request_id = request.handoff.request_id
@@ -250,8 +255,9 @@ class PrefillDesk(Desk):
         if offers:
             key = min(offers)
             machine = offers[key]
+            _discard(self._offered, request_id, key)
         else:
-            machine = self.machine(request_id, self.timing)
+            machine = PrefillHandoff(request_id, self.timing)
             key = self._add(machine)
             self._wanted.setdefault(request_id, {})[key] = machine
             self._num_wanted += 1
@@ -272,15 +278,11 @@ class PrefillDesk(Desk):
         return [(0, Send(answer))]
 
     def _carry(self, key: int, machine: Machine, actions: list[Action]) -> Steps:
-        """Also takes a handoff that is matched, or over, off the waiting lists."""
-        assert isinstance(machine, PrefillHandoff)
-        request_id = machine.handoff.request_id
-        if machine.request is not None or machine.finished:
+        """Also takes a handoff that is over off the waiting lists."""
+        if machine.finished:
+            request_id = machine.handoff.request_id
             _discard(self._offered, request_id, key)
-        if (machine.source is not None or machine.finished) and _discard(
-            self._wanted, request_id, key
-        ):
-            self._num_wanted -= 1
+            self._num_wanted -= _discard(self._wanted, request_id, key)
         return super()._carry(key, machine, actions)
 
 

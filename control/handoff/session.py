@@ -12,7 +12,7 @@ Pure, like the handoff machines: events in, actions out. Layouts and addresses a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, ClassVar, Union
 
 import msgspec
 
@@ -24,13 +24,15 @@ from ..errors import (
     RoleMismatch,
     VersionMismatch,
 )
-from .events import ClearTimer, Send, SetTimer, TimerFired
-from .machine import MAX_REASON_CHARS
+from .events import ClearTimer, Received, Send, SetTimer, TimerFired
+from .machine import MAX_REASON_CHARS, StateMachine
 from .messages import VERSION, Bye, Describe, Hello, Refused, Welcome
 
 if TYPE_CHECKING:
-    from .machine import Timing
-    from .messages import Message, Reason
+    from collections.abc import Mapping
+
+    from .machine import Reactions, Timing
+    from .messages import Reason
 
 REASONS: dict[str, type[HelloError]] = {
     "version": VersionMismatch,
@@ -39,13 +41,7 @@ REASONS: dict[str, type[HelloError]] = {
 }
 
 
-# Events, besides `TimerFired` ----------------------------------------------------------------------
-
-
-class Heard(msgspec.Struct, frozen=True):
-    """A message of this session, of those that get agents acquainted."""
-
-    message: Message
+# Events, besides `Received` and `TimerFired` ------------------------------------------------------
 
 
 class Reconciled(msgspec.Struct, frozen=True):
@@ -86,7 +82,7 @@ class Ended(msgspec.Struct, frozen=True):
     error: HelloError
 
 
-SessionEvent = Union[Heard, Reconciled, LinkOpened, TimerFired]  # noqa: UP007
+SessionEvent = Union[Received, Reconciled, LinkOpened, TimerFired]  # noqa: UP007
 SessionAction = Union[Send, SetTimer, ClearTimer, Reconcile, OpenLink, Up, Ended]  # noqa: UP007
 
 HELLO, DESCRIBE, RECONCILING, LINKING, WELCOME, UP, ENDED = (
@@ -100,7 +96,7 @@ HELLO, DESCRIBE, RECONCILING, LINKING, WELCOME, UP, ENDED = (
 )
 
 
-class Session:
+class Session(StateMachine[SessionEvent, SessionAction]):
     """One acquaintance, seen from one side. Not thread-safe: one owner.
 
     Attributes:
@@ -121,6 +117,7 @@ class Session:
         timeout_s: float,
         expected: tuple[str, int] | None = None,
     ) -> None:
+        super().__init__(timing)
         self.number = hello.session
         self.dials = dials
         self.expected = expected
@@ -128,13 +125,9 @@ class Session:
         self.state = HELLO
         self._hello = hello
         self._describe = describe
-        self._timing = timing
         self._timeout_s = timeout_s
         self._welcomed = False
         self._peer_describe: Describe | None = None
-        self._repeated: Message | None = None
-        self._retry_s = timing.retry_s
-        self._actions: list[SessionAction] = []
 
     @property
     def role(self) -> str:
@@ -148,28 +141,9 @@ class Session:
 
     def start(self) -> list[SessionAction]:
         """The first actions of either side."""
-        self._do(SetTimer("deadline", self._timeout_s))
+        self._set_timer("deadline", self._timeout_s)
         if self.dials:
             self._repeat(self._hello)
-        return self._taken()
-
-    def handle(self, event: SessionEvent) -> list[SessionAction]:
-        """Takes one event; returns what to do, in this order."""
-        if self.state != ENDED:
-            match event:
-                case Heard(message=message):
-                    self._hear(message)
-                case Reconciled(error=error):
-                    self._reconciled(error)
-                case LinkOpened(error=error):
-                    self._link_opened(error)
-                case TimerFired(kind="retry") if self._repeated is not None:
-                    self._send_repeated()
-                case TimerFired(kind="deadline") if self.state != UP:
-                    self._end(
-                        HelloTimeout,
-                        f"not acquainted after {self._timeout_s} s (waited for {self.state})",
-                    )
         return self._taken()
 
     def refuse(self, reason: Reason, error: HelloError) -> list[SessionAction]:
@@ -178,27 +152,7 @@ class Session:
             self._refuse(reason, error)
         return self._taken()
 
-    def _hear(self, message: Message) -> None:
-        match message:
-            case Hello():
-                self._hear_hello(message)
-            case Describe():
-                self._hear_describe(message)
-            case Welcome():
-                self._welcomed = True
-                if self.state == WELCOME:
-                    self._up()
-            case Refused(reason=reason, detail=detail):
-                kind = REASONS.get(reason, HelloRefused)
-                self._end(kind, f"the peer refused: {detail or reason}")
-            case Bye(reason=reason):
-                self._end(HelloRefused, f"the peer left: {reason}")
-
     def _hear_hello(self, hello: Hello) -> None:
-        if self.state != HELLO:
-            if not self.dials:
-                self._do(Send(self._hello))
-            return
         self.peer = hello
         ours = self._hello
         if hello.version != ours.version:
@@ -217,34 +171,34 @@ class Session:
             else:
                 self._do(Send(ours))
 
+    def _hello_again(self, _: Hello) -> None:
+        if not self.dials:
+            self._do(Send(self._hello))
+
     def _hear_describe(self, describe: Describe) -> None:
-        if self.state == DESCRIBE:
-            self.state = RECONCILING
-            self._peer_describe = describe
-            self._do(Reconcile(describe))
-        elif self.dials:
-            return
-        elif self.state in (LINKING, UP):  # an answer was lost
+        self.state = RECONCILING
+        self._peer_describe = describe
+        self._do(Reconcile(describe))
+
+    def _describe_again(self, _: Describe) -> None:
+        if not self.dials:  # an answer was lost
             self._do(Send(self._describe))
             if self.state == UP:
                 self._do(Send(Welcome(self.number)))
 
-    def _reconciled(self, error: str) -> None:
-        if self.state != RECONCILING or self._peer_describe is None:
-            return
-        if error:
-            self._refuse("layout", self._error(LayoutMismatch, error))
+    def _reconciled(self, event: Reconciled) -> None:
+        assert self._peer_describe is not None
+        if event.error:
+            self._refuse("layout", self._error(LayoutMismatch, event.error))
             return
         self.state = LINKING
         if not self.dials:
             self._do(Send(self._describe))
         self._do(OpenLink(self._peer_describe, self.dials))
 
-    def _link_opened(self, error: str) -> None:
-        if self.state != LINKING:
-            return
-        if error:
-            self._refuse("link", self._error(HelloRefused, f"no link: {error}"))
+    def _link_opened(self, event: LinkOpened) -> None:
+        if event.error:
+            self._refuse("link", self._error(HelloRefused, f"no link: {event.error}"))
         elif not self.dials:
             self._do(Send(Welcome(self.number)))
             self._up()
@@ -253,9 +207,26 @@ class Session:
         else:
             self.state = WELCOME
 
+    def _early_welcome(self, _: Welcome) -> None:
+        self._welcomed = True
+
+    def _welcome(self, _: Welcome) -> None:
+        self._up()
+
+    def _refused(self, message: Refused) -> None:
+        kind = REASONS.get(message.reason, HelloRefused)
+        self._end(kind, f"the peer refused: {message.detail or message.reason}")
+
+    def _left(self, message: Bye) -> None:
+        self._end(HelloRefused, f"the peer left: {message.reason}")
+
+    def _too_late(self, _: TimerFired) -> None:
+        waited = f"not acquainted after {self._timeout_s} s (waited for {self.state})"
+        self._end(HelloTimeout, waited)
+
     def _up(self) -> None:
         self.state = UP
-        self._stop_timers()
+        self._clear_timers()
         self._do(Up())
 
     def _refuse(self, reason: Reason, error: HelloError) -> None:
@@ -267,34 +238,27 @@ class Session:
 
     def _finish(self, error: HelloError) -> None:
         self.state = ENDED
-        self._stop_timers()
+        self._clear_timers()
         self._do(Ended(error))
 
     def _error(self, kind: type[HelloError], message: str) -> HelloError:
         return kind(message, peer=self.name, operation="connect")
 
-    def _repeat(self, message: Message) -> None:
-        self._repeated = message
-        self._retry_s = self._timing.retry_s
-        self._send_repeated()
-
-    def _send_repeated(self) -> None:
-        if self._repeated is not None:
-            self._do(Send(self._repeated))
-            self._do(SetTimer("retry", self._retry_s))
-            self._retry_s = min(2 * self._retry_s, self._timing.retry_max_s)
-
-    def _stop_timers(self) -> None:
-        self._repeated = None
-        self._do(ClearTimer("retry"))
-        self._do(ClearTimer("deadline"))
-
-    def _do(self, action: SessionAction) -> None:
-        self._actions.append(action)
-
-    def _taken(self) -> list[SessionAction]:
-        actions, self._actions = self._actions, []
-        return actions
+    _met: ClassVar[Reactions] = {Hello: _hello_again, Refused: _refused, Bye: _left}
+    _meeting: ClassVar[Reactions] = {
+        **_met,
+        Welcome: _early_welcome,
+        "retry": StateMachine._send_again,
+        "deadline": _too_late,
+    }
+    reactions: ClassVar[Mapping[str, Reactions]] = {
+        HELLO: {**_meeting, Hello: _hear_hello},
+        DESCRIBE: {**_meeting, Describe: _hear_describe},
+        RECONCILING: {**_meeting, Reconciled: _reconciled},
+        LINKING: {**_meeting, LinkOpened: _link_opened, Describe: _describe_again},
+        WELCOME: {**_meeting, Welcome: _welcome},
+        UP: {**_met, Describe: _describe_again},
+    }
 
 
 def make_hello(name: str, role: str, generation: int, session: int) -> Hello:

@@ -25,6 +25,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+import msgpack  # type: ignore[import-untyped]
 import msgspec
 
 from ..errors import ConfigError
@@ -58,7 +59,6 @@ class Timeline(msgspec.Struct):
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Timeline)
 
 
 class Recorder:
@@ -75,14 +75,12 @@ class Recorder:
         return timeline
 
     def encode(self) -> tuple[bytes, int]:
-        """All timelines, oldest first, as records with their length (4 bytes, little-endian) in
-        front; and how many."""
+        """All timelines, oldest first, one MessagePack record after the other; and how many."""
         timelines = list(self._timelines)
         parts = []
         for timeline in timelines:  # whose owner may be adding to it: it is not sorted in its place
             marks = sorted(timeline.marks, key=lambda mark: mark[1])
-            frame = _encoder.encode(msgspec.structs.replace(timeline, marks=marks))
-            parts += [len(frame).to_bytes(4, "little"), frame]
+            parts.append(_encoder.encode(msgspec.structs.replace(timeline, marks=marks)))
         return b"".join(parts), len(timelines)
 
     def write(self, path: Path) -> int:
@@ -118,14 +116,18 @@ def decode(data: bytes, source: str) -> list[Timeline]:
     Raises:
         ConfigError: it is no trace.
     """
+    records = msgpack.Unpacker(max_buffer_size=0)
+    records.feed(data)
     timelines, at = [], 0
     try:
-        while at < len(data):
-            size = int.from_bytes(data[at : at + 4], "little")
-            timelines.append(_decoder.decode(data[at + 4 : at + 4 + size]))
-            at += 4 + size
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{source} is no trace of kvferry, from byte {at}: {error}") from error
+        for record in records:
+            timelines.append(msgspec.convert(record, Timeline))
+            at = records.tell()
+        if at < len(data):
+            raise ValueError("it ends inside a record")  # noqa: TRY301
+    except (msgspec.ValidationError, msgpack.UnpackException, ValueError, RecursionError) as error:
+        why = str(error) or type(error).__name__
+        raise ConfigError(f"{source} is no trace of kvferry, from byte {at}: {why}") from error
     return timelines
 
 

@@ -1,6 +1,6 @@
 """What placement knows of the agents, kept in order as it changes, so that a request is placed fast.
 
-Pure, like `placement.py`: no sockets, no clock.
+Pure, like `policy.py`: no sockets, no clock.
 """
 
 from __future__ import annotations
@@ -10,18 +10,28 @@ from itertools import islice
 from math import inf, log
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from ..cluster.messages import Load
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from ..cluster.messages import Member, Place, Topology
-    from .policy import Decision
 
 SHORTLIST = 6  # of each side and speed; with their neighbours, some 48 pairs are weighed
 SPEED_CLASS = 0.05  # agents whose speeds differ by less are ranked by their queues alone
 DEFAULT_TOKENS_PER_S = 10_000.0  # for an agent that does not know
 DEFAULT_TOKEN_NBYTES = 131_072  # an 8B model with 8 KV heads: 32 layers, K and V, 128 x 2 bytes
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """These two agents, the estimated seconds until decode has all of it, and why."""
+
+    prefill: str
+    decode: str
+    estimate_s: float
+    reason: str
 
 
 class Candidate:

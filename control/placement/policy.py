@@ -16,11 +16,9 @@ from collections.abc import Callable
 from math import inf
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from ..cluster.messages import Place, Topology
 from ..errors import PlacementError
-from .fleet import Fleet
+from .fleet import Decision, Fleet
 
 if TYPE_CHECKING:
     from .fleet import Candidate
@@ -32,15 +30,6 @@ DEFAULT_POLICY = "least-time"
 SAME_HOST_RATE = 5e9  # `cma` between processes moves 5.4 GB/s (docs/benchmarks.md)
 SAME_ZONE_RATE = 2e9  # `tcp` 2.3 GB/s over loopback
 FAR_RATE = 1e9
-
-
-class Decision(msgspec.Struct, frozen=True):
-    """These two agents, the estimated seconds until decode has all of it, and why."""
-
-    prefill: str
-    decode: str
-    estimate_s: float
-    reason: str
 
 
 Policy = Callable[[Fleet, Place], Decision]

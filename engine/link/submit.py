@@ -84,9 +84,11 @@ class Submitter:
                 return self._launch(op, by_kernel, kernels.compile(plan, move.layers))
             return self.submit(op, move)
         if move.on_gpu:
+            tokens = isinstance(move, TokenMove)
+            what = "tables on a GPU" if tokens else "ids on a GPU, or uploaded there,"
             raise PlanError(
-                "block ids or tables on a GPU, or uploaded there, need GPU memory at both ends and "
-                "cuda_ipc: here they are needed in host memory",
+                f"block {what} need GPU memory at both ends and cuda_ipc: here they are needed in "
+                "host memory",
                 operation=op.kind,
                 peer=self._peer,
             )

@@ -26,6 +26,21 @@ SHELLS = {
 }
 
 
+def test_what_a_simulator_needs_of_placement_loads_no_sockets_and_no_clock() -> None:
+    script = (
+        "import sys; import kvferry.control.placement.fleet, kvferry.control.placement.policy; "
+        "print(*sorted(m for m in sys.modules if m.startswith('kvferry.control.')))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT / "src"
+    )
+    control = {name.removeprefix("kvferry.control.") for name in found.stdout.split()}
+    assert control == {
+        *("cluster", "cluster.messages", "errors", "handoff", "handoff.messages", "wire"),
+        *("placement", "placement.fleet", "placement.policy"),
+    }
+
+
 @pytest.mark.parametrize(
     ("modules", "more"), [(MODULES - SHELLS, "zmq"), (SHELLS, "torch")], ids=["pure", "shells"]
 )

@@ -11,15 +11,17 @@ import pytest
 from kvferry.control.errors import ProtocolError
 from kvferry.control.handoff import messages
 from kvferry.control.handoff.messages import (
+    MAX_FRAME_NBYTES,
     MESSAGE_TYPES,
     HandoffId,
     Hello,
     Request,
+    decode,
+    encode,
     pack_block_ids,
     skip_in_tables,
     unpack_block_ids,
 )
-from kvferry.control.wire import MAX_FRAME_NBYTES, decode, encode
 
 from .examples import EXAMPLES, GOLDEN, HANDOFF, SESSION, TABLES
 

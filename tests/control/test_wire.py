@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import random
 import sys
+from functools import partial
 
 import msgpack  # type: ignore[import-untyped]
 import pytest
 
 from kvferry.control.errors import ProtocolError
-from kvferry.control.handoff.messages import MESSAGE_TYPES
-from kvferry.control.wire import MAX_DEPTH, MAX_FRAME_NBYTES, MAX_ITEMS, check_frame, decode, encode
+from kvferry.control.handoff.messages import (
+    MAX_FRAME_NBYTES,
+    MAX_ITEMS,
+    MESSAGE_TYPES,
+    decode,
+    encode,
+)
+from kvferry.control.wire import MAX_DEPTH
+from kvferry.control.wire import check_frame as check_frame_within
 
 from .examples import EXAMPLES
 
+check_frame = partial(check_frame_within, max_nbytes=MAX_FRAME_NBYTES, max_items=MAX_ITEMS)
 FAULTS = {"truncated", "oversized", "deep", "malformed", "wrong type", "unknown message"}
 FRAMES = [encode(message) for message in EXAMPLES.values()]
 

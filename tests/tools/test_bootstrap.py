@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from kvferry.control.toml import read_toml
+from kvferry.control.keys import read_toml
 from kvferry.tools import bootstrap, locked
 
 ROOT = Path(__file__).parent.parent.parent

@@ -5,6 +5,7 @@ They come from the command line, or from the daemon, where a server's connector 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -62,22 +63,15 @@ class FixedBackends:
     def __init__(self, prefills: Sequence[str], decodes: Sequence[str]) -> None:
         self._prefills = [Backend(url, url.rstrip("/")) for url in prefills]
         self._decodes = [Backend(url, url.rstrip("/")) for url in decodes]
-        self._turn = 0
+        self._turns = itertools.count()
 
     def known(self) -> dict[str, list[Backend]]:
         return {"prefill": self._prefills, "decode": self._decodes}
 
     def place(self, model: str, tokens: int, exclude: Collection[str]) -> Pair:
-        turn, self._turn = self._turn, self._turn + 1
-        found = []
-        for role, backends in self.known().items():
-            left = [backend for backend in backends if backend.name not in exclude]
-            if not left:
-                raise PlacementError(
-                    f"none of {len(backends)} {role} servers answers", operation="place"
-                )
-            found.append(left[turn % len(left)])
-        return Pair(*found)
+        return _take_turns(
+            self.known(), exclude, next(self._turns), "none of {count} {role} servers answers"
+        )
 
     def close(self) -> None:
         """Nothing is held."""
@@ -98,7 +92,7 @@ class DaemonBackends:
         self._policy = policy
         self._client = DaemonClient(address, keys)
         self._members: dict[str, Member] = {}
-        self._turn = 0
+        self._turns = itertools.count()
         self._ended = threading.Event()
         try:
             self._take(self._client.look(loads=False))
@@ -147,22 +141,9 @@ class DaemonBackends:
         return Pair(*pair)
 
     def _place_alone(self, model: str, exclude: Collection[str]) -> Pair:
-        turn, self._turn = self._turn, self._turn + 1
-        found = []
-        for role, backends in self.known().items():
-            left = [
-                backend
-                for backend in backends
-                if backend.name not in exclude
-                and (not model or self._members[backend.name].registration.model == model)
-            ]
-            if not left:
-                raise PlacementError(
-                    f"the daemon does not answer, and no {role} server is left of the last known",
-                    operation="place",
-                )
-            found.append(left[turn % len(left)])
-        return Pair(*found)
+        others = [n for n, m in self._members.items() if model not in ("", m.registration.model)]
+        nobody = "the daemon does not answer, and no {role} server is left of the last known"
+        return _take_turns(self.known(), {*exclude, *others}, next(self._turns), nobody)
 
     def _only_model(self) -> str:
         models = self.models()
@@ -201,6 +182,23 @@ class DaemonBackends:
         self._ended.set()
         self._watcher.join()
         self._client.close()
+
+
+def _take_turns(
+    known: dict[str, list[Backend]], exclude: Collection[str], turn: int, nobody: str
+) -> Pair:
+    """Of each role the one whose turn it is.
+
+    Raises:
+        PlacementError: in the words of `nobody`.
+    """
+    found = []
+    for role, backends in known.items():
+        left = [backend for backend in backends if backend.name not in exclude]
+        if not left:
+            raise PlacementError(nobody.format(count=len(backends), role=role), operation="place")
+        found.append(left[turn % len(left)])
+    return Pair(*found)
 
 
 def _backend(member: Member) -> Backend:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from pathlib import Path  # noqa: TC003 - typer reads it
 from typing import Annotated, Any, Optional
 
 import typer
@@ -13,6 +12,7 @@ import typer
 from kvferry.control.cluster.client import DEFAULT_DAEMON
 from kvferry.control.errors import ControlError
 from kvferry.control.keys import Keys
+from kvferry.tools.agents import DaemonOption, KeysOption  # noqa: TC001 - typer reads them
 
 from .backends import Backends, DaemonBackends, FixedBackends
 
@@ -30,13 +30,8 @@ def router(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
     prefill: Urls = None,
     decode: Urls = None,
-    daemon: Annotated[
-        str, typer.Option(help="The daemon.", envvar="KVFERRY_DAEMON")
-    ] = DEFAULT_DAEMON,
-    keys: Annotated[
-        Optional[Path],  # noqa: UP045 - typer evaluates it
-        typer.Option(help="Key file for the daemon.", envvar="KVFERRY_KEYS"),
-    ] = None,
+    daemon: DaemonOption = DEFAULT_DAEMON,
+    keys: KeysOption = None,
     policy: Annotated[str, typer.Option(help="The daemon's placement policy.")] = "",
     attempts: Annotated[int, typer.Option(min=1, help="Pairs that a request is tried on.")] = 3,
     timeout_s: Annotated[

@@ -11,6 +11,7 @@ import zmq
 
 from kvferry.adapters.agent.messaging import QUEUE_MESSAGES, Mailbox, Route
 from kvferry.control.handoff.messages import (
+    MAX_FRAME_NBYTES,
     VERSION,
     Cancel,
     Cancelled,
@@ -20,8 +21,9 @@ from kvferry.control.handoff.messages import (
     Refused,
     Request,
     Welcome,
+    decode,
+    encode,
 )
-from kvferry.control.wire import MAX_FRAME_NBYTES, decode, encode
 from tests.support.agent_process import WAIT_S
 from tests.support.huge_frames import is_cut_off, peak_mib
 

@@ -216,5 +216,11 @@ def test_a_full_disk_and_what_is_no_trace_are_named(tmp_path: Path) -> None:
     (tmp_path / "junk").write_bytes(b"no trace")
     with pytest.raises(ConfigError, match="is no trace"):
         read(tmp_path / "junk")
+    (tmp_path / "cut").write_bytes(2 * recorder.encode()[0][:-1])
+    with pytest.raises(ConfigError, match="is no trace"):
+        read(tmp_path / "cut")
+    (tmp_path / "cut").write_bytes(recorder.encode()[0][:-1])
+    with pytest.raises(ConfigError, match="ends inside a record"):
+        read(tmp_path / "cut")
     with pytest.raises(ConfigError, match="cannot be read"):
         read(tmp_path / "nothing")

@@ -18,7 +18,7 @@ from kvferry.adapters.sglang.messages import Ended, Geometry, Publish, Register,
 from kvferry.adapters.sglang.prefill import check_version
 from kvferry.adapters.sglang.rooms import Chunk, Part, Room
 from kvferry.adapters.sglang.settings import Settings
-from kvferry.control.toml import read_toml
+from kvferry.control.keys import read_toml
 from kvferry.engine.errors import EngineError, LayoutError, NotRegistered, ProtocolError
 from kvferry.engine.transfer_engine import TransferEngine
 from tests import ROOT

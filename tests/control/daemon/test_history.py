@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvferry.control.cluster.messages import MAX_ERROR_KINDS, MAX_MEMBERS, SECONDS_BOUNDS, Activity
-from kvferry.control.daemon.history import NUM_BUCKETS, POINTS, STEP_S, History, percentile
+from kvferry.control.daemon.figures import NUM_BUCKETS, POINTS, STEP_S, History, percentile
 
 
 def counts(**at: int) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvferry.control.handoff.decode import DecodePull, DecodePush
-from kvferry.control.handoff.events import LinkDown, Received, TimerFired
+from kvferry.control.handoff.events import LinkDown, Received
 from kvferry.control.handoff.ledger import Ledger
 from kvferry.control.handoff.prefill import WRITING, PrefillHandoff
 
@@ -13,7 +13,7 @@ from .world import NUM_LAYERS
 
 if TYPE_CHECKING:
     from kvferry.control.errors import HandoffError
-    from kvferry.control.handoff.events import Action, Event, SourceOffered
+    from kvferry.control.handoff.events import Action, Event, SourceOffered, TimerFired
     from kvferry.control.handoff.messages import HandoffMessage, Request
 
 
@@ -24,8 +24,8 @@ class FreesOnCancel(DecodePush):
 
 
 class FreesOnLinkDown(DecodePush):
-    def _react_link_down(self, event: LinkDown) -> None:
-        super()._react_link_down(LinkDown(event.reason, quiesced=True))
+    def _link_down(self, event: LinkDown) -> None:
+        super()._link_down(LinkDown(event.reason, quiesced=True))
 
 
 class RetiresEarly(DecodePush):
@@ -35,11 +35,8 @@ class RetiresEarly(DecodePush):
 
 
 class TrustsSilence(DecodePush):
-    def _react_recalling(self, event: Event) -> None:
-        if isinstance(event, TimerFired) and event.kind == "recall":
-            self._give_back()
-        else:
-            super()._react_recalling(event)
+    def _unanswered(self, _: TimerFired) -> None:
+        self._give_back()
 
 
 class WaitsForEver(DecodePush):
@@ -74,11 +71,12 @@ class FreesWhileRead(PrefillHandoff):
 
 
 class WritesTwice(PrefillHandoff):
-    def _react_unexposed(self, event: Event) -> None:
-        super()._react_unexposed(event)
+    def handle(self, event: Event) -> list[Action]:
+        actions = super().handle(event)
         if isinstance(event, Received) and self.state == WRITING:
             self._layers.append((0, NUM_LAYERS))
             self._write_ready_layers()
+        return actions + self._taken()
 
 
 class WritesUncomputed(PrefillHandoff):

@@ -15,12 +15,11 @@ from kvferry.control.errors import (
     RoleMismatch,
     VersionMismatch,
 )
-from kvferry.control.handoff.events import ClearTimer, Send, SetTimer, TimerFired
+from kvferry.control.handoff.events import ClearTimer, Received, Send, SetTimer, TimerFired
 from kvferry.control.handoff.machine import Timing
 from kvferry.control.handoff.messages import Bye, Describe, Hello, Refused, Welcome
 from kvferry.control.handoff.session import (
     Ended,
-    Heard,
     LinkOpened,
     OpenLink,
     Reconcile,
@@ -81,7 +80,7 @@ class Pair:
 
     def hear(self) -> None:
         session, message = self.network.pop(0)
-        self.run(session, session.handle(Heard(message)))
+        self.run(session, session.handle(Received(message)))
 
     def settle(self) -> None:
         while self.network:
@@ -173,9 +172,9 @@ def test_silence_ends_in_an_error_that_says_what_was_awaited() -> None:
 def test_a_farewell_ends_a_session_that_is_up(farewell: Message) -> None:
     pair = Pair()
     pair.settle()
-    pair.run(pair.caller, pair.caller.handle(Heard(farewell)))
+    pair.run(pair.caller, pair.caller.handle(Received(farewell)))
     assert isinstance(pair.ended[pair.caller], HelloRefused)
-    assert not pair.caller.handle(Heard(Welcome(NUMBER)))  # nothing wakes it up again
+    assert not pair.caller.handle(Received(Welcome(NUMBER)))  # nothing wakes it up again
 
 
 @pytest.mark.parametrize("seed", range(100))

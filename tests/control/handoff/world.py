@@ -15,7 +15,6 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvferry.control.handoff.decode import DecodePull, DecodePush
 from kvferry.control.handoff.events import (
     CancelOperations,
     ClearTimer,
@@ -39,16 +38,15 @@ from kvferry.control.handoff.events import (
     TimerFired,
     UserCancelled,
 )
-from kvferry.control.handoff.ledger import Ledger
 from kvferry.control.handoff.messages import (
     FINAL_ANSWERS,
     HandoffMessage,
+    decode,
+    encode,
     pack_block_ids,
     unpack_block_ids,
 )
-from kvferry.control.handoff.prefill import PrefillHandoff
 from kvferry.control.handoff.registry import DecodeDesk, PrefillDesk
-from kvferry.control.wire import decode, encode
 
 if TYPE_CHECKING:
     from kvferry.control.errors import ControlError
@@ -114,10 +112,6 @@ class Side:
 class World(RuleBasedStateMachine):
     """Two agents, and everything that can go wrong between them."""
 
-    push: type[DecodePush] = DecodePush
-    pull: type[DecodePull] = DecodePull
-    prefill_machine: type[PrefillHandoff] = PrefillHandoff
-    ledger: type[Ledger] = Ledger
     seen: ClassVar[Counter[str]] = Counter()
 
     def __init__(self) -> None:
@@ -137,20 +131,14 @@ class World(RuleBasedStateMachine):
         self._connect()
 
     def _new_side(self, role: str) -> Side:
-        if role == "prefill":
-            prefill = PrefillDesk()
-            prefill.machine = self.prefill_machine
-            return Side(role, prefill)
-        decoder = DecodeDesk()
-        decoder.push, decoder.pull = self.push, self.pull
-        return Side(role, decoder)
+        return Side(role, PrefillDesk() if role == "prefill" else DecodeDesk())
 
     def _connect(self) -> None:
         self.session += 1
         for side in self.sides.values():
             side.desk.open_session(self.session, OTHER[side.role])
             # Hardly an answer is remembered, so that forgetting is tried too.
-            side.desk._ledgers[self.session] = self.ledger(OTHER[side.role], remembered=1)
+            side.desk._ledgers[self.session]._remembered = 1
             side.links_up.add(self.session)
 
     # What users do -------------------------------------------------------------------------------

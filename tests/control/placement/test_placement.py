@@ -9,8 +9,8 @@ import pytest
 
 from kvferry.control.cluster.messages import Load, Member, Place, Registration, Topology
 from kvferry.control.errors import PlacementError
-from kvferry.control.placement.fleet import SHORTLIST, Fleet
-from kvferry.control.placement.policy import Decision, bandwidth, place
+from kvferry.control.placement.fleet import SHORTLIST, Decision, Fleet
+from kvferry.control.placement.policy import bandwidth, place
 
 if TYPE_CHECKING:
     from kvferry.control.handoff.messages import Role

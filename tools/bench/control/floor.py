@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zmq
 
-from kvferry.control.handoff.messages import HandoffId, Request, pack_block_ids
-from kvferry.control.wire import decode, encode
+from kvferry.control.handoff.messages import HandoffId, Request, decode, encode, pack_block_ids
 from kvferry.engine.memory import iovec
 from kvferry.engine.transports.cma.path import permit_peers
 from kvferry.engine.wire import messages as wire
