@@ -34,7 +34,7 @@ from ...control.handoff.messages import BLOCK_ID_NBYTES, count_blocks
 from ...control.keys import check_address, join_address
 from ...engine.connect.handshake import HANDSHAKE_TIMEOUT_S
 from ...engine.errors import EngineError
-from .config import describe_cache, make_engine, name_rank_set, pack_block_ids
+from .config import describe_cache, make_engine, pack_block_ids
 from .core import AgentCore, refuse
 from .handoff import Handoff, SendHandoff
 from .registration import Enrolment
@@ -93,14 +93,12 @@ class Agent:
         ranks: the layouts of all ranks of this engine, where the model's cache is spread over
             several; this agent is one of them. See `ranks.py`.
         rank: which.
-        rank_set: what the agents of all these ranks, and no others, are called together; their
-            names without the rank's number at the end if "".
 
     Raises:
         InsecureAddress: `bind` can be reached from other machines, and there are no `keys`.
         ConfigError: `daemon` is no address, or names no key although there are `keys`.
         TransportUnavailable, LayoutError, NotRegistered: from the engine.
-        ValueError: no peer would take this name or role; ranks without a name for their set.
+        ValueError: no peer would take this name or role.
         zmq.ZMQError: `bind` cannot be bound.
 
     Thread-safe. Not usable in a forked child.
@@ -130,7 +128,6 @@ class Agent:
         http: str = "",
         ranks: Sequence[KVLayout] = (),
         rank: int = 0,
-        rank_set: str = "",
     ) -> None:
         check_address(bind, keys, f"agent {name}")
         if daemon:
@@ -161,7 +158,6 @@ class Agent:
                     self._cache.descriptor,
                     ranks=tuple(ranks),
                     rank=rank,
-                    rank_set=rank_set or name_rank_set(name, len(ranks), rank),
                 )
                 described.check()
                 self._core = AgentCore(

@@ -98,20 +98,3 @@ def make_engine(
         max_programs=max_programs,
         require_tokens=True,
     )
-
-
-def name_rank_set(name: str, count: int, rank: int) -> str:
-    """What all ranks of an agent's engine are called: its name, without the number at its end.
-
-    Raises:
-        ValueError: there are several ranks, and the name does not end in this one's number.
-    """
-    if count < 2:
-        return ""
-    stem = name.removesuffix(str(rank))
-    if stem == name or not stem.rstrip("-_. "):
-        raise ValueError(
-            f"{name!r} does not end in its rank, {rank}: give rank_set, a name that the agents of "
-            f"all {count} ranks of this engine share, and no others"
-        )
-    return stem.rstrip("-_. ")

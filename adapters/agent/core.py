@@ -24,7 +24,6 @@ from ...control.handoff.messages import (
     Accepted,
     Done,
     HandoffMessage,
-    RankMessage,
     Ready,
     Refused,
     Request,
@@ -35,7 +34,6 @@ from ...control.wire import decode, encode
 from .executor import Workbench
 from .handoff import Handoff, SendHandoff
 from .messaging import Mailbox
-from .rank_coordinator import RankSets
 from .sessions import Acquaintances
 
 if TYPE_CHECKING:
@@ -51,8 +49,6 @@ if TYPE_CHECKING:
     from .acquaintance import Acquaintance
     from .messaging import Route
 
-ABOUT_HANDOFFS = (HandoffMessage, RankMessage)
-
 log = logging.getLogger("kvferry.agent")
 
 
@@ -63,7 +59,6 @@ class AgentCore:
         described: its cache as peers see it, with its place among the ranks of its engine.
         acquaintances: the peers.
         mailbox: its sockets, and its turns.
-        rank_sets: requests that several ranks take.
         workbench: what is done with the engine.
         role: what the agent does now.
         flipping: the role that it takes once it is idle; "" if it stays.
@@ -96,7 +91,6 @@ class AgentCore:
         self._closing = False
         self._all_back: Callable[[], None] = lambda: None
         self.acquaintances = Acquaintances(self, timing)
-        self.rank_sets = RankSets(self, timing)
         self.mailbox = Mailbox(bind, self._on_frame, name, keys)
         self.workbench.start(self._tell, self.acquaintances, self.mailbox)
         turns = self.mailbox.turns
@@ -204,15 +198,12 @@ class AgentCore:
         except ProtocolError as error:
             self.refuse(route, 0, "protocol", error.message)
             return
-        if not isinstance(message, ABOUT_HANDOFFS):
+        if not isinstance(message, HandoffMessage):
             self.acquaintances.hear(route, message)
             return
         peer = self.acquaintances.get(message.session)
         if peer is None or peer.route != route:
             self.refuse(route, message.session, "session", "this agent does not know you")
-            return
-        if isinstance(message, RankMessage):
-            self.rank_sets.hear(peer, message)
             return
         desk = self._desks.get(_addressed_side(message))
         if desk is None:
@@ -263,14 +254,12 @@ class AgentCore:
         """Handoffs with this peer may begin."""
         for desk in self._desks.values():
             desk.open_session(peer.session.number, peer.session.name)
-        self.rank_sets.came_up(peer)
 
     def went_down(self, peer: Acquaintance, reason: str) -> None:
         """The link to this peer is down."""
         for side, desk in self._desks.items():
             number, quiesced = peer.session.number, peer.quiesced
             self._carry_out(side, desk.link_down(number, reason, quiesced=quiesced))
-        self.rank_sets.went_down(peer, reason)
         self._report_if_all_back()
 
     def quiesced(self, peer: Acquaintance) -> None:
@@ -310,7 +299,6 @@ class AgentCore:
                     )
                 )
             self._tell(side, key, events.UserCancelled("the agent was closed"))
-        self.rank_sets.begin_close()
         self.acquaintances.say_goodbye("the agent was closed")
         self._report_if_all_back()
 

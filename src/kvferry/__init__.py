@@ -12,13 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapters.agent.agent import Agent
     from .adapters.agent.handoff import Handoff, SendHandoff
-    from .adapters.agent.ranks import (
-        HandoffSet,
-        connect_ranks,
-        num_readers,
-        receive_from_ranks,
-        send_to_ranks,
-    )
+    from .adapters.agent.ranks import HandoffSet, connect_ranks, num_readers
     from .engine.connect.handshake import EngineAddress
     from .engine.errors import EngineError
     from .engine.layout.join import join_groups, join_planes
@@ -63,8 +57,6 @@ _HOMES = {
     "join_groups": "engine.layout.join",
     "join_planes": "engine.layout.join",
     "num_readers": "adapters.agent.ranks",
-    "receive_from_ranks": "adapters.agent.ranks",
-    "send_to_ranks": "adapters.agent.ranks",
 }
 
 __all__ = [
@@ -93,8 +85,6 @@ __all__ = [
     "join_groups",
     "join_planes",
     "num_readers",
-    "receive_from_ranks",
-    "send_to_ranks",
 ]
 
 

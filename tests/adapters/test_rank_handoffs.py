@@ -11,8 +11,6 @@ from kvferry.adapters.agent.ranks import (
     HandoffSet,
     connect_ranks,
     num_readers,
-    receive_from_ranks,
-    send_to_ranks,
 )
 from kvferry.control.errors import AgentClosed, HandoffError, LayoutMismatch, NotConnected
 from kvferry.engine.errors import PlanError
@@ -20,6 +18,8 @@ from tests.engine.caches import PagedPool, expect_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from kvferry.adapters.agent.ranks import RankPeers
 
 WAIT_S = 30.0
 NHD = ("layer", "plane", "block", "token", "head", "dim")
@@ -43,6 +43,16 @@ def make_ranks(degree: int, order: tuple[str, ...], tokens: int, seed: int | Non
         )
         for rank in range(degree)
     ]
+
+
+def receive_all(agent: Agent, peers: RankPeers) -> HandoffSet:
+    """What one decode rank takes of the request, from every prefill rank that has some of it."""
+    return HandoffSet(
+        [
+            agent.receive_tokens("r", name, DST_TABLE, num_tokens=NUM_TOKENS)
+            for name in peers.names.values()
+        ]
+    )
 
 
 @pytest.fixture
@@ -113,15 +123,10 @@ def test_each_rank_hands_its_part_to_the_ranks_that_need_it(
         for rank, pool in enumerate(dst)
     }
     assert {rank: sorted(p.names) for rank, p in enumerate(peers)} == needed
-    asked = HandoffSet(
-        [
-            receive_from_ranks(agent, p, "r", DST_TABLE, num_tokens=NUM_TOKENS)
-            for agent, p in zip(decode, peers, strict=True)
-        ]
-    )
+    asked = HandoffSet([receive_all(agent, p) for agent, p in zip(decode, peers, strict=True)])
     readers = max(1, degrees[1] // degrees[0])
     assert num_readers(prefill[0], "decode-0") == readers
-    sent = HandoffSet([send_to_ranks(agent, "r", SRC_TABLE, readers) for agent in prefill])
+    sent = HandoffSet([agent.send("r", SRC_TABLE) for agent in prefill for _ in range(readers)])
     total = NUM_TOKENS * 2 * 2 * NUM_HEADS * 8
     assert asked.wait(WAIT_S) == sent.wait(WAIT_S) == total
     asked.blocks_free.wait(WAIT_S)
@@ -134,14 +139,7 @@ def test_one_rank_failing_fails_the_request_on_all(
     src, dst = make_ranks(2, NHD, 4, 1), make_ranks(4, HND, 9, None)
     prefill, decode = start("prefill", src, transport), start("decode", dst, transport)
     addresses = [agent.address for agent in prefill]
-    asked = HandoffSet(
-        [
-            receive_from_ranks(
-                agent, connect_ranks(agent, addresses), "r", DST_TABLE, num_tokens=NUM_TOKENS
-            )
-            for agent in decode
-        ]
-    )
+    asked = HandoffSet([receive_all(agent, connect_ranks(agent, addresses)) for agent in decode])
     computing = [agent.open_send("r", SRC_TABLE) for agent in prefill for _ in range(2)]
     sent = HandoffSet(computing)
     computing[0].write_layers(range(1))  # rank 0 is in the middle of it

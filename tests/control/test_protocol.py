@@ -47,12 +47,11 @@ LINK_MESSAGES: tuple[Kind, ...] = get_args(wire.LinkMessage)
 TITLES: dict[Kind, str] = {
     messages.Message: "every message",
     messages.HandoffMessage: "about a handoff",
-    messages.RankMessage: "part, verdict",
     daemon_messages.Ask: "every request and answer",
 }
 KINDS: dict[str, tuple[Kind, ...]] = {
     "Agent and agent": (
-        *(messages.Message, messages.HandoffMessage, messages.RankMessage, messages.HandoffId),
+        *(messages.Message, messages.HandoffMessage, messages.HandoffId),
         *messages.MESSAGE_TYPES,
         *(memory.CacheDescriptor, memory.RegionDescriptor, cuda_memory.CudaMemory),
         *(layout.KVLayout, layout.RegionLayout, layout.Axis, layout.GroupLayout, layout.Scale),
@@ -89,7 +88,6 @@ FILES_WITH_LIMITS = (
             "machine",
             "registry",
             "ledger",
-            "rank_roll",
         )
     ),
     *(
@@ -109,7 +107,6 @@ FILES_WITH_LIMITS = (
             "messaging",
             "sessions",
             "agent",
-            "rank_coordinator",
         )
     ),
     *(
