@@ -15,21 +15,17 @@ together, and the engine, which waits for all of its ranks anyway, those of seve
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...control.errors import NotConnected
 from ...control.keys import join_address, split_address
-from ...engine.transfer.ticket import Ticket, all_of
 from .agent import CONNECT_TIMEOUT_S, Agent
-from .pending import Pending
-from .rank_plans import rank_plan_of
+from .sessions import rank_plan_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ...engine.plan.rank_plan import RankPlan
-    from .handoff import Handoff
 
 
 class RankPeers(NamedTuple):
@@ -42,57 +38,6 @@ class RankPeers(NamedTuple):
 
     names: dict[int, str]
     plan: RankPlan
-
-
-class HandoffSet(Pending):
-    """Several handoffs of one request, as one. Thread-safe.
-
-    When one fails the others are cancelled, and the set fails with the first one's error.
-
-    Attributes:
-        parts: the handoffs, or sets of them.
-        blocks_free: a ticket that ends when the blocks of all parts are free, as in `Handoff`.
-    """
-
-    def __init__(self, parts: Sequence[Handoff | HandoffSet]) -> None:
-        blocks_free = all_of([part.blocks_free for part in parts])
-        super().__init__("", "", Ticket("handoff"), blocks_free)
-        self.parts = tuple(parts)
-        self._left = len(self.parts)
-        self._lock = threading.Lock()
-        self._watch()
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} of {len(self.parts)}, {self._left} pending>"
-
-    def cancel(self, reason: str = "cancelled") -> None:
-        """Asks for the end of all of them."""
-        for part in self.parts:
-            if not part.done():
-                part.cancel(reason)
-
-    def _watch(self) -> None:
-        if not self.parts:
-            self._all_ended()
-        for part in self.parts:
-            part.add_done_callback(self._ended)
-
-    def _ended(self, part: Handoff | HandoffSet) -> None:
-        if part.error is not None:
-            self._one_failed(part.error)
-            return
-        with self._lock:
-            self._left -= 1
-            last = not self._left
-        if last:
-            self._all_ended()
-
-    def _all_ended(self) -> None:
-        self._outcome._finish(sum(part.nbytes for part in self.parts))
-
-    def _one_failed(self, error: Exception) -> None:
-        if self._outcome._fail(error):
-            self.cancel(f"another rank failed: {error}")
 
 
 def connect_ranks(
@@ -111,12 +56,9 @@ def connect_ranks(
     Raises:
         HelloError, EngineError: as for `Agent.connect`; the ranks do not make one model.
     """
-    mine = agent._core.described
+    mine = agent.descriptor
     first = agent.connect(addresses[0], timeout_s)
-    known = agent._core.acquaintances.by_name(first)
-    if known is None or known.peer_cache is None:
-        raise NotConnected(f"{first} is gone again", peer=first, operation="connect")
-    plan = rank_plan_of(known.peer_cache, mine)
+    plan = rank_plan_of(agent.descriptor_of(first), mine)
     if ports_follow and len(addresses) == 1:
         addresses = [_port_after(addresses[0], rank) for rank in range(len(plan.src))]
     if len(plan.src) != len(addresses):
@@ -145,8 +87,5 @@ def num_readers(agent: Agent, peer: str) -> int:
     Raises:
         NotConnected: no such peer.
     """
-    known = agent._core.acquaintances.by_name(peer)
-    if known is None or known.peer_cache is None:
-        raise NotConnected(f"no agent {peer!r} is connected", peer=peer, operation="send")
-    mine = agent._core.described
-    return len(rank_plan_of(mine, known.peer_cache).of(mine.rank))
+    mine = agent.descriptor
+    return len(rank_plan_of(mine, agent.descriptor_of(peer)).of(mine.rank))

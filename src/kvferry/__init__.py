@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapters.agent.agent import Agent
-    from .adapters.agent.handoff import Handoff, SendHandoff
-    from .adapters.agent.ranks import HandoffSet, connect_ranks, num_readers
+    from .adapters.agent.handoff import Handoff, HandoffSet, SendHandoff
+    from .adapters.agent.ranks import connect_ranks, num_readers
     from .engine.connect.handshake import EngineAddress
     from .engine.errors import EngineError
     from .engine.layout.join import join_groups, join_planes
@@ -40,7 +40,7 @@ _HOMES = {
     "GraphWrite": "engine.transports.cuda_ipc.graph_write",
     "GroupLayout": "engine.layout.kv_layout",
     "Handoff": "adapters.agent.handoff",
-    "HandoffSet": "adapters.agent.ranks",
+    "HandoffSet": "adapters.agent.handoff",
     "KVLayout": "engine.layout.kv_layout",
     "Link": "engine.link.link",
     "MemoryRegion": "engine.memory.regions",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kvferry.adapters.agent.pending import Pending
+    from kvferry.adapters.agent.handoff import Pending
     from tests.child import pipe_of_child, serve
 else:
     from child import pipe_of_child, serve  # in the folder above

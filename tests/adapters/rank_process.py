@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from kvferry.adapters.agent.agent import Agent
+from kvferry.adapters.agent.handoff import HandoffSet
 from kvferry.adapters.agent.ranks import (
-    HandoffSet,
     connect_ranks,
 )
 from kvferry.adapters.transformers import blocks_for, export_cache, import_cache

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvferry.adapters.agent.agent import Agent
+from kvferry.adapters.agent.handoff import HandoffSet
 from kvferry.adapters.agent.ranks import (
-    HandoffSet,
     connect_ranks,
     num_readers,
 )
@@ -19,6 +19,7 @@ from tests.engine.caches import PagedPool, expect_tokens
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from kvferry.adapters.agent.handoff import Handoff
     from kvferry.adapters.agent.ranks import RankPeers
 
 WAIT_S = 30.0
@@ -45,7 +46,7 @@ def make_ranks(degree: int, order: tuple[str, ...], tokens: int, seed: int | Non
     ]
 
 
-def receive_all(agent: Agent, peers: RankPeers) -> HandoffSet:
+def receive_all(agent: Agent, peers: RankPeers) -> HandoffSet[Handoff]:
     """What one decode rank takes of the request, from every prefill rank that has some of it."""
     return HandoffSet(
         [

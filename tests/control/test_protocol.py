@@ -74,7 +74,6 @@ NUMBERS = documented_numbers(TEXT)
 SECONDS = r"(?!.*PER_S$).*_(S|MS)"
 NOT_OF_THE_PROTOCOL = {
     "agent.executor.NEVER_S": "no timeout",
-    "agent.tables.NEVER_S": "no timeout",
     "transfer.compute_gate.POLL_S": "how a thread waits for its own GPU",
     "cuda_ipc.lane.LINGER_S": "how a thread waits for its own GPU",
     "cuda_ipc.lane.LOOK_S": "how a thread waits for its own GPU",
