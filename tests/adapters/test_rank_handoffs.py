@@ -223,14 +223,15 @@ def test_tables_are_packed_once_they_are_checked() -> None:
     (packed,) = pack_tables("source", [[5, 5]], 64)  # a source may be named twice
     assert unpack_table(packed) == [5, 5]
     assert pack_tables("destination", [[7, 7], [-1]])[1] == b"\xff" * 4  # of tokens: null slots
-    for ids, error in (
+    refused: list[tuple[Any, type[Exception]]] = [
         ([1, 64], BlockOutOfRange),
         ([*many, -1], BlockOutOfRange),
         ([1, 2, 1], OverlappingBlocks),
         ([*many, 5], OverlappingBlocks),
         ([[1]], PlanError),
         ([1.5], PlanError),
-    ):
+    ]
+    for ids, error in refused:
         with pytest.raises(error):
             pack_tables("destination", [ids], 64)
     for value in (1 << 31, (1 << 64) - 1):
