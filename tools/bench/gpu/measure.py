@@ -481,10 +481,10 @@ def measure(*, quick: bool = False, profile: bool = False) -> Report:
 
 def sweep() -> None:
     """Prints GB/s of 1 GiB and 256 MiB in 32 KiB blocks for several tunings of the kernel."""
-    from kvferry.kernels import copy
+    from kvferry.kernels import launch
     from kvferry.kernels.tiles import Tuning
 
-    kernel: Any = copy
+    kernel: Any = launch
     default = kernel.default_tuning
     bench = Bench()
     with bench.engine() as (engine, link):
