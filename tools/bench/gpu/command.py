@@ -10,6 +10,7 @@ import platform
 import subprocess
 from typing import TYPE_CHECKING, Any
 
+from kvferry.tools.bench import pictures
 from kvferry.tools.bench.peers import PeerEnded
 from kvferry.tools.bench.transfer.pairs import package_root
 
@@ -121,7 +122,7 @@ def add_nixl(report: dict[str, Any], python: str) -> None:
 def run(*, quick: bool, nixl_python: str | None, json_path: Path | None, plot: Path | None) -> None:
     """Measures, prints and writes. Raises GpuBenchError."""
     if plot is not None:
-        importlib.import_module("matplotlib")
+        pictures.check()
     report = measure(quick=quick, nixl_python=nixl_python)
     for name, reason in report["left_out"].items():
         print(f"left out: {name}: {reason}")
