@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from . import params as vllm_params
 from .block_holds import Holds
-from .groups import NULL_BLOCK
+from .cache import NULL_BLOCK
 from .orders import Orders, ReceiveOrder, SendOrder
-from .prompt_queue import PromptQueue
-from .step_loads import StepLoads
+from .steps import PromptQueue, StepLoads
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Sequence
 
-    from .groups import CacheGroup
+    from .cache import CacheGroup
     from .params import Params
     from .settings import Settings
 
@@ -49,10 +48,11 @@ class SchedulerSide:
         settings: see there.
         groups: the cache groups that are moved.
         tp_size, pp_size: of this engine.
-        token_nbytes: of a token's KV on one rank, if a step may wait for a load; see `vllm_in_step`.
+        token_nbytes: of a token's KV on one rank, if a step may wait for a load; see `StepLoads`.
 
     Attributes:
         holds: blocks of windows that prefill keeps; takes vLLM's block pool.
+        addresses: of this engine's agents, one for each rank.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class SchedulerSide:
     ) -> None:
         self.engine_id = engine_id
         self.holds = Holds()
+        self.addresses: list[str] = []
         self._queue = PromptQueue()
         self._in_step = StepLoads(settings.in_step_nbytes, token_nbytes)
         self._settings = settings
@@ -74,21 +75,11 @@ class SchedulerSide:
         self._windowed = any(group.window for group in groups)
         self._tp_size = tp_size
         self._pp_size = pp_size
-        self._addresses: list[str] = []
         self._prefilling: dict[str, _Prefilling] = {}
         self._receiving: dict[str, str] = {}  # from which engine
         self._sending: set[str] = set()
         self._orders = Orders()
         self._told = (0, 0)
-
-    @property
-    def addresses(self) -> list[str]:
-        """Of this engine's agents, one for each rank."""
-        return self._addresses
-
-    @addresses.setter
-    def addresses(self, addresses: list[str]) -> None:
-        self._addresses = addresses
 
     # Requests come
 
@@ -274,7 +265,7 @@ class SchedulerSide:
         return True, vllm_params.describe(
             engine_id=self.engine_id,
             handoff=prefilling.handoff_id,
-            addresses=self._addresses,
+            addresses=self.addresses,
             block_ids=tables,
             num_tokens=prefilling.num_tokens,
             tp_size=self._tp_size,

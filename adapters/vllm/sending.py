@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
     from ..agent.agent import Agent
     from ..agent.handoff import SendHandoff
-    from .orders import SendOrder
-    from .results import Figures
-    from .tables import Tables
+    from .cache import Tables
+    from .orders import Figures, SendOrder
 
 PREEMPT_TIMEOUT_S = 10.0  # beyond what an agent needs to drain a write, or to cut its link
 REFUSAL_S = 10.0  # how long a refused handoff waits for who asks for it
@@ -158,7 +157,7 @@ class Sending:
         order = send.order
         handoff = self._agent.open_send(
             order.handoff_id,
-            self._tables.of_cache(order.tables, order.num_tokens),
+            self._tables.to_send(order.tables, order.num_tokens),
             timeout_s=self._timeout_s,
             on_asked=partial(self._asked, send) if not send.handoffs else None,
         )

@@ -28,7 +28,7 @@ class Settings:
         timeout_s: how long a decode request may wait for its KV.
         lease_s: how long prefill keeps the KV of a finished request that nobody asks for.
         verify: compare a checksum of everything moved.
-        in_step_nbytes: of loads that a step of vLLM's may wait for; 0 for none. See `vllm_in_step`.
+        in_step_nbytes: of loads that a step of vLLM's may wait for; 0 for none. See `steps.py`.
         max_programs: that a kernel which moves KV may run at a time on a GPU beside the model's; 0
             for no limit.
         daemon: of the cluster's daemon, `tcp://host:port`; none if "". `$KVFERRY_DAEMON` is its

@@ -12,13 +12,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 
 from ..agent.metrics import SECONDS_BUCKETS
+from .orders import no_figures
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 NBYTES_BUCKETS = tuple(2.0**power for power in range(14, 36, 2))  # a block to 16 GiB
-LISTS = ("load_seconds", "load_nbytes", "sent_nbytes")
-COUNTS = ("loads_failed", "sends_failed")
 
 
 class KVFerryStats(KVConnectorStats):  # type: ignore[misc]
@@ -30,7 +29,7 @@ class KVFerryStats(KVConnectorStats):  # type: ignore[misc]
             self.reset()
 
     def reset(self) -> None:
-        self.data: dict[str, Any] = {name: [] for name in LISTS} | dict.fromkeys(COUNTS, 0)
+        self.data: dict[str, Any] = no_figures()
 
     def is_empty(self) -> bool:
         return not any(self.data.values())

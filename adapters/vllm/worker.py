@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from ...control.keys import Keys, is_local
 from ..agent.agent import Agent
+from .cache import Tables
+from .orders import Figures, Results
 from .receiving import Receiving, agent_name
-from .results import Figures, Results
 from .sending import Sending
-from .tables import Tables
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ class WorkerSide:
         engine_id, rank: name this rank's agent.
         role: `prefill`, `decode` or `both`.
         settings: see there.
-        layout, names: see `vllm_layout.describe_caches`.
+        layout, names: see `cache.describe_caches`.
         caches: by vLLM's names of the layers.
         num_blocks: of vLLM's block manager.
         ranks: the layouts of all ranks of this engine, if it has several.
@@ -172,7 +172,7 @@ class WorkerSide:
         return bool(self._figures)
 
     def take_figures(self) -> dict[str, Any]:
-        """What ended since the last call, as `vllm_stats.KVFerryStats` has it."""
+        """What ended since the last call, as `stats.KVFerryStats` has it."""
         return self._figures.take()
 
     def _something_to_report(self) -> bool:

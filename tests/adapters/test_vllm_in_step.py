@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvferry.adapters.vllm import receiving as vllm_receiving
-from kvferry.adapters.vllm.groups import CacheGroup
+from kvferry.adapters.vllm.cache import CacheGroup
 from kvferry.adapters.vllm.orders import Orders, SendOrder
 from kvferry.adapters.vllm.scheduler import SchedulerSide
 from kvferry.adapters.vllm.settings import Settings

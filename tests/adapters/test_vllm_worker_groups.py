@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from kvferry.adapters.vllm.groups import CacheGroup
+from kvferry.adapters.vllm.cache import CacheGroup
 from kvferry.adapters.vllm.orders import Orders, ReceiveOrder, SendOrder
 
 from .vllm_steps import (

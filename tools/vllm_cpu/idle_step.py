@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from ...adapters.vllm.cache import Backend, describe_caches, heads_of_rank
-from ...adapters.vllm.groups import CacheGroup
+from ...adapters.vllm.cache import Backend, CacheGroup, Heads, describe_caches
 from ...adapters.vllm.scheduler import SchedulerSide
 from ...adapters.vllm.settings import Settings
 from ...adapters.vllm.worker import WorkerSide
@@ -28,7 +27,7 @@ def measure(steps: int = 20_000) -> dict[str, float]:
     caches = {name: torch.zeros(8, 2, 32, 64) for name in names}
     backend = Backend("CPU_ATTN", "vec", "")
     groups = (CacheGroup(0, "full", tuple(names), 32),)
-    layout, in_order = describe_caches(caches, groups, backend, heads_of_rank(2, 1, 0))
+    layout, in_order = describe_caches(caches, groups, backend, Heads.of_rank(2, 1, 0))
     worker = WorkerSide(
         engine_id="idle",
         rank=0,

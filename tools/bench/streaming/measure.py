@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from kvferry.adapters.vllm.cache import Backend, describe_caches, heads_of_rank
-from kvferry.adapters.vllm.groups import CacheGroup
+from kvferry.adapters.vllm.cache import Backend, CacheGroup, Heads, describe_caches
 from kvferry.adapters.vllm.orders import Orders, ReceiveOrder, SendOrder
 from kvferry.adapters.vllm.settings import Settings
 from kvferry.adapters.vllm.worker import WorkerSide
@@ -126,7 +125,7 @@ class Rank:
         self.caches = dict(zip(names, views, strict=True))
         total = 1 if shape.latent else shape.kv_heads
         layouts = [
-            describe_caches(self.caches, [group], BACKEND, heads_of_rank(total, case.ranks, each))
+            describe_caches(self.caches, [group], BACKEND, Heads.of_rank(total, case.ranks, each))
             for each in range(case.ranks)
         ]
         layout, self.names = layouts[rank]
