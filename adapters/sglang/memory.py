@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...engine.errors import DeviceError, NotRegistered
 from ...engine.memory import iovec
+from ...engine.memory.cuda_driver import driver, gpu_bytes
 from .messages import Component, Entry
 
 if TYPE_CHECKING:
@@ -69,23 +70,8 @@ def memory_at(pointer: int, nbytes: int, gpu: int) -> Any:
         gpu: the GPU that it may be on; host memory everywhere else.
     """
     if _on_gpu(pointer, gpu):
-        import torch
-
-        return torch.as_tensor(_GpuBytes(pointer, nbytes), device=f"cuda:{gpu}")
+        return gpu_bytes(gpu, pointer, nbytes)
     return iovec.bytes_at(pointer, nbytes)
-
-
-class _GpuBytes:
-    """GPU memory as torch takes it from other libraries."""
-
-    def __init__(self, pointer: int, nbytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "data": (pointer, False),
-            "shape": (nbytes,),
-            "typestr": "|u1",
-            "strides": None,
-            "version": 2,
-        }
 
 
 def _on_gpu(pointer: int, gpu: int) -> bool:
@@ -94,8 +80,6 @@ def _on_gpu(pointer: int, gpu: int) -> bool:
 
     if not torch.cuda.is_available():
         return False
-    from ...engine.memory.cuda_driver import driver
-
     try:
         driver().allocation(gpu, pointer)
     except DeviceError:
