@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...engine.errors import DeviceError, NotRegistered
 from ...engine.memory import iovec
-from ...engine.memory.cuda_driver import driver, gpu_bytes
 from .messages import Component, Entry
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def memory_at(pointer: int, nbytes: int, gpu: int) -> Any:
         gpu: the GPU that it may be on; host memory everywhere else.
     """
     if _on_gpu(pointer, gpu):
-        return gpu_bytes(gpu, pointer, nbytes)
+        return iovec.gpu_bytes_at(gpu, pointer, nbytes)
     return iovec.bytes_at(pointer, nbytes)
 
 
@@ -80,6 +79,8 @@ def _on_gpu(pointer: int, gpu: int) -> bool:
 
     if not torch.cuda.is_available():
         return False
+    from ...engine.memory.cuda_driver import driver
+
     try:
         driver().allocation(gpu, pointer)
     except DeviceError:

@@ -10,15 +10,12 @@ import contextlib
 import ctypes
 import functools
 import os
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DeviceError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    import torch
 
 LIBRARY = "libcuda.so.1"
 CONTROL_DEVICE = "/dev/nvidiactl"
@@ -457,12 +454,3 @@ def driver() -> Driver:
         DeviceError: there is none.
     """
     return Driver()
-
-
-def gpu_bytes(device: int, address: int, nbytes: int) -> torch.Tensor:
-    """View GPU memory that is known by its address alone, as uint8. Whoever owns it keeps it."""
-    import torch
-
-    interface = {"data": (address, False), "shape": (nbytes,), "typestr": "|u1", "version": 2}
-    memory = SimpleNamespace(__cuda_array_interface__=interface)
-    return torch.as_tensor(memory, device=torch.device("cuda", device))

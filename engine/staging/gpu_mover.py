@@ -16,7 +16,8 @@ import torch
 
 from ...kernels.pieces import FEWEST_SHORT_ROWS, copy_pieces, make_table
 from ..errors import DeviceError
-from ..memory.cuda_driver import driver, gpu_bytes
+from ..memory.cuda_driver import driver
+from ..memory.iovec import gpu_bytes_at
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -42,7 +43,7 @@ class _DeviceMemory:
 
     def words(self) -> torch.Tensor:
         """It as int64."""
-        return gpu_bytes(self.device, self.address, self.nbytes).view(torch.int64)
+        return gpu_bytes_at(self.device, self.address, self.nbytes).view(torch.int64)
 
     def free(self) -> None:
         driver().free(self.device, self.address)
