@@ -62,6 +62,10 @@ class CacheGroup(NamedTuple):
     block_size: int
     window: int = 0
 
+    def num_blocks(self, num_tokens: int) -> int:
+        """How many blocks so many tokens fill, the last one perhaps in part."""
+        return -(-num_tokens // self.block_size)
+
     def needed_from(self, num_tokens: int) -> int:
         """The first of `num_tokens` tokens that the next one attends to."""
         return max(0, num_tokens - self.window) if self.window else 0

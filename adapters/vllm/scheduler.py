@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Sequence
 
     from .cache import CacheGroup
-    from .params import Params
+    from .params import Params, Remote
     from .settings import Settings
 
 # Requests are vLLM's `Request`, outputs its `SchedulerOutput`; both are read by attribute alone.
@@ -99,7 +99,7 @@ class SchedulerSide:
         params = request.kv_transfer_params
         if not vllm_params.wants_remote_prefill(params):
             return 0
-        if self._problem(params, request.num_prompt_tokens):
+        if isinstance(vllm_params.find_remote(params, request.num_prompt_tokens), str):
             return 0
         # In the step that loads them, something must be left to compute.
         count = self._num_loaded(request) - self.loads_in_step(request)
@@ -117,26 +117,32 @@ class SchedulerSide:
         if not vllm_params.wants_remote_prefill(params):
             return
         params["do_remote_prefill"] = False
-        problem = self._problem(params, request.num_prompt_tokens)
-        if problem:
+        remote = vllm_params.find_remote(params, request.num_prompt_tokens)
+        if isinstance(remote, str):
             log.warning(
                 "request %s is computed here: its kv_transfer_params have %s",
                 request.request_id,
-                problem,
+                remote,
             )
         elif num_remote_tokens:
             self._queue.load(request.request_id)
             num_tokens = self._num_loaded(request)
             in_step = self.loads_in_step(request)
             num_local_tokens = num_tokens - in_step - num_remote_tokens
-            own = self._own(tables)
-            self._order_receive(request, own, num_tokens, num_local_tokens, in_step=in_step)
+            self._order_receive(
+                request,
+                remote,
+                self._own(tables),
+                num_tokens,
+                num_local_tokens,
+                in_step=in_step,
+            )
             if in_step:
                 self._in_step.begin(params, request.num_prompt_tokens)
             else:
-                self._receiving[request.request_id] = str(params["remote_engine_id"])
+                self._receiving[request.request_id] = remote.engine_id
         else:
-            self._order_release(request)
+            self._order_release(request, remote)
 
     # Steps
 
@@ -244,8 +250,9 @@ class SchedulerSide:
         self._in_step.request_ended(req_id)
         if vllm_params.wants_remote_prefill(params):  # it was never scheduled
             params["do_remote_prefill"] = False
-            if not self._problem(params, 0):
-                self._order_release(request)
+            remote = vllm_params.find_remote(params)
+            if not isinstance(remote, str):
+                self._order_release(request, remote)
             return False, None
         if req_id in self._receiving:  # vLLM keeps the blocks until `transfers_ended`
             self._orders.cancelled_receives.append(req_id)
@@ -275,16 +282,6 @@ class SchedulerSide:
 
     # Helpers
 
-    def _problem(self, params: Params, num_tokens: int) -> str:
-        """Why these parameters are no way to a request's KV; "" if they are one."""
-        remote = vllm_params.find_remote(params)
-        if isinstance(remote, str):
-            return remote
-        there = params.get("remote_num_tokens")
-        if there is not None and there < num_tokens:
-            return f"remote_num_tokens {there}, but the prompt has {num_tokens} tokens here"
-        return ""
-
     def _num_loaded(self, request: Request) -> int:
         """Tokens of a prompt that are here when its load has ended.
 
@@ -307,17 +304,18 @@ class SchedulerSide:
         for group, table in zip(self._groups, tables, strict=True):
             # What a window left behind may belong to others by now, and vLLM told nothing of it.
             gone = group.needed_from(num_tokens - 1) // group.block_size
-            result.append([NULL_BLOCK] * gone + table[gone : -(-num_tokens // group.block_size)])
+            result.append([NULL_BLOCK] * gone + table[gone : group.num_blocks(num_tokens)])
         return result
 
-    def _order_release(self, request: Request) -> None:
-        """Tells prefill that nothing of its blocks is needed."""
+    def _order_release(self, request: Request, remote: Remote) -> None:
+        """Tell prefill that nothing of its blocks is needed."""
         count = request.num_prompt_tokens
-        self._order_receive(request, self._no_blocks(), count, count, awaited=False)
+        self._order_receive(request, remote, self._no_blocks(), count, count, awaited=False)
 
     def _order_receive(
         self,
         request: Request,
+        remote: Remote,
         tables: list[list[int]],
         num_tokens: int,
         num_local_tokens: int,
@@ -325,8 +323,6 @@ class SchedulerSide:
         awaited: bool = True,
         in_step: bool = False,
     ) -> None:
-        remote = vllm_params.find_remote(request.kv_transfer_params)
-        assert not isinstance(remote, str), remote
         self._orders.receives.append(
             ReceiveOrder(
                 req_id=request.request_id,
@@ -334,7 +330,7 @@ class SchedulerSide:
                 peer=remote.engine_id,
                 addresses=remote.addresses,
                 tables=[
-                    table[: -(-num_tokens // group.block_size)]
+                    table[: group.num_blocks(num_tokens)]
                     for group, table in zip(self._groups, tables, strict=True)
                 ],
                 num_tokens=num_tokens,

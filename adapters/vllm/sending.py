@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from ...control.errors import ControlError
 from ...engine.errors import EngineError
-from ..agent.ranks import num_readers
-from ..agent.together import at_rest, end_together, first_error
+from ..agent.ranks import HandoffSet, num_readers
 
 if TYPE_CHECKING:
     import threading
+    from collections.abc import Callable
 
     from ..agent.agent import Agent
     from ..agent.handoff import SendHandoff
@@ -29,16 +29,19 @@ class _Send:
     """One request's blocks on their way out, to as many ranks of decode as read from this one.
 
     Attributes:
-        handoffs: one, and as many more as decode turns out to need.
+        parts: a handoff for each of these ranks; one until decode asks.
+        whole: the parts as one.
         next_layer: the position of the layer that goes out next.
         computed: whether all have.
         reportable: whether the scheduler waits for its end.
         cancelled: whether it was this engine that gave up.
     """
 
+    whole: SendHandoff | HandoffSet
+
     def __init__(self, order: SendOrder) -> None:
         self.order = order
-        self.handoffs: list[SendHandoff] = []
+        self.parts: list[SendHandoff] = []
         self.next_layer = 0
         self.computed = False
         self.reportable = False
@@ -76,10 +79,12 @@ class Sending:
 
     def open(self, order: SendOrder) -> None:
         """This step computes the last of a prompt."""
-        send = self._sends[order.req_id] = _Send(order)
-        self._streaming.append(send)
+        send = _Send(order)
         with self._changed:
-            self._add_reader(send)
+            self._add_reader(send, partial(self._asked, send))
+            self._sends[order.req_id] = send
+            self._watch(send)
+        self._streaming.append(send)
 
     def refuse(self, handoff_id: str) -> None:
         """Decode may ask for this, and it will never have blocks."""
@@ -96,7 +101,7 @@ class Sending:
             if send.next_layer == position:
                 with self._changed:  # a rank of decode may ask just now
                     send.next_layer += 1
-                    for handoff in send.handoffs:
+                    for handoff in send.parts:
                         handoff.write_layers(range(position, position + 1))
 
     def all_computed(self) -> None:
@@ -104,7 +109,7 @@ class Sending:
         for send in self._streaming:
             with self._changed:
                 send.computed = True
-                for handoff in send.handoffs:
+                for handoff in send.parts:
                     handoff.finish()
         self._streaming.clear()
 
@@ -152,22 +157,27 @@ class Sending:
             self._note(self._sends.pop(req_id))
         return ended
 
-    def _add_reader(self, send: _Send) -> None:
-        """One more handoff of the same blocks, as far along as the others. Called with the lock."""
+    def _add_reader(self, send: _Send, on_asked: Callable[[str], None] | None = None) -> None:
+        """Open one more handoff of the same blocks, as far along as the others. Called with the
+        lock."""
         order = send.order
         handoff = self._agent.open_send(
             order.handoff_id,
             self._tables.to_send(order.tables, order.num_tokens),
             timeout_s=self._timeout_s,
-            on_asked=partial(self._asked, send) if not send.handoffs else None,
+            on_asked=on_asked,
         )
-        send.handoffs.append(handoff)
+        send.parts.append(handoff)
         if send.next_layer:
             handoff.write_layers(range(send.next_layer))
         if send.computed:
             handoff.finish()
-        handoff.blocks_free.add_done_callback(lambda _: self._handoff_ended(send))
-        handoff.add_done_callback(lambda _: self._handoff_ended(send))
+
+    def _watch(self, send: _Send) -> None:
+        """Make one of its parts, whose end is noted. Called with the lock."""
+        whole = send.whole = HandoffSet(send.parts) if len(send.parts) > 1 else send.parts[0]
+        whole.blocks_free.add_done_callback(lambda _: self._perhaps_ended(send))
+        whole.add_done_callback(lambda _: self._perhaps_ended(send))
 
     def _refuse_others(self, handoff_id: str, peer: str) -> None:
         """On the agent's thread: the other ranks that will ask are answered, too."""
@@ -185,27 +195,27 @@ class Sending:
         """On the agent's thread."""
         readers = self._num_readers(peer)
         with self._changed:
-            while len(send.handoffs) < readers:
+            while len(send.parts) < readers:
                 self._add_reader(send)
+            if readers > 1:
+                self._watch(send)
 
-    def _handoff_ended(self, send: _Send) -> None:
+    def _perhaps_ended(self, send: _Send) -> None:
         """On any thread, an engine's too."""
         with self._changed:
-            handoffs = list(send.handoffs)
-            if at_rest(handoffs) and self._sends.get(send.order.req_id) is send:
+            over = send.whole.done() and send.whole.blocks_free.done()
+            if over and self._sends.get(send.order.req_id) is send:
                 self._ended.add(send.order.req_id)
                 self._changed.notify_all()
-        end_together(handoffs)
 
     def _cancel(self, send: _Send, reason: str) -> None:
         with self._changed:
-            for handoff in send.handoffs:
-                handoff.cancel(reason)
+            send.whole.cancel(reason)
 
     def _note(self, send: _Send) -> None:
-        error = first_error(send.handoffs)
+        error = send.whole.error
         if error is None:
-            self._figures.sent(sum(each.nbytes for each in send.handoffs))
+            self._figures.sent(send.whole.nbytes)
             return
         if not send.cancelled:
             self._figures.send_failed()

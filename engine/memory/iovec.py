@@ -83,7 +83,7 @@ def bytes_at(address: int, nbytes: int) -> npt.NDArray[np.uint8]:
 
 
 def gpu_bytes_at(device: int, address: int, nbytes: int) -> torch.Tensor:
-    """The same of a GPU's memory, as a uint8 tensor."""
+    """Memory of a GPU that is known by its address alone, as a uint8 tensor. Keeps nothing alive."""
     import torch
 
     interface = {"data": (address, False), "shape": (nbytes,), "typestr": "|u1", "version": 2}
