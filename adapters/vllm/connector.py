@@ -125,9 +125,9 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def get_kv_connector_stats(self) -> KVFerryStats | None:
         """What ended since the last call, on a worker."""
-        if self._worker is None or not self._worker.has_figures:
+        if self._worker is None or not self._worker.figures:
             return None
-        return KVFerryStats(self._worker.take_figures())
+        return KVFerryStats(self._worker.figures.take())
 
     # Scheduler side
 

@@ -60,7 +60,7 @@ def find_remote(params: Params, num_tokens: int = 0) -> Remote | str:
     there = params.get("remote_num_tokens")
     if there is not None and there < num_tokens:
         return f"remote_num_tokens {there}, but the prompt has {num_tokens} tokens here"
-    first = address(str(params["remote_host"]), int(params["remote_port"]))
+    first = f"tcp://{params['remote_host']}:{int(params['remote_port'])}"
     addresses = [str(each) for each in params.get("remote_agents") or [first]]
     return Remote(str(name), str(params["remote_engine_id"]), addresses)
 
@@ -95,8 +95,3 @@ def describe(
         "remote_blocks_expiry_time": None,
         "transfer_mode": mode,
     }
-
-
-def address(host: str, port: int) -> str:
-    """The ZeroMQ endpoint of an agent."""
-    return f"tcp://{host}:{port}"

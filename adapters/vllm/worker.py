@@ -45,6 +45,10 @@ class WorkerSide:
         num_blocks: of vLLM's block manager.
         ranks: the layouts of all ranks of this engine, if it has several.
         model: what clients call it; for the daemon.
+
+    Attributes:
+        agent: this rank's.
+        figures: what ended since somebody took them.
     """
 
     def __init__(
@@ -90,8 +94,8 @@ class WorkerSide:
             rank=rank if ranks else 0,
         )
         self._reports = bool(settings.daemon) and rank == 0
-        self._figures = Figures()
-        shared = (self._changed, self._figures)
+        self.figures = Figures()
+        shared = (self._changed, self.figures)
         lease_s = settings.lease_s + settings.timeout_s
         self._sending = Sending(self.agent, self._tables, lease_s, *shared)
         self._receiving = Receiving(
@@ -165,15 +169,6 @@ class WorkerSide:
             results.sent = self._sending.take_reportable()
             self._receiving.take_ended(results)
         return results
-
-    @property
-    def has_figures(self) -> bool:
-        """Whether anything ended since `take_figures`."""
-        return bool(self._figures)
-
-    def take_figures(self) -> dict[str, Any]:
-        """What ended since the last call, as `stats.KVFerryStats` has it."""
-        return self._figures.take()
 
     def _something_to_report(self) -> bool:
         return self._receiving.reportable or bool(self._sending.reportable())

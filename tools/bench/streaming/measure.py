@@ -225,7 +225,7 @@ class Rank:
             results = self.worker.take_results(idle=True)
             if results.received:
                 noticed_s = time.monotonic()
-                figures = self.worker.take_figures()
+                figures = self.worker.figures.take()
                 if req_id in results.failed:
                     raise RuntimeError(f"{req_id} was not loaded: {figures}")
                 (nbytes,), (seconds,) = figures["load_nbytes"], figures["load_seconds"]
