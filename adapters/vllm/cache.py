@@ -287,7 +287,7 @@ class Tables:
         first = theirs.regions[theirs.groups[0].regions[0]]
         return first.tokens_per_slot == self.step_tokens
 
-    def of_cache(self, tables: Sequence[Sequence[int]], num_tokens: int) -> list[Any]:
+    def rows(self, tables: Sequence[Sequence[int]], num_tokens: int) -> list[Any]:
         """The cache's blocks of a prompt's first tokens, a row of ids for each group.
 
         vLLM's own lists where its blocks are the cache's: agents check and convert ids, all at once,
@@ -301,11 +301,11 @@ class Tables:
             rows.append(ids[: -(-num_tokens // tokens)])
         return rows
 
-    def to_send(self, tables: Sequence[Sequence[int]], num_tokens: int) -> Any:
+    def of_cache(self, tables: Sequence[Sequence[int]], num_tokens: int) -> Any:
         """The same as `Agent.open_send` takes them: a single row by itself."""
-        rows = self.of_cache(tables, num_tokens)
+        rows = self.rows(tables, num_tokens)
         return rows[0] if len(rows) == 1 else rows
 
     def empty(self) -> Any:
         """No blocks, as `Agent.open_send` takes them."""
-        return self.to_send([[] for _ in self._splits], 0)
+        return self.of_cache([[] for _ in self._splits], 0)

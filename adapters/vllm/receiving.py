@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from ...control.errors import ControlError, HelloRefused, NotConnected
 from ...engine.errors import EngineError
-from ..agent.ranks import HandoffSet, connect_ranks
+from ..agent.ranks import connect_ranks
+from ..agent.together import at_rest, end_together, first_error
 from .orders import Results
 from .steps import TIMEOUT_S as IN_STEP_TIMEOUT_S
 
@@ -40,18 +41,17 @@ class _Receive:
     """One request's blocks on their way in, from the ranks of prefill that have some of them.
 
     Attributes:
-        whole: a handoff from each of those ranks, as one; None before they are known.
+        handoffs: one for each of those ranks; empty before they are known.
         error: why it could not begin, or what the first that failed failed with.
     """
 
     def __init__(self, order: ReceiveOrder) -> None:
         self.order = order
-        self.whole: Handoff | HandoffSet | None = None
+        self.handoffs: list[Handoff] = []
         self.error: Exception | None = None
         self.cancelled = ""
         self.retried = False
         self.started_s = time.monotonic()
-        self.ended_s = 0.0
 
 
 class Receiving:
@@ -100,8 +100,7 @@ class Receiving:
         receive = self._receives.get(req_id)
         if receive is not None:
             receive.cancelled = "the request was aborted"
-            if receive.whole is not None:
-                receive.whole.cancel(receive.cancelled)
+            self._cancel_all(receive)
 
     @property
     def reportable(self) -> bool:
@@ -167,13 +166,14 @@ class Receiving:
             if not handoffs:
                 self._refuse(receive, error)
                 return
-        whole = receive.whole = HandoffSet(handoffs) if len(handoffs) > 1 else handoffs[0]
-        if receive.error is not None:
-            whole.cancel(f"another rank could not be asked: {receive.error}")
-        whole.blocks_free.add_done_callback(lambda _: self._perhaps_ended(receive, whole))
-        whole.add_done_callback(lambda _: self._perhaps_ended(receive, whole))
+            for handoff in handoffs:
+                handoff.cancel(f"another rank could not be asked: {error}")
+        receive.handoffs = handoffs
+        for handoff in handoffs:
+            handoff.blocks_free.add_done_callback(lambda _: self._handoff_ended(receive))
+            handoff.add_done_callback(lambda _: self._handoff_ended(receive))
         if receive.cancelled:
-            whole.cancel(receive.cancelled)
+            self._cancel_all(receive)
 
     def _receive_from(self, name: str, order: ReceiveOrder, theirs: Sequence[KVLayout]) -> Handoff:
         """Asks one rank of prefill, of those with these layouts, for what it has of a request.
@@ -181,7 +181,7 @@ class Receiving:
         Raises:
             ControlError, EngineError: it cannot be asked.
         """
-        tables = self._tables.of_cache(order.tables, order.num_tokens)
+        tables = self._tables.rows(order.tables, order.num_tokens)
         mode, timeout_s = self._settings.mode, self._settings.timeout_s
         if order.in_step:
             # A read is over when this side says so. A peer that is frozen while it writes is not.
@@ -245,24 +245,30 @@ class Receiving:
             log.warning("prefill still holds blocks of %s: %s", receive.order.handoff_id, error)
         self._note_end(receive)
 
-    def _perhaps_ended(self, receive: _Receive, whole: Handoff | HandoffSet) -> None:
+    def _handoff_ended(self, receive: _Receive) -> None:
         """On any thread, an engine's too."""
-        if whole.done() and whole.blocks_free.done():
-            receive.error = receive.error or whole.error
+        end_together(receive.handoffs)
+        if at_rest(receive.handoffs):
+            receive.error = receive.error or first_error(receive.handoffs)
             self._note_end(receive)
 
     def _note_end(self, receive: _Receive) -> None:
         with self._changed:
             if self._receives.get(receive.order.req_id) is receive:
-                receive.ended_s = receive.ended_s or time.monotonic()
                 self._ended.add(receive.order.req_id)
                 self._changed.notify_all()
+
+    def _cancel_all(self, receive: _Receive) -> None:
+        for handoff in receive.handoffs:
+            handoff.cancel(receive.cancelled)
 
     def _note(self, receive: _Receive, results: Results) -> None:
         req_id = receive.order.req_id
         results.received.add(req_id)
-        if receive.error is None and receive.whole is not None:
-            self._figures.loaded(receive.ended_s - receive.started_s, receive.whole.nbytes)
+        if receive.error is None:
+            ended_s = max(each.finished_s for each in receive.handoffs)
+            nbytes = sum(each.nbytes for each in receive.handoffs)
+            self._figures.loaded(ended_s - receive.started_s, nbytes)
             return
         results.failed.add(req_id)
         if not receive.cancelled:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from ...control.errors import ControlError
 from ...engine.errors import EngineError
-from ..agent.ranks import HandoffSet, num_readers
+from ..agent.ranks import num_readers
+from ..agent.together import at_rest, end_together, first_error
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable
 
     from ..agent.agent import Agent
     from ..agent.handoff import SendHandoff
@@ -29,19 +29,16 @@ class _Send:
     """One request's blocks on their way out, to as many ranks of decode as read from this one.
 
     Attributes:
-        parts: a handoff for each of these ranks; one until decode asks.
-        whole: the parts as one.
+        handoffs: one, and as many more as decode turns out to need.
         next_layer: the position of the layer that goes out next.
         computed: whether all have.
         reportable: whether the scheduler waits for its end.
         cancelled: whether it was this engine that gave up.
     """
 
-    whole: SendHandoff | HandoffSet
-
     def __init__(self, order: SendOrder) -> None:
         self.order = order
-        self.parts: list[SendHandoff] = []
+        self.handoffs: list[SendHandoff] = []
         self.next_layer = 0
         self.computed = False
         self.reportable = False
@@ -79,12 +76,10 @@ class Sending:
 
     def open(self, order: SendOrder) -> None:
         """This step computes the last of a prompt."""
-        send = _Send(order)
-        with self._changed:
-            self._add_reader(send, partial(self._asked, send))
-            self._sends[order.req_id] = send
-            self._watch(send)
+        send = self._sends[order.req_id] = _Send(order)
         self._streaming.append(send)
+        with self._changed:
+            self._add_reader(send)
 
     def refuse(self, handoff_id: str) -> None:
         """Decode may ask for this, and it will never have blocks."""
@@ -101,7 +96,7 @@ class Sending:
             if send.next_layer == position:
                 with self._changed:  # a rank of decode may ask just now
                     send.next_layer += 1
-                    for handoff in send.parts:
+                    for handoff in send.handoffs:
                         handoff.write_layers(range(position, position + 1))
 
     def all_computed(self) -> None:
@@ -109,7 +104,7 @@ class Sending:
         for send in self._streaming:
             with self._changed:
                 send.computed = True
-                for handoff in send.parts:
+                for handoff in send.handoffs:
                     handoff.finish()
         self._streaming.clear()
 
@@ -157,27 +152,22 @@ class Sending:
             self._note(self._sends.pop(req_id))
         return ended
 
-    def _add_reader(self, send: _Send, on_asked: Callable[[str], None] | None = None) -> None:
-        """Open one more handoff of the same blocks, as far along as the others. Called with the
-        lock."""
+    def _add_reader(self, send: _Send) -> None:
+        """One more handoff of the same blocks, as far along as the others. Called with the lock."""
         order = send.order
         handoff = self._agent.open_send(
             order.handoff_id,
-            self._tables.to_send(order.tables, order.num_tokens),
+            self._tables.of_cache(order.tables, order.num_tokens),
             timeout_s=self._timeout_s,
-            on_asked=on_asked,
+            on_asked=partial(self._asked, send) if not send.handoffs else None,
         )
-        send.parts.append(handoff)
+        send.handoffs.append(handoff)
         if send.next_layer:
             handoff.write_layers(range(send.next_layer))
         if send.computed:
             handoff.finish()
-
-    def _watch(self, send: _Send) -> None:
-        """Make one of its parts, whose end is noted. Called with the lock."""
-        whole = send.whole = HandoffSet(send.parts) if len(send.parts) > 1 else send.parts[0]
-        whole.blocks_free.add_done_callback(lambda _: self._perhaps_ended(send))
-        whole.add_done_callback(lambda _: self._perhaps_ended(send))
+        handoff.blocks_free.add_done_callback(lambda _: self._handoff_ended(send))
+        handoff.add_done_callback(lambda _: self._handoff_ended(send))
 
     def _refuse_others(self, handoff_id: str, peer: str) -> None:
         """On the agent's thread: the other ranks that will ask are answered, too."""
@@ -195,27 +185,27 @@ class Sending:
         """On the agent's thread."""
         readers = self._num_readers(peer)
         with self._changed:
-            while len(send.parts) < readers:
+            while len(send.handoffs) < readers:
                 self._add_reader(send)
-            if readers > 1:
-                self._watch(send)
 
-    def _perhaps_ended(self, send: _Send) -> None:
+    def _handoff_ended(self, send: _Send) -> None:
         """On any thread, an engine's too."""
         with self._changed:
-            over = send.whole.done() and send.whole.blocks_free.done()
-            if over and self._sends.get(send.order.req_id) is send:
+            handoffs = list(send.handoffs)
+            if at_rest(handoffs) and self._sends.get(send.order.req_id) is send:
                 self._ended.add(send.order.req_id)
                 self._changed.notify_all()
+        end_together(handoffs)
 
     def _cancel(self, send: _Send, reason: str) -> None:
         with self._changed:
-            send.whole.cancel(reason)
+            for handoff in send.handoffs:
+                handoff.cancel(reason)
 
     def _note(self, send: _Send) -> None:
-        error = send.whole.error
+        error = first_error(send.handoffs)
         if error is None:
-            self._figures.sent(send.whole.nbytes)
+            self._figures.sent(sum(each.nbytes for each in send.handoffs))
             return
         if not send.cancelled:
             self._figures.send_failed()
