@@ -39,9 +39,8 @@ LATENT_DIMS = "block token dim"
 # Read in vLLM 0.32: these write a row a token, of each head or of the latent.
 BACKENDS_OF_ROWS = frozenset({"FLASH_ATTN", "TRITON_ATTN", "FLASH_ATTN_MLA", "TRITON_MLA"})
 INTERIOR = ("token", "dim")
-DRAFT = (
-    "draft_model."  # vLLM's prefix of a model that guesses tokens; one that shares layers has none
-)
+# vLLM's prefix of a model that guesses tokens; one that shares layers has none.
+DRAFT = "draft_model."
 
 
 class CacheGroup(NamedTuple):
