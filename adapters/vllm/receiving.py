@@ -11,8 +11,8 @@ from ...control.errors import ControlError, HelloRefused, NotConnected
 from ...engine.errors import EngineError
 from ..agent.handoff import HandoffSet
 from ..agent.ranks import connect_ranks
-from .results import Results
-from .step_loads import TIMEOUT_S as IN_STEP_TIMEOUT_S
+from .orders import Results
+from .steps import TIMEOUT_S as IN_STEP_TIMEOUT_S
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,10 +21,9 @@ if TYPE_CHECKING:
     from ..agent.agent import Agent
     from ..agent.handoff import Handoff
     from ..agent.ranks import RankPeers
-    from .orders import ReceiveOrder
-    from .results import Figures
+    from .cache import Tables
+    from .orders import Figures, ReceiveOrder
     from .settings import Settings
-    from .tables import Tables
 
 CONNECT_TIMEOUT_S = 5.0
 
@@ -180,7 +179,7 @@ class Receiving:
         Raises:
             ControlError, EngineError: it cannot be asked.
         """
-        tables = self._tables.of_cache(order.tables, order.num_tokens)
+        tables = self._tables.rows(order.tables, order.num_tokens)
         mode, timeout_s = self._settings.mode, self._settings.timeout_s
         if order.in_step:
             # A read is over when this side says so. A peer that is frozen while it writes is not.
@@ -191,7 +190,7 @@ class Receiving:
             return self._agent.receive(
                 order.handoff_id,
                 name,
-                tables[skip:],
+                tables[0][skip:],
                 mode=mode,
                 skip_blocks=skip,
                 timeout_s=timeout_s,

@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 
     from ..agent.agent import Agent
     from ..agent.handoff import SendHandoff
-    from .orders import SendOrder
-    from .results import Figures
-    from .tables import Tables
+    from .cache import Tables
+    from .orders import Figures, SendOrder
 
 PREEMPT_TIMEOUT_S = 10.0  # beyond what an agent needs to drain a write, or to cut its link
 REFUSAL_S = 10.0  # how long a refused handoff waits for who asks for it

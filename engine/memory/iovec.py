@@ -12,6 +12,7 @@ import os
 import socket
 import zlib
 from array import array
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     import numpy.typing as npt
+    import torch
 
     Iovec = npt.NDArray[np.uint64]
     FewEntries = array[int]
@@ -78,6 +80,15 @@ def one(address: int, nbytes: int) -> Iovec:
 def bytes_at(address: int, nbytes: int) -> npt.NDArray[np.uint8]:
     """Memory of this process that is known by its address alone. Keeps nothing alive."""
     return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+
+
+def gpu_bytes_at(device: int, address: int, nbytes: int) -> torch.Tensor:
+    """Memory of a GPU that is known by its address alone, as a uint8 tensor. Keeps nothing alive."""
+    import torch
+
+    interface = {"data": (address, False), "shape": (nbytes,), "typestr": "|u1", "version": 2}
+    memory = SimpleNamespace(__cuda_array_interface__=interface)
+    return torch.as_tensor(memory, device=torch.device("cuda", device))
 
 
 def chunks(nbytes: npt.NDArray[np.int64], limit_nbytes: int, limit: int) -> Iterator[slice]:

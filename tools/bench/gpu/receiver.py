@@ -11,7 +11,8 @@ from kvferry.engine.transfer_engine import TransferEngine
 
 if TYPE_CHECKING:
     from kvferry.engine.link.link import Link
-    from kvferry.engine.memory.regions import CacheDescriptor, RegisteredCache
+    from kvferry.engine.memory.descriptors import CacheDescriptor
+    from kvferry.engine.memory.regions import RegisteredCache
 
 DIMS = "plane block dim"
 NUM_LAYERS, NUM_PLANES = 16, 2

@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from kvferry.adapters.vllm.cache import Backend, describe_caches, heads_of_rank
-from kvferry.adapters.vllm.groups import CacheGroup
+from kvferry.adapters.vllm.cache import Backend, CacheGroup, Heads, describe_caches
 from kvferry.adapters.vllm.orders import Orders, ReceiveOrder, SendOrder
 from kvferry.adapters.vllm.settings import Settings
 from kvferry.adapters.vllm.worker import WorkerSide
@@ -123,7 +122,7 @@ class Rank:
         self.caches = dict(zip(names, views, strict=True))
         total = 1 if shape.latent else shape.kv_heads
         layouts = [
-            describe_caches(self.caches, [group], BACKEND, heads_of_rank(total, case.ranks, each))
+            describe_caches(self.caches, [group], BACKEND, Heads.of_rank(total, case.ranks, each))
             for each in range(case.ranks)
         ]
         layout, self.names = layouts[rank]
@@ -231,7 +230,7 @@ class Rank:
             results = self.worker.take_results(idle=True)
             if results.received:
                 noticed_s = time.monotonic()
-                figures = self.worker.take_figures()
+                figures = self.worker.figures.take()
                 if req_id in results.failed:
                     raise RuntimeError(f"{req_id} was not loaded: {figures}")
                 (nbytes,), (seconds,) = figures["load_nbytes"], figures["load_seconds"]
