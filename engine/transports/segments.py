@@ -21,8 +21,7 @@ from ..errors import (
     ProtocolError,
     RailError,
 )
-from ..wire import frames
-from ..wire import tables
+from ..wire import frames, tables
 from ..wire.messages import Acknowledge, Arrived, ReadRequest, Refuse
 
 if TYPE_CHECKING:

@@ -16,8 +16,7 @@ import numpy as np
 
 from ...errors import DeviceError, EngineError, LinkError, ProtocolError
 from ...memory import iovec
-from ...wire import frames
-from ...wire import tables
+from ...wire import frames, tables
 from ...wire.messages import Acknowledge, ReadRequest, Refuse, SlotFree
 from ..segments import (
     Outstanding,
@@ -210,14 +209,14 @@ class Frames:
         frame.item.transfer.end(message.nbytes)
         self._settle(message.slot or 0, frame)
 
-    def freed(self, slot: int) -> None:
+    def freed(self, message: SlotFree) -> None:
         """The peer has taken a frame apart that needs no further answer, or has refused it."""
-        frame = self._frames.get(slot)
+        frame = self._frames.get(message.slot)
         if frame is None or frame.answered:
             self._link.fail(answer_to_nothing())
             return
         frame.answered = True
-        self._settle(slot, frame)
+        self._settle(message.slot, frame)
 
     def expects_refusal(self, message: Refuse) -> bool:
         """Whether a refusal is an answer to anything. On the progress thread."""
