@@ -16,8 +16,7 @@ from ...errors import DeviceError, EngineError, ProtocolError
 from ...memory import iovec
 from ...runtime.pipeline import work_off
 from ...staging.ring import Buffer, Ring, new_mover, suits
-from ...wire import frames as frames
-from ...wire import tables
+from ...wire import frames, tables
 from ..segments import admit_write, checksum_mismatch, prepare_gpus
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ import numpy as np
 from ...errors import DeviceError
 from ...memory import iovec
 from ...staging.ring import new_mover
-from ...wire import frames as frames
+from ...wire import frames
 from ...wire.tables import MAX_REGIONS, PIECE_ROW, REGION_ROW
 from ..segments import prepare_gpus
 
