@@ -16,7 +16,8 @@ import numpy as np
 from ...errors import DeviceError, EngineError, LinkError, ProtocolError
 from ...memory import iovec
 from ...runtime.pipeline import work_off
-from ...staging.ring import Buffer, Ring, new_mover, suits
+from ...staging.mover import new_mover, suits
+from ...staging.ring import Buffer, Ring
 from ...wire import frames as frames
 from ...wire import tables
 from ...wire.messages import Acknowledge
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
-    from ...staging.ring import Moved
+    from ...staging.mover import Moved
     from ...transfer.ticket import Ticket
     from ..base import PathHost, Transfer
     from .path import TcpPath

@@ -1,6 +1,6 @@
 """Copies between the slots of a verbs link and the memory that frames come from and go to.
 
-Host memory is copied by NumPy or the kernel (`verbs_staging`). A GPU's mover gathers straight into the
+Host memory is copied by NumPy or the kernel. A GPU's mover gathers straight into the
 slot and scatters straight out of it: the slots are pinned for CUDA, as they are for the RDMA devices
 (decision 0049).
 """
@@ -12,15 +12,14 @@ import threading
 from typing import TYPE_CHECKING
 
 from ...errors import DeviceError
-from ...staging.ring import new_mover
-from .slots import gather, scatter
+from ...staging.mover import gather, new_mover, scatter
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from ...memory import iovec
-    from ...staging.ring import Mover
+    from ...staging.mover import Mover
     from ..base import PathHost
     from .slots import Slots
 
@@ -46,7 +45,7 @@ class Movers:
             DeviceError: the GPU failed.
         """
         if device < 0:
-            gather(into, pieces)
+            gather(pieces, into)
         elif len(into):
             mover, beginning = self._mover(device)
             with beginning:

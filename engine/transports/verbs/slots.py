@@ -1,4 +1,4 @@
-"""Staging of a verbs link: slots that hold one frame each, at both ends, and the copies in and out.
+"""Staging of a verbs link: slots that hold one frame each, at both ends.
 
 A frame is what a tcp rail carries (`tcp_frames`): header, tables, bytes. It is put together in a
 slot here, written into the slot of the same number at the peer by one work request, checked and
@@ -8,13 +8,10 @@ tcp. The bytes begin at a multiple of 256, which a GPU's kernel reads and writes
 
 from __future__ import annotations
 
-import ctypes
-import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...memory import iovec
 from ...wire import frames as frames
 from ...wire.tables import MAX_REGIONS, PIECE_ROW, REGION_ROW
 
@@ -38,8 +35,6 @@ SLOT_NBYTES = (
     * _PAGE_NBYTES
 )
 SLOTS_NBYTES = 2 * NUM_SLOTS * SLOT_NBYTES  # of one end of a link
-TABLE_GRAIN_NBYTES = 16  # finer grids are left to the kernel
-_FEW = 16
 
 
 class Slots:
@@ -95,57 +90,3 @@ class Slots:
 def bytes_begin(head_nbytes: int) -> int:
     """Where in a slot the bytes begin, behind a header and tables of this size."""
     return -(-head_nbytes // BYTES_ALIGN_NBYTES) * BYTES_ALIGN_NBYTES
-
-
-def gather(into: Bytes, pieces: iovec.Iovec) -> None:
-    """Copies the pieces one after the other into a buffer of their size."""
-    grid = _grid(pieces)
-    if grid is None:
-        _copy(into, pieces, write=False)
-        return
-    rows, index, grain = grid
-    np.take(rows, index, axis=0, out=into.reshape(-1, grain), mode="clip")
-
-
-def scatter(out_of: Bytes, pieces: iovec.Iovec) -> None:
-    """Copies a buffer into the pieces, one after the other."""
-    grid = _grid(pieces)
-    if grid is None:
-        _copy(out_of, pieces, write=True)
-        return
-    rows, index, grain = grid
-    item = f"V{grain}"
-    rows.reshape(-1).view(item)[index] = out_of.view(item)
-
-
-def _grid(pieces: iovec.Iovec) -> tuple[Bytes, npt.NDArray[np.int64], int] | None:
-    """The memory that the pieces span as rows of one size, and the numbers of their rows in order;
-    None if they lie on no grid that is worth it."""
-    if len(pieces) < _FEW:
-        return None
-    addresses, nbytes = pieces[:, 0].astype(np.int64), pieces[:, 1].astype(np.int64)
-    first = int(addresses.min())
-    grain = int(np.gcd.reduce(np.concatenate((nbytes, addresses - first))))
-    if grain < TABLE_GRAIN_NBYTES:
-        return None
-    span = int((addresses + nbytes).max()) - first
-    rows = iovec.bytes_at(first, span).reshape(-1, grain)
-    index = (addresses - first) // grain
-    counts = nbytes // grain
-    if int(counts.max()) > 1:
-        starts = np.cumsum(counts) - counts
-        index = np.repeat(index - starts, counts) + np.arange(int(counts.sum()))
-    return rows, index, grain
-
-
-def _copy(buffer: Bytes, pieces: iovec.Iovec, *, write: bool) -> None:
-    """Copies between a buffer and pieces of any shape: the kernel walks them, or Python does."""
-    whole = iovec.one(buffer.ctypes.data, len(buffer))
-    try:
-        iovec.process_vm(os.getpid(), whole, pieces.copy(), len(buffer), write=write)
-    except OSError:  # a sandbox forbids the call: one by one, then
-        position = int(buffer.ctypes.data)
-        for address, nbytes in pieces.tolist():
-            there, here = (address, position) if write else (position, address)
-            ctypes.memmove(there, here, nbytes)
-            position += nbytes
