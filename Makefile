@@ -5,7 +5,7 @@ BIN := .venv/bin
 PARALLEL := -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench test-gpu test-vllm test-rdma soak clean
+.PHONY: help venv lock tools demo test check bench test-gpu test-vllm test-rdma soak clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -13,6 +13,14 @@ help: ## this list
 venv: ## .venv with kvferry and its tools
 	@command -v $(PYTHON) >/dev/null || { echo "kvferry set-up: no $(PYTHON) on PATH; install Python 3.10 or newer, or set PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) tools/bootstrap.py
+
+lock: ## renews constraints.txt, which pins all that .venv gets
+	@$(PYTHON) tools/bootstrap.py lock
+
+tools: venv ## installs the Debian packages that tests miss on this machine
+	@packages=$$($(BIN)/python tests/needs.py) && { [ -z "$$packages" ] || { \
+	sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); $$sudo apt-get update -q && \
+	$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $$packages; }; }
 
 demo: venv ## two processes, a real model's KV cache between them, the tokens compared
 	@$(BIN)/kvferry demo $(ARGS)

@@ -12,6 +12,7 @@ transformers itself is imported only when a cache is made.
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,15 @@ if TYPE_CHECKING:
     BlockIds = torch.Tensor | np.ndarray[Any, Any] | Sequence[int]
 
 POOL_DIMS = "plane block token head dim"
+
+
+def cache_argument(model: Any) -> str:
+    """Name the argument by which `model` takes its cache: `cache`, or `past_key_values` before.
+
+    `signature` looks through the decorators around `forward`, one of which still takes the old name
+    of a newer transformers and warns.
+    """
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def export_cache(

@@ -9,7 +9,6 @@ from .staging.ring import StagingMeter
 from .staging.thresholds import Paths
 
 if TYPE_CHECKING:
-    from .connect.handshake import Identity
     from .memory.regions import RegionTable
     from .runtime.copy_threads import Copiers
     from .runtime.progress import Progress
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from .transfer.counters import CounterTable
     from .transfer.device_counters import DeviceCounters
     from .transports.verbs.device import Nics
+    from .wire.identity import Identity
 
 
 @dataclass(frozen=True)

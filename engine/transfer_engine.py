@@ -18,7 +18,7 @@ import msgspec
 from .connect import handshake
 from .connect.admission import Admissions, token_id
 from .connect.dialer import Dialer
-from .connect.handshake import HANDSHAKE_TIMEOUT_S, EngineAddress, Identity
+from .connect.handshake import HANDSHAKE_TIMEOUT_S, EngineAddress
 from .connect.links import LinkTable
 from .connect.listener import Listener, listen
 from .connect.probe import ProcessProbe
@@ -47,6 +47,7 @@ from .transports.tcp import path as tcp
 from .transports.verbs.cards import MAX_QUEUES
 from .transports.verbs.device import Nics
 from .transports.verbs.meeting import DEFAULT_QUEUES
+from .wire.identity import Identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
@@ -317,7 +318,7 @@ class TransferEngine:
             imm,
             nbytes=nbytes,
             writes=writes,
-            sources=sources,
+            sources=[link.source for link in sources],
             timeout_s=timeout_s,
             peer=",".join(link.peer.name for link in sources),
             engine_id=engine_id,
@@ -330,7 +331,7 @@ class TransferEngine:
             ticket._look = partial(counters.spin, ticket, nbytes)
         for link in sources:
             if link.error is not None and not ticket.done():
-                ticket._fail(link._counter_error(imm))
+                ticket._fail(link.down_error("expect", imm))
         return ticket
 
     def take_errands(self, stalled: Callable[[], None]) -> Errands:

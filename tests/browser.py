@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-PROGRAMS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 ANSWER_S = 60.0  # reached only when something hangs
 FLAGS = (
     "--headless",
@@ -42,11 +40,6 @@ FLAGS = (
 )
 
 
-def find() -> str | None:
-    """The browser of this machine, if it has one."""
-    return next((path for name in PROGRAMS if (path := shutil.which(name))), None)
-
-
 # It reads descriptor 3 and writes 4, whatever numbers this process has for them.
 MOVE = """
 import fcntl, os, sys
@@ -60,9 +53,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 class Browser:
     """One browser with one page. Close it, or use it as a context manager."""
 
-    def __init__(self, width: int = 1440, height: int = 900) -> None:
-        program = find()
-        assert program is not None
+    def __init__(self, program: str, width: int = 1440, height: int = 900) -> None:
         self._profile = tempfile.TemporaryDirectory(prefix="kvferry-browser-")
         theirs_in, self._out = os.pipe()
         self._in, theirs_out = os.pipe()

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 else:  # beside this file: `pythonpath` in pyproject.toml
     import shuffle
     from child import Child
+    from skips import pytest_terminal_summary  # noqa: F401 - a hook
 
 shuffle.install()
 

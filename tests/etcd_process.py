@@ -23,7 +23,7 @@ class EtcdProcess:
     """`etcd` on a free port of this machine, with its files in `folder`."""
 
     def __init__(self, folder: Path) -> None:
-        self.program = need("etcd", "etcd-server")
+        self.program = need("etcd")
         self.folder = folder
         self.log = (folder / "etcd.log").open("ab")
         self.port = 0

@@ -19,8 +19,8 @@ from kvferry.engine.wire.messages import Acknowledge, Arrived
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from kvferry.engine.transports.base import RailState, Transfer
-    from kvferry.engine.wire.messages import LinkMessage
+    from kvferry.engine.transfer.transfer import Transfer
+    from kvferry.engine.transports.base import PathHost, RailState
 
 VARIABLE = "KVFERRY_TEST_SHUFFLE"
 LONGEST_BURST = 24
@@ -71,10 +71,10 @@ class Shuffler:
             self.drain()
 
 
-class _LinkView:
-    """A link whose counts go through the shuffler."""
+class _HostView:
+    """What a path sees of its link, whose counts go through the shuffler."""
 
-    def __init__(self, link: Link, shuffler: Shuffler) -> None:
+    def __init__(self, link: PathHost, shuffler: Shuffler) -> None:
         self._link = link
         self._shuffler = shuffler
 
@@ -88,13 +88,18 @@ class _LinkView:
 class ShufflePath(DataPath):
     """Any path, with its arrivals shuffled."""
 
-    def __init__(self, link: Link, make_path: Callable[[Any], DataPath], seed: int) -> None:
+    def __init__(self, link: PathHost, make_path: Callable[[Any], DataPath], seed: int) -> None:
         self._link = link
         self.shuffler = Shuffler(seed)
-        self._inner = make_path(_LinkView(link, self.shuffler))
+        self._inner = make_path(_HostView(link, self.shuffler))
         self.peer_reaches_memory = self._inner.peer_reaches_memory
         self.asks_leave = self._inner.asks_leave
         self.kinds = self._inner.kinds
+        self.handlers = {
+            **self._inner.handlers,
+            Acknowledge: self._acknowledged,
+            Arrived: self._arrived,
+        }
 
     def start(self) -> None:
         self._inner.start()
@@ -105,16 +110,11 @@ class ShufflePath(DataPath):
     def before(self, transfer: Transfer, stream: Any) -> None:
         self._inner.before(transfer, stream)
 
-    def takes_blocks(self, plan: Any) -> bool:
-        return self._inner.takes_blocks(plan)
+    def takes(self, move: Any) -> bool:
+        return self._inner.takes(move)
 
     def prepare(self, plan: Any, layers: Sequence[int] | None) -> None:
         self._inner.prepare(plan, layers)
-
-    def submit_blocks(
-        self, transfer: Transfer, plan: Any, src: Any, dst: Any, layers: Sequence[int] | None
-    ) -> None:
-        self._inner.submit_blocks(transfer, plan, src, dst, layers)
 
     def granted(self, region: Any, keys: tuple[int, ...]) -> None:
         self._inner.granted(region, keys)
@@ -132,19 +132,20 @@ class ShufflePath(DataPath):
         self._inner.drain()
         self.shuffler.drain()
 
-    def handle(self, message: LinkMessage) -> bool:
-        if isinstance(message, Acknowledge):
-            self.shuffler.add(lambda: self._late(message))
-            return True
-        if isinstance(message, Arrived) and (self.peer_reaches_memory or not message.nbytes):
-            imm, nbytes, writes = message.imm, message.nbytes, message.writes
-            more = message.write_nbytes
-            self.shuffler.add(lambda: self._link.count(imm, nbytes, writes, write_nbytes=more))
-            return True
-        return self._inner.handle(message)
+    def _acknowledged(self, message: Acknowledge) -> bool:
+        self.shuffler.add(lambda: self._late(message))
+        return True
 
-    def _late(self, message: LinkMessage) -> None:
-        self._inner.handle(message)
+    def _late(self, message: Acknowledge) -> None:
+        self._inner.handlers[Acknowledge](message)
+
+    def _arrived(self, message: Arrived) -> bool:
+        if message.nbytes and not self.peer_reaches_memory:
+            return False
+        imm, nbytes, writes = message.imm, message.nbytes, message.writes
+        more = message.write_nbytes
+        self.shuffler.add(lambda: self._link.count(imm, nbytes, writes, write_nbytes=more))
+        return True
 
     def halt(self, halted: Callable[[], None]) -> None:
         def end() -> None:
@@ -170,7 +171,7 @@ def install() -> None:
         sock: Any,
         peer: Any,
         transport: str,
-        make_path: Callable[[Link], DataPath],
+        make_path: Callable[[PathHost], DataPath],
     ) -> None:
         plain(link, core, sock, peer, transport, lambda it: ShufflePath(it, make_path, seed))
 

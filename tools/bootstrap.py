@@ -1,5 +1,8 @@
 """Makes `.venv` and installs kvferry into it; every `make` target starts here.
 
+All that `.venv` gets is pinned in `constraints.txt`, so that a release elsewhere changes nothing here;
+`bootstrap.py lock` (`make lock`) renews that file.
+
 Standard library only, and no syntax newer than Python 3.6: it must run on whatever `python3` is, to
 say in one line what is missing. A second run compares one stamp and ends at once.
 """
@@ -11,11 +14,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 
 OLDEST_PYTHON = (3, 10)
 OLDEST_TORCH = (2, 8)
-OLDEST_PIP = (25, 1)  # the first with `--group`, which reads [dependency-groups]
+EXTRAS = ("demo", "router", "etcd")
+GROUP = "dev"
+UV = "uv==0.13.9"  # resolves the lock, in an environment of its own
 NEWER_PYTHONS = ("python3.13", "python3.12", "python3.11", "python3.10")
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -25,6 +31,18 @@ STAMP = os.path.join(VENV, "kvferry-stamp")
 LOG = os.path.join(VENV, "kvferry-install.log")
 PYPROJECT = os.path.join(ROOT, "pyproject.toml")
 CONSTRAINTS = os.path.join(ROOT, "constraints.txt")
+USED_CONSTRAINTS = os.path.join(VENV, "kvferry-constraints.txt")
+ADDED = os.path.join(VENV, "kvferry-added.txt")
+LOCKED = os.path.join(ROOT, "tools", "locked.py")
+
+HEADER = """\
+# Everything that `.venv` gets, at one version for each Python: written by `make lock`, not by hand.
+# Lower bounds, and the versions that are chosen on purpose, are in pyproject.toml.
+#
+# Versions and no hashes: torch comes from PyPI with CUDA, or as a CPU build (2.13.0+cpu) from another
+# index, which are different files of one version; and pip wants either a hash of everything or of
+# nothing.
+"""
 
 
 def fail(message: str) -> "None":
@@ -105,25 +123,88 @@ def make_venv() -> None:
         fail(f"cannot make {VENV}: {lines[-1]}")
 
 
-def write_constraints() -> str:
-    """The pins for this `.venv`: without torch's where a good enough torch is there already."""
+def outer_torch() -> str:
+    """The version of a torch that `.venv` sees in the Python it was made from, if it is new enough."""
+    have = output_of(
+        VENV_PYTHON,
+        "import importlib.metadata as m, sys; torch = m.distribution('torch');"
+        "print('' if str(torch.locate_file('')).startswith(sys.prefix) else torch.version)",
+    )
+    return have if have and version_of(have) >= OLDEST_TORCH else ""
+
+
+def is_torchs(name: str, bounded: "set[str]") -> bool:
+    """Whether a kept torch decides the version of this distribution."""
+    return name in bounded or name.startswith(("nvidia-", "cuda-"))
+
+
+def constraints(lock: str, torch: str, torch_requires: "list[str]", has_triton: bool) -> str:
+    """The pins for this `.venv`: all of the lock, or those that a kept torch has no say in.
+
+    A name without a version stands for what torch, which comes with exact versions of Triton and
+    CUDA, may want otherwise.
+
+    Args:
+        lock: what `constraints.txt` says.
+        torch: the version of the torch that is kept, or "".
+        torch_requires: its requirements, as its metadata has them.
+        has_triton: whether a Triton came with it, required or not.
+    """
+    if not torch:
+        return lock
+    bounded = {"triton"} if has_triton else set()
+    for requirement in torch_requires:
+        wanted, _, marker = requirement.partition(";")
+        name = re.match(r"[\w.-]+", wanted)
+        if name and re.search("[=~]=|<", wanted.replace(">=", "")) and "extra" not in marker:
+            bounded.add(re.sub(r"[-_.]+", "-", name.group()).lower())
+    lines = []
+    for line in lock.splitlines():
+        name = re.match(r"[\w-]+(?===)", line)
+        if name and name.group() == "torch":
+            continue
+        if name and is_torchs(name.group(), bounded):
+            bounded.add(name.group())
+            continue
+        lines.append(line)
+    return "\n".join([*lines, f"torch=={torch}", *sorted(bounded)]) + "\n"
+
+
+def write_constraints() -> None:
+    """Writes the pins for this `.venv` into it."""
+    torch = outer_torch()
+    requires, has_triton = [], False  # type: list[str], bool
+    if torch:
+        print(f"  keeping torch {torch}", flush=True)
+        code = "import importlib.metadata as m; print(*m.requires('torch') or [], sep='\\n')"
+        requires = output_of(VENV_PYTHON, code).splitlines()
+        code = "import importlib.metadata as m; print(m.version('triton'))"
+        has_triton = bool(output_of(VENV_PYTHON, code))
     with open(CONSTRAINTS, encoding="utf-8") as file:
-        lines = file.read().splitlines()
-    have = torch_version(VENV_PYTHON)
-    if have and version_of(have) >= OLDEST_TORCH:
-        print(f"  keeping torch {have}", flush=True)
-        lines = [line for line in lines if not line.startswith("torch==")]
-        lines.append(f"torch=={have}")
-    path = os.path.join(VENV, "kvferry-constraints.txt")
-    with open(path, "w", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
-    return path
+        text = constraints(file.read(), torch, requires, has_triton)
+    with open(USED_CONSTRAINTS, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def compare(*paths: str) -> "list[str]":
+    """What `tools/locked.py` says of `.venv` and these constraints, a line each."""
+    command = [VENV_PYTHON, "-I", LOCKED, *paths]
+    done = subprocess.run(command, stdout=subprocess.PIPE, universal_newlines=True)  # noqa: UP021
+    if done.returncode != 0:
+        fail(f"cannot compare {VENV} with constraints.txt; `make clean` and try again")
+    return done.stdout.splitlines()
 
 
 def explain(log: str) -> str:
     """One line that says why pip failed, from what it printed."""
     if "No space left on device" in log:
         return f"the disk of {VENV} is full"
+    pinned = re.findall(r"The user requested \(constraint\) (\S+)", log)
+    if pinned:
+        return (
+            f"{', '.join(pinned)} of constraints.txt does not go with what pyproject.toml asks for; "
+            "`make lock` renews constraints.txt"
+        )
     missing = re.findall(r"No matching distribution found for (\S+)", log)
     broken = "connection broken by" in log
     if missing or broken:
@@ -139,9 +220,9 @@ def explain(log: str) -> str:
     return errors[-1][len("ERROR: ") :] if errors else "pip failed"
 
 
-def pip_install(*args: str) -> None:
-    """Runs `pip install`, shows what it fetches a line each, keeps the rest in the log."""
-    command = [VENV_PYTHON, "-m", "pip", "install", "--progress-bar=off", "--no-input", *args]
+def pip(*args: str) -> None:
+    """Runs pip, shows what it fetches a line each, keeps the rest in the log."""
+    command = [VENV_PYTHON, "-m", "pip", *args]
     seen = []
     with open(LOG, "a", encoding="utf-8") as log:
         process = subprocess.Popen(
@@ -159,19 +240,81 @@ def pip_install(*args: str) -> None:
 
 
 def install() -> None:
-    """Installs the pinned tools, torch, and kvferry itself (editable) into `.venv`."""
-    pip_version = output_of(VENV_PYTHON, "import importlib.metadata as m; print(m.version('pip'))")
-    if not pip_version and subprocess.call([VENV_PYTHON, "-m", "ensurepip"]) != 0:
+    """Installs kvferry (editable), torch and the tools into `.venv`, each at its pinned version."""
+    has_pip = output_of(VENV_PYTHON, "import pip; print(1)")
+    if not has_pip and subprocess.call([VENV_PYTHON, "-m", "ensurepip"]) != 0:
         fail(f"{VENV_PYTHON} has no pip and no ensurepip; remove {VENV} and try again")
-    if version_of(pip_version or "0") < OLDEST_PIP:
-        pip_install("--upgrade", "pip>=25.1")
-    what = ".[demo,router,etcd]"
-    pip_install("--constraint", write_constraints(), "--group", "dev", "--editable", what)
+    note_what_was_added()
+    write_constraints()
+    options = ["install", "--progress-bar=off", "--no-input", "--constraint", USED_CONSTRAINTS]
+    pip(*options, "pip", "setuptools")  # a new environment has others, `venv`'s own
+    options += ["--build-constraint", CONSTRAINTS]
+    pip(*options, "--group", GROUP, "--editable", f".[{','.join(EXTRAS)}]")
+    check_locked()
+
+
+def note_what_was_added() -> None:
+    """Before a set-up that follows another: drops what only the older lock had pinned.
+
+    What somebody has put into `.venv` between the two is noted, and left alone. A set-up that fails
+    leaves no stamp, so what it brought never passes for that.
+    """
+    if not os.path.exists(STAMP) or not os.path.exists(USED_CONSTRAINTS):
+        return
+    added = [line.split()[0] for line in compare(USED_CONSTRAINTS) if line.endswith(" unpinned")]
+    with open(ADDED, "w", encoding="utf-8") as file:
+        file.write("\n".join(added))
+    stale = {line.split()[0] for line in compare(CONSTRAINTS) if line.endswith(" unpinned")}
+    os.remove(STAMP)
+    stale -= set(added)
+    if stale:
+        pip("uninstall", "--yes", *sorted(stale))
+
+
+def check_locked() -> None:
+    """Ends the set-up if `.venv` got anything that is not in the lock, or at another version."""
+    added = []  # type: list[str]
+    if os.path.exists(ADDED):
+        with open(ADDED, encoding="utf-8") as file:
+            added = file.read().split()
+    for line in compare(USED_CONSTRAINTS):
+        name, have, pinned = line.split(" ", 2)
+        if pinned == "unpinned" and name in added:
+            continue
+        what = "does not pin" if pinned == "unpinned" else f"pins at {pinned}"
+        fail(
+            f".venv has {name} {have}, which constraints.txt {what}; `make lock` renews "
+            "constraints.txt, `make clean` drops what was installed by hand"
+        )
+
+
+def renew_lock() -> None:
+    """Resolves everything anew, for every Python that kvferry runs on, into `constraints.txt`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        subprocess.run([sys.executable, "-m", "venv", scratch], check=True)
+        there = os.path.join(scratch, "bin", "")
+        subprocess.run([there + "python", "-m", "pip", "install", "--quiet", UV], check=True)
+        command = [there + "uv", "pip", "compile", "pyproject.toml", "--universal", "--upgrade"]
+        command += ["--quiet", "--no-header", "--annotation-style=line"]
+        command += ["--python-version", ".".join(str(part) for part in OLDEST_PYTHON)]
+        for extra in EXTRAS:
+            command += ["--extra", extra]
+        for group in (GROUP, "lock"):
+            command += ["--group", group]
+        lock = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout.decode()
+    with open(CONSTRAINTS, "w", encoding="utf-8") as file:
+        file.write(HEADER + lock)
 
 
 def main() -> None:
     """Leaves a `.venv` that is ready, or exits 1 with one line that says what is missing."""
     run_under_a_new_enough_python()
+    if sys.argv[1:] == ["lock"]:
+        try:
+            renew_lock()
+        except (OSError, subprocess.CalledProcessError) as error:
+            fail(f"constraints.txt stays as it is: {error}")
+        return
     with open(PYPROJECT, encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # `make demo` and `make test` may be started together
         if is_ready():

@@ -20,6 +20,8 @@ TRANSPORTS = ("cuda_ipc", "cma", "verbs", "tcp")
 
 SYSFS = Path("/sys")
 INFINIBAND = SYSFS / "class" / "infiniband"
+PEERMEM = SYSFS / "module" / "nvidia_peermem"
+DMABUF, MODULE, NOTHING = "dma-buf", "nvidia-peermem", "neither dma-buf nor nvidia-peermem"
 PTRACE_SCOPE = Path("/proc/sys/kernel/yama/ptrace_scope")
 PTRACE_SCOPES = {
     "0": "0: processes of one user may reach each other",
@@ -121,11 +123,34 @@ def check_nearest_nics(root: Path = SYSFS) -> Check:
 
 def check_gpu_over_rdma() -> Check:
     """How GPU memory goes over RDMA, and what this machine would offer besides."""
-    from kvferry.engine.transports.verbs import gpu as verbs_gpu
-
-    offered, why = verbs_gpu.offered()
+    offered, why = gpu_rdma()
     detail = f"pinned host staging; offered here and not used: {offered} ({why})"
     return Check("GPU memory over RDMA", ok=None, detail=detail)
+
+
+def gpu_rdma(peermem: Path = PEERMEM) -> tuple[str, str]:
+    """Which way of RDMA devices to GPU memory this machine offers, and why.
+
+    A dma-buf that the CUDA driver exports and the RDMA driver maps needs no further kernel module;
+    with the module nvidia-peermem a GPU address registers like any other. The transport uses neither
+    (decision 0049). Asks the driver; starts CUDA in this process.
+    """
+    from kvferry.engine.errors import DeviceError
+    from kvferry.engine.memory import cuda_driver as cuda
+
+    why = cuda.absence()
+    if why:
+        return NOTHING, why
+    try:
+        if cuda.driver().exports_dmabuf(0):
+            return DMABUF, "the CUDA driver exports dma-bufs"
+    except DeviceError as error:
+        why = error.message
+    else:
+        why = "the CUDA driver exports no dma-buf: that needs its open kernel modules"
+    if peermem.exists():
+        return MODULE, f"{why}; nvidia-peermem is loaded"
+    return NOTHING, f"{why}; nvidia-peermem is not loaded (modprobe nvidia-peermem)"
 
 
 def check_ptrace_scope(path: Path = PTRACE_SCOPE) -> Check:

@@ -9,7 +9,7 @@ import numpy as np
 from ...control.errors import BlocksMismatch
 from ...engine.errors import PlanError
 from ...engine.plan.block_tables import as_row
-from ...engine.transfer.moves import TokenMove, as_tables, check_move, states_of
+from ...engine.transfer.moves import TokenMove, as_tables, states_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -53,8 +53,7 @@ def expected_nbytes(
     """
     if not 0 <= start <= stop:
         raise PlanError(f"tokens [{start}, {stop}) are no range of tokens", operation="receive")
-    move = TokenMove((), _unpack(dst_tables), start, stop)
-    return plan.tokens.nbytes(start, stop, states=states_of(plan, move))
+    return plan.tokens.nbytes(start, stop, states=states_of(plan, _unpack(dst_tables)))
 
 
 def write_tokens(
@@ -72,12 +71,12 @@ def write_tokens(
         BlocksMismatch: decode counts on other bytes than these. EngineError: from the engine.
     """
     request = action.request
-    move = TokenMove(
-        _unpack(action.tables), _unpack(request.tables), request.start_token, request.stop_token
-    )
-    nbytes = check_move(plan, move)
-    if nbytes != request.nbytes:
-        raise BlocksMismatch(f"decode expects {request.nbytes} bytes, prefill would write {nbytes}")
+    span = (request.start_token, request.stop_token)
+    move = TokenMove(plan, _unpack(action.tables), _unpack(request.tables), *span)
+    if move.nbytes != request.nbytes:
+        raise BlocksMismatch(
+            f"decode expects {request.nbytes} bytes, prefill would write {move.nbytes}"
+        )
     layers = tuple(layer for layer in held[slice(*action.layers)] if layer in plan.layers)
     if not layers:
         return None

@@ -96,8 +96,9 @@ def _on_gpu(pointer: int, gpu: int) -> bool:
         return False
     from ...engine.memory.cuda_driver import driver
 
+    cuda = driver()  # raises where it cannot be asked: nobody takes GPU memory for the host's
     try:
-        driver().allocation(gpu, pointer)
+        cuda.allocation(gpu, pointer)
     except DeviceError:
         return False
     return True

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from ..errors import EngineError, LinkError, PeerLost, ProtocolError, TransportUnavailable
-from ..memory.fields import DECODE_ERRORS, Nonce, Pid, Port, Uint32, Uint63
+from ..memory.fields import DECODE_ERRORS, Nonce, Port, Uint32, Uint63
+from ..wire.identity import Identity
 from ..wire.messages import LINK_VERSION
 
 if TYPE_CHECKING:
@@ -37,20 +38,6 @@ MAX_HELLO_NBYTES = 65_536  # the cards of 64 rails
 NONCE_NBYTES = 32
 
 _T = TypeVar("_T")
-
-
-class Identity(msgspec.Struct, frozen=True):
-    """Who an engine is.
-
-    Attributes:
-        engine_id: random for each `TransferEngine`, so a restarted engine is another one.
-        host_id: equal for processes that share a kernel and a process namespace.
-    """
-
-    engine_id: str
-    name: str
-    host_id: str
-    pid: Pid
 
 
 class EngineAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

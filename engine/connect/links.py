@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..context import EngineCore
     from ..transfer.ticket import Ticket
     from ..transports.verbs.meeting import Meeting
-    from .handshake import Identity
+    from ..wire.identity import Identity
 
 
 class LinkTable:
@@ -72,11 +72,13 @@ class LinkTable:
                 raise LinkClosed("the engine was closed", operation="connect")
             if transport in LOCAL:
                 make = cma.CmaPath if transport == "cma" else cuda_ipc.CudaIpcPath
-                link = Link(core, control, peer, transport, lambda it: make(it, peer.pid))
+                link = Link(core, control, peer, transport, lambda host: make(host, peer.pid))
             elif meeting is not None:
-                link = Link(core, control, peer, transport, lambda it: verbs.VerbsPath(it, meeting))
+                link = Link(
+                    core, control, peer, transport, lambda host: verbs.VerbsPath(host, meeting)
+                )
             else:
-                link = Link(core, control, peer, transport, lambda it: tcp.TcpPath(it, rails))
+                link = Link(core, control, peer, transport, lambda host: tcp.TcpPath(host, rails))
             link.token_id = opener
             link.start()
             self._links.append(link)

@@ -23,13 +23,15 @@ from ..transfer.pieces import NO_PIECES, BoundPieces, bind
 from .workspace import Numbers
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy.typing as npt
 
     from ..plan.mapping import Bundle
     from ..plan.template import Moves
     from ..runtime.copy_threads import Copiers
     from ..transfer.plan import TransferPlan
-    from ..transports.base import DataPath, Transfer
+    from ..transfer.transfer import Transfer
     from .workspace import Workplace
     from .workspaces import Workplaces
 
@@ -45,10 +47,13 @@ class Converting:
     """Some pieces of numbers that change their type, through staging of their own.
 
     The staging holds all of them and is lent until they are moved: `release` gives it back. The
-    pieces that go into one block whose scale is made are all here, or none.
+    pieces that go into one block whose scale is made are all here, or none. As `Move`.
     """
 
+    listed = None  # before its staging is there
+
     def __init__(self, plan: TransferPlan, parts: list[Part], workplaces: Workplaces) -> None:
+        self.local, self.remote = plan.caches, plan.remote.regions
         self._plan = plan
         self._parts = parts
         self._workplaces = workplaces
@@ -58,14 +63,20 @@ class Converting:
         self._travelling = list((self._dst if plan.writes else self._src).values())
         sizes = [part.wire_nbytes(plan.writes) for part in self._parts]
         sizes += [len(table.values) * SCALE_NBYTES for table in self._travelling]
-        self.wire_nbytes = sum(sizes)
+        self.nbytes = sum(sizes)
         self._staging_nbytes = sum(map(_aligned, sizes))
 
-    def start(self, path: DataPath, copiers: Copiers, transfer: Transfer) -> None:
-        """Begins the transfer; on a copier, since converting takes as long as moving."""
+    def start(
+        self, begin: Callable[[Transfer], None], copiers: Copiers, transfer: Transfer
+    ) -> None:
+        """Begins the transfer; on a copier, since converting takes as long as moving.
+
+        Args:
+            begin: hands it to the path, once it is one of pieces.
+        """
         workers = self._workplaces.workers
         if workers.enter():  # else the link has stopped the transfer, or is about to
-            copiers.run(lambda: workers.run(lambda: self._start(path, transfer)))
+            copiers.run(lambda: workers.run(lambda: self._start(begin, transfer)))
 
     def release(self) -> None:
         """Gives the staging back: the transfer has ended."""
@@ -73,7 +84,7 @@ class Converting:
         if place is not None:
             self._workplaces.give(self._plan.local.device, place)
 
-    def _start(self, path: DataPath, transfer: Transfer) -> None:
+    def _start(self, begin: Callable[[Transfer], None], transfer: Transfer) -> None:
         if not transfer.begin():
             return
         try:
@@ -84,12 +95,10 @@ class Converting:
             self._settle()
             transfer.stop(error if isinstance(error, EngineError) else _failed(error))
         else:
-            transfer.take(pieces)
-            transfer.start, transfer.keep = None, self  # from here on it is one of pieces
-            transfer.scratch = True
+            transfer.take(pieces, scratch=True)
             if not self._plan.writes:
                 transfer.on_placed = lambda: self._land(place)
-            path.submit(transfer)
+            begin(transfer)
         transfer.end(0)
 
     def _stage(self, place: Workplace) -> BoundPieces:

@@ -12,26 +12,25 @@ import logging
 import threading
 import time
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from ..errors import EngineError, LinkError, PlanError
-from ..transfer.moves import check_move
-from ..transfer.pieces import NO_PIECES
 from ..transfer.staged import compute_event
 from ..transfer.ticket import Ticket
 from .chunk import Converting, Part, numbers_of, parts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import numpy.typing as npt
-    import torch
 
-    from ..link.submit import Submitter
-    from ..transfer.moves import TokenMove
+    from ..runtime.copy_threads import Copiers
+    from ..transfer.compute_gate import StreamGate
+    from ..transfer.moves import Move, Op, TokenMove
     from ..transfer.plan import TransferPlan
+    from ..transfer.transfer import Transfer
     from .workspaces import Workplaces
 
     Ids = npt.NDArray[np.int64]
@@ -99,43 +98,58 @@ def _cut(parts: list[Part], nbytes: int, *, writes: bool) -> Iterator[list[Part]
         yield [part for part in some if len(part.rows)]
 
 
+class Submit(Protocol):
+    """Makes a move a transfer, which `start` begins. As `Submitter.submit`."""
+
+    def __call__(
+        self, op: Op, move: Move, start: Callable[[Transfer], None], *, computed: bool
+    ) -> Ticket: ...
+
+
 class Conversion:
     """One transfer of numbers that change their type. Its ticket ends when all chunks have."""
 
     def __init__(
         self,
-        submitter: Submitter,
-        workplaces: Workplaces,
-        operation: str,
-        plan: TransferPlan,
+        op: Op,
         move: TokenMove,
-        imm: int | None,
-        timeout_s: float,
-        stream: torch.cuda.Stream | None = None,
+        workplaces: Workplaces,
+        copiers: Copiers,
+        gate: StreamGate,
+        *,
+        peer: str,
+        submit: Submit,
+        begin: Callable[[Transfer], None],
+        ended: Callable[[Conversion], None],
     ) -> None:
-        """Checks everything, and notes what a stream (the current one if None) has been given so
-        far, if the memory is a GPU's; moves nothing yet.
+        """Check everything, and note what a stream (the current one if None) has been given so far,
+        if the memory is a GPU's; moves nothing yet.
+
+        Args:
+            submit: makes a chunk a transfer of the link's.
+            begin: hands a transfer of pieces to the path.
+            ended: told when it has ended.
 
         Raises:
             BlockOutOfRange, OverlappingBlocks, PlanError: as for `TokenPlan.moves`; or the cache here
                 is spread over several devices.
         """
+        plan = move.plan
         on_gpu = plan.local.kind == "cuda"
         if plan.local.kind != ("cuda" if plan.local.device >= 0 else "host"):
             raise PlanError(
                 "numbers change their type, and the cache here is on several GPUs, or partly in "
                 "host memory: register a cache for each"
             )
-        check_move(plan, move)
-        self._submitter, self._operation, self._plan, self._imm = submitter, operation, plan, imm
-        self._workplaces = workplaces
-        self._copiers = submitter.context.core.copiers
-        self._deadline_s = time.monotonic() + timeout_s
-        peer = submitter.context.peer.name
+        move.nbytes  # noqa: B018 - checks the tables
+        self._op, self._plan = op, plan
+        self._workplaces, self._copiers, self._gate = workplaces, copiers, gate
+        self._submit, self._begin_pieces, self._tell_ended = submit, begin, ended
+        self._deadline_s = time.monotonic() + op.timeout_s
         self.ticket = Ticket(
-            operation, peer=peer, imm=imm, timeout_s=timeout_s, stop_hook=self.stop
+            op.kind, peer=peer, imm=op.imm, timeout_s=op.timeout_s, stop_hook=self.stop
         )
-        self._computed = compute_event(plan.local.device, stream)
+        self._computed = compute_event(plan.local.device, op.stream)
         self._chunks = chunks_of(plan, move, GPU_CHUNK_NBYTES if on_gpu else CHUNK_NBYTES)
         self._lock = threading.Lock()
         self._at_work = 0  # chunks that are being made, or moved
@@ -150,7 +164,7 @@ class Conversion:
         if self._computed is None:
             self._begin()
         else:
-            self._submitter.context.core.gate.when(self._computed, self._begin, self.stop)
+            self._gate.when(self._computed, self._begin, self.stop)
         return self.ticket
 
     def _begin(self) -> None:
@@ -191,15 +205,11 @@ class Conversion:
         if parts is None:
             return None
         chunk = Converting(self._plan, parts, self._workplaces)
-        ticket = self._submitter.submit(
-            self._operation,
-            (self._plan.local,),
-            NO_PIECES,
-            self._plan.remote.regions,
-            self._imm,
-            max(1e-3, self._deadline_s - time.monotonic()),
-            partial(chunk.start, self._submitter.path, self._copiers),
-            chunk.wire_nbytes,
+        left_s = max(1e-3, self._deadline_s - time.monotonic())
+        ticket = self._submit(
+            self._op._replace(timeout_s=left_s),
+            chunk,
+            partial(chunk.start, self._begin_pieces, self._copiers),
             computed=True,
         )
         return ticket, chunk
@@ -236,7 +246,7 @@ class Conversion:
             else self.ticket._fail(self._error)
         )
         if ended:
-            self._submitter.table.remove_conversion(self)
+            self._tell_ended(self)
             self._plan.local.release()
 
     def stop(self, error: EngineError) -> None:

@@ -11,32 +11,28 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from typing import TYPE_CHECKING
 
-from ..errors import EngineError, OutOfRange
+from ..errors import DeadlineExceeded, EngineError, OutOfRange
 from ..wire import messages as wire
-from ..wire.refusals import refused
+from ..wire.refusals import refused, region_taken_back
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..memory.descriptors import RegionDescriptor
     from ..memory.regions import MemoryRegion
-    from ..transports.base import Transfer
+    from ..transfer.transfer import Transfer
     from .context import LinkContext
+    from .transfers import TransferTable
 
 
 class Grants:
     """Both ends of one link's grants: what the peer granted here, and what was granted to it."""
 
-    def __init__(
-        self,
-        context: LinkContext,
-        granted: Callable[[RegionDescriptor, tuple[int, ...]], None],
-    ) -> None:
-        """`granted` is told of each region that the peer lets this end reach, and its keys."""
+    def __init__(self, context: LinkContext) -> None:
         self._context = context
-        self._tell_granted = granted
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._granted: set[RegionDescriptor] = set()
@@ -71,11 +67,18 @@ class Grants:
         """Whether all of the regions were granted."""
         return self._granted.issuperset(regions)
 
-    def answered(self, answer: wire.Granted, revoked: set[int]) -> list[Transfer]:
-        """Takes the peer's answer; returns the transfers that may start now.
+    def answered(
+        self,
+        answer: wire.Granted,
+        revoked: set[int],
+        tell: Callable[[RegionDescriptor, tuple[int, ...]], None],
+    ) -> list[Transfer]:
+        """Take the peer's answer; returns the transfers that may start now.
 
         Args:
             revoked: regions that the peer has taken back; it may have crossed with the answer.
+            tell: told of a region that the peer lets this end reach, and its keys, before anybody
+                else knows.
         """
         with self._lock:
             region = self._claims.pop(answer.claim, None)
@@ -84,7 +87,7 @@ class Grants:
             waiting = [transfer for transfer, missing in self._parked if region in missing]
             granted = not answer.error and region.region_id not in revoked
             if granted:
-                self._tell_granted(region, answer.keys)
+                tell(region, answer.keys)
                 self._granted.add(region)
                 for _, missing in self._parked:
                     missing.discard(region)
@@ -95,8 +98,9 @@ class Grants:
                 self._parked = [entry for entry in self._parked if region not in entry[1]]
         if answer.error:
             for transfer in waiting:
+                ticket, peer = transfer.ticket, self._context.peer.name
                 transfer.stop(
-                    refused(transfer, answer.error, answer.reason, peer=self._context.peer.name)
+                    refused(answer.error, answer.reason, ticket.operation, peer, ticket.imm)
                 )
         return ready
 
@@ -148,3 +152,88 @@ class Grants:
     def returned(self, region_id: int) -> None:
         """The peer has confirmed that it stopped using the region."""
         self._lent.discard(region_id)
+
+
+class Revocation:
+    """Both ends of one link's revocations: a region is taken back before its memory is freed.
+
+    The owner asks (`Revoke`) and waits. The peer begins nothing more with the region, stops what
+    runs, and confirms (`Revoked`) when nothing of it touches the region any more.
+
+    Args:
+        forget: the path keeps nothing of a region any more.
+    """
+
+    def __init__(
+        self,
+        context: LinkContext,
+        table: TransferTable,
+        grants: Grants,
+        forget: Callable[[int], None],
+    ) -> None:
+        self._context = context
+        self._forget = forget
+        self._table = table
+        self._grants = grants
+        self._asked: dict[int, threading.Event] = {}
+
+    # The end that owns the memory.
+
+    def ask(self, region_id: int, deadline_s: float) -> None:
+        """Returns once the peer has stopped using a region of this engine.
+
+        Raises:
+            DeadlineExceeded: it did not answer, and its process lives.
+        """
+        quiesced = self._context.quiesced
+        if not self._grants.lent(region_id) or quiesced.done():
+            return
+        answered = self._asked.setdefault(region_id, threading.Event())
+        quiesced.add_done_callback(lambda _: answered.set())
+        self._context.send(wire.Revoke(region_id))
+        if answered.wait(max(0.0, deadline_s - time.monotonic())):
+            self._asked.pop(region_id, None)
+        else:
+            raise DeadlineExceeded(
+                f"the peer may still write into region {region_id}: its memory is kept until the "
+                "peer's process ends",
+                operation="deregister",
+                peer=self._context.peer.name,
+            )
+
+    def answered(self, message: wire.Revoked) -> None:
+        """The peer has confirmed."""
+        region_id = message.region
+        event = self._asked.get(region_id)
+        if event is not None:
+            self._grants.returned(region_id)
+            event.set()
+
+    # The end that uses it.
+
+    def obey(self, message: wire.Revoke) -> None:
+        """Stop what runs to a region that the peer takes back; nothing new begins."""
+        region_id = message.region
+        self._table.revoke(region_id)
+        self._grants.drop(region_id)
+        for transfer in self._table.uses(region_id):
+            transfer.stop(
+                region_taken_back(
+                    region_id,
+                    operation=transfer.ticket.operation,
+                    peer=self._context.peer.name,
+                    imm=transfer.imm,
+                )
+            )
+        self._confirm(region_id)
+
+    def ended(self, transfer: Transfer) -> None:
+        """A transfer has ended, for which the peer may be waiting."""
+        used = {region.region_id for region in transfer.remote_regions}
+        for region_id in self._table.revoked & used:
+            self._confirm(region_id)
+
+    def _confirm(self, region_id: int) -> None:
+        if not self._table.uses(region_id):
+            self._forget(region_id)
+            self._context.send(wire.Revoked(region_id))

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..connect.handshake import Identity
     from ..context import EngineCore
     from ..errors import EngineError
     from ..transfer.ticket import Ticket
+    from ..wire.identity import Identity
     from ..wire.messages import LinkMessage
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LinkContext:
     """No part of a link knows the link: it knows this.
 

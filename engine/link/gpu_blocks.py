@@ -1,14 +1,14 @@
-"""Blocks of GPU memory that one kernel moves: the shortest way, uploaded ids, graph writes."""
+"""Blocks of GPU memory that one kernel moves often: uploaded ids, and writes that graphs repeat."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import LinkClosed, PlanError
 from ..transfer.block_ids import UploadedIds, check_ids, check_on_gpu
-from ..transfer.counters import check_imm
+from ..transfer.moves import BlockMove
 from ..transfer.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -18,55 +18,25 @@ if TYPE_CHECKING:
 
     from ..plan.block_tables import BlockIds
     from ..transfer.plan import TransferPlan
-    from ..transports.base import Transfer
+    from ..transports.base import Kernels
     from ..transports.cuda_ipc.graph_write import GraphWrite
     from .submit import Submitter
-
-# Pieces from here on keep up with the link in any order of their destinations (256 MiB over NVLink:
-# 366 GB/s random, 367 ordered); 8 KiB ones do not (266 and 365).
-ORDERED_BELOW_NBYTES = 16 << 10
+    from .transfers import TransferTable
 
 
 class GpuBlocks:
-    """What a link does with blocks, where its path orders streams. Thread-safe.
+    """What a link offers for blocks, where its path launches kernels. Thread-safe.
 
     Arguments and errors are those of `Link`'s methods.
     """
 
-    def __init__(self, submitter: Submitter) -> None:
+    def __init__(
+        self, submitter: Submitter, kernels: Kernels | None, table: TransferTable, peer: str
+    ) -> None:
         self._submitter = submitter
-        self._path = submitter.path
-        self._table = submitter.table
-        self._peer = submitter.context.peer.name
-
-    def copy(
-        self,
-        operation: str,
-        route: Any,
-        ids: tuple[Any, Any],
-        imm: int | None,
-        stream: torch.cuda.Stream | None,
-        timeout_s: float,
-    ) -> Ticket:
-        """Checks and begins a transfer of blocks. The host's share of a transfer is this and what
-        the path does: every line counts."""
-        if imm is not None:
-            imm = check_imm(imm, operation)
-        plan: TransferPlan = route.plan
-        src, dst = ids
-        ordered = route.finest_nbytes < ORDERED_BELOW_NBYTES
-        checked = check_ids(plan, src, dst, ordered=ordered)
-        ticket = Ticket(operation, peer=self._peer, imm=imm, timeout_s=timeout_s)
-        transfer = self._transfer(ticket, plan, checked.num_blocks * route.block_nbytes)
-        if self._table.add_routed(transfer, route):
-            self._path.copy_on_gpu(transfer, route, checked, stream)
-            return ticket
-        # On the progress thread nobody can be asked and waited for.
-        transfer.start = lambda it: self._path.copy_on_gpu(it, route, checked, None)
-        self._path.before(transfer, stream)
-        if self._submitter.grants.admit(transfer):
-            self._submitter.begin(transfer)
-        return ticket
+        self._kernels = kernels
+        self._table = table
+        self._peer = peer
 
     def upload_ids(
         self,
@@ -102,13 +72,13 @@ class GpuBlocks:
         layers: Sequence[int] | None,
     ) -> GraphWrite:
         """As `Link.graph_write`."""
-        if not plan.writes or not self._submitter.copies_on_gpu(plan):
+        kernels = self._kernels
+        if kernels is None or not plan.writes or not self._submitter.copies_on_gpu(plan):
             raise PlanError(
                 "a graph write needs a plan for writing GPU memory over cuda_ipc",
                 operation="graph_write",
                 peer=self._peer,
             )
-        check_on_gpu(plan, src_block_ids, dst_block_ids)
         check_on_gpu(plan, order, order)
         if len(order) != 2 or order.element_size() != 8 or not len(src_block_ids):
             raise PlanError(
@@ -116,20 +86,21 @@ class GpuBlocks:
                 operation="graph_write",
                 peer=self._peer,
             )
-        self._submitter.check_regions("graph_write", (plan.local,), plan.remote.regions)
+        move = BlockMove(plan, src_block_ids, dst_block_ids, layers)
+        if not move.on_gpu:
+            check_on_gpu(plan, src_block_ids, dst_block_ids)  # says so
+        self._submitter.check_regions("graph_write", move.local, move.remote)
         self._submitter.ask_leave(plan)
         ticket = Ticket("graph_write", peer=self._peer)
-        transfer = self._transfer(ticket, plan, nbytes=1)  # which are never placed
-        route = self._path.route(plan, layers)
-        self._table.add_routed(transfer, route)
+        transfer = self._submitter.make(ticket, move, write=True)
+        transfer.total_nbytes = 1  # which is never placed
+        compiled = kernels.compile(plan, move.layers)
+        self._table.add_compiled(transfer, compiled)
         try:
-            tensors = (src_block_ids, dst_block_ids, order)
-            write: GraphWrite = self._path.repeat_blocks(transfer, route, tensors)
+            write: GraphWrite = kernels.repeat(
+                transfer, compiled, (src_block_ids, dst_block_ids, order)
+            )
         except BaseException:
             transfer.abandon(LinkClosed("a graph write was not made", operation="graph_write"))
             raise
         return write
-
-    def _transfer(self, ticket: Ticket, plan: TransferPlan, nbytes: int) -> Transfer:
-        local, remote = (plan.local,), plan.remote.regions
-        return self._submitter.make(ticket, local, remote, write=plan.writes, nbytes=nbytes)

@@ -1,35 +1,31 @@
 """A link: a live connection to one peer over one transport.
 
-Here is what users, data paths and the engine call. The work is done by the link's parts, each of
-which owns its state: `PlannedTransfers` and `GpuBlocks` choose how a plan's bytes move, `Submitter`
-begins and ends transfers, `TransferTable` knows them, `ControlChannel` and `LinkMessages` carry
-what the two ends tell each other, `Grants` and `Revocation` say which regions may be reached,
-`FailureDetector` watches the peer, `Teardown` ends it all. Bytes move over the transport's
-`DataPath`. docs/structure.md lists the locks and their order.
+Here is what users and the engine call; nothing below knows the link. The work is done by its parts,
+each of which owns its state: `Submitter` chooses the way of a move, begins and ends transfers,
+`TransferTable` knows them, `Grants` and `Revocation` say which regions may be reached, `Host` is what
+the transport's `DataPath` sees, `ControlChannel` carries what the two ends tell each other,
+`FailureDetector` watches the peer, `Teardown` ends it all. Messages go to them by a table of types.
+docs/structure.md lists the locks and their order.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..convert.workspaces import Workplaces
-from ..errors import EngineError, LinkClosed
-from ..transfer.counters import check_imm
-from ..transfer.moves import TokenMove, as_tables
-from ..transfer.pieces import NO_PIECES
+from ..errors import EngineError, LinkClosed, ProtocolError
+from ..transfer.moves import NOTHING, BlockMove, Op, TokenMove
 from ..transfer.ticket import DEFAULT_TIMEOUT_S, Ticket
 from ..wire import messages as wire
-from ..wire import refusals as link_errors
 from ..wire.channel import ControlChannel
-from .access import Grants
-from .blocks import PlannedTransfers
+from .access import Grants, Revocation
 from .context import LinkContext
 from .gpu_blocks import GpuBlocks
-from .link_messages import LinkMessages
+from .host import Host
 from .liveness import FailureDetector
-from .revocation import Revocation
 from .submit import Submitter
 from .teardown import Teardown
 from .transfers import TransferTable
@@ -40,7 +36,6 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ..connect.handshake import Identity
     from ..context import EngineCore
     from ..memory.descriptors import RegionDescriptor
     from ..memory.regions import MemoryRegion
@@ -48,8 +43,9 @@ if TYPE_CHECKING:
     from ..transfer.block_ids import UploadedIds
     from ..transfer.pieces import Offsets
     from ..transfer.plan import TransferPlan
-    from ..transports.base import DataPath, RailState, Transfer
+    from ..transports.base import DataPath, Handlers, PathHost, RailState
     from ..transports.cuda_ipc.graph_write import GraphWrite
+    from ..wire.identity import Identity
     from ..wire.messages import LinkMessage
 
 
@@ -62,6 +58,7 @@ class Link:
     Attributes:
         peer: who is at the other end.
         transport: `cuda_ipc`, `cma`, `verbs` or `tcp`.
+        source: what counters know it by.
         token_id: names the one-time token that opened it (`admission.py`); b"" without one.
         down: a ticket that ends, with the error, when the link goes down.
         quiesced: a ticket that ends well once the peer can no longer reach this process's memory
@@ -74,7 +71,7 @@ class Link:
         sock: socket.socket,
         peer: Identity,
         transport: str,
-        make_path: Callable[[Link], DataPath],
+        make_path: Callable[[PathHost], DataPath],
     ) -> None:
         self.core = core
         self.peer = peer
@@ -82,32 +79,39 @@ class Link:
         self.token_id = b""
         self.quiesced = Ticket("quiesce", peer=peer.name)
         self.down = Ticket("link", peer=peer.name)
-        context = LinkContext(
-            core, peer, transport, self.send, self.fail, self.suspect, self.down, self.quiesced
+        self._channel = channel = ControlChannel(sock, core.progress, peer.name, self._fail)
+        self.source = context = LinkContext(
+            core, peer, transport, channel.send, self._fail, self._suspect, self.down, self.quiesced
         )
-        self._path = make_path(self)
-        self._grants = Grants(context, self._path.granted)
-        self._table = TransferTable(peer.name, self._grants.has)
-        self._revocation = Revocation(context, self._path, self._table, self._grants)
-        self._submitter = Submitter(
-            context, self._path, self._table, self._grants, self._revocation
+        self._detector = FailureDetector(core, peer, send=channel.send, fail=self._fail)
+        grants = Grants(context)
+        self._table = table = TransferTable(peer.name, grants.has)
+        self._host = host = Host(context, table, grants, self._detector.heard)
+        self._path = path = make_path(host)
+        self._revocation = revocation = Revocation(context, table, grants, path.forget)
+        workplaces = Workplaces(context, core.max_programs)
+        self._submitter = submitter = Submitter(
+            context, path, table, grants, workplaces, revocation.ended
         )
-        workplaces = Workplaces(context)
-        self._gpu_blocks = GpuBlocks(self._submitter)
-        self._planned = PlannedTransfers(self._submitter, self._gpu_blocks, workplaces)
-        self._channel = ControlChannel(sock, core.progress, peer.name, self.fail)
-        self._detector = FailureDetector(core, peer, send=self._channel.send, fail=self.fail)
-        self._teardown = Teardown(
-            context,
-            self._lost,
-            self._path,
-            self._table,
-            self._grants,
-            self._channel,
-            self._detector,
-            workplaces,
+        self._gpu_blocks = GpuBlocks(submitter, path.kernels, table, peer.name)
+        self._teardown = teardown = Teardown(
+            context, host.lost, path, table, grants, channel, self._detector, workplaces
         )
-        self._messages = LinkMessages(self, self._submitter, self._revocation, self._teardown)
+        self._handlers = _dispatch(
+            path.handlers,
+            {
+                wire.Heartbeat: lambda _: None,
+                wire.Arrived: host.arrived if path.peer_reaches_memory else host.signalled,
+                wire.Abort: host.aborted,
+                wire.Refuse: submitter.refused,
+                wire.Granted: submitter.granted,
+                wire.Revoke: revocation.obey,
+                wire.Revoked: revocation.answered,
+                wire.Bye: teardown.said_bye,
+                wire.ByeToo: teardown.answered_bye,
+            },
+            {wire.Claim: host.claimed} if path.asks_leave else {},
+        )
 
     def __repr__(self) -> str:
         state = "up" if self.error is None else f"down: {self.error}"
@@ -161,8 +165,8 @@ class Link:
         Raises:
             OutOfRange, NotRegistered, RegionGone, LinkError: before any byte moves.
         """
-        offsets = (src_offsets, dst_offsets)
-        return self._submitter.submit_pieces("write", src, dst, offsets, nbytes, imm, timeout_s)
+        op = Op("write", imm, timeout_s)
+        return self._submitter.submit_pieces(op, src, dst, (src_offsets, dst_offsets), nbytes)
 
     def read(
         self,
@@ -178,12 +182,12 @@ class Link:
 
         Arguments, result and errors are those of `write`, with the roles exchanged.
         """
-        offsets = (dst_offsets, src_offsets)
-        return self._submitter.submit_pieces("read", dst, src, offsets, nbytes, None, timeout_s)
+        op = Op("read", None, timeout_s)
+        return self._submitter.submit_pieces(op, dst, src, (dst_offsets, src_offsets), nbytes)
 
     def signal(self, imm: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Ticket:
         """Counts one write of zero bytes under `imm` at the peer."""
-        return self._submitter.submit("write", (), NO_PIECES, (), imm, timeout_s)
+        return self._submitter.submit(Op("write", imm, timeout_s), NOTHING)
 
     def write_blocks(
         self,
@@ -211,8 +215,8 @@ class Link:
         Raises:
             BlockOutOfRange, OverlappingBlocks, PlanError: the ids; and as for `write`.
         """
-        ids = (src_block_ids, dst_block_ids)
-        return self._planned.move_blocks("write", plan, ids, imm, layers, stream, timeout_s)
+        move = BlockMove(plan, src_block_ids, dst_block_ids, layers)
+        return self._submitter.move(Op("write", imm, timeout_s, stream), move)
 
     def read_blocks(
         self,
@@ -228,8 +232,8 @@ class Link:
 
         As `write_blocks`, with a plan from `TransferEngine.plan(theirs, mine)`.
         """
-        ids = (src_block_ids, dst_block_ids)
-        return self._planned.move_blocks("read", plan, ids, None, layers, stream, timeout_s)
+        move = BlockMove(plan, src_block_ids, dst_block_ids, layers)
+        return self._submitter.move(Op("read", None, timeout_s, stream), move)
 
     def write_tokens(
         self,
@@ -258,9 +262,8 @@ class Link:
         Raises:
             BlockOutOfRange, OverlappingBlocks, PlanError: the tables; and as for `write`.
         """
-        only = None if layers is None else tuple(layers)
-        move = TokenMove(as_tables(src_tables), as_tables(dst_tables), start, stop, only)
-        return self._planned.move_tokens("write", plan, move, imm, stream, timeout_s)
+        move = TokenMove(plan, src_tables, dst_tables, start, stop, layers)
+        return self._submitter.move(Op("write", imm, timeout_s, stream), move)
 
     def read_tokens(
         self,
@@ -278,9 +281,8 @@ class Link:
 
         As `write_tokens`, with a plan from `TransferEngine.plan(theirs, mine)`.
         """
-        only = None if layers is None else tuple(layers)
-        move = TokenMove(as_tables(src_tables), as_tables(dst_tables), start, stop, only)
-        return self._planned.move_tokens("read", plan, move, None, stream, timeout_s)
+        move = TokenMove(plan, src_tables, dst_tables, start, stop, layers)
+        return self._submitter.move(Op("read", None, timeout_s, stream), move)
 
     def prepare(self, plan: TransferPlan, *, layers: Sequence[int] | None = None) -> None:
         """Does beforehand what the first transfer of a plan would have to do; may take seconds.
@@ -292,9 +294,7 @@ class Link:
         Raises:
             TransportUnavailable: the peer's memory cannot be reached from here.
         """
-        self._submitter.ask_leave(plan)
-        self._path.prepare(plan, layers)
-        self._planned.prepare(plan)
+        self._submitter.prepare(plan, layers)
 
     def upload_ids(
         self,
@@ -344,8 +344,7 @@ class Link:
 
     def abort(self, imm: int, reason: str) -> None:
         """Tells the peer that this imm's counter will never reach its total."""
-        imm = check_imm(imm, "abort")
-        self.send(wire.Abort(imm, reason[:1000]))
+        self._host.abort(imm, reason)
 
     def close(self, timeout_s: float = 2.0) -> None:
         """Ends the link: pending tickets end with `LinkClosed`, the peer is told.
@@ -360,74 +359,27 @@ class Link:
             with contextlib.suppress(EngineError):
                 self.quiesced.wait(timeout_s)
 
-    # What data paths call.
+    # What its parts call.
 
-    def transfer(self, number: int) -> Transfer | None:
-        """The transfer of this number, if it has not ended."""
-        return self._table.get(number)
-
-    def grant(self, claim: wire.Claim, register: Callable[[MemoryRegion], tuple[int, ...]]) -> None:
-        """Answers a peer that asks for leave to reach a region; `register` yields its keys."""
-        self._grants.answer(claim, register)
-
-    def has_leave(self, regions: tuple[RegionDescriptor, ...]) -> bool:
-        """Whether the peer has granted all of these regions to this link."""
-        return self._grants.has(regions)
-
-    def heard(self) -> None:
-        """The peer gave a sign of life."""
-        self._detector.heard()
-
-    def count(
-        self, imm: int, nbytes: int, writes: int, *, write_nbytes: int = 0, staged: bool = False
-    ) -> None:
-        """Counts bytes of the peer's that are visible here.
-
-        Args:
-            write_nbytes: more bytes of these writes, which other calls count.
-            staged: the bytes came through staging.
-        """
-        try:
-            self.core.counters.arrived(
-                imm,
-                nbytes,
-                writes,
-                self,
-                self.peer.engine_id,
-                write_nbytes=write_nbytes,
-                staged=staged,
-            )
-        except EngineError as error:
-            error.peer = self.peer.name
-            self.fail(error)
-        if self._table.error is not None:
-            # It came while the link went down: whoever expects the rest must not wait for it.
-            self.core.counters.source_lost(self, self._counter_error)
-
-    def reject(self, transfer: int, imm: int | None, error: EngineError, *, first: int = 0) -> None:
-        """Refuses part of a peer's write: both ends' tickets end."""
-        if imm is not None:
-            error.imm = imm
-            self.core.counters.fail(imm, error, remember=True, origin=self.peer.engine_id)
-        self.send(wire.Refuse(transfer, type(error).__name__, error.message, first))
-
-    def refusal(self, transfer: Transfer, error: str, reason: str) -> EngineError:
-        """The error for a transfer that the peer refused with an error of this class name."""
-        return link_errors.refused(transfer, error, reason, peer=self.peer.name)
-
-    def fail(self, error: EngineError) -> None:
-        """Takes the link down because of `error`."""
+    def _fail(self, error: EngineError) -> None:
         error.peer = error.peer or self.peer.name
         self._teardown.go_down(error)
 
-    def suspect(self) -> None:
-        """A socket ended without goodbye: the progress thread finds out why, then fails."""
+    def _suspect(self) -> None:
+        """Find out, on the progress thread, why a socket ended without goodbye; then fail."""
         if self._table.error is None and self._detector.suspect():
             self.core.progress.call_soon(lambda: self.tick(time.monotonic()))
 
-    def send(self, message: LinkMessage) -> None:
-        """Sends a control message; never blocks. On a link that is down it does nothing."""
-        self._channel.send(message)
+    def _handle(self, message: LinkMessage) -> None:
+        """Hand a message to the part that it concerns; one that concerns none takes the link down."""
+        handler = self._handlers.get(type(message))
+        if handler is None or handler(message) is False:
+            self._fail(
+                ProtocolError(
+                    f"{type(message).__name__} is no message of transport {self.transport}",
+                    operation="receive",
+                )
+            )
 
     # What the engine calls.
 
@@ -435,7 +387,7 @@ class Link:
         """Begins to serve the control channel."""
         self._channel.start(
             heard=self._detector.heard,
-            handle=self._messages.handle,
+            handle=self._handle,
             ended=self._teardown.channel_ended,
         )
         self._path.start()
@@ -469,16 +421,36 @@ class Link:
         """
         self._revocation.ask(region_id, deadline_s)
 
-    # What its parts and those of the engine call.
+    def down_error(self, operation: str, imm: int | None = None) -> EngineError:
+        """Return the link's error again, for an operation that it ends, or that came after it."""
+        return self._table.down_error(operation, imm)
 
-    def down_error(self, operation: str) -> EngineError:
-        """The link's error again, for an operation that came after it."""
-        return self._table.down_error(operation)
+    def fail(self, error: EngineError) -> None:
+        """Take the link down because of `error`."""
+        self._fail(error)
 
-    def _lost(self) -> None:
-        """No counter waits for this link any more."""
-        self.core.counters.source_lost(self, self._counter_error)
 
-    def _counter_error(self, imm: int) -> EngineError:
-        """The same, for a counter that it writes to."""
-        return self._table.down_error("expect", imm)
+def _dispatch(
+    path: Handlers, *parts: Handlers
+) -> dict[type[LinkMessage], Callable[[Any], bool | None]]:
+    """Put the tables of a link's parts together. The path's comes first: what it declines goes on.
+
+    Raises:
+        ValueError: two parts want one message.
+    """
+    table: dict[type[LinkMessage], Callable[[Any], bool | None]] = {}
+    for part in parts:
+        for kind, handler in part.items():
+            if kind in table:
+                raise ValueError(f"two parts of a link handle {kind.__name__}")
+            table[kind] = handler
+    for kind, first in path.items():
+        then = table.get(kind)
+        table[kind] = first if then is None else partial(_declined, first, then)
+    return table
+
+
+def _declined(
+    first: Callable[[Any], bool | None], then: Callable[[Any], bool | None], message: LinkMessage
+) -> bool | None:
+    return then(message) if first(message) is False else True

@@ -18,9 +18,9 @@ from ..wire.messages import Heartbeat
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..connect.handshake import Identity
     from ..context import EngineCore
     from ..errors import EngineError
+    from ..wire.identity import Identity
     from ..wire.messages import LinkMessage
 
 HEARTBEAT_S = 0.25

@@ -1,44 +1,49 @@
-"""Transfers of one link from their submission to their end.
+"""Transfers of one link from what is asked for to their end.
 
-What is submitted is checked, entered in the table, and begun: at once, or when the peer has given
-leave to reach its region. What ends frees its memory, and a peer that counts on it is told.
+Here the way of a move is chosen: by kernels of the path's own, whole, as a list of pieces, or in
+chunks that are converted. What is submitted is checked, entered in the table, and begun: at once, or
+when the peer has granted access to its region. What ends frees its memory, and a peer that counts on
+it is told.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import NotRegistered, PeerLost
+from ..convert.conversion import Conversion, warm
+from ..errors import EngineError, NotRegistered, PeerLost, PlanError
 from ..memory.descriptors import RegionDescriptor
 from ..memory.regions import MemoryRegion, check_ranges
 from ..transfer.counters import check_imm
-from ..transfer.pieces import NO_PIECES, as_columns, bind
-from ..transfer.ticket import DEFAULT_TIMEOUT_S, Ticket
-from ..transports.base import Transfer
-from ..wire.messages import Abort
+from ..transfer.moves import BlockMove, Op, PieceMove, TokenMove
+from ..transfer.pieces import as_columns, bind
+from ..transfer.ticket import Ticket
+from ..transfer.transfer import Transfer
+from ..wire import messages as wire
+from ..wire.refusals import refused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    import torch
-
-    from ..memory.regions import RegisteredCache
-    from ..transfer.pieces import BoundPieces, Offsets
+    from ..convert.workspaces import Workplaces
+    from ..transfer.moves import Local, Move
+    from ..transfer.pieces import Offsets
     from ..transfer.plan import TransferPlan
     from ..transports.base import DataPath
     from .access import Grants
     from .context import LinkContext
-    from .revocation import Revocation
     from .transfers import TransferTable
+
+    Remote = tuple[RegionDescriptor, ...]
 
 
 class Submitter:
     """Begins and ends the transfers of a link. Thread-safe.
 
-    Attributes:
-        context, path, table, grants: what it works with.
+    Args:
+        ended: told of each transfer that has ended while the peer takes regions back.
     """
 
     def __init__(
@@ -47,54 +52,77 @@ class Submitter:
         path: DataPath,
         table: TransferTable,
         grants: Grants,
-        revocation: Revocation,
+        workplaces: Workplaces,
+        ended: Callable[[Transfer], None],
     ) -> None:
-        self.context = context
-        self.path = path
-        self.table = table
-        self.grants = grants
-        self._revocation = revocation
-        self._peer = context.peer
+        self._context = context
+        self._path = path
+        self._kernels = path.kernels
+        self._table = table
+        self._grants = grants
+        self._workplaces = workplaces
+        self._tell_ended = ended
+        self._peer = context.peer.name
         # The regions of plans that have been checked and granted: looked at once, not each time.
-        self._passed: dict[int, tuple[RegionDescriptor, ...]] = {}
+        self._passed: dict[int, Remote] = {}
+
+    def move(self, op: Op, move: BlockMove | TokenMove) -> Ticket:
+        """Begin a move by a plan, as `Link.write_blocks` and `Link.write_tokens`.
+
+        Raises:
+            PlanError: the plan is not for this; and as for `submit`.
+        """
+        plan, kernels = move.plan, self._kernels
+        by_kernel = move if kernels is not None and isinstance(move, BlockMove) else None
+        if by_kernel is not None:
+            compiled = self._table.compiled.get(by_kernel.key)
+            if compiled is not None and plan.writes == (op.kind == "write"):
+                return self._launch(op, by_kernel, compiled)
+        self._check_plan(op, plan)
+        if self._takes(move):
+            if kernels is not None and by_kernel is not None:
+                return self._launch(op, by_kernel, kernels.compile(plan, move.layers))
+            return self.submit(op, move)
+        if move.on_gpu:
+            raise PlanError(
+                "block ids or tables on a GPU, or uploaded there, need GPU memory at both ends and "
+                "cuda_ipc: here they are needed in host memory",
+                operation=op.kind,
+                peer=self._peer,
+            )
+        if isinstance(move, TokenMove) and plan.tokens.converts:
+            return self._convert(op, move)
+        return self.submit(op, PieceMove(move.local, move.remote, move.pieces()))
 
     def submit_pieces(
         self,
-        operation: str,
+        op: Op,
         mine: MemoryRegion,
         theirs: RegionDescriptor,
         offsets: tuple[Offsets, Offsets],
         nbytes: Offsets,
-        imm: int | None,
-        timeout_s: float,
     ) -> Ticket:
-        """Checks and begins a transfer between two regions, as `Link.write` and `Link.read`.
+        """Begin a transfer between two regions, as `Link.write` and `Link.read`.
 
         Args:
             offsets: bytes from the start of `mine`, and of `theirs`.
         """
         (here, sizes), there = as_columns(*offsets, nbytes)
-        self._check_registered(operation, mine, theirs)
+        self._check_registered(op, mine, theirs)
         check_ranges(here, sizes, mine.nbytes, "local")
         index = np.zeros(len(sizes), np.int64)
         pieces = bind(here + mine.address, sizes, index, there, (theirs,))
-        return self.submit(operation, (mine,), pieces, (theirs,), imm, timeout_s)
+        return self.submit(op, PieceMove((mine,), (theirs,), pieces))
 
     def submit(
         self,
-        operation: str,
-        local_regions: tuple[MemoryRegion | RegisteredCache, ...],
-        pieces: BoundPieces,
-        remote_regions: tuple[RegionDescriptor, ...],
-        imm: int | None,
-        timeout_s: float,
+        op: Op,
+        move: Move,
         start: Callable[[Transfer], None] | None = None,
-        nbytes: int | None = None,
-        stream: torch.cuda.Stream | None = None,
         *,
         computed: bool = False,
     ) -> Ticket:
-        """Checks and begins a transfer of pieces, or of `nbytes` bytes that `start` begins.
+        """Check and begin a transfer: the path's, or what `start` begins instead.
 
         Args:
             computed: whether its memory is ready, whatever streams still have to do.
@@ -102,142 +130,204 @@ class Submitter:
         Raises:
             NotRegistered, OutOfRange, RegionGone, LinkError: before any byte moves.
         """
-        if imm is not None:
-            imm = check_imm(imm, operation)
-        known = start is not None and self._passed.get(id(remote_regions)) is remote_regions
+        remote, kind, table = move.remote, op.kind, self._table
+        known = move.listed is None and self._passed.get(id(remote)) is remote
         if not known:
-            self.check_regions(operation, local_regions, remote_regions)
-        ticket = Ticket(operation, peer=self._peer.name, imm=imm, timeout_s=timeout_s)
-        transfer = self.make(
-            ticket,
-            local_regions,
-            remote_regions,
-            write=operation == "write",
-            pieces=pieces,
-            nbytes=nbytes,
-        )
-        transfer.start = start
-        self.table.add(transfer)
+            self.check_regions(kind, move.local, remote)
+        ticket = self._ticket(op)
+        transfer = self.make(ticket, move, write=kind == "write", start=start)
+        table.add(transfer)
         if not computed:
-            self.path.before(transfer, stream)
+            self._path.before(transfer, op.stream)
         if (
-            (known and not self.table.revoked)
-            or not self.path.asks_leave
-            or self.grants.admit(transfer)
+            (known and not table.revoked)
+            or not self._path.asks_leave
+            or self._grants.admit(transfer)
         ):
-            if start is not None:
-                self._passed[id(remote_regions)] = remote_regions
-            self.begin(transfer)
+            if move.listed is None:
+                self._passed[id(remote)] = remote
+            self._begin(transfer)
         return ticket
 
     def make(
         self,
         ticket: Ticket,
-        local_regions: tuple[MemoryRegion | RegisteredCache, ...],
-        remote_regions: tuple[RegionDescriptor, ...],
+        move: Move,
         *,
         write: bool,
-        pieces: BoundPieces = NO_PIECES,
-        nbytes: int | None = None,
+        start: Callable[[Transfer], None] | None = None,
     ) -> Transfer:
-        """A transfer that `ticket` can stop, and that is not in the table yet: of pieces, or of
-        `nbytes` bytes that move by other means."""
+        """Make a transfer that `ticket` can stop, and that is not in the table yet."""
         transfer = Transfer(
-            next(self.table.numbers),
+            next(self._table.numbers),
+            move,
             write=write,
-            pieces=pieces,
-            local_regions=local_regions,
-            remote_regions=remote_regions,
-            imm=ticket.imm,
             ticket=ticket,
-            on_end=self.ended,
+            on_end=self._ended,
+            start=start,
         )
         ticket._stop_hook = transfer.stop
-        if nbytes is not None:
-            transfer.total_nbytes = nbytes
         return transfer
 
     def copies_on_gpu(self, plan: TransferPlan) -> bool:
-        """Whether a kernel of the path moves a plan's blocks, in the order of streams."""
-        return self.path.orders_streams and self.path.takes_blocks(plan)
+        """Say whether kernels of the path move a plan's blocks, in the order of streams."""
+        return self._kernels is not None and self._kernels.reaches(plan)
 
-    def knows(self, remote_regions: tuple[RegionDescriptor, ...]) -> bool:
-        """Whether a transfer that named these regions has been begun."""
-        return remote_regions is self._passed.get(id(remote_regions))
-
-    def check_regions(
-        self,
-        operation: str,
-        local_regions: tuple[MemoryRegion | RegisteredCache, ...],
-        remote_regions: tuple[RegionDescriptor, ...],
-    ) -> None:
-        """Checks that the link moves memory of these kinds, and that the peer is the one they name.
+    def check_regions(self, operation: str, local: Local, remote: Remote) -> None:
+        """Check that the link moves memory of these kinds, and that the peer is the one they name.
 
         Raises:
             NotRegistered: it is not so.
         """
-        kinds = {region.kind for region in local_regions}
-        kinds |= {region.kind for region in remote_regions}
-        for kind in kinds - self.path.kinds:
+        kinds = {region.kind for region in local} | {region.kind for region in remote}
+        for kind in kinds - self._path.kinds:
             raise NotRegistered(
-                f"a {self.context.transport} link does not move {kind} memory: register GPU memory "
+                f"a {self._context.transport} link does not move {kind} memory: register GPU memory "
                 "before connect(), or name the transport there",
                 operation=operation,
-                peer=self._peer.name,
+                peer=self._peer,
             )
-        for region in remote_regions:
-            if region.engine_id != self._peer.engine_id:
+        for region in remote:
+            if region.engine_id != self._context.peer.engine_id:
                 raise NotRegistered(
                     f"region {region.region_id} belongs to another engine than this link's peer, "
                     "or to one that has restarted: fetch its descriptor again",
                     operation=operation,
-                    peer=self._peer.name,
+                    peer=self._peer,
                 )
 
     def ask_leave(self, plan: TransferPlan) -> None:
-        """Waits until the peer has let this link reach a plan's regions, if it has to be asked."""
-        if not self.copies_on_gpu(plan) or self.context.core.progress.on_thread:
-            return
-        self.submit(
-            "prepare",
-            (),
-            NO_PIECES,
-            plan.remote.regions,
-            None,
-            DEFAULT_TIMEOUT_S,
-            _nothing,
-            0,
-        ).wait()
+        """Wait until the peer has granted access to a plan's regions, if it has to be asked."""
+        if self.copies_on_gpu(plan) and not self._context.core.progress.on_thread:
+            self.submit(Op("prepare"), _Access(plan.remote.regions), Transfer.end_empty).wait()
 
-    def begin(self, transfer: Transfer) -> None:
-        """Hands a transfer to the path: nothing stands in its way."""
-        (transfer.start or self.path.submit)(transfer)
-
-    def ended(self, transfer: Transfer) -> None:
-        """A transfer has ended: its memory is free, and a peer that counts on it is told."""
-        if not self.table.remove(transfer):
-            return
-        error = transfer.stopped
-        if error is not None and transfer.write and transfer.imm is not None:
-            self.context.send(Abort(transfer.imm, error.message[:1000]))
-        if self.table.revoked:
-            self._revocation.ended(transfer)
+    def prepare(self, plan: TransferPlan, layers: Sequence[int] | None) -> None:
+        """Do beforehand what the first transfer of a plan would have to do. May block."""
+        self.ask_leave(plan)
+        self._path.prepare(plan, layers)
+        if plan.tokens.converts and plan.local.device >= 0 and not self.copies_on_gpu(plan):
+            warm(self._workplaces, plan)
 
     def expire(self, now: float) -> None:
-        """Ends what is past its deadline; on the progress thread."""
-        for transfer in self.table.transfers():
+        """End what is past its deadline; on the progress thread."""
+        for transfer in self._table.transfers():
             deadline_s = transfer.ticket.deadline_s
             if deadline_s is not None and now > deadline_s:
                 self._expire(transfer, now - deadline_s)
-        for conversion in self.table.conversions():
+        for conversion in self._table.conversions():
             deadline_s = conversion.ticket.deadline_s
             if deadline_s is not None and now > deadline_s:
                 conversion.ticket._expire()  # it may wait for a stream, with no transfer begun
 
-    def _check_registered(self, operation: str, mine: object, theirs: object) -> None:
+    def granted(self, message: wire.Granted) -> None:
+        """Begin what waited for the peer's answer."""
+        answered = self._grants.answered(message, self._table.revoked, self._path.granted)
+        for transfer in answered:
+            self._begin(transfer)
+
+    def refused(self, message: wire.Refuse) -> None:
+        """End a transfer that the peer refuses."""
+        transfer = self._table.get(message.transfer)
+        if transfer is not None:
+            operation = transfer.ticket.operation
+            error = refused(message.error, message.reason, operation, self._peer, transfer.imm)
+            transfer.stop(error)
+            transfer.end(0)
+
+    def _launch(self, op: Op, move: BlockMove, compiled: Any) -> Ticket:
+        """Begin a move of blocks by a kernel. The host's share of it is this and what the path does:
+        every line counts."""
+        ticket = self._ticket(op)
+        transfer = self.make(ticket, move, write=move.plan.writes)
+        kernels = self._kernels
+        assert kernels is not None
+        if self._table.add_compiled(transfer, compiled):
+            kernels.launch(transfer, compiled, op.stream)
+            return ticket
+        # On the progress thread nobody can be asked and waited for.
+        self._path.before(transfer, op.stream)
+        if self._grants.admit(transfer):
+            self._begin(transfer)
+        return ticket
+
+    def _convert(self, op: Op, move: TokenMove) -> Ticket:
+        """Begin a transfer of numbers that change their type, in chunks."""
+        if op.imm is not None:
+            check_imm(op.imm, op.kind)
+        self.check_regions(op.kind, move.local, move.remote)
+        core = self._context.core
+        conversion = Conversion(
+            op,
+            move,
+            self._workplaces,
+            core.copiers,
+            core.gate,
+            peer=self._peer,
+            submit=self.submit,
+            begin=self._path.submit,
+            ended=self._table.remove_conversion,
+        )
+        move.plan.local.acquire()
+        try:
+            self._table.add_conversion(conversion)
+        except EngineError:
+            move.plan.local.release()
+            raise
+        return conversion.start()
+
+    def _ticket(self, op: Op) -> Ticket:
+        imm = op.imm
+        if imm is not None:
+            imm = check_imm(imm, op.kind)
+        return Ticket(op.kind, peer=self._peer, imm=imm, timeout_s=op.timeout_s)
+
+    def _takes(self, move: BlockMove | TokenMove) -> bool:
+        """Say whether the path moves this without a list of pieces."""
+        takes = self._path.takes(move)
+        # Asked for once, and waited for: a transfer that came later must not overtake one that
+        # still waits for access, since streams at both ends may depend on their order.
+        if takes and self._kernels is not None:
+            remote = move.remote
+            if self._passed.get(id(remote)) is not remote:
+                self.ask_leave(move.plan)
+                takes = self._path.takes(move)  # it has tried now whether it reaches them
+        return takes
+
+    def _begin(self, transfer: Transfer) -> None:
+        """Hand a transfer to the path: nothing stands in its way."""
+        (transfer.start or self._path.submit)(transfer)
+
+    def _ended(self, transfer: Transfer) -> None:
+        """A transfer has ended: its memory is free, and a peer that counts on it is told."""
+        if not self._table.remove(transfer):
+            return
+        error = transfer.stopped
+        if error is not None and transfer.write and transfer.imm is not None:
+            self._context.send(wire.Abort(transfer.imm, error.message[:1000]))
+        if self._table.revoked:
+            self._tell_ended(transfer)
+
+    def _check_plan(self, op: Op, plan: TransferPlan) -> None:
+        if plan.writes != (op.kind == "write"):
+            raise PlanError(
+                f"this plan is for {'writing' if plan.writes else 'reading'}: make another with "
+                "the two caches exchanged",
+                operation=op.kind,
+                peer=self._peer,
+            )
+        if plan.local.kind == "host":
+            if op.stream is not None:
+                raise PlanError(
+                    "stream= orders GPU memory, but this plan's cache is host memory",
+                    operation=op.kind,
+                    peer=self._peer,
+                )
+            plan.local.check_intact()
+
+    def _check_registered(self, op: Op, mine: object, theirs: object) -> None:
         if not isinstance(mine, MemoryRegion):
             problem = f"a {type(mine).__name__} is no region: register() it first"
-        elif mine.descriptor.engine_id != self.context.core.identity.engine_id:
+        elif mine.descriptor.engine_id != self._context.core.identity.engine_id:
             problem = f"region {mine.region_id} is registered with another engine of this process"
         elif not isinstance(theirs, RegionDescriptor):
             problem = (
@@ -245,23 +335,29 @@ class Submitter:
             )
         else:
             return
-        raise NotRegistered(problem, operation=operation, peer=self._peer.name)
+        raise NotRegistered(problem, operation=op.kind, peer=self._peer)
 
     def _expire(self, transfer: Transfer, late_s: float) -> None:
         transfer.ticket._expire()
-        if late_s > self.context.core.peer_timeout_s and self.table.get(transfer.id) is not None:
+        if late_s > self._context.core.peer_timeout_s and self._table.get(transfer.id) is not None:
             # A thread is stuck in it, or the peer never acknowledged: only taking the link down
             # makes its memory safe.
-            self.context.fail(
+            self._context.fail(
                 PeerLost(
                     "the peer did not take a transfer within its deadline",
                     operation=transfer.ticket.operation,
-                    peer=self._peer.name,
+                    peer=self._peer,
                     imm=transfer.imm,
                 )
             )
 
 
-def _nothing(transfer: Transfer) -> None:
-    if transfer.begin():
-        transfer.end(0)
+class _Access:
+    """A move of nothing, for which the peer is asked for access to its regions."""
+
+    local = ()
+    nbytes = 0
+    listed = None
+
+    def __init__(self, remote: Remote) -> None:
+        self.remote = remote

@@ -89,10 +89,13 @@ class Teardown:
         if self._halted:
             self._close_channel()  # two goodbyes crossed: neither is answered
 
-    def answered_bye(self) -> None:
-        """The peer says so in answer to this side's goodbye."""
+    def answered_bye(self, _: ByeToo) -> bool:
+        """The peer says so in answer to this side's goodbye, if there was one."""
+        if self._table.error is None:
+            return False
         self._peer_stopped = True
         self._close_channel()
+        return True
 
     def channel_ended(self) -> None:
         """The control channel has ended: everything that the peer said is read."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ..memory.descriptors import RegionDescriptor
     from ..transfer.ticket import Ticket
-    from ..transports.base import Transfer
+    from ..transfer.transfer import Transfer
 
 
 class Stoppable(Protocol):
@@ -39,15 +39,15 @@ class TransferTable:
         error: why the link is down and nothing more begins; None while it is up.
         numbers: of transfers; no two of a link have the same.
         revoked: the peer's regions that it has taken back.
-        routes: of plans of GPU memory that were checked and granted: their blocks take the shortest
-            way. By the plan's id and the layers.
+        compiled: plans of GPU memory that were compiled, checked and granted: their blocks take the
+            shortest way. By the plan's id and the layers.
     """
 
     def __init__(self, peer: str, granted: Callable[[tuple[RegionDescriptor, ...]], bool]) -> None:
         self.error: EngineError | None = None
         self.numbers = itertools.count(1)
         self.revoked: set[int] = set()
-        self.routes: dict[tuple[int, tuple[int, ...] | None], Any] = {}
+        self.compiled: dict[tuple[int, tuple[int, ...] | None] | None, Any] = {}
         self._peer = peer
         self._granted = granted
         self._lock = threading.Lock()
@@ -96,25 +96,25 @@ class TransferTable:
                 mine.release()
             raise
 
-    def add_routed(self, transfer: Transfer, route: Any) -> bool:
-        """Takes in a transfer of blocks; False if the peer has not given leave yet.
+    def add_compiled(self, transfer: Transfer, compiled: Any) -> bool:
+        """Take in a transfer of blocks; False if the peer has not granted access yet.
 
         Raises:
             RegionGone, LinkError: it must not begin.
         """
-        local, remote = route.plan.local, route.plan.remote.regions
+        local, remote = compiled.plan.local, compiled.plan.remote.regions
         local.acquire()
         try:
             with self._lock:
                 if self.error is not None:
                     raise self.down_error(transfer.ticket.operation)
-                granted = self.routes.get(route.key) is route
+                granted = self.compiled.get(compiled.key) is compiled
                 if not granted:
                     if self.revoked:
                         self._check_revoked(transfer)
                     granted = self._granted(remote)
                     if granted:
-                        self.routes[route.key] = route
+                        self.compiled[compiled.key] = compiled
                 self._transfers[transfer.id] = transfer
         except EngineError:
             local.release()
@@ -161,10 +161,10 @@ class TransferTable:
         """Takes in nothing any more that touches this region of the peer's."""
         with self._lock:
             self.revoked.add(region_id)
-            self.routes = {
-                key: route
-                for key, route in self.routes.items()
-                if all(region.region_id != region_id for region in route.plan.remote.regions)
+            self.compiled = {
+                key: compiled
+                for key, compiled in self.compiled.items()
+                if all(region.region_id != region_id for region in compiled.plan.remote.regions)
             }
 
     def _check_revoked(self, transfer: Transfer) -> None:

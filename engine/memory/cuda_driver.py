@@ -1,7 +1,7 @@
-"""The few CUDA driver calls that torch does not offer, by ctypes.
+"""CUDA's driver through NVIDIA's own Python bindings: the calls that torch does not offer.
 
-No dependency beyond the driver itself, and ctypes releases the interpreter lock while a call waits.
-Nothing of CUDA is loaded before the first call.
+Nothing of CUDA is loaded before the first call. The bindings release the interpreter lock in every
+call; the few that a transfer makes keep it (`LockKeepingDriver`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -19,231 +20,142 @@ if TYPE_CHECKING:
 
 LIBRARY = "libcuda.so.1"
 CONTROL_DEVICE = "/dev/nvidiactl"
+BINDINGS = "cuda.bindings"
+INSTALL = "pip install 'kvferry[cuda]'"
 IPC_HANDLE_NBYTES = 64
-UUID_NBYTES = 16
 
-_LAZY_ENABLE_PEER_ACCESS = 1
-_STREAM_NON_BLOCKING = 1
-_WAIT_GREATER_OR_EQUAL = 0
-_EVENT_DISABLE_TIMING = 2
-_CAPTURE_MODE_RELAXED = 2
-_PEER_ACCESS_ALREADY_ENABLED = 704
-_PORTABLE_AND_MAPPED = 1 | 2  # for every device of the process, and at the host's own address
-_ATTRIBUTE_DMABUF_SUPPORTED = 124
-_MAPPING_NBYTES, _MAPPING_BASE = 18, 19  # CUpointer_attribute, of one mapped chunk
-_HANDLE_TYPE_FD = 1
-_LOCATION_DEVICE = 1
-_ACCESS_READ_WRITE = 3
-
-_pointer = ctypes.POINTER
-_u64 = ctypes.c_uint64
-_handle = ctypes.c_void_p
-
-
-class IpcHandle(ctypes.Structure):
-    """CUipcMemHandle."""
-
-    _fields_ = (("reserved", ctypes.c_ubyte * IPC_HANDLE_NBYTES),)
-
-
-class Uuid(ctypes.Structure):
-    """CUuuid."""
-
-    _fields_ = (("data", ctypes.c_ubyte * UUID_NBYTES),)
-
-
-class Access(ctypes.Structure):
-    """CUmemAccessDesc: a location, and what kernels there may do."""
-
-    _fields_ = (("kind", ctypes.c_int), ("device", ctypes.c_int), ("flags", ctypes.c_int))
-
-
-_SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "cuInit": (ctypes.c_uint,),
-    "cuDeviceGetCount": (_pointer(ctypes.c_int),),
-    "cuDeviceGetUuid_v2": (_pointer(Uuid), ctypes.c_int),
-    "cuDeviceGetPCIBusId": (ctypes.c_char_p, ctypes.c_int, ctypes.c_int),
-    "cuDeviceCanAccessPeer": (_pointer(ctypes.c_int), ctypes.c_int, ctypes.c_int),
-    "cuDevicePrimaryCtxRetain": (_pointer(_handle), ctypes.c_int),
-    "cuCtxPushCurrent_v2": (_handle,),
-    "cuCtxPopCurrent_v2": (_pointer(_handle),),
-    "cuCtxEnablePeerAccess": (_handle, ctypes.c_uint),
-    "cuMemAlloc_v2": (_pointer(_u64), ctypes.c_size_t),
-    "cuMemFree_v2": (_u64,),
-    "cuMemsetD8Async": (_u64, ctypes.c_ubyte, ctypes.c_size_t, _handle),
-    "cuMemcpyDtoH_v2": (ctypes.c_void_p, _u64, ctypes.c_size_t),
-    "cuDeviceGetAttribute": (_pointer(ctypes.c_int), ctypes.c_int, ctypes.c_int),
-    "cuMemGetAddressRange_v2": (_pointer(_u64), _pointer(ctypes.c_size_t), _u64),
-    "cuIpcGetMemHandle": (_pointer(IpcHandle), _u64),
-    "cuIpcOpenMemHandle_v2": (_pointer(_u64), IpcHandle, ctypes.c_uint),
-    "cuIpcCloseMemHandle": (_u64,),
-    "cuPointerGetAttribute": (ctypes.c_void_p, ctypes.c_int, _u64),
-    "cuMemRetainAllocationHandle": (_pointer(_u64), ctypes.c_void_p),
-    "cuMemExportToShareableHandle": (ctypes.c_void_p, _u64, ctypes.c_int, ctypes.c_ulonglong),
-    "cuMemImportFromShareableHandle": (_pointer(_u64), ctypes.c_void_p, ctypes.c_int),
-    "cuMemAddressReserve": (
-        _pointer(_u64),
-        ctypes.c_size_t,
-        ctypes.c_size_t,
-        _u64,
-        ctypes.c_ulonglong,
-    ),
-    "cuMemAddressFree": (_u64, ctypes.c_size_t),
-    "cuMemMap": (_u64, ctypes.c_size_t, ctypes.c_size_t, _u64, ctypes.c_ulonglong),
-    "cuMemUnmap": (_u64, ctypes.c_size_t),
-    "cuMemSetAccess": (_u64, ctypes.c_size_t, _pointer(Access), ctypes.c_size_t),
-    "cuMemRelease": (_u64,),
-    "cuStreamCreate": (_pointer(_handle), ctypes.c_uint),
-    "cuStreamDestroy_v2": (_handle,),
-    "cuStreamSynchronize": (_handle,),
-    "cuMemHostRegister_v2": (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint),
-    "cuMemHostUnregister": (ctypes.c_void_p,),
-    "cuMemcpyAsync": (_u64, _u64, ctypes.c_size_t, _handle),
-    "cuStreamWaitEvent": (_handle, _handle, ctypes.c_uint),
-    "cuStreamIsCapturing": (_handle, _pointer(ctypes.c_int)),
-    "cuEventCreate": (_pointer(_handle), ctypes.c_uint),
-    "cuEventRecord": (_handle, _handle),
-    "cuEventSynchronize": (_handle,),
-    "cuMemcpyHtoDAsync_v2": (_u64, ctypes.c_void_p, ctypes.c_size_t, _handle),
-    "cuCtxSynchronize": (),
-    "cuThreadExchangeStreamCaptureMode": (_pointer(ctypes.c_int),),
-    "cuStreamWaitValue64_v2": (_handle, _u64, _u64, ctypes.c_uint),
-    "cuStreamWriteValue64_v2": (_handle, _u64, _u64, ctypes.c_uint),
-}
+# Whether the calls of a transfer keep the interpreter lock. Each takes 0.5 to 2 us either way, but a
+# thread that lets go of the lock beside one that computes may get it back a switch interval (5 ms)
+# later. Six calls beside such a thread, on two cores and a driver that does nothing: 8 us in the
+# median whichever way, 15 us in the mean with the lock kept, 220 without (decision 0051).
+KEEPS_LOCK = True
 
 
 def absence() -> str:
-    """Why there is no CUDA here, or "". Loads nothing and starts nothing: a fork stays possible."""
+    """Say why CUDA cannot be used here, or "". Load and start nothing, so that a fork stays possible."""
     if not os.path.exists(CONTROL_DEVICE):
         return f"no NVIDIA driver: {CONTROL_DEVICE} does not exist"
     try:
         ctypes.CDLL(LIBRARY)
     except OSError as error:
         return f"the NVIDIA driver's library cannot be loaded: {error}"
+    try:
+        bound = importlib.util.find_spec(BINDINGS) is not None
+    except ModuleNotFoundError:  # not even the package around it
+        bound = False
+    if not bound:
+        return f"there is an NVIDIA driver, but not its Python bindings, cuda-bindings: {INSTALL}"
     return ""
 
 
 class Driver:
-    """The driver's functions; every failure raises `DeviceError` with CUDA's own name for it."""
+    """The driver's functions; every failure raises `DeviceError` with CUDA's own name for it.
+
+    Devices are indices; addresses, streams and events are integers, as torch gives them.
+    """
 
     def __init__(self) -> None:
         reason = absence()
         if reason:
             raise DeviceError(reason, operation="cuda")
-        self._library = ctypes.CDLL(LIBRARY)
-        self._keeps_lock = ctypes.PyDLL(LIBRARY)
-        self._contexts: dict[int, ctypes.c_void_p] = {}
-        for name, arguments in _SIGNATURES.items():
-            function = getattr(self._library, name)
-            function.argtypes = arguments
-            function.restype = ctypes.c_int
-        # Called with every transfer: looked up once, without the detour over `call`, and with the
-        # interpreter lock in hand: they only note what is to be done.
-        self._push = self._quick("cuCtxPushCurrent_v2")
-        self._pop = self._quick("cuCtxPopCurrent_v2")
-        self._record = self._quick("cuEventRecord")
-        self._wait_event = self._quick("cuStreamWaitEvent")
-        self._upload = self._quick("cuMemcpyHtoDAsync_v2")
-        self._is_capturing = self._quick("cuStreamIsCapturing")
+        try:
+            from cuda.bindings import driver as bindings
+        except ImportError as error:
+            raise DeviceError(
+                f"the Python bindings of the NVIDIA driver cannot be loaded ({error}): {INSTALL}",
+                operation="cuda",
+            ) from error
+        self._cuda: Any = bindings
+        self._pointer_attribute = ctypes.CDLL(LIBRARY).cuPointerGetAttribute
+        self._pointer_attribute.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64)
+        self._contexts: dict[int, Any] = {}
         self.call("cuInit", 0)
 
-    def call(self, name: str, *arguments: Any) -> None:
-        """Calls one function.
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Call a function and return what it gives besides its code: nothing, a value, or several.
 
         Raises:
-            DeviceError: it failed.
+            DeviceError: it failed, or the driver does not have it.
         """
-        code = getattr(self._library, name)(*arguments)
+        try:
+            code, *values = getattr(self._cuda, name)(*arguments)
+        except (KeyError, ValueError) as error:  # the driver is newer and its code not in CUresult
+            raise self._failure(name, int(str(error).split()[0])) from None
+        except RuntimeError as error:  # the driver is older and lacks the function
+            raise DeviceError(f"{name} failed: {error}", operation="cuda") from error
         if code:
-            raise self._failure(name, code)
+            raise self._failure(name, int(code))
+        return values[0] if len(values) == 1 else values
 
     def enter(self, device: int) -> None:
-        """Makes the primary context of `device` this thread's current one, until `leave`."""
-        context = self._contexts.get(device) or self._context(device)
-        code = self._push(context)
-        if code:
-            raise self._failure("cuCtxPushCurrent", code)
+        """Make the primary context of `device` this thread's current one, until `leave`."""
+        self.call("cuCtxPushCurrent", self._context(device))
 
     def leave(self) -> None:
-        """Ends one `enter`."""
-        self._pop(ctypes.byref(_handle()))
+        """End one `enter`."""
+        self._cuda.cuCtxPopCurrent()
 
     def record(self, event: int, stream: int) -> None:
-        """Records an event on a stream, whose device's context is current."""
-        code = self._record(event, stream)
-        if code:
-            raise self._failure("cuEventRecord", code)
+        """Record an event on a stream, whose device's context is current."""
+        self.call("cuEventRecord", event, stream)
 
     def wait_event(self, stream: int, event: int) -> None:
-        """Lets a stream wait for what an event stands for now; recording it anew changes nothing."""
-        code = self._wait_event(stream, event, 0)
-        if code:
-            raise self._failure("cuStreamWaitEvent", code)
+        """Let a stream wait for what an event stands for now; recording it anew changes nothing."""
+        self.call("cuStreamWaitEvent", stream, event, 0)
 
     def upload(self, address: int, source: int, nbytes: int, stream: int) -> None:
-        """Copies pinned memory to the current context's device, in the order of a stream."""
-        code = self._upload(address, source, nbytes, stream)
-        if code:
-            raise self._failure("cuMemcpyHtoDAsync", code)
+        """Copy pinned memory to the current context's device, in the order of a stream."""
+        self.call("cuMemcpyHtoDAsync", address, source, nbytes, stream)
 
     def is_capturing(self, stream: int) -> bool:
         """Whether a CUDA graph is being captured from a stream."""
-        status = ctypes.c_int()
-        code = self._is_capturing(stream, ctypes.byref(status))
-        if code:
-            raise self._failure("cuStreamIsCapturing", code)
-        return bool(status.value)
+        return bool(self.call("cuStreamIsCapturing", stream))
 
     def new_event(self, device: int) -> int:
-        """An event without a time."""
-        event = _handle()
-        with self.current(device):
-            self.call("cuEventCreate", ctypes.byref(event), _EVENT_DISABLE_TIMING)
-        return int(event.value or 0)
+        """Make an event without a time."""
+        flags = self._cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING
+        return int(self._on(device, "cuEventCreate", flags))
 
     def synchronize_event(self, event: int) -> None:
-        """Waits, awake and without the interpreter lock, until an event has come."""
+        """Wait, awake and without the interpreter lock, until an event has come."""
         self.call("cuEventSynchronize", event)
 
     def stay_out_of_captures(self) -> None:
-        """What this thread waits for must not break a capture that is made on another."""
-        mode = ctypes.c_int(_CAPTURE_MODE_RELAXED)
-        self.call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+        """Keep what this thread waits for from breaking a capture that is made on another."""
+        mode = self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        self.call("cuThreadExchangeStreamCaptureMode", mode)
 
     def synchronize(self, device: int) -> None:
-        """Waits for everything that this process has given a device."""
-        with self.current(device):
-            self.call("cuCtxSynchronize")
+        """Wait for everything that this process has given a device."""
+        self._on(device, "cuCtxSynchronize")
 
     @contextlib.contextmanager
     def current(self, device: int) -> Iterator[None]:
-        """Makes the primary context of `device` this thread's current one."""
-        self.call("cuCtxPushCurrent_v2", self._context(device))
+        """Make the primary context of `device` this thread's current one."""
+        self.enter(device)
         try:
             yield
         finally:
-            popped = _handle()
-            self.call("cuCtxPopCurrent_v2", ctypes.byref(popped))
+            self.call("cuCtxPopCurrent")
 
     def device_count(self) -> int:
         """How many devices this process sees."""
-        count = ctypes.c_int()
-        self.call("cuDeviceGetCount", ctypes.byref(count))
-        return count.value
+        return int(self.call("cuDeviceGetCount"))
 
     @functools.cache  # noqa: B019 - there is one Driver a process
     def device_uuid(self, device: int) -> str:
-        """Names a device alike in all processes, whatever CUDA_VISIBLE_DEVICES says."""
-        uuid = Uuid()
-        self.call("cuDeviceGetUuid_v2", ctypes.byref(uuid), device)
-        return bytes(uuid.data).hex()
+        """Name a device alike in all processes, whatever CUDA_VISIBLE_DEVICES says."""
+        # Bindings of CUDA 12 have both: the older one names the whole GPU for each part (MIG) of it.
+        name = (
+            "cuDeviceGetUuid_v2" if hasattr(self._cuda, "cuDeviceGetUuid_v2") else "cuDeviceGetUuid"
+        )
+        return bytes(self.call(name, device).bytes).hex()
 
     @functools.cache  # noqa: B019 - there is one Driver a process
     def pci_address(self, device: int) -> str:
         """A device's PCI address as sysfs writes it: `0000:1b:00.0`."""
-        text = ctypes.create_string_buffer(32)
-        self.call("cuDeviceGetPCIBusId", text, len(text), device)
-        return text.value.decode("ascii").lower()
+        text: bytes = self.call("cuDeviceGetPCIBusId", 32, device)
+        return text.split(b"\0")[0].decode("ascii").lower()
 
     def find_device(self, uuid: str) -> int:
         """The index of a device in this process, or -1 if it is not visible."""
@@ -254,28 +166,21 @@ class Driver:
 
     def can_access(self, device: int, peer: int) -> bool:
         """Whether kernels on `device` can reach the memory of `peer`."""
-        if device == peer:
-            return True
-        yes = ctypes.c_int()
-        self.call("cuDeviceCanAccessPeer", ctypes.byref(yes), device, peer)
-        return bool(yes.value)
+        return device == peer or bool(self.call("cuDeviceCanAccessPeer", device, peer))
 
     def enable_peer_access(self, device: int, peer: int) -> None:
-        """Lets kernels of this process on `device` reach its own memory on `peer`."""
+        """Let kernels of this process on `device` reach its own memory on `peer`."""
         if device == peer:
             return
-        with self.current(device):
-            try:
-                self.call("cuCtxEnablePeerAccess", self._context(peer), 0)
-            except DeviceError as error:
-                if error.code != _PEER_ACCESS_ALREADY_ENABLED:
-                    raise
+        try:
+            self._on(device, "cuCtxEnablePeerAccess", self._context(peer), 0)
+        except DeviceError as error:
+            if error.code != self._cuda.CUresult.CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED:
+                raise
 
     def allocate(self, device: int, nbytes: int, *, zeros: bool = True) -> int:
-        """Memory of its own allocation, all zeros on return if wanted; its address."""
-        address = _u64()
-        with self.current(device):
-            self.call("cuMemAlloc_v2", ctypes.byref(address), nbytes)
+        """Allocate memory of its own, all zeros on return if wanted; return its address."""
+        address = int(self._on(device, "cuMemAlloc", nbytes))
         if zeros:
             # The synchronous call runs behind whatever the default stream has been given, and
             # returns before: the zeros would come over what others have written meanwhile.
@@ -284,166 +189,225 @@ class Driver:
                 self.call("cuMemsetD8Async", address, 0, nbytes, stream)
                 self.call("cuStreamSynchronize", stream)
             self.destroy_stream(device, stream)
-        return address.value
+        return address
 
     def free(self, device: int, address: int) -> None:
-        """Frees what `allocate` gave."""
-        with self.current(device):
-            self.call("cuMemFree_v2", address)
+        """Free what `allocate` gave."""
+        self._on(device, "cuMemFree", address)
 
     def read_word(self, device: int, address: int) -> int:
-        """An int64 of device memory; waits for it."""
+        """Read an int64 of device memory; wait for it."""
         word = ctypes.c_int64()
-        with self.current(device):
-            self.call("cuMemcpyDtoH_v2", ctypes.byref(word), address, 8)
+        self._on(device, "cuMemcpyDtoH", ctypes.addressof(word), address, 8)
         return word.value
 
     def allocation(self, device: int, address: int) -> tuple[int, int]:
         """Base and size of the allocation that holds an address."""
-        base, nbytes = _u64(), ctypes.c_size_t()
-        with self.current(device):
-            self.call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(nbytes), address)
-        return base.value, nbytes.value
+        base, nbytes = self._on(device, "cuMemGetAddressRange", address)
+        return int(base), int(nbytes)
 
     def export(self, device: int, base: int) -> bytes:
         """The IPC handle of a whole allocation."""
-        handle = IpcHandle()
-        with self.current(device):
-            self.call("cuIpcGetMemHandle", ctypes.byref(handle), base)
-        return bytes(handle.reserved)
+        # Its bytes have a name (`reserved`) up to the bindings of CUDA 13.3, and none afterwards.
+        handle = self._on(device, "cuIpcGetMemHandle", base)
+        return ctypes.string_at(handle.getPtr(), IPC_HANDLE_NBYTES)
 
     def open(self, device: int, handle: bytes) -> int:
-        """Maps another process's allocation for kernels on `device`; its address there."""
-        raw = IpcHandle((ctypes.c_ubyte * IPC_HANDLE_NBYTES).from_buffer_copy(handle))
-        address = _u64()
-        with self.current(device):
-            self.call("cuIpcOpenMemHandle_v2", ctypes.byref(address), raw, _LAZY_ENABLE_PEER_ACCESS)
-        return address.value
+        """Map another process's allocation for kernels on `device`; return its address there."""
+        if len(handle) != IPC_HANDLE_NBYTES:
+            raise DeviceError(
+                f"an IPC handle has {IPC_HANDLE_NBYTES} bytes, not {len(handle)}", operation="cuda"
+            )
+        raw = self._cuda.CUipcMemHandle()
+        ctypes.memmove(raw.getPtr(), handle, IPC_HANDLE_NBYTES)
+        flags = self._cuda.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+        return int(self._on(device, "cuIpcOpenMemHandle", raw, flags))
 
     def unmap(self, device: int, address: int) -> None:
-        """Ends one `open`."""
-        with self.current(device):
-            self.call("cuIpcCloseMemHandle", address)
+        """End one `open`."""
+        self._on(device, "cuIpcCloseMemHandle", address)
 
     def chunk(self, device: int, address: int) -> tuple[int, int]:
         """Base and size of the mapping that holds an address of memory mapped in chunks."""
-        base, nbytes = _u64(), ctypes.c_size_t()
+        which = self._cuda.CUpointer_attribute
         with self.current(device):
-            self.call("cuPointerGetAttribute", ctypes.byref(base), _MAPPING_BASE, address)
-            self.call("cuPointerGetAttribute", ctypes.byref(nbytes), _MAPPING_NBYTES, address)
-        return base.value, nbytes.value
+            base = self._attribute(which.CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR, address)
+            nbytes = self._attribute(which.CU_POINTER_ATTRIBUTE_MAPPING_SIZE, address)
+        return base, nbytes
 
     def export_chunk(self, device: int, address: int) -> int:
         """A file descriptor of the chunk that is mapped at an address: the caller's to close."""
-        handle, fd = _u64(), ctypes.c_int()
         with self.current(device):
-            self.call("cuMemRetainAllocationHandle", ctypes.byref(handle), address)
+            handle = self.call("cuMemRetainAllocationHandle", address)
             try:
-                self.call(
-                    "cuMemExportToShareableHandle", ctypes.byref(fd), handle, _HANDLE_TYPE_FD, 0
-                )
+                return int(self.call("cuMemExportToShareableHandle", handle, self._fd_kind, 0))
             finally:
                 self.call("cuMemRelease", handle)
-        return fd.value
 
     def reserve(self, device: int, nbytes: int) -> int:
-        """Addresses for chunks to be mapped at."""
-        address = _u64()
-        with self.current(device):
-            self.call("cuMemAddressReserve", ctypes.byref(address), nbytes, 0, 0, 0)
-        return address.value
+        """Reserve addresses for chunks to be mapped at."""
+        return int(self._on(device, "cuMemAddressReserve", nbytes, 0, 0, 0))
 
     def unreserve(self, device: int, address: int, nbytes: int) -> None:
-        """Ends one `reserve`: nothing is mapped there."""
-        with self.current(device):
-            self.call("cuMemAddressFree", address, nbytes)
+        """End one `reserve`: nothing is mapped there."""
+        self._on(device, "cuMemAddressFree", address, nbytes)
 
     def map_chunk(self, device: int, address: int, nbytes: int, fd: int) -> None:
-        """Maps a chunk at reserved addresses; its descriptor may be closed afterwards."""
-        handle = _u64()
+        """Map a chunk at reserved addresses; its descriptor may be closed afterwards."""
         with self.current(device):
-            self.call("cuMemImportFromShareableHandle", ctypes.byref(handle), fd, _HANDLE_TYPE_FD)
+            handle = self.call("cuMemImportFromShareableHandle", fd, self._fd_kind)
             try:
                 self.call("cuMemMap", address, nbytes, 0, handle, 0)
             finally:
                 self.call("cuMemRelease", handle)
 
     def allow(self, device: int, address: int, nbytes: int) -> None:
-        """Lets kernels on a device read and write mapped chunks."""
-        access = Access(_LOCATION_DEVICE, device, _ACCESS_READ_WRITE)
-        with self.current(device):
-            self.call("cuMemSetAccess", address, nbytes, ctypes.byref(access), 1)
+        """Let kernels on a device read and write mapped chunks."""
+        access = self._cuda.CUmemAccessDesc()
+        access.location.type = self._cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        access.location.id = device
+        access.flags = self._cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        self._on(device, "cuMemSetAccess", address, nbytes, [access], 1)
 
     def unmap_chunk(self, device: int, address: int, nbytes: int) -> None:
-        """Ends one `map_chunk`."""
-        with self.current(device):
-            self.call("cuMemUnmap", address, nbytes)
+        """End one `map_chunk`."""
+        self._on(device, "cuMemUnmap", address, nbytes)
 
     def exports_dmabuf(self, device: int) -> bool:
         """Whether memory of a GPU can be exported as a dma-buf."""
-        value = ctypes.c_int()
-        self.call("cuDeviceGetAttribute", ctypes.byref(value), _ATTRIBUTE_DMABUF_SUPPORTED, device)
-        return bool(value.value)
+        asked = self._cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED
+        return bool(self.call("cuDeviceGetAttribute", asked, device))
 
     def new_stream(self, device: int) -> int:
-        """A stream of its own: torch's come from a pool, so two users may share one."""
-        stream = _handle()
-        with self.current(device):
-            self.call("cuStreamCreate", ctypes.byref(stream), _STREAM_NON_BLOCKING)
-        return int(stream.value or 0)
+        """Make a stream of its own: torch's come from a pool, so two users may share one."""
+        flags = self._cuda.CUstream_flags.CU_STREAM_NON_BLOCKING
+        return int(self._on(device, "cuStreamCreate", flags))
 
     def destroy_stream(self, device: int, stream: int) -> None:
-        """Destroys what `new_stream` gave."""
-        with self.current(device):
-            self.call("cuStreamDestroy_v2", stream)
+        """Destroy what `new_stream` gave."""
+        self._on(device, "cuStreamDestroy", stream)
 
     def wait_value(self, device: int, stream: int, address: int, value: int) -> None:
-        """Lets a stream wait until the word at `address` is at least `value`."""
-        with self.current(device):
-            self.call("cuStreamWaitValue64_v2", stream, address, value, _WAIT_GREATER_OR_EQUAL)
+        """Let a stream wait until the word at `address` is at least `value`."""
+        until = self._cuda.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
+        self._on(device, "cuStreamWaitValue64", stream, address, value, until)
 
     def write_value(self, device: int, stream: int, address: int, value: int) -> None:
-        """Lets a stream write a word."""
-        with self.current(device):
-            self.call("cuStreamWriteValue64_v2", stream, address, value, 0)
+        """Let a stream write a word."""
+        self._on(device, "cuStreamWriteValue64", stream, address, value, 0)
 
     def pin(self, device: int, address: int, nbytes: int) -> None:
-        """Registers host memory, whole pages: kernels of all devices reach it by its address."""
-        with self.current(device):
-            self.call("cuMemHostRegister_v2", address, nbytes, _PORTABLE_AND_MAPPED)
+        """Register host memory, whole pages: kernels of all devices reach it by its address."""
+        flags = self._cuda.CU_MEMHOSTREGISTER_PORTABLE | self._cuda.CU_MEMHOSTREGISTER_DEVICEMAP
+        self._on(device, "cuMemHostRegister", address, nbytes, flags)
 
     def unpin(self, device: int, address: int) -> None:
-        """Ends one `pin`."""
-        with self.current(device):
-            self.call("cuMemHostUnregister", address)
+        """End one `pin`."""
+        self._on(device, "cuMemHostUnregister", address)
 
     def copy(self, device: int, dst: int, src: int, nbytes: int, stream: int) -> None:
-        """Copies between device memory and pinned host memory, either way, on a stream."""
+        """Copy between device memory and pinned host memory, either way, on a stream."""
         if nbytes:
-            with self.current(device):
-                self.call("cuMemcpyAsync", dst, src, nbytes, stream)
+            self._on(device, "cuMemcpyAsync", dst, src, nbytes, stream)
 
-    def _quick(self, name: str) -> Any:
-        function = self._keeps_lock[name]
-        function.argtypes = _SIGNATURES[name]
-        function.restype = ctypes.c_int
-        return function
+    def _on(self, device: int, name: str, *arguments: Any) -> Any:
+        """Call a function with the context of `device` current, as `current` makes it, but quicker."""
+        self.enter(device)
+        try:
+            return self.call(name, *arguments)
+        finally:
+            self.call("cuCtxPopCurrent")
 
-    def _context(self, device: int) -> ctypes.c_void_p:
+    def _context(self, device: int) -> Any:
         context = self._contexts.get(device)
         if context is None:
-            context = _handle()
-            self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-            self._contexts[device] = context
+            context = self._contexts[device] = self.call("cuDevicePrimaryCtxRetain", device)
         return context
 
-    def _failure(self, name: str, code: int) -> DeviceError:
-        return DeviceError(f"{name} failed: {self._describe(code)}", operation="cuda", code=code)
+    def _attribute(self, which: int, address: int) -> int:
+        """Ask for a 64-bit attribute of an address, by ctypes: the bindings refuse to ask for these."""
+        value = ctypes.c_uint64()
+        code = self._pointer_attribute(ctypes.byref(value), which, address)
+        if code:
+            raise self._failure("cuPointerGetAttribute", code)
+        return value.value
 
-    def _describe(self, code: int) -> str:
-        name = ctypes.c_char_p()
-        self._library.cuGetErrorName(code, ctypes.byref(name))
-        return name.value.decode() if name.value else f"error {code}"
+    @property
+    def _fd_kind(self) -> Any:
+        return self._cuda.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+
+    def _failure(self, name: str, code: int) -> DeviceError:
+        try:
+            says = self._cuda.CUresult(code).name
+        except ValueError:
+            says = f"error {code}"
+        return DeviceError(f"{name} failed: {says}", operation="cuda", code=code)
+
+
+class LockKeepingDriver(Driver):
+    """Makes the calls of a transfer by ctypes, which keeps the interpreter lock: see `KEEPS_LOCK`.
+
+    They only note what is to be done. Each function is looked up once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        library = ctypes.PyDLL(LIBRARY)
+
+        def function(name: str, *arguments: Any) -> Any:
+            found = library[name]
+            found.argtypes, found.restype = arguments, ctypes.c_int
+            return found
+
+        handle, pointer = ctypes.c_void_p, ctypes.POINTER
+        self._handles: dict[int, ctypes.c_void_p] = {}  # of contexts
+        self._push = function("cuCtxPushCurrent_v2", handle)
+        self._pop = function("cuCtxPopCurrent_v2", pointer(handle))
+        self._record = function("cuEventRecord", handle, handle)
+        self._wait_event = function("cuStreamWaitEvent", handle, handle, ctypes.c_uint)
+        self._upload = function(
+            "cuMemcpyHtoDAsync_v2", ctypes.c_uint64, handle, ctypes.c_size_t, handle
+        )
+        self._is_capturing = function("cuStreamIsCapturing", handle, pointer(ctypes.c_int))
+
+    def enter(self, device: int) -> None:
+        """As `Driver.enter`."""
+        handle = self._handles.get(device)
+        if handle is None:
+            handle = self._handles[device] = ctypes.c_void_p(int(self._context(device)))
+        code = self._push(handle)
+        if code:
+            raise self._failure("cuCtxPushCurrent", code)
+
+    def leave(self) -> None:
+        """As `Driver.leave`."""
+        self._pop(ctypes.byref(ctypes.c_void_p()))
+
+    def record(self, event: int, stream: int) -> None:
+        """As `Driver.record`."""
+        code = self._record(event, stream)
+        if code:
+            raise self._failure("cuEventRecord", code)
+
+    def wait_event(self, stream: int, event: int) -> None:
+        """As `Driver.wait_event`."""
+        code = self._wait_event(stream, event, 0)
+        if code:
+            raise self._failure("cuStreamWaitEvent", code)
+
+    def upload(self, address: int, source: int, nbytes: int, stream: int) -> None:
+        """As `Driver.upload`."""
+        code = self._upload(address, source, nbytes, stream)
+        if code:
+            raise self._failure("cuMemcpyHtoDAsync", code)
+
+    def is_capturing(self, stream: int) -> bool:
+        """As `Driver.is_capturing`."""
+        status = ctypes.c_int()
+        code = self._is_capturing(stream, ctypes.byref(status))
+        if code:
+            raise self._failure("cuStreamIsCapturing", code)
+        return bool(status.value)
 
 
 @functools.cache
@@ -453,4 +417,4 @@ def driver() -> Driver:
     Raises:
         DeviceError: there is none.
     """
-    return Driver()
+    return LockKeepingDriver() if KEEPS_LOCK else Driver()

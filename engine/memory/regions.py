@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ..layout.kv_layout import KVLayout
-    from .cuda_vmm import ExportedChunks
+    from .cuda_export import ExportedChunks
     from .descriptors import CudaMemory
 
 

@@ -6,6 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import PlanError
+from ..plan.block_tables import are_few
 
 if TYPE_CHECKING:
     import torch
@@ -34,10 +35,11 @@ class UploadedIds:
 
 
 class CheckedIds(NamedTuple):
-    """Ids for `DataPath.submit_blocks`.
+    """Ids of a `BlockMove`.
 
     Attributes:
-        src, dst: int64 rows in host memory, or int32 or int64 tensors on the GPU.
+        src, dst: int64 rows in host memory, lists of a few Python numbers, or int32 or int64
+            tensors on the GPU.
         on_gpu: which of the two.
         num_blocks: how many.
     """
@@ -48,17 +50,19 @@ class CheckedIds(NamedTuple):
     num_blocks: int
 
 
-def check_ids(plan: TransferPlan, src: Any, dst: Any, *, ordered: bool = True) -> CheckedIds:
-    """Checks ids of any kind.
+def check_ids(plan: TransferPlan, src: Any, dst: Any) -> CheckedIds:
+    """Check block ids of any kind: lists, rows, tensors on a GPU, or `UploadedIds` and None.
 
-    Those in host memory are looked at; two tensors on a GPU stay where they are, unread.
-
-    Args:
-        ordered: whether ids in host memory must come back in order of their destination.
+    Those in host memory are looked at, and come back in order of their destination if the plan's
+    pieces are so small that it matters; two tensors on a GPU stay where they are, unread.
 
     Raises:
         BlockOutOfRange, OverlappingBlocks, PlanError: as for `Plan.pieces`.
     """
+    if are_few(src) and are_few(dst):
+        few = plan.plan.order_few(src, dst)
+        if few is not None:
+            return CheckedIds(*few, False, len(few[1]))
     if type(src) is UploadedIds:
         if dst is not None or src.plan is not plan:
             raise PlanError(
@@ -68,10 +72,15 @@ def check_ids(plan: TransferPlan, src: Any, dst: Any, *, ordered: bool = True) -
         return src._checked
     if dst is None:
         raise PlanError("destination block ids are missing", operation="plan")
-    if not (getattr(src, "is_cuda", False) or getattr(dst, "is_cuda", False)):
-        rows_src, rows_dst = plan.plan.check_ids(src, dst, ordered=ordered)
+    if not (is_on_gpu(src) or is_on_gpu(dst)):
+        rows_src, rows_dst = plan.plan.check_ids(src, dst, ordered=plan.wants_order)
         return CheckedIds(rows_src, rows_dst, False, len(rows_dst))
     return CheckedIds(src, dst, True, check_on_gpu(plan, src, dst))
+
+
+def is_on_gpu(ids: Any) -> bool:
+    """Say whether ids, or a block table, are a tensor on a GPU."""
+    return getattr(ids, "is_cuda", False)
 
 
 def check_on_gpu(plan: TransferPlan, src: Any, dst: Any) -> int:

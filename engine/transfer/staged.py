@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ..transports.base import Transfer
     from .compute_gate import StreamGate
+    from .transfer import Transfer
 
 
 def note_compute(transfer: Transfer, stream: torch.cuda.Stream | None) -> None:

@@ -85,7 +85,7 @@ class BoundTemplate:
         self.joins = bool(template.joins.any())
         self.uncut = 0 < longest <= MAX_PIECE_NBYTES
 
-    def pieces(self, src_ids: Column, dst_ids: Column) -> BoundPieces:
+    def pieces(self, src_ids: Ids, dst_ids: Ids) -> BoundPieces:
         """All pieces of these blocks."""
         count = len(src_ids)
         if not count:

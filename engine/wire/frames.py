@@ -12,14 +12,10 @@ from __future__ import annotations
 
 import struct
 import zlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ..errors import ProtocolError
 from . import tables
-
-if TYPE_CHECKING:
-    from ..transports.base import Transfer
-    from .tables import Admitted
 
 MAGIC = b"KVF1"
 WRITE, DATA = 1, 2
@@ -41,36 +37,6 @@ class Header(NamedTuple):
     nbytes: int
     num_pieces: int
     crc: int
-
-
-def of_write(transfer: Transfer, part: slice) -> tuple[Header, bytes]:
-    """The header and the tables of the frame that carries some of a write's pieces."""
-    regions, pieces = tables.region_rows(transfer.remote_regions), tables.piece_rows(transfer, part)
-    header = Header(
-        kind=WRITE,
-        flags=HAS_IMM if transfer.imm is not None else 0,
-        imm=transfer.imm or 0,
-        table=len(regions),
-        transfer=transfer.id,
-        nbytes=int(transfer.nbytes[part].sum()),
-        num_pieces=len(pieces),
-        crc=0,
-    )
-    return header, regions.tobytes() + pieces.tobytes()
-
-
-def of_reply(transfer: int, first: int, admitted: Admitted) -> Header:
-    """The header of the frame that carries what a read asked for from its piece `first` on."""
-    return Header(
-        kind=DATA,
-        flags=0,
-        imm=0,
-        table=first,
-        transfer=transfer,
-        nbytes=admitted.nbytes,
-        num_pieces=len(admitted.iov),
-        crc=0,
-    )
 
 
 def encode(header: Header) -> bytes:

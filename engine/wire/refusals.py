@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..errors import (
     ChecksumMismatch,
     EngineError,
@@ -15,9 +13,6 @@ from ..errors import (
     RegionGone,
     RegionRefused,
 )
-
-if TYPE_CHECKING:
-    from ..transports.base import Transfer
 
 _REFUSALS: dict[str, type[EngineError]] = {
     "ChecksumMismatch": ChecksumMismatch,
@@ -44,13 +39,10 @@ def link_down(
     return kind(message, operation=operation, peer=peer, imm=imm)
 
 
-def refused(transfer: Transfer, error: str, reason: str, *, peer: str) -> EngineError:
+def refused(error: str, reason: str, operation: str, peer: str, imm: int | None) -> EngineError:
     """The error for a transfer that the peer refused with an error of this class name."""
     return _REFUSALS.get(error, RegionRefused)(
-        f"the peer refused: {reason}",
-        operation=transfer.ticket.operation,
-        peer=peer,
-        imm=transfer.imm,
+        f"the peer refused: {reason}", operation=operation, peer=peer, imm=imm
     )
 
 

@@ -14,12 +14,11 @@ from ..errors import NotRegistered, OutOfRange, ProtocolError
 from ..memory import iovec
 from ..memory.descriptors import KEY_NBYTES, RegionDescriptor
 from ..memory.regions import MemoryRegion, RegionTable, check_ranges
-from .messages import ReadRequest
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from ..transports.base import Transfer
+    from ..transfer.transfer import Transfer
 
 REGION_ROW = np.dtype([("region", "<u4"), ("unused", "<u4"), ("key", "u1", (KEY_NBYTES,))])
 PIECE_ROW = np.dtype([("region", "<u4"), ("unused", "<u4"), ("offset", "<u8"), ("nbytes", "<u8")])
@@ -58,17 +57,6 @@ def piece_rows(transfer: Transfer, part: slice) -> npt.NDArray[np.void]:
     rows["offset"] = offsets
     rows["nbytes"] = transfer.nbytes[part]
     return rows
-
-
-def read_request(transfer: Transfer, part: slice, *, verify: bool) -> ReadRequest:
-    """Asks for some of a read's pieces; `verify`: with a checksum."""
-    return ReadRequest(
-        transfer=transfer.id,
-        first=part.start,
-        regions=region_rows(transfer.remote_regions).tobytes(),
-        pieces=piece_rows(transfer, part).tobytes(),
-        verify=verify,
-    )
 
 
 def admit(

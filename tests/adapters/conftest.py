@@ -120,7 +120,7 @@ def vllm_python() -> str:
     try:
         return str(ensure())
     except CannotInstall as error:
-        lack(f"vLLM cannot be installed here: {error}")
+        lack(f"needs vLLM, which cannot be installed here: {error}")
 
 
 @pytest.fixture(scope="session")

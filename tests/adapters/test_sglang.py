@@ -32,7 +32,7 @@ def packages() -> str:
     try:
         return str(ensure())
     except CannotInstall as error:
-        lack(f"SGLang's wheel cannot be had here: {error}")
+        lack(f"needs SGLang's wheel, which cannot be had here: {error}")
 
 
 @pytest.fixture(scope="module")

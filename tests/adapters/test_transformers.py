@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import random
+import types
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +15,7 @@ cache_utils = pytest.importorskip("transformers.cache_utils", reason="needs kvfe
 from kvferry.adapters.transformers import (  # noqa: E402
     POOL_DIMS,
     blocks_for,
+    cache_argument,
     export_cache,
     import_cache,
 )
@@ -178,13 +181,33 @@ def test_grouped_query_model_goes_on_from_an_imported_cache() -> None:
     pool, ids = make_pool(), scattered_ids(45)
     with torch.inference_mode():
         cache = cache_utils.DynamicCache(config=config)
-        model(input_ids=prompt, past_key_values=cache, use_cache=True)
+        name = cache_argument(model)
+        model(input_ids=prompt, use_cache=True, **{name: cache})
         export_cache(cache, pool, ids)
         back: Any = import_cache(pool, ids, 45, config=config)
         step = prompt[:, :1]
-        left = model(input_ids=step, past_key_values=cache, use_cache=True).logits
-        right = model(input_ids=step, past_key_values=back, use_cache=True).logits
+        left = model(input_ids=step, use_cache=True, **{name: cache}).logits
+        right = model(input_ids=step, use_cache=True, **{name: back}).logits
     assert torch.equal(left, right)
+
+
+def takes_cache(*, cache: Any = None, cache_position: Any = None) -> None: ...
+
+
+def takes_past_key_values(*, past_key_values: Any = None, cache_position: Any = None) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("forward", "name"),
+    [(takes_cache, "cache"), (takes_past_key_values, "past_key_values")],
+)
+def test_the_cache_goes_by_the_name_that_the_model_has_for_it(
+    forward: Callable[..., None], name: str
+) -> None:
+    @functools.wraps(forward)
+    def decorated(**_options: Any) -> None: ...
+
+    assert cache_argument(types.SimpleNamespace(forward=decorated)) == name
 
 
 class TestWhatIsRefused:

@@ -38,7 +38,7 @@ from kvferry.control.curve import new_pair
 from kvferry.control.keys import Keys, write_keys
 from tests.daemon_process import DaemonProcess
 from tests.giants import is_cut_off, peak_mib
-from tests.needs import need
+from tests.needs import FAKETIME, need
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -303,7 +303,7 @@ class Clock:
 @pytest.fixture
 def clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Clock:
     """For every process that the test starts."""
-    library = need("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1", "libfaketime")
+    library = need(FAKETIME)
     made = Clock(library, tmp_path / "clock")
     for name, value in made.environment.items():
         monkeypatch.setenv(name, value)

@@ -33,7 +33,7 @@ from kvferry.control.cluster.messages import (
 from kvferry.control.http import http_host
 from tests import browser
 from tests.daemon_process import ROOT, DaemonProcess
-from tests.needs import lack
+from tests.needs import CHROMIUM, need
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,9 +48,7 @@ WAIT_S = 30.0
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[browser.Browser]:
-    if browser.find() is None:
-        lack("needs a browser: apt-get install chromium-headless-shell")
-    with browser.Browser() as made:
+    with browser.Browser(need(CHROMIUM)) as made:
         yield made
 
 

@@ -20,6 +20,7 @@ from kvferry.engine.layout import kv_layout as layout
 from kvferry.engine.layout import region
 from kvferry.engine.memory import descriptors
 from kvferry.engine.transports.verbs import cards as verbs_cards
+from kvferry.engine.wire import identity
 from kvferry.engine.wire import messages as wire
 from tests.daemon_process import ROOT, DaemonProcess
 
@@ -64,7 +65,7 @@ KINDS: dict[str, tuple[Kind, ...]] = {
         *(membership.Record, store.Peer),
     ),
     "Engine and engine": (
-        *(handshake.EngineAddress, handshake.Identity, handshake.Hello, handshake.Challenge),
+        *(handshake.EngineAddress, identity.Identity, handshake.Hello, handshake.Challenge),
         *(handshake.Proof, handshake.Welcome),
         *LINK_MESSAGES,
         *(verbs_cards.Offer, verbs_cards.RailCard, verbs_cards.QueueCard, verbs_cards.GidCard),

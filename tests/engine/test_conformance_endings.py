@@ -22,6 +22,7 @@ from kvferry.engine.errors import (
     RegionGone,
 )
 from kvferry.engine.transfer_engine import TransferEngine
+from kvferry.engine.wire.messages import Revoke
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -363,7 +364,7 @@ def test_a_write_that_begins_while_its_region_is_revoked_is_refused(
 
     def acquire_late(region: MemoryRegion) -> None:
         acquire(region)  # the checks are over, the transfer is not known to the link yet
-        link._revocation.obey(theirs.region_id)
+        link._handle(Revoke(theirs.region_id))
 
     monkeypatch.setattr(type(mine.region), "acquire", acquire_late)
     with pytest.raises(RegionGone, match="has deregistered"):

@@ -9,11 +9,10 @@ import pytest
 
 from kvferry.engine.errors import DeviceError, RegionGone
 from kvferry.engine.memory import cuda_driver as cuda
-from kvferry.engine.memory import cuda_export as cuda_memory
-from kvferry.engine.memory.cuda_export import PeerMappings
 from kvferry.engine.memory.descriptors import CudaMemory, RegionDescriptor
 from kvferry.engine.transports.cuda_ipc import path as cuda_ipc
-from kvferry.engine.transports.cuda_ipc.peer_memory import PeerReach
+from kvferry.engine.transports.cuda_ipc import peer_memory
+from kvferry.engine.transports.cuda_ipc.peer_memory import PeerMappings, PeerReach
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,7 +67,7 @@ class Local:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     fake = Driver()
-    for module in (cuda, cuda_memory):
+    for module in (cuda, peer_memory):
         monkeypatch.setattr(module, "driver", lambda: fake)
     return fake
 

@@ -27,6 +27,7 @@ from kvferry.engine.errors import (
 )
 from kvferry.engine.transfer_engine import TransferEngine
 from kvferry.engine.wire import messages as wire
+from kvferry.engine.wire.identity import Identity
 from kvferry.engine.wire.messages import LINK_VERSION
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def dial(address: EngineAddress, transport: str) -> socket.socket:
 def hello_to(
     server: TransferEngine, transport: str, nonce: bytes = bytes(32), **changes: object
 ) -> Hello:
-    me = handshake.Identity("impostor", "impostor", handshake.host_id(), os.getpid())
+    me = Identity("impostor", "impostor", handshake.host_id(), os.getpid())
     hello = Hello(
         version=LINK_VERSION,
         identity=me,

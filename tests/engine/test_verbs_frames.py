@@ -8,16 +8,17 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from kvferry.engine.errors import EngineError
 from kvferry.engine.memory.regions import RegionTable
+from kvferry.engine.transfer.moves import PieceMove
 from kvferry.engine.transfer.pieces import bind
 from kvferry.engine.transfer.ticket import Ticket
-from kvferry.engine.transports.base import Transfer
+from kvferry.engine.transfer.transfer import Transfer
 from kvferry.engine.transports.verbs.frames import Frames
 from kvferry.engine.transports.verbs.slots import BYTES_ALIGN_NBYTES, Slots
 from kvferry.engine.wire import messages as wire
@@ -45,7 +46,10 @@ class End:
         self.counted = 0
         self.regions = RegionTable(name)
         self.slots = Slots()
-        self.rail: Any = SimpleNamespace(number=0, up=True, peer_slots=(0, 0), device=Device())
+        queues = SimpleNamespace(room=1, credits=1)
+        self.rail: Any = SimpleNamespace(
+            number=0, up=True, peer_slots=(0, 0), device=Device(), staged=queues
+        )
         self.transfers: dict[int, Transfer] = {}
         self.core = SimpleNamespace(regions=self.regions, verify=verify, max_programs=None)
         self.link: Any = SimpleNamespace(
@@ -55,24 +59,22 @@ class End:
             reject=self.reject,
             count=self.count,
         )
-        self.path: Any = SimpleNamespace(
-            link=self.link,
-            rails=[self.rail],
-            soon=tasks.append,
-            copy=tasks.append,
-            next_rail=lambda: self.rail,
-            post_frame=self.post,
-            settle=lambda rail: None,
+        loop: Any = SimpleNamespace(rails=[self.rail], soon=tasks.append, post=self.post)
+        self.frames = Frames(
+            self.link, loop, self.slots, copy=tasks.append, taken_apart=lambda rail: None
         )
-        self.frames = Frames(cast("Any", self.path), self.slots)
 
     def count(self, imm: int, nbytes: int, writes: int, *, staged: bool) -> None:
         self.counted += nbytes
 
-    def reject(self, number: int, imm: int | None, error: EngineError) -> None:
+    def reject(self, number: int, imm: int | None, error: EngineError, *, first: int) -> None:
         self.link.send(wire.Refuse(number, type(error).__name__, error.message))
 
-    def post(self, rail: Any, slot: int, row: list[int], nbytes: int) -> None:
+    def post(
+        self, rail: Any, pair: Any, kind: str, rows: Any, imm: int, batch: tuple[Any, ...]
+    ) -> None:
+        _, nbytes, _, slot = batch
+        assert (pair, kind, imm, len(rows)) == (rail.staged, "write", slot, 1)
         there = self.peer.slots.incoming(slot)
         ctypes.memmove(there.ctypes.data, self.slots.outgoing(slot).ctypes.data, nbytes)
         self.tasks.append(lambda: self.frames.left(slot))
@@ -117,15 +119,16 @@ class Case:
 
     def run(self) -> int:
         local, remote = (self.src_at, self.dst_at) if self.write else (self.dst_at, self.src_at)
-        ticket = Ticket("write" if self.write else "read", peer="there", timeout_s=60.0)
+        imm = 7 if self.write else None
+        kind = "write" if self.write else "read"
+        ticket = Ticket(kind, peer="there", imm=imm, timeout_s=60.0)
         zero = np.zeros(len(SIZES), np.int64)
+        theirs = (self.theirs.descriptor,)
+        pieces = bind(self.mine.address + local, SIZES, zero, remote, theirs)
         transfer = Transfer(
             len(self.here.transfers) + 1,
+            PieceMove((self.mine,), theirs, pieces),
             write=self.write,
-            pieces=bind(self.mine.address + local, SIZES, zero, remote, (self.theirs.descriptor,)),
-            local_regions=(self.mine,),
-            remote_regions=(self.theirs.descriptor,),
-            imm=7 if self.write else None,
             ticket=ticket,
             on_end=lambda _: None,
         )

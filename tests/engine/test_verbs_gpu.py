@@ -9,8 +9,7 @@ import pytest
 
 from kvferry.engine.errors import DeviceError
 from kvferry.engine.memory import cuda_driver as cuda
-from kvferry.engine.transports.verbs import gpu as verbs_gpu
-from kvferry.engine.transports.verbs.gpu import DMABUF, MODULE, NOTHING
+from kvferry.tools.doctor import DMABUF, MODULE, NOTHING, gpu_rdma
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,7 +46,7 @@ def test_a_dmabuf_comes_before_the_module(
     loaded: bool,
 ) -> None:
     answer(monkeypatch, driver)
-    found, reason = verbs_gpu.offered(tmp_path if loaded else tmp_path / "none")
+    found, reason = gpu_rdma(tmp_path if loaded else tmp_path / "none")
     assert found == offered[not loaded]
     assert why in reason
     assert ("is loaded" in reason) == (found == MODULE)
@@ -56,4 +55,4 @@ def test_a_dmabuf_comes_before_the_module(
 
 def test_without_cuda_there_is_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cuda, "absence", lambda: "no NVIDIA driver")
-    assert verbs_gpu.offered(tmp_path) == (NOTHING, "no NVIDIA driver")
+    assert gpu_rdma(tmp_path) == (NOTHING, "no NVIDIA driver")

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from kvferry.engine.connect import handshake
-from kvferry.engine.connect.handshake import Hello, Identity
+from kvferry.engine.connect.handshake import Hello
 from kvferry.engine.memory.descriptors import RegionDescriptor
 from kvferry.engine.transfer_engine import TransferEngine
 from kvferry.engine.wire import frames as frames
 from kvferry.engine.wire import messages as wire
 from kvferry.engine.wire import tables
+from kvferry.engine.wire.identity import Identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -18,7 +18,6 @@ from kvferry.engine.connect.handshake import (
     Challenge,
     EngineAddress,
     Hello,
-    Identity,
     Proof,
     Welcome,
 )
@@ -31,6 +30,7 @@ from kvferry.engine.plan.token_plan import TokenPlan
 from kvferry.engine.wire import frames as frames
 from kvferry.engine.wire import messages as wire
 from kvferry.engine.wire import tables
+from kvferry.engine.wire.identity import Identity
 
 if TYPE_CHECKING:
     import socket

@@ -18,6 +18,7 @@ from kvferry.engine.connect import handshake
 from kvferry.engine.errors import EngineError
 from kvferry.engine.wire import frames as frames
 from kvferry.engine.wire import messages as wire
+from kvferry.engine.wire.identity import Identity
 
 if TYPE_CHECKING:
     import socket
@@ -58,7 +59,7 @@ def framed(message: msgspec.Struct) -> bytes:
 
 
 def hello(engine: TransferEngine, transport: str) -> handshake.Hello:
-    me = handshake.Identity("fuzz", "fuzz", "mars", 4711)
+    me = Identity("fuzz", "fuzz", "mars", 4711)
     return handshake.Hello(
         wire.LINK_VERSION, me, engine.engine_id, transport, "fuzz", -1, 1, bytes(32)
     )

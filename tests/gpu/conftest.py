@@ -40,17 +40,17 @@ class GpuPeer(Child):
 @pytest.fixture(autouse=True)
 def _needs_gpu() -> None:
     if not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA device")
+        pytest.skip("needs a CUDA device; torch sees none")
 
 
 @pytest.fixture(params=["one GPU", "two GPUs"], scope="session")
 def peer_device(request: pytest.FixtureRequest) -> int:
     """The peer's GPU; ours is 0."""
     if not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA device")
+        pytest.skip("needs a CUDA device; torch sees none")
     device = int(request.param == "two GPUs")
     if device >= torch.cuda.device_count():
-        pytest.skip("torch sees one CUDA device only")
+        pytest.skip("needs 2 CUDA devices; torch sees 1")
     return device
 
 

@@ -184,7 +184,7 @@ def test_a_bad_id_leaves_zeros_in_staging_and_a_flag(kernel_device: str) -> None
 def test_from_one_gpu_to_another() -> None:
     need_cuda()
     if torch.cuda.device_count() < 2:
-        pytest.skip(f"needs 2 CUDA devices, torch sees {torch.cuda.device_count()}")
+        pytest.skip(f"needs 2 CUDA devices; torch sees {torch.cuda.device_count()}")
     if not torch.cuda.can_device_access_peer(0, 1):
         pytest.skip("needs peer access between CUDA devices 0 and 1")
     case = Case("gpus", "plane block token head dim", (2, 64, 16, 8, 128), num_tensors=4)

@@ -40,7 +40,7 @@ def run(*command: str) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if (SYSFS / "rxe0").exists() and (SYSFS / "rxe1").exists():
         return
-    reason = "no rxe0 and rxe1 here: kvferry rdma-vm run -- pytest tests/rdma"
+    reason = "needs the RDMA devices rxe0 and rxe1: kvferry rdma-vm run -- pytest tests/rdma"
     for item in items:
         if Path(__file__).parent in Path(item.path).parents:
             item.add_marker(pytest.mark.skip(reason=reason))

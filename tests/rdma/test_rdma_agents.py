@@ -88,7 +88,7 @@ def test_a_rail_that_breaks_fails_its_handoff_and_the_retry_arrives(
     sending = prefill.call("send", "r", SRC, timeout_s=PATIENCE_S)
     handoff = decode.agent.receive("r", "prefill-0", DST, mode=mode, timeout_s=PATIENCE_S)
     until(lambda: rail.received_nbytes if mode == "push" else queue.flying)
-    path.soon(queue.stop)
+    path.loop.soon(queue.stop)
     with pytest.raises(HandoffError, match="rail") as caught:
         handoff.wait(PATIENCE_S)
     assert caught.value.retryable

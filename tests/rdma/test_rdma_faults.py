@@ -112,7 +112,7 @@ def test_one_rail_of_two_breaks_and_the_link_lives_on_with_the_other(
     first = pair.link._path.rails[0]
     monkeypatch.setattr(type(first.device), "active", property(lambda _: False))  # stays out
     path = pair.link._path
-    path.soon(lambda: path.take_out(first, RailError("struck by lightning", rail=first.name)))
+    path.loop.soon(lambda: path.take_out(first, RailError("struck by lightning", rail=first.name)))
     for _ in range(3):
         memory.clear()
         error = None
@@ -134,17 +134,17 @@ def test_a_wrong_remote_key_is_refused_by_the_device(pair: Any) -> None:
     memory.write().wait()
     memory.arrived()
     memory.clear()
-    path = pair.link._path
+    keys = pair.link._path._direct._keys
     region = memory.there.region_id
-    right = path._keys[region]
-    path._keys[region] = tuple(key ^ 0x5A00 for key in right)
+    right = keys[region]
+    keys[region] = tuple(key ^ 0x5A00 for key in right)
     error = pair.failure(memory.write())
     assert isinstance(error, RemoteAccessError)
     assert "REM_ACCESS_ERR" in str(error)
     assert "vendor code" in str(error)
     assert not error.retryable
     assert (memory.whole == 0xA5).all()
-    path._keys[region] = right
+    keys[region] = right
     serves(pair, memory)
 
 

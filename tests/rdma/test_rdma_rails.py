@@ -11,7 +11,7 @@ import pytest
 
 from kvferry.engine.errors import RailError
 from kvferry.engine.transports.verbs import device as verbs_device
-from kvferry.engine.transports.verbs import path as verbs
+from kvferry.engine.transports.verbs import loop as verbs_loop
 from kvferry.engine.transports.verbs import queue_pair as verbs_qp
 from kvferry.engine.wire import tables
 
@@ -60,10 +60,10 @@ def test_rails_go_over_ipv6_where_there_is_no_ipv4(
 def test_a_link_with_nothing_to_do_sleeps(pair: Any) -> None:
     """Once what it did is over, it looks at its queues twice between sleeps, and nothing wakes it."""
     pair.memory(MIB).write().wait()
-    path = pair.link._path
+    loop = pair.link._path.loop
     looks, sleeps = [0], []
     asleep = threading.Event()
-    epoll, poll_all = path._epoll, path._poll_all
+    epoll, poll_all = loop._epoll, loop._poll_all
 
     class Epoll:
         """Notes each sleep: how long it may take, what ended it, and the looks before it."""
@@ -75,7 +75,7 @@ def test_a_link_with_nothing_to_do_sleeps(pair: Any) -> None:
             events = epoll.poll(timeout_s)
             sleeps.append((timeout_s, events, looks[0]))
             looks[0] = 0
-            if sleeps[-3:] == [(verbs.LOOK_AROUND_S, [], 2)] * 3:
+            if sleeps[-3:] == [(verbs_loop.LOOK_AROUND_S, [], 2)] * 3:
                 asleep.set()
             return events
 
@@ -83,7 +83,7 @@ def test_a_link_with_nothing_to_do_sleeps(pair: Any) -> None:
         looks[0] += 1
         return bool(poll_all())
 
-    path._epoll, path._poll_all = Epoll(), poll_all_noted
+    loop._epoll, loop._poll_all = Epoll(), poll_all_noted
     assert asleep.wait(PATIENCE_S), sleeps[-10:]
 
 
@@ -116,7 +116,7 @@ def test_the_queue_pairs_of_a_rail_share_its_bytes_evenly(
             path = pair.back._path
             epoch = path.rails[0].epoch
             why = RailError("the test takes it out", rail="0")
-            path.soon(functools.partial(path.take_out, path.rails[0], why))
+            path.loop.soon(functools.partial(path.take_out, path.rails[0], why))
             pair.reopened(epoch)
 
 

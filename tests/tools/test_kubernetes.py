@@ -128,9 +128,7 @@ def test_the_servers_of_etcd_know_each_other() -> None:
     assert list(members.values()) == [f"http://{each}" for each in pods_of("kvferry-etcd", 2380)]
     for pod, url in members.items():
         assert url == flags["initial-advertise-peer-urls"].replace("$(POD_NAME)", pod)
-    known = subprocess.run(
-        [need("etcd", "etcd-server"), "--help"], capture_output=True, text=True, check=True
-    )
+    known = subprocess.run([need("etcd"), "--help"], capture_output=True, text=True, check=True)
     assert all(f"--{flag} " in known.stdout for flag in flags)
 
 

@@ -88,7 +88,7 @@ def run(part: Part) -> None:
     """Runs tests in a machine, and fails if they do."""
     reason = missing.missing()
     if reason:
-        lack(reason)
+        lack(f"needs the virtual machine with RDMA devices; {reason}")
     variables = ["KVFERRY_TEST_TRANSPORTS=verbs", *part.variables]
     there = ["env", *variables, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(

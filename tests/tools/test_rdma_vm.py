@@ -23,7 +23,7 @@ PATIENCE_S = 300.0
 def machine() -> None:
     reason = missing.missing()
     if reason:
-        lack(reason)
+        lack(f"needs the virtual machine with RDMA devices; {reason}")
 
 
 def test_a_host_without_a_program_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

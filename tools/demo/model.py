@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import DynamicCache
 
+from kvferry.adapters.transformers import cache_argument
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -73,7 +75,7 @@ def prefill(model: Any, prompt: Sequence[int]) -> DynamicCache:
     """Runs one prompt through the model; the cache holds every token of it."""
     cache = DynamicCache(config=model.config)
     ids = torch.tensor([prompt], device=model.device)
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids, use_cache=True, logits_to_keep=1, **{cache_argument(model): cache})
     return cache
 
 
@@ -99,6 +101,7 @@ def generate(
     )
     last = torch.tensor([[prompt[-1]] for prompt in prompts], device=model.device)
     one = torch.ones_like(last)
+    taken = {cache_argument(model): batch}
     generated = []
     for _ in range(num_tokens):
         mask = torch.cat([mask, one], dim=1)
@@ -106,9 +109,9 @@ def generate(
             input_ids=last,
             attention_mask=mask,
             position_ids=mask.sum(dim=1, keepdim=True) - 1,
-            past_key_values=batch,
             use_cache=True,
             logits_to_keep=1,
+            **taken,
         )
         last = output.logits[:, -1].argmax(dim=-1, keepdim=True)
         generated.append(last)

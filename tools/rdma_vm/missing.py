@@ -36,14 +36,25 @@ def which(program: str) -> str | None:
     return shutil.which(program) or shutil.which(program, path=SYSTEM_PATH)
 
 
+def packages() -> set[str]:
+    """Name the Debian packages that it misses here; none where it cannot run whatever is installed."""
+    if not _is_its_kind_of_host():
+        return set()
+    lacking = {package for program, package in PROGRAMS.items() if which(program) is None}
+    return lacking | {package for path, package in FILES.items() if not Path(path).exists()}
+
+
 def missing() -> str:
     """Why the machine cannot run here, in one line that says what to install; or ""."""
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
+    if not _is_its_kind_of_host():
         return f"it is a Linux x86-64 machine, and this is {platform.system()} {platform.machine()}"
-    lacking = {package for program, package in PROGRAMS.items() if which(program) is None}
-    lacking |= {package for path, package in FILES.items() if not Path(path).exists()}
+    lacking = packages()
     if lacking & {"apt", "dpkg"}:
         return "it boots Debian's kernel, which apt-get fetches: this host has no apt-get"
     if lacking:
         return f"missing here: apt-get install {' '.join(sorted(lacking))}"
     return verbs_library.absence()
+
+
+def _is_its_kind_of_host() -> bool:
+    return platform.system() == "Linux" and platform.machine() == "x86_64"

@@ -3,7 +3,7 @@
 `process_vm_writev` and `process_vm_readv` reach any memory of a process that we may ptrace, so the
 engine's own tensors need no preparation. The link's control channel, a Unix socket, carries one
 `Arrived` a write. Neither keys nor bounds are checked in the kernel: the peer grants each region
-once (`grants.py`), and the link checks every range against its descriptor before it gets here.
+once (`link/access.py`), and the link checks every range against its descriptor before it gets here.
 """
 
 from __future__ import annotations
@@ -13,25 +13,26 @@ import errno
 import functools
 import os
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...errors import (
-    ChecksumMismatch,
     EngineError,
     LinkError,
     PeerLost,
-    ProtocolError,
     RegionGone,
     TransportUnavailable,
 )
 from ...memory import iovec
 from ...runtime.copy_threads import Batch
+from ...transfer.moves import BlockMove
 from ...transfer.staged import note_compute
+from ...transfer.transfer import Transfer
 from ...wire import tables
-from ...wire.messages import Arrived, Check, Checked, LinkMessage, Refuse
-from ..base import Availability, DataPath, Transfer
+from ...wire.messages import Arrived, Check, Checked, Refuse
+from ..base import Availability, DataPath
+from ..segments import answer_to_nothing, checksum_mismatch
 from ..workers import Workers
 from .shared_staging import SharedStaging
 
@@ -41,8 +42,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
+    from ...transfer.moves import TokenMove
     from ...transfer.plan import TransferPlan
     from ...transfer.template import BoundBlocks, BoundTemplate, Column, Share
+    from ...transfer.transfer import Transfer
     from ..base import PathHost
 
 # A transfer is cut so that every copier has a share: at most this much, so that a long one stops
@@ -147,6 +150,12 @@ class CmaPath(DataPath):
         self._lock = threading.Lock()
         self._workers = Workers(link, "a copy")
         self._unchecked: dict[tuple[int, int], tuple[Transfer, int, int]] = {}  # by chunk
+        self.handlers = {
+            **self._staging.handlers,
+            Check: self._check_soon,
+            Checked: self._checked,
+            Refuse: self._refused,
+        }
 
     def before(self, transfer: Transfer, stream: torch.cuda.Stream | None) -> None:
         note_compute(transfer, stream)
@@ -156,6 +165,13 @@ class CmaPath(DataPath):
             self._staging.prepare(plan.local.device)
 
     def submit(self, transfer: Transfer) -> None:
+        move = transfer.move
+        if isinstance(move, BlockMove):
+            self._submit_blocks(transfer, move)
+        else:
+            self._submit_pieces(transfer)
+
+    def _submit_pieces(self, transfer: Transfer) -> None:
         if self._is_staged(transfer):
             self._staging.submit(transfer)
             return
@@ -184,30 +200,25 @@ class CmaPath(DataPath):
             return False
         return not self._link.core.paths.direct("cma", transfer.total_nbytes / pieces)
 
-    def takes_blocks(self, plan: TransferPlan) -> bool:
+    def takes(self, move: BlockMove | TokenMove) -> bool:
         if self._link.core.verify or self._link.core.paths.limit_nbytes("cma"):
             return False  # checksums, and the choice of a path, want a list of pieces
-        return plan.local.kind == plan.remote_kind == "host"
+        plan = move.plan
+        return type(move) is BlockMove and plan.local.kind == plan.remote_kind == "host"
 
-    def submit_blocks(
-        self,
-        transfer: Transfer,
-        plan: TransferPlan,
-        src_block_ids: Any,
-        dst_block_ids: Any,
-        layers: Sequence[int] | None,
-    ) -> None:
-        ids = (src_block_ids, dst_block_ids)
-        bound = plan.bound(*ids, layers)
+    def _submit_blocks(self, transfer: Transfer, move: BlockMove) -> None:
+        """Copy blocks whose pieces are multiplied out by the threads that copy."""
+        src, dst = move.ids.src, move.ids.dst
+        bound = move.plan.bound(src, dst, move.layers)
         if bound is None:
-            transfer.take(plan.pieces(*ids, layers))
-            self.submit(transfer)
+            transfer.take(move.pieces())
+            self._submit_pieces(transfer)
         elif self._announce(transfer):
-            count = len(ids[1])
+            count = move.ids.num_blocks
             if count * bound.num_rows <= ERRAND_PIECES and transfer.total_nbytes <= ERRAND_NBYTES:
-                self._start_small(transfer, *bound.few(*ids))
+                self._start_small(transfer, *bound.few(src, dst))
                 return
-            blocks = bound.blocks(*ids)
+            blocks = bound.blocks(src, dst)
             shares = bound.shares(count, self._share_nbytes(transfer), tables.MAX_PIECES)
             copy = functools.partial(self._copy_share, transfer, bound, blocks)
             if count * bound.num_rows <= FEW_PIECES:
@@ -238,21 +249,10 @@ class CmaPath(DataPath):
         if not self._link.core.copiers.do_here(functools.partial(self._guarded, copy)):
             self._start(transfer, [copy])
 
-    def handle(self, message: LinkMessage) -> bool:
-        if isinstance(message, Arrived):
-            return False  # the link counts it
-        if self._staging.handle(message):
-            return True
-        if isinstance(message, Check):
-            self._run(functools.partial(self._check, message))
-        elif isinstance(message, Checked):
-            self._checked(message)
-        elif isinstance(message, Refuse):
-            if self._answered(message.transfer, message.first) is not None:
-                return False  # the link ends the transfer
-        else:
-            return False
-        return True
+    def _refused(self, message: Refuse) -> bool:
+        if self._staging.refused(message):
+            return False  # the link ends the transfer
+        return self._answered(message.transfer, message.first) is None
 
     def _answered(self, transfer: int, chunk: int) -> tuple[Transfer, int, int] | None:
         """Takes note of an answer about a chunk: its transfer, size and checksum if it was asked."""
@@ -261,10 +261,6 @@ class CmaPath(DataPath):
         if entry is None:
             self._link.fail(answer_to_nothing())
         return entry
-
-    def _run(self, task: Callable[[], None]) -> None:
-        """Runs `task` on a copier, unless the path has been halted by then."""
-        self._link.core.copiers.run(functools.partial(self._guarded, task))
 
     def halt(self, halted: Callable[[], None]) -> None:
         self._workers.close()
@@ -378,8 +374,14 @@ class CmaPath(DataPath):
             )
         )
 
+    def _check_soon(self, ask: Check) -> bool:
+        """Has a copier check, unless the path has been halted by then."""
+        check = functools.partial(self._check, ask)
+        self._link.core.copiers.run(functools.partial(self._guarded, check))
+        return True
+
     def _check(self, ask: Check) -> None:
-        """The peer's side: computes a checksum over this process's memory."""
+        """Compares the peer's checksum with one over this process's memory."""
         link = self._link
         try:
             admitted = tables.admit(link.core.regions, ask.regions, ask.pieces)
@@ -398,28 +400,13 @@ class CmaPath(DataPath):
                 link.count(ask.imm, admitted.nbytes, 0)
             link.send(Checked(ask.transfer, ask.chunk, crc))
 
-    def _checked(self, answer: Checked) -> None:
+    def _checked(self, answer: Checked) -> bool:
         entry = self._answered(answer.transfer, answer.chunk)
-        if entry is None:
-            return
-        transfer, nbytes, crc = entry
-        if crc == answer.crc:
-            transfer.end(nbytes)
-        else:
-            transfer.stop(checksum_mismatch(self._link.peer.name, None))
-            transfer.end(0)
-
-
-def answer_to_nothing() -> ProtocolError:
-    """The error for a peer that acknowledges, checks or refuses what it was not asked."""
-    return ProtocolError("the peer answers something that it was not asked", operation="receive")
-
-
-def checksum_mismatch(peer: str, imm: int | None) -> ChecksumMismatch:
-    """The error for bytes that changed on their way."""
-    return ChecksumMismatch(
-        "the bytes that arrived are not the bytes that were sent; nothing was counted",
-        operation="verify",
-        peer=peer,
-        imm=imm,
-    )
+        if entry is not None:
+            transfer, nbytes, crc = entry
+            if crc == answer.crc:
+                transfer.end(nbytes)
+            else:
+                transfer.stop(checksum_mismatch(self._link.peer.name, None))
+                transfer.end(0)
+        return True

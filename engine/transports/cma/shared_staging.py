@@ -8,14 +8,13 @@ says so; the other scatters them, counts them, and gives the slot back. There is
 from __future__ import annotations
 
 import functools
-import logging
 import queue
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ...errors import ChecksumMismatch, DeviceError, EngineError, LinkError, ProtocolError
+from ...errors import DeviceError, EngineError, ProtocolError
 from ...memory import iovec
 from ...runtime.pipeline import work_off
 from ...staging.mover import Moved, Mover, new_mover
@@ -24,12 +23,21 @@ from ...transfer.staged import hold_until_computed
 from ...wire import tables
 from ...wire.messages import (
     Acknowledge,
-    Arrived,
     OpenStaging,
     ReadRequest,
-    Refuse,
     Staged,
     Unstaged,
+)
+from ..segments import (
+    Outstanding,
+    Reply,
+    admit_write,
+    answer_to_nothing,
+    begin_counted,
+    checksum_mismatch,
+    drop_replies,
+    prepare_gpus,
+    serve,
 )
 from ..workers import Workers
 
@@ -38,9 +46,10 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from ...transfer.ticket import Ticket
+    from ...transfer.transfer import Transfer
     from ...wire.messages import LinkMessage
-    from ..base import PathHost, Transfer
+    from ..base import PathHost
+    from ..segments import Placed, Segment
 
 # Two H200s, 1 GiB of 32 KiB pieces, GB/s by slots and their size: 4 of 32 MiB 35, 8 of 16 MiB 40, 12 of
 # 16 MiB 41, 12 of 24 MiB 43, 16 of 8 MiB 23. A part costs each side 0.3 ms in Python, and a slot goes
@@ -50,26 +59,18 @@ SLOT_NBYTES = 24 << 20
 # Parts grow to a slot's size, so that the second stage begins soon, and shrink at the end.
 FIRST_PART_NBYTES = 4 << 20
 
-log = logging.getLogger(__name__)
-
-
-class _Reply(NamedTuple):
-    """Pieces of this process's memory that the peer reads."""
-
-    ask: ReadRequest
-    admitted: tables.Admitted
-
 
 class _Gathered(NamedTuple):
     """A slot that is being filled."""
 
     slot: int
     moved: Moved
-    message: Callable[[int | None], Staged]
+    item: Segment | Reply
     nbytes: int
-    verify: bool
-    end: Callable[[EngineError | None], None]
-    ticket: Ticket | None  # of a write; a peer that reads keeps its own
+
+    def drop(self, error: EngineError | None) -> None:
+        """Ends the use of its source: nothing was announced."""
+        self.item.sent(error)
 
 
 class _Scattered(NamedTuple):
@@ -77,23 +78,30 @@ class _Scattered(NamedTuple):
 
     slot: int
     moved: Moved
-    end: Callable[[EngineError | None], None]
+    placed: Placed
+
+    def drop(self, error: EngineError | None) -> None:
+        """Ends the use of its destination."""
+        self.placed(error, True)
 
 
 class SharedStaging:
-    """Both directions of one link. Its two threads start with the first transfer that needs them."""
+    """Both directions of one link. Its two threads start with the first transfer that needs them.
+
+    Attributes:
+        handlers: what it does with the peer's messages.
+    """
 
     def __init__(self, link: PathHost, pid: int) -> None:
         self._link = link
         self._pid = pid
         self._lock = threading.Lock()
         self._making = threading.Lock()  # of slots and movers, which takes a while
-        self._out: queue.SimpleQueue[tuple[Transfer, slice] | _Reply | None] = queue.SimpleQueue()
+        self._out: queue.SimpleQueue[Segment | Reply | None] = queue.SimpleQueue()
         self._in: queue.SimpleQueue[Staged | None] = queue.SimpleQueue()
         self._free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._filled: set[int] = set()  # slots that the peer is to empty
-        self._reads: dict[tuple[int, int], tuple[Transfer, slice]] = {}
-        self._unanswered: dict[int, int] = {}
+        self._outstanding = Outstanding(link)
         self._named: tuple[object, bytes] = (None, b"")
         self._mine: SharedSlots | None = None
         self._theirs: SharedSlots | None = None
@@ -102,6 +110,14 @@ class SharedStaging:
         self._movers: dict[tuple[str, int], Mover] = {}
         self._threads: dict[str, threading.Thread] = {}
         self._workers = Workers(link, "staging")
+        self.refused = self._outstanding.refused
+        self.handlers: dict[type[LinkMessage], Callable[[Any], bool]] = {
+            Staged: self._staged,
+            Unstaged: self._unstaged,
+            OpenStaging: self._open,
+            ReadRequest: self._serve_read,
+            Acknowledge: self._outstanding.acknowledged,
+        }
 
     # What the path calls.
 
@@ -117,37 +133,6 @@ class SharedStaging:
         """
         self._mover("out", device, self._slots())
 
-    def handle(self, message: LinkMessage) -> bool:
-        """Handles a control message on the progress thread; False if it is not for staging."""
-        if isinstance(message, Staged):
-            if not self._closed:
-                self._start("in", self._take_in)
-                self._in.put(message)
-        elif isinstance(message, Unstaged):
-            self._unstaged(message.slot)
-        elif isinstance(message, OpenStaging):
-            self._open(message)
-        elif isinstance(message, ReadRequest):
-            self._serve_read(message)
-        elif isinstance(message, Acknowledge):
-            transfer = self._link.transfer(message.transfer)
-            if not self._answered(message.transfer) or transfer is None:
-                self._answer_to_nothing()
-            else:
-                transfer.end(message.nbytes)
-        elif isinstance(message, Refuse):
-            with self._lock:
-                read = self._reads.pop((message.transfer, message.first), None)
-            if read is None and not self._answered(message.transfer):
-                return False  # it answers something else
-            transfer = self._link.transfer(message.transfer)
-            if transfer is not None:
-                transfer.stop(self._link.refusal(transfer, message.error, message.reason))
-                transfer.end(0)
-        else:
-            return False
-        return True
-
     def halt(self, halted: Callable[[], None]) -> None:
         """Stops all work, then calls `halted` once, from any thread. Never blocks."""
         self._workers.close()
@@ -159,71 +144,93 @@ class SharedStaging:
     # Submitting.
 
     def _submit(self, transfer: Transfer) -> None:
-        link = self._link
-        if transfer.write and transfer.imm is not None:
-            done = Arrived(transfer.imm, 0, 1, write_nbytes=transfer.total_nbytes)
-            transfer.on_placed = functools.partial(link.send, done)
-        if not transfer.total_nbytes:
-            if transfer.begin():
-                transfer.end(0)
-            return
-        for part in _parts(transfer.nbytes):
-            if transfer.write:
-                self._out.put((transfer, part))
-            elif transfer.begin():
-                with self._lock:
-                    self._reads[transfer.id, part.start] = (transfer, part)
-                ask = tables.read_request(transfer, part, verify=link.core.verify)
-                link.send(ask)
-        self._start(
-            "out" if transfer.write else "in", self._send if transfer.write else self._take_in
-        )
-
-    def _serve_read(self, ask: ReadRequest) -> None:
-        try:
-            admitted = tables.admit(self._link.core.regions, ask.regions, ask.pieces, staged=True)
-        except LinkError as error:
-            self._link.fail(error)
-            return
-        except EngineError as error:
-            self._refuse(ask.transfer, ask.first, error)
-            return
-        if admitted.nbytes > SLOT_NBYTES:
-            admitted.release()
-            self._link.fail(
-                ProtocolError(
-                    f"a read of {admitted.nbytes} bytes is larger than a slot", operation="receive"
-                )
+        if begin_counted(self._link, transfer):
+            self._outstanding.submit(transfer, _cuts(transfer.nbytes), self._out.put)
+            self._start(
+                "out" if transfer.write else "in", self._send if transfer.write else self._take_in
             )
-            return
-        self._out.put(_Reply(ask, admitted))
-        if not self._start("out", self._send):
-            self._drop_out()
+
+    def _serve_read(self, ask: ReadRequest) -> bool:
+        reply = serve(self._link, ask, SLOT_NBYTES)
+        if reply is not None:
+            self._out.put(reply)
+            if not self._start("out", self._send):
+                drop_replies(self._out)
+        return True
 
     # The thread that gathers.
 
     def _send(self) -> None:
-        work_off(self._out, self._begin, self._announce, self._ahead, self._drop, _done)
+        work_off(self._out, self._begin, self._announce, self._ahead, _drop, _done)
 
     def _ahead(self, _: _Gathered, begun: int) -> bool:
         return not self._free.empty()
 
-    def _begin(self, item: tuple[Transfer, slice] | _Reply) -> _Gathered | None:
+    def _begin(self, item: Segment | Reply) -> _Gathered | None:
         slots = self._slots()
         slot = self._free.get()
         if slot is None:  # halting
             self._free.put(None)
-            if isinstance(item, _Reply):
-                item.admitted.release()
+            if isinstance(item, Reply):
+                item.sent()
             return None
-        begun = (
-            self._begin_reply(slots, slot, item)
-            if isinstance(item, _Reply)
-            else self._begin_write(slots, slot, *item)
-        )
-        if begun is None:
+        source = item.begin()
+        if source is None:
             self._free.put(slot)
-        return begun
+            return None
+        pieces, device = source
+        try:
+            moved = self._mover("out", device, slots).gather(pieces, slots.slot(slot))
+        except EngineError as error:
+            item.sent(error)
+            self._free.put(slot)
+            return None
+        except BaseException:
+            item.sent()
+            raise
+        return _Gathered(slot, moved, item, int(pieces[:, 1].sum()))
+
+    def _announce(self, gathered: _Gathered) -> None:
+        slot, moved, item, nbytes = gathered
+        failure: EngineError | None = None
+        try:
+            moved.wait()
+            if item.ticket is not None:
+                item.ticket._mark_staged("gathered", nbytes)
+                item.ticket._mark("on wire")
+            crc = self._checksum(self._slots(), slot, nbytes) if item.verify else None
+            if isinstance(item, Reply):
+                staged = Staged(
+                    transfer=item.transfer,
+                    first=item.first,
+                    slot=slot,
+                    nbytes=nbytes,
+                    reply=True,
+                    regions=b"",
+                    pieces=b"",
+                    imm=None,
+                    crc=crc,
+                )
+            else:
+                staged = Staged(
+                    transfer=item.transfer.id,
+                    first=item.pieces.start,
+                    slot=slot,
+                    nbytes=nbytes,
+                    reply=False,
+                    regions=self._region_rows(item.transfer),
+                    pieces=tables.piece_rows(item.transfer, item.pieces).tobytes(),
+                    imm=item.transfer.imm,
+                    crc=crc,
+                )
+                self._outstanding.sending(staged.transfer)
+            with self._lock:
+                self._filled.add(slot)
+            self._link.send(staged)
+        except DeviceError as error:
+            failure = error
+            self._free.put(slot)
+        item.sent(failure)
 
     def _region_rows(self, transfer: Transfer) -> bytes:
         """The region table of a transfer; most transfers name the regions of the one before."""
@@ -232,133 +239,13 @@ class SharedStaging:
             self._named = (transfer.remote_regions, rows)
         return self._named[1]
 
-    def _begin_write(
-        self, slots: SharedSlots, slot: int, transfer: Transfer, part: slice
-    ) -> _Gathered | None:
-        if not transfer.begin(2):  # this thread, and the peer's answer
-            return None
-        nbytes = int(transfer.nbytes[part].sum())
-
-        def message(crc: int | None) -> Staged:
-            return Staged(
-                transfer=transfer.id,
-                first=part.start,
-                slot=slot,
-                nbytes=nbytes,
-                reply=False,
-                regions=self._region_rows(transfer),
-                pieces=tables.piece_rows(transfer, part).tobytes(),
-                imm=transfer.imm,
-                crc=crc,
-            )
-
-        def end(error: EngineError | None) -> None:
-            if error is not None:
-                transfer.stop(error)
-                transfer.end(0)  # the peer will not answer what it was not told
-            transfer.end(0)
-
-        verify = self._link.core.verify
-        pieces, ticket = transfer.local[part], transfer.ticket
-        return self._gather(
-            slots, slot, transfer.device(), pieces, message, nbytes, verify, end, ticket
-        )
-
-    def _begin_reply(self, slots: SharedSlots, slot: int, reply: _Reply) -> _Gathered | None:
-        ask, admitted = reply
-
-        def message(crc: int | None) -> Staged:
-            return Staged(
-                transfer=ask.transfer,
-                first=ask.first,
-                slot=slot,
-                nbytes=admitted.nbytes,
-                reply=True,
-                regions=b"",
-                pieces=b"",
-                imm=None,
-                crc=crc,
-            )
-
-        def end(error: EngineError | None) -> None:
-            admitted.release()
-            if error is not None:
-                self._refuse(ask.transfer, ask.first, error)
-
-        return self._gather(
-            slots, slot, admitted.device, admitted.iov, message, admitted.nbytes, ask.verify, end
-        )
-
-    def _gather(
-        self,
-        slots: SharedSlots,
-        slot: int,
-        device: int,
-        pieces: iovec.Iovec,
-        message: Callable[[int | None], Staged],
-        nbytes: int,
-        verify: bool,
-        end: Callable[[EngineError | None], None],
-        ticket: Ticket | None = None,
-    ) -> _Gathered | None:
-        try:
-            mover = self._mover("out", device, slots)
-            moved = mover.gather(pieces, slots.slot(slot))
-        except EngineError as error:
-            end(error)
-            return None
-        except BaseException:
-            end(None)
-            raise
-        return _Gathered(slot, moved, message, nbytes, verify, end, ticket)
-
-    def _announce(self, gathered: _Gathered) -> None:
-        failure: EngineError | None = None
-        try:
-            gathered.moved.wait()
-            if gathered.ticket is not None:
-                gathered.ticket._mark_staged("gathered", gathered.nbytes)
-                gathered.ticket._mark("on wire")
-            crc = None
-            if gathered.verify:
-                crc = self._checksum(self._slots(), gathered.slot, gathered.nbytes)
-            staged = gathered.message(crc)
-            with self._lock:
-                self._filled.add(gathered.slot)
-                if not staged.reply:
-                    number = staged.transfer
-                    self._unanswered[number] = self._unanswered.get(number, 0) + 1
-            self._link.send(staged)
-        except DeviceError as error:
-            failure = error
-            self._free.put(gathered.slot)
-        gathered.end(failure)
-
-    def _drop(self, gathered: _Gathered) -> None:
-        """The thread fails: the GPU must be done with the source before anybody believes so."""
-        try:
-            gathered.moved.wait()
-        except DeviceError as error:
-            gathered.end(error)
-        else:
-            gathered.end(None)
-
     # The thread that scatters.
 
     def _take_in(self) -> None:
-        self._warm()
-        work_off(self._in, self._scatter, self._placed, _always, _wait, _done)
-
-    def _warm(self) -> None:
-        """Prepares what GPU memory that is registered already will need: making it later could
-        wait for a stream that waits for us."""
         slots = self._theirs
-        for device in self._link.core.regions.gpus():
-            if slots is not None:
-                try:
-                    self._mover("in", device, slots)
-                except DeviceError as error:
-                    log.warning("kvferry: GPU %d cannot be staged: %s", device, error)
+        if slots is not None:
+            prepare_gpus(self._link, lambda device: self._mover("in", device, slots))
+        work_off(self._in, self._scatter, self._placed, _always, _drop, _done)
 
     def _scatter(self, staged: Staged) -> _Scattered | None:
         slots = self._theirs
@@ -370,52 +257,23 @@ class SharedStaging:
         return self._scatter_reply(slots, staged) if staged.reply else self._admit(slots, staged)
 
     def _scatter_reply(self, slots: SharedSlots, staged: Staged) -> _Scattered | None:
-        with self._lock:
-            entry = self._reads.pop((staged.transfer, staged.first), None)
-        if entry is None:
+        segment = self._outstanding.take_read(staged.transfer, staged.first)
+        if segment is None:
             raise ProtocolError("staged bytes answer no read of ours", operation="receive")
-        transfer, part = entry
-        pieces = transfer.local[part]
-        if staged.nbytes != int(transfer.nbytes[part].sum()):
+        transfer, pieces = segment.transfer, segment.transfer.local[segment.pieces]
+        if staged.nbytes != int(pieces[:, 1].sum()):
             raise ProtocolError("staged bytes are not what was asked for", operation="receive")
-
-        def end(error: EngineError | None) -> None:
-            if error is not None:
-                transfer.stop(error)
-            else:
-                transfer.ticket._mark("first byte")
-                transfer.ticket._mark_staged("scattered", staged.nbytes)
-            transfer.end(0 if error is not None else staged.nbytes)
-
-        return self._put(slots, staged, pieces, transfer.device(), end)
+        placed = functools.partial(segment.placed, staged.nbytes)
+        return self._put(slots, staged, pieces, transfer.device(), placed)
 
     def _admit(self, slots: SharedSlots, staged: Staged) -> _Scattered | None:
-        link = self._link
-        try:
-            admitted = tables.admit(link.core.regions, staged.regions, staged.pieces, staged=True)
-        except LinkError:
-            raise
-        except EngineError as error:
-            link.send(Unstaged(staged.slot))
-            link.reject(staged.transfer, staged.imm, error, first=staged.first)
+        rows, number = (staged.regions, staged.pieces), staged.transfer
+        write = admit_write(self._link, number, staged.imm, rows, staged.nbytes, first=staged.first)
+        if write is None:
+            self._link.send(Unstaged(staged.slot))
             return None
-
-        def end(error: EngineError | None) -> None:
-            admitted.release()
-            if error is not None:
-                link.reject(staged.transfer, staged.imm, error, first=staged.first)
-                return
-            if staged.imm is not None:
-                link.count(staged.imm, staged.nbytes, 0, staged=True)
-            link.send(Acknowledge(staged.transfer, staged.nbytes))
-
-        if admitted.nbytes != staged.nbytes:
-            admitted.release()
-            raise ProtocolError(
-                f"a slot holds {staged.nbytes} bytes but its pieces take {admitted.nbytes}",
-                operation="receive",
-            )
-        return self._put(slots, staged, admitted.iov, admitted.device, end)
+        admitted = write.admitted
+        return self._put(slots, staged, admitted.iov, admitted.device, write.placed)
 
     def _put(
         self,
@@ -423,20 +281,19 @@ class SharedStaging:
         staged: Staged,
         pieces: iovec.Iovec,
         device: int,
-        end: Callable[[EngineError | None], None],
+        placed: Placed,
     ) -> _Scattered | None:
         try:
             self._check(slots, staged)
-            mover = self._mover("in", device, slots)
-            moved = mover.scatter(slots.slot(staged.slot), pieces)
+            moved = self._mover("in", device, slots).scatter(slots.slot(staged.slot), pieces)
         except EngineError as error:
             self._link.send(Unstaged(staged.slot))
-            end(error)
+            placed(error, True)
             return None
         except BaseException:
-            end(None)
+            placed(None, True)
             raise
-        return _Scattered(staged.slot, moved, end)
+        return _Scattered(staged.slot, moved, placed)
 
     def _placed(self, scattered: _Scattered) -> None:
         failure: EngineError | None = None
@@ -445,20 +302,14 @@ class SharedStaging:
         except DeviceError as error:
             failure = error
         self._link.send(Unstaged(scattered.slot))
-        scattered.end(failure)
+        scattered.placed(failure, True)
 
     # Both.
 
     def _check(self, slots: SharedSlots, staged: Staged) -> None:
-        if staged.crc is None:
-            return
-        if self._checksum(slots, staged.slot, staged.nbytes) != staged.crc:
-            raise ChecksumMismatch(
-                "the bytes that arrived are not the bytes that were sent; nothing was counted",
-                operation="verify",
-                peer=self._link.peer.name,
-                imm=staged.imm,
-            )
+        crc = staged.crc
+        if crc is not None and self._checksum(slots, staged.slot, staged.nbytes) != crc:
+            raise checksum_mismatch(self._link.peer.name, staged.imm)
 
     def _checksum(self, slots: SharedSlots, slot: int, nbytes: int) -> int:
         return iovec.checksum(iovec.one(slots.slot(slot), nbytes))
@@ -488,7 +339,15 @@ class SharedStaging:
                         mover.warm(slots.slot(0))  # while nobody fills it
             return mover
 
-    def _open(self, message: OpenStaging) -> None:
+    # The peer's messages, on the progress thread.
+
+    def _staged(self, message: Staged) -> bool:
+        if not self._closed:
+            self._start("in", self._take_in)
+            self._in.put(message)
+        return True
+
+    def _open(self, message: OpenStaging) -> bool:
         try:
             if self._theirs is not None:
                 raise ProtocolError("the peer's staging is open already", operation="receive")
@@ -502,31 +361,19 @@ class SharedStaging:
             self._link.fail(error)
         else:
             self._start("in", self._take_in)
+        return True
 
-    def _unstaged(self, slot: int) -> None:
+    def _unstaged(self, message: Unstaged) -> bool:
         with self._lock:
-            known = slot in self._filled
-            self._filled.discard(slot)
+            known = message.slot in self._filled
+            self._filled.discard(message.slot)
         if known:
-            self._free.put(slot)
+            self._free.put(message.slot)
         else:
-            self._answer_to_nothing()
+            self._link.fail(answer_to_nothing())
+        return True
 
-    def _answered(self, transfer: int) -> bool:
-        """Takes note of an answer to a part; False if none was awaited."""
-        with self._lock:
-            left = self._unanswered.pop(transfer, 0) - 1
-            if left > 0:
-                self._unanswered[transfer] = left
-        return left >= 0
-
-    def _answer_to_nothing(self) -> None:
-        self._link.fail(
-            ProtocolError("the peer answers something that it was not asked", operation="receive")
-        )
-
-    def _refuse(self, transfer: int, first: int, error: EngineError) -> None:
-        self._link.send(Refuse(transfer, type(error).__name__, error.message, first))
+    # Threads.
 
     def _start(self, name: str, work: Callable[[], None]) -> bool:
         """Starts a thread if it does not run yet; False if the link is halting."""
@@ -548,7 +395,7 @@ class SharedStaging:
 
     def _leave(self, halted: Callable[[], None]) -> None:
         """The last thread has ended."""
-        self._drop_out()
+        drop_replies(self._out)
         for slots in (self._mine, self._theirs):
             if slots is not None:
                 slots.close()
@@ -558,17 +405,8 @@ class SharedStaging:
             mover.close()
         halted()
 
-    def _drop_out(self) -> None:
-        while True:
-            try:
-                item = self._out.get_nowait()
-            except queue.Empty:
-                return
-            if isinstance(item, _Reply):
-                item.admitted.release()
 
-
-def _parts(nbytes: npt.NDArray[np.int64]) -> Iterator[slice]:
+def _cuts(nbytes: npt.NDArray[np.int64]) -> Iterator[slice]:
     """Cuts a list of pieces into consecutive parts, each of which a slot holds."""
     ends = np.cumsum(nbytes)
     start, done, limit_nbytes = 0, 0, FIRST_PART_NBYTES
@@ -589,11 +427,11 @@ def _done(begun: _Gathered | _Scattered) -> bool:
     return begun.moved.done()
 
 
-def _wait(scattered: Any) -> None:
-    """The thread fails: its scatters end before anybody believes that they have."""
+def _drop(begun: _Gathered | _Scattered) -> None:
+    """The thread fails: its copies end before anybody believes that they have."""
     try:
-        scattered.moved.wait()
+        begun.moved.wait()
     except DeviceError as error:
-        scattered.end(error)
+        begun.drop(error)
     else:
-        scattered.end(None)
+        begun.drop(None)

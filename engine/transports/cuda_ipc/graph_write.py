@@ -15,7 +15,8 @@ from ...memory.cuda_driver import driver
 from ...wire.messages import Arrived
 
 if TYPE_CHECKING:
-    from ..base import PathHost, Transfer
+    from ...transfer.transfer import Transfer
+    from ..base import PathHost
     from .plan import CudaPlan
 
 log = logging.getLogger(__name__)

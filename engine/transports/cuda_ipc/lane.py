@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ....kernels.launch import LoadedCopy
     from ...transfer.block_ids import CheckedIds
     from ...transfer.ticket import Ticket
-    from ..base import Transfer
+    from ...transfer.transfer import Transfer
 
 log = logging.getLogger(__name__)
 

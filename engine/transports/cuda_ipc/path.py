@@ -19,13 +19,14 @@ import numpy as np
 
 from ...errors import DeviceError, EngineError, NotRegistered, PlanError, TransportUnavailable
 from ...memory import cuda_driver as cuda
-from ...memory.cuda_export import PeerMappings
 from ...transfer.device_counters import slot_offset
+from ...transfer.moves import BlockMove, TokenMove
 from ...transfer.staged import compute_event
+from ...transfer.transfer import Transfer
 from ...wire.messages import Arrived
-from ..base import Availability, DataPath, Transfer
+from ..base import Availability, DataPath
 from ..cma.path import CmaPath
-from .peer_memory import PeerReach
+from .peer_memory import PeerMappings, PeerReach
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,10 +36,8 @@ if TYPE_CHECKING:
     from ....kernels.signal import Signal
     from ...memory.descriptors import RegionDescriptor
     from ...memory.regions import MemoryRegion, RegisteredCache
-    from ...transfer.block_ids import CheckedIds
-    from ...transfer.moves import TokenMove
     from ...transfer.plan import TransferPlan
-    from ...wire.messages import LinkMessage
+    from ...transfer.transfer import Transfer
     from ..base import PathHost
     from .graph_write import GraphWrite
     from .lane import Lane, Launched
@@ -94,13 +93,14 @@ class CudaIpcPath(DataPath):
     """Launches kernels on streams of its own, one a GPU of this side."""
 
     peer_reaches_memory = True
-    orders_streams = True
     asks_leave = True
     kinds = frozenset({"host", "cuda"})
 
     def __init__(self, link: PathHost, pid: int) -> None:
+        self.kernels = self
         self._link = link
         self._host = CmaPath(link, pid)
+        self.handlers = {**self._host.handlers, Arrived: self._arrived}
         self._mappings = PeerMappings(link.peer.name, pid)
         self._reach = PeerReach(link, self._mappings)
         self._lock = threading.Lock()
@@ -126,7 +126,7 @@ class CudaIpcPath(DataPath):
         # Without a stream: after what the caller has enqueued, as torch's own operations are.
         device = regions[0].device
         with self._refusing(transfer):
-            if transfer.start is None and not self._link.has_leave(transfer.remote_regions):
+            if transfer.move is None and not self._link.has_leave(transfer.remote_regions):
                 # What comes of it shows when the peer's memory is mapped, so not before it may be.
                 from .scratch import AnyonesEvent
 
@@ -140,6 +140,18 @@ class CudaIpcPath(DataPath):
     # Pieces.
 
     def submit(self, transfer: Transfer) -> None:
+        move = transfer.move
+        if isinstance(move, BlockMove):
+            try:
+                compiled = self.compile(move.plan, move.layers)
+            except EngineError as error:
+                transfer.stop(error)
+            else:
+                self.launch(transfer, compiled, None)
+            return
+        if isinstance(move, TokenMove):
+            self._submit_tokens(transfer, move)
+            return
         if not self._goes_direct(transfer):
             self._host.submit(transfer)  # host memory as it is, and what must be staged
             return
@@ -148,7 +160,7 @@ class CudaIpcPath(DataPath):
         with self._refusing(transfer):
             self._prepare(transfer, kinds)
             if not transfer.total_nbytes:
-                _end_empty(transfer)
+                transfer.end_empty()
                 return
             self._launch_pieces(transfer)
 
@@ -175,37 +187,33 @@ class CudaIpcPath(DataPath):
 
     # Blocks.
 
-    def takes_blocks(self, plan: TransferPlan) -> bool:
-        """Whether `submit_blocks` is the way for this plan."""
+    def takes(self, move: BlockMove | TokenMove) -> bool:
+        return self.reaches(move.plan)
+
+    def reaches(self, plan: TransferPlan) -> bool:
+        """Say whether kernels reach a plan's memory and are quicker than staging it."""
         if self._link.core.verify:
             return False  # a kernel leaves nothing in between to compare: staged
         if self._limit_nbytes and plan.piece_nbytes < self._limit_nbytes:
             return False
         return not self._reach.obstacle((plan.local,), plan.remote.regions)
 
-    def route(self, plan: TransferPlan, layers: Sequence[int] | None) -> CudaPlan:
-        return self._compiled(plan, layers, plan.local.device)
-
-    def copy_on_gpu(
-        self,
-        transfer: Transfer,
-        route: CudaPlan,
-        ids: CheckedIds,
-        stream: torch.cuda.Stream | None,
+    def launch(
+        self, transfer: Transfer, compiled: CudaPlan, stream: torch.cuda.Stream | None
     ) -> None:
-        """Moves blocks by one launch for each kind of piece in the plan.
+        """Move blocks by one launch for each kind of piece in the plan.
 
         Ids in host memory are checked already; those on the GPU are checked by the kernel.
         """
         try:
             counter = 0
             if transfer.imm is not None and transfer.write:
-                counter = route.counters + slot_offset(transfer.imm)
+                counter = compiled.counters + slot_offset(transfer.imm)
                 transfer.on_placed = functools.partial(self._tell_placed, transfer)
             if not transfer.total_nbytes:
-                _end_empty(transfer)
+                transfer.end_empty()
                 return
-            device = route.plan.local.device
+            device = compiled.plan.local.device
             raw_stream = None
             if transfer.after is None:
                 raw_stream = self._raw_stream(transfer, stream, device)
@@ -213,7 +221,9 @@ class CudaIpcPath(DataPath):
         except EngineError as error:
             transfer.stop(error)
             return
-        lane.copy_blocks(transfer, route.copies, ids, raw_stream, counter)
+        move = transfer.move
+        assert isinstance(move, BlockMove)
+        lane.copy_blocks(transfer, compiled.copies, move.ids, raw_stream, counter)
 
     def _raw_stream(self, transfer: Transfer, stream: torch.cuda.Stream | None, device: int) -> int:
         """The caller's stream, or the device's current one: after what it has been given."""
@@ -240,12 +250,13 @@ class CudaIpcPath(DataPath):
             )
         return raw
 
-    def submit_tokens(self, transfer: Transfer, plan: TransferPlan, move: TokenMove) -> None:
-        """Moves tokens by one launch for each bundle of planes. As `submit_blocks` otherwise."""
+    def _submit_tokens(self, transfer: Transfer, move: TokenMove) -> None:
+        """Move tokens by one launch for each bundle of planes."""
+        plan = move.plan
         with self._refusing(transfer):
             self._prepare(transfer, {plan.local.kind, plan.remote_kind})
             if not transfer.total_nbytes:
-                _end_empty(transfer)
+                transfer.end_empty()
                 return
             from .tokens import launch_tokens
 
@@ -253,10 +264,10 @@ class CudaIpcPath(DataPath):
             launches = self._compiled_tokens(plan, move.layers, device)
             counter = self._counter(transfer, device)
             cap = self._link.core.max_programs
-            launch_tokens(self._lane(device), transfer, plan, move, launches, counter, cap)
+            launch_tokens(self._lane(device), transfer, move, launches, counter, cap)
 
     def prepare(self, plan: TransferPlan, layers: Sequence[int] | None) -> None:
-        if not self.takes_blocks(plan):
+        if not self.reaches(plan):
             self._host.prepare(plan, layers)
             return
         if not plan.blocks_pair:
@@ -268,19 +279,20 @@ class CudaIpcPath(DataPath):
 
         device = plan.local.device
         lane = self._lane(device)
-        compiled = self._compiled(plan, layers, device)
+        compiled = self.compile(plan, layers)
         with torch.cuda.device(device):
             # A block that does not exist: the kernels are loaded and run, and touch nothing.
             nowhere = torch.full((1,), -1, dtype=torch.int64, device=device)
             lane.try_out(compiled.copies, CheckedIds(nowhere, nowhere, True, 1), _MANY_IDS)
         lane.warm()
 
-    def repeat_blocks(self, transfer: Transfer, route: CudaPlan, ids: Any) -> GraphWrite:
+    def repeat(self, transfer: Transfer, compiled: CudaPlan, ids: Any) -> GraphWrite:
+        """Make a write that a CUDA graph repeats."""
         from .graph_write import GraphWrite
 
-        device = route.plan.local.device
+        device = compiled.plan.local.device
         lane = self._lane(device)
-        write = GraphWrite(self._link, transfer, route, ids, device)
+        write = GraphWrite(self._link, transfer, compiled, ids, device)
         with self._lock:
             if self._halting:
                 raise TransportUnavailable("the link is down", operation="graph_write")
@@ -305,9 +317,11 @@ class CudaIpcPath(DataPath):
             for lane in list(self._lanes.values()):
                 lane.ring()  # more may come: from now on it looks more often than ticks do
 
-    def _compiled(self, plan: TransferPlan, layers: Sequence[int] | None, device: int) -> CudaPlan:
+    def compile(self, plan: TransferPlan, layers: Sequence[int] | None) -> CudaPlan:
+        """Return a plan's launches for some layers, made with the first call."""
         from .plan import compile_plan
 
+        device = plan.local.device
         self._check_kinds({plan.local.kind, plan.remote_kind}, [plan.local], "transfer")
         key = (id(plan), None if layers is None else tuple(layers))
         with self._lock:
@@ -356,8 +370,8 @@ class CudaIpcPath(DataPath):
 
     def _goes_direct(self, transfer: Transfer) -> bool:
         """Whether a kernel moves the transfer; if not, `cma` does, by staging if a GPU is in it."""
-        if transfer.start is not None:
-            return True  # blocks: `takes_blocks` has said so
+        if transfer.move is not None:
+            return True  # `takes` has said so
         if self._link.core.verify:
             return False
         pieces = max(1, len(transfer.nbytes))
@@ -428,11 +442,10 @@ class CudaIpcPath(DataPath):
     def _refusing(self, transfer: Transfer) -> _Refusing:
         return _Refusing(transfer)
 
-    def handle(self, message: LinkMessage) -> bool:
-        if isinstance(message, Arrived) and message.device_nbytes:
+    def _arrived(self, message: Arrived) -> bool:
+        if message.device_nbytes:
             self._link.core.device_counters.added(message.imm, message.device_nbytes)
-            return False  # the link counts it for hosts
-        return self._host.handle(message)
+        return False  # the link counts it for hosts
 
     def forget(self, region_id: int) -> None:
         # Unmapping may wait for the GPU, and this is the progress thread.
@@ -456,12 +469,6 @@ class CudaIpcPath(DataPath):
             self._host.halt(halted)
 
         threading.Thread(target=drain, name="kvferry-drain", daemon=True).start()
-
-
-def _end_empty(transfer: Transfer) -> None:
-    """Ends a transfer without bytes: it needs no kernel, and waits for no stream."""
-    if transfer.begin():
-        transfer.end(0)
 
 
 class _Refusing:

@@ -1,4 +1,8 @@
-"""Which memory of a peer the kernels of this side reach: found out by mapping it.
+"""GPU memory of a peer: mapped here, and whether the kernels of this side reach it.
+
+An allocation is mapped once for each device, and stays mapped while any region in it is in use. Of
+memory in chunks a copy of each file descriptor is taken (`pidfd_getfd`, which the kernel allows to whom
+it allows `process_vm_writev`), and the chunks are mapped one behind the other.
 
 Whether two GPUs reach each other can be asked of the driver, if both are visible here. A GPU that
 CUDA_VISIBLE_DEVICES hides, as that of an engine's neighbour mostly is, cannot be asked about: its
@@ -7,20 +11,28 @@ memory is mapped or not. What is not mapped is staged, as where there is no peer
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import logging
+import os
+import threading
 from typing import TYPE_CHECKING
 
-from ...errors import EngineError, TransportUnavailable
+from ...errors import DeviceError, EngineError, NotRegistered, RegionGone, TransportUnavailable
+from ...memory.cuda_driver import driver
 
 if TYPE_CHECKING:
-    from ...memory.cuda_export import PeerMappings
-    from ...memory.descriptors import RegionDescriptor
+    from collections.abc import Callable, Iterator, Sequence
+
+    from ...memory.descriptors import CudaMemory, RegionDescriptor
     from ...memory.regions import MemoryRegion, RegisteredCache
     from ..base import PathHost
 
 log = logging.getLogger(__name__)
 
 _MOST_REMEMBERED = 4096
+_PIDFD_GETFD = 438  # the same number on every architecture
 
 
 class PeerReach:
@@ -78,3 +90,213 @@ class PeerReach:
         except EngineError:
             return ""  # no obstacle: what would use it meets the same, and says so
         return ""
+
+
+class _Mapping:
+    """One allocation of a peer, or the chunks of a region, mapped for one device of ours."""
+
+    def __init__(self, base: int, close: Callable[[], None]) -> None:
+        self.base = base
+        self.close = close
+        self.users: set[int] = set()  # region ids; 0 for the counters, which stay
+
+
+class PeerMappings:
+    """The allocations of one peer that are mapped here. Thread-safe."""
+
+    def __init__(self, peer: str, pid: int) -> None:
+        self._peer = peer
+        # As the kernel gave it: what a peer says of itself must not aim our kernels at our memory.
+        self._pid = pid
+        self._same_process = pid == os.getpid()
+        self._lock = threading.Lock()
+        self._mappings: dict[tuple[int, bytes], _Mapping] = {}
+        self._forgotten: set[int] = set()  # the peer gives a region's number to no other
+        self._closed = False
+
+    def address(self, device: int, region: RegionDescriptor) -> int:
+        """Where kernels on `device` find the start of a peer's region; maps it if need be.
+
+        Raises:
+            TransportUnavailable: they cannot reach it, and why.
+            RegionGone: the peer has taken it back.
+        """
+        memory = region.cuda
+        if memory is None:
+            raise NotRegistered(
+                f"region {region.region_id} is no GPU memory", operation="map", peer=self._peer
+            )
+        if not self._foreign(device, memory):
+            return region.address
+        if memory.chunks and memory.offset + region.nbytes > sum(n for _, n in memory.chunks):
+            raise self._unreachable("the region is larger than its chunks")
+        name = memory.handle or region.key
+        return self._map(device, memory, name, region.region_id, memory.chunks) + memory.offset
+
+    def counters(self, device: int, region: RegionDescriptor) -> int:
+        """Where kernels on `device` find the device counters of the engine that owns a region.
+
+        Raises:
+            TransportUnavailable: as for `address`.
+        """
+        memory = region.cuda
+        assert memory is not None
+        if not self._foreign(device, memory):
+            return memory.counters_address
+        return self._map(device, memory, memory.counters, 0)
+
+    def obstacle(self, device: int, region: RegionDescriptor) -> str:
+        """Why kernels on `device` cannot reach a peer's region, as far as can be told without
+        mapping it; or ""."""
+        if region.cuda is None:
+            return "it is not exported"
+        cuda = driver()
+        peer_device = cuda.find_device(region.cuda.device_uuid)
+        if peer_device >= 0 and not cuda.can_access(device, peer_device):
+            return f"GPU {device} has no peer access to GPU {peer_device}"
+        return ""
+
+    def _foreign(self, device: int, memory: CudaMemory) -> bool:
+        """Whether it is another process's, after a check that kernels on `device` can reach it."""
+        cuda = driver()
+        peer_device = cuda.find_device(memory.device_uuid)
+        if peer_device >= 0 and not cuda.can_access(device, peer_device):
+            raise TransportUnavailable(
+                f"GPU {device} has no peer access to GPU {peer_device}",
+                operation="map",
+                peer=self._peer,
+            )
+        if not self._same_process or (memory.chunks and device != peer_device):
+            return True  # to chunks in this process, access is given with a mapping of their own
+        cuda.enable_peer_access(device, peer_device)
+        return False
+
+    def _map(
+        self,
+        device: int,
+        memory: CudaMemory,
+        name: bytes,
+        user: int,
+        chunks: Sequence[tuple[int, int]] = (),
+    ) -> int:
+        """Maps an allocation by its handle, or chunks, which `name` then only tells from others."""
+        cuda = driver()
+        key = (device, name)
+        with self._lock:
+            if user in self._forgotten:  # a mapping for it would outlive the memory
+                raise RegionGone(
+                    f"the peer has taken region {user} back", operation="map", peer=self._peer
+                )
+            mapping = self._mappings.get(key)
+            if mapping is None:
+                if self._closed:
+                    raise self._unreachable("the link is down")
+                try:
+                    mapping = self._open(device, name, chunks)
+                except DeviceError as error:
+                    visible = cuda.find_device(memory.device_uuid) >= 0
+                    unseen = (
+                        ""
+                        if visible
+                        else (
+                            "; its GPU is not visible in this process: add it to CUDA_VISIBLE_DEVICES"
+                        )
+                    )
+                    raise self._unreachable(error.message + unseen) from error
+                self._mappings[key] = mapping
+            mapping.users.add(user)
+            return mapping.base
+
+    def _open(self, device: int, handle: bytes, chunks: Sequence[tuple[int, int]]) -> _Mapping:
+        if chunks:
+            mapped = MappedChunks(device, self._pid, chunks)
+            return _Mapping(mapped.base, mapped.close)
+        cuda = driver()
+        base = cuda.open(device, handle)
+        return _Mapping(base, functools.partial(cuda.unmap, device, base))
+
+    def forget(self, region_id: int) -> None:
+        """The peer takes a region back, and nothing here uses it any more."""
+        with self._lock:
+            self._forgotten.add(region_id)
+            for key, mapping in list(self._mappings.items()):
+                mapping.users.discard(region_id)
+                if not mapping.users:
+                    del self._mappings[key]
+                    mapping.close()
+
+    def close(self) -> None:
+        """Unmaps everything: no kernel uses it any more."""
+        with self._lock:
+            self._closed = True
+            mappings, self._mappings = self._mappings, {}
+        for mapping in mappings.values():
+            mapping.close()
+
+    def _unreachable(self, reason: str) -> TransportUnavailable:
+        return TransportUnavailable(
+            f"the peer's GPU memory cannot be mapped: {reason}", operation="map", peer=self._peer
+        )
+
+
+class MappedChunks:
+    """A peer's chunks, mapped for kernels of one device until `close`.
+
+    Attributes:
+        base: where the first one begins here.
+    """
+
+    def __init__(self, device: int, pid: int, chunks: Sequence[tuple[int, int]]) -> None:
+        """Maps chunks that process `pid` has exported.
+
+        Raises:
+            DeviceError: the kernel refuses the descriptors, or the driver what they stand for.
+        """
+        cuda = driver()
+        self._device = device
+        self._nbytes = sum(size for _, size in chunks)
+        self._mapped: list[tuple[int, int]] = []
+        self.base = cuda.reserve(device, self._nbytes)
+        try:
+            start = self.base
+            with _closing(os.pidfd_open(pid)) as process:
+                for fd, size in chunks:
+                    with _closing(_copy(process, fd)) as copy:
+                        cuda.map_chunk(device, start, size, copy)
+                    self._mapped.append((start, size))
+                    start += size
+            cuda.allow(device, self.base, self._nbytes)
+        except (OSError, DeviceError) as error:
+            self.close()
+            if isinstance(error, DeviceError):
+                raise
+            raise DeviceError(
+                f"its file descriptors cannot be copied ({error.strerror}): the kernel must allow "
+                "pidfd_getfd, as it must process_vm_writev",
+                operation="map",
+            ) from error
+
+    def close(self) -> None:
+        """Unmaps them: no kernel uses them any more."""
+        cuda = driver()
+        for start, size in self._mapped:
+            cuda.unmap_chunk(self._device, start, size)
+        cuda.unreserve(self._device, self.base, self._nbytes)
+
+
+@contextlib.contextmanager
+def _closing(fd: int) -> Iterator[int]:
+    """A file descriptor, closed at the end of the block."""
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _copy(pidfd: int, fd: int) -> int:
+    """A copy of another process's file descriptor. Raises OSError."""
+    copy: int = ctypes.CDLL(None, use_errno=True).syscall(_PIDFD_GETFD, pidfd, fd, 0)
+    if copy < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return copy

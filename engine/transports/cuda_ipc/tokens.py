@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from ...plan.mapping import Bundle, Step, TablePair
     from ...plan.token_plan import TokenPlan
     from ...transfer.moves import TokenMove
-    from ...transfer.plan import TransferPlan
-    from ..base import Transfer
+    from ...transfer.transfer import Transfer
     from .lane import Lane
 
     Ids = npt.NDArray[np.int64]
@@ -239,7 +238,6 @@ def _dtype(name: str, nbytes: int) -> torch.dtype:
 def launch_tokens(
     lane: Lane,
     transfer: Transfer,
-    plan: TransferPlan,
     move: TokenMove,
     launches: Sequence[TokenLaunch],
     counter: int | None,
@@ -251,13 +249,13 @@ def launch_tokens(
         launches: from `compile_tokens`, for these layers.
         counter: address of the peer's device counter; None if nobody counts there.
     """
-    pairs = plan.tokens.pairs
-    on_gpu = any(getattr(table, "is_cuda", False) for table in move.src_tables)
+    tokens = move.plan.tokens
+    pairs = tokens.pairs
     rows: Ids | None = None
     places: list[tuple[slice, slice]] = []
-    if not on_gpu:
+    if not move.on_gpu:
         tables = [
-            plan.tokens.check(pair, move.src_tables, move.dst_tables, move.start, move.stop)
+            tokens.check(pair, move.src_tables, move.dst_tables, move.start, move.stop)
             for pair in pairs
         ]
         row, places = _flat(tables)

@@ -8,32 +8,28 @@ being received.
 from __future__ import annotations
 
 import functools
-import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ...errors import DeviceError, EngineError, LinkError, ProtocolError
+from ...errors import DeviceError, EngineError, ProtocolError
 from ...memory import iovec
 from ...runtime.pipeline import work_off
 from ...staging.mover import new_mover, suits
 from ...staging.ring import Buffer, Ring
 from ...wire import frames as frames
 from ...wire import tables
-from ...wire.messages import Acknowledge
-from ..cma.path import checksum_mismatch
+from ..segments import admit_write, checksum_mismatch, prepare_gpus
 
 if TYPE_CHECKING:
     import queue
     import socket
     from collections.abc import Callable
 
+    from ...runtime.pipeline import Finisher
     from ...staging.mover import Moved
-    from ...transfer.ticket import Ticket
-    from ..base import PathHost, Transfer
-    from .path import TcpPath
-
-    Placed = Callable[[EngineError | None, bool], None]  # why not, and whether through staging
+    from ..base import PathHost
+    from ..segments import Outstanding, Placed, Reply, Segment
 
 FRAME_NBYTES = 8 << 20  # flat from 4 to 32 MiB; smaller frames share better between rails
 BUFFER_NBYTES = 12 << 20  # a frame, and what its last piece may add
@@ -41,28 +37,15 @@ DISCARD_NBYTES = 1 << 20
 SENT_AT_ONCE = 2  # one is sent while the next is gathered
 RECEIVED_AT_ONCE = 3  # one is scattered, one waits for that, one is received
 
-log = logging.getLogger(__name__)
-
-
-class Reply(NamedTuple):
-    """Pieces of this process's memory that a peer reads."""
-
-    transfer: int
-    first: int
-    admitted: tables.Admitted
-    verify: bool
-
 
 class _Frame(NamedTuple):
     """A frame that is about to be sent."""
 
+    item: Segment | Reply
     header: frames.Header
     body: bytes
     pieces: iovec.Iovec
-    verify: bool
-    end: Callable[[EngineError | None], None]
     staged: tuple[Ring, Buffer, Moved] | None
-    ticket: Ticket | None  # of a write; a peer that reads keeps its own
 
 
 class _Rings:
@@ -90,14 +73,8 @@ class _Rings:
         return ring
 
     def warm(self) -> None:
-        """Prepares what GPU memory that is registered already will need: making it later could
-        wait for a stream that waits for us."""
-        for device in self._link.core.regions.gpus():
-            try:
-                ring = self.ring(device)
-                ring.fill()
-            except DeviceError as error:
-                log.warning("kvferry: GPU %d cannot be staged: %s", device, error)
+        """Prepares the rings of this process's GPUs."""
+        prepare_gpus(self._link, lambda device: self.ring(device).fill())
 
     def close(self) -> None:
         for ring in self._rings.values():
@@ -109,15 +86,16 @@ class Sender:
 
     def __init__(
         self,
-        path: TcpPath,
         link: PathHost,
+        outstanding: Outstanding,
         rail: socket.socket,
-        items: queue.SimpleQueue[tuple[Transfer, slice] | Reply | None],
+        items: queue.SimpleQueue[Segment | Reply | None],
+        num_rails: int,
     ) -> None:
-        self._path = path
-        self._link = link
+        self._outstanding = outstanding
         self._rail = rail
         self._items = items
+        self._num_rails = num_rails
         self._rings = _Rings(link, SENT_AT_ONCE)
 
     def run(self) -> None:
@@ -133,50 +111,17 @@ class Sender:
         """A frame is gathered while another is sent, unless another rail would rather have it."""
         if latest.staged is None or begun >= SENT_AT_ONCE:
             return False
-        return self._items.qsize() >= self._path.num_rails
+        return self._items.qsize() >= self._num_rails
 
-    def _begin(self, item: tuple[Transfer, slice] | Reply) -> _Frame | None:
-        if isinstance(item, Reply):
-            return self._begin_reply(item)
-        transfer, part = item
-        if not transfer.begin(2):  # this thread, and the peer's answer
+    def _begin(self, item: Segment | Reply) -> _Frame | None:
+        """Begins to gather an item's pieces, if they go through staging."""
+        source = item.begin()
+        if source is None:
             return None
-        header, body = frames.of_write(transfer, part)
-
-        def end(error: EngineError | None) -> None:
-            if error is not None:
-                transfer.stop(error)
-                transfer.end(0)  # the peer will not answer what was not sent
-            transfer.end(0)
-
-        verify, ticket = self._link.core.verify, transfer.ticket
-        local = transfer.local[part]
-        return self._stage(header, body, local, transfer.device(), verify, end, ticket)
-
-    def _begin_reply(self, reply: Reply) -> _Frame | None:
-        admitted = reply.admitted
-        header = frames.of_reply(reply.transfer, reply.first, admitted)
-
-        def end(error: EngineError | None) -> None:
-            admitted.release()
-            if error is not None:
-                self._path.refuse_read(reply.transfer, reply.first, error)
-
-        return self._stage(header, b"", admitted.iov, admitted.device, reply.verify, end)
-
-    def _stage(
-        self,
-        header: frames.Header,
-        body: bytes,
-        pieces: iovec.Iovec,
-        device: int,
-        verify: bool,
-        end: Callable[[EngineError | None], None],
-        ticket: Ticket | None = None,
-    ) -> _Frame | None:
-        """Begins to gather the frame's pieces, if they go through staging."""
+        pieces, device = source
         staged = None
         try:
+            header, body = item.frame()
             ring = self._rings.ring_for(pieces, device)
             if ring is not None:
                 buffer = ring.take(header.nbytes)
@@ -187,39 +132,39 @@ class Sender:
                     raise
                 pieces = buffer.part(header.nbytes)
         except EngineError as error:
-            end(error)
+            item.sent(error)
             return None
         except BaseException:
-            end(None)
+            item.sent()
             raise
-        return _Frame(header, body, pieces, verify, end, staged, ticket)
+        return _Frame(item, header, body, pieces, staged)
 
     def _send(self, frame: _Frame) -> None:
         failure: EngineError | None = None
         try:
             if frame.staged is not None:
                 frame.staged[2].wait()
-                if frame.ticket is not None:
-                    frame.ticket._mark_staged("gathered", frame.header.nbytes)
+                if frame.item.ticket is not None:
+                    frame.item.ticket._mark_staged("gathered", frame.header.nbytes)
             self._put(frame)
         except DeviceError as error:
             failure = error
         finally:
             if frame.staged is not None:
                 frame.staged[0].give(frame.staged[1])
-            frame.end(failure)
+            frame.item.sent(failure)
 
     def _put(self, frame: _Frame) -> None:
-        header = frame.header
+        header, ticket = frame.header, frame.item.ticket
         if header.kind == frames.WRITE:
-            self._path.sending(header.transfer)
-        if frame.verify:
+            self._outstanding.sending(header.transfer)
+        if frame.item.verify:
             crc = iovec.checksum(frame.pieces)
             header = header._replace(flags=header.flags | frames.HAS_CRC, crc=crc)
         head = np.frombuffer(frames.encode(header) + frame.body, np.uint8)
         first = iovec.one(head.ctypes.data, len(head))
-        if frame.ticket is not None:
-            frame.ticket._mark("on wire")
+        if ticket is not None:
+            ticket._mark("on wire")
         iovec.send(self._rail.fileno(), np.concatenate((first, frame.pieces)))
 
     def _drop(self, frame: _Frame) -> None:
@@ -231,16 +176,20 @@ class Sender:
             except DeviceError as error:
                 failure = error
             frame.staged[0].give(frame.staged[1])
-        frame.end(failure)
+        frame.item.sent(failure)
 
 
 class Receiver:
     """The thread that receives."""
 
-    def __init__(self, path: TcpPath, link: PathHost, rail: socket.socket) -> None:
-        self._path = path
+    def __init__(
+        self, link: PathHost, outstanding: Outstanding, rail: socket.socket, finisher: Finisher
+    ) -> None:
+        """`finisher`: waits for what the GPUs scatter."""
         self._link = link
+        self._outstanding = outstanding
         self._rail = rail
+        self._finisher = finisher
         self._rings = _Rings(link, RECEIVED_AT_ONCE)
 
     def run(self) -> None:
@@ -262,66 +211,37 @@ class Receiver:
         self._rings.close()
 
     def _write(self, fd: int, header: frames.Header) -> None:
-        link = self._link
         regions = np.zeros(header.table * tables.REGION_ROW.itemsize, np.uint8)
         pieces = np.zeros(header.num_pieces * tables.PIECE_ROW.itemsize, np.uint8)
         _receive_array(fd, regions)
         _receive_array(fd, pieces)
         imm = header.imm if header.flags & frames.HAS_IMM else None
-        try:
-            admitted = tables.admit(
-                link.core.regions, regions.tobytes(), pieces.tobytes(), staged=True
-            )
-        except LinkError:
-            raise
-        except EngineError as error:
+        rows = (regions.tobytes(), pieces.tobytes())
+        write = admit_write(self._link, header.transfer, imm, rows, header.nbytes)
+        if write is None:
             _discard(fd, header.nbytes)
-            link.reject(header.transfer, imm, error)
             return
-
-        def placed(error: EngineError | None, staged: bool) -> None:
-            admitted.release()
-            if error is not None:
-                link.reject(header.transfer, imm, error)
-                return
-            if imm is not None:
-                link.count(imm, header.nbytes, 0, staged=staged)
-            link.send(Acknowledge(header.transfer, header.nbytes))
-
-        if admitted.nbytes != header.nbytes:
-            admitted.release()
-            raise ProtocolError(
-                f"a frame announces {header.nbytes} bytes but its pieces take {admitted.nbytes}",
-                operation="receive",
-            )
+        admitted = write.admitted
         try:
-            mismatch = functools.partial(checksum_mismatch, link.peer.name, imm)
-            took = self._take(fd, header, admitted.iov, admitted.device, mismatch, placed)
+            took = self._take(fd, header, admitted.iov, admitted.device, imm, write.placed)
         except BaseException:
             admitted.release()
             raise
         took()
 
     def _data(self, fd: int, header: frames.Header) -> None:
-        transfer, part = self._path.take_read(header.transfer, header.table)
-        local = transfer.local[part]
-        if header.nbytes != int(transfer.nbytes[part].sum()):
+        segment = self._outstanding.take_read(header.transfer, header.table)
+        if segment is None:
+            raise ProtocolError("a data frame answers no read of ours", operation="receive")
+        transfer = segment.transfer
+        if header.nbytes != int(transfer.nbytes[segment.pieces].sum()):
             raise ProtocolError(
                 f"a data frame has {header.nbytes} bytes, which is not what was asked for",
                 operation="receive",
             )
-
-        def placed(error: EngineError | None, staged: bool) -> None:
-            if error is not None:
-                transfer.stop(error)
-            else:
-                transfer.ticket._mark("first byte")
-                if staged:
-                    transfer.ticket._mark_staged("scattered", header.nbytes)
-            transfer.end(0 if error is not None else header.nbytes)
-
-        mismatch = functools.partial(checksum_mismatch, self._link.peer.name, None)
-        self._take(fd, header, local, transfer.device(), mismatch, placed)()
+        pieces, device = transfer.local[segment.pieces], transfer.device()
+        placed = functools.partial(segment.placed, header.nbytes)
+        self._take(fd, header, pieces, device, None, placed)()
 
     def _take(
         self,
@@ -329,7 +249,7 @@ class Receiver:
         header: frames.Header,
         pieces: iovec.Iovec,
         device: int,
-        mismatch: Callable[[], EngineError],
+        imm: int | None,
         placed: Placed,
     ) -> Callable[[], None]:
         """Receives a frame's bytes; what it returns must be called, and sees to `placed`."""
@@ -338,14 +258,14 @@ class Receiver:
         if ring is None:
             iovec.receive(fd, pieces.copy())
             wrong = checked and iovec.checksum(pieces) != header.crc
-            return functools.partial(placed, mismatch() if wrong else None, False)
+            return functools.partial(placed, self._mismatch(imm) if wrong else None, False)
         buffer = ring.take(header.nbytes)
         try:
             whole = buffer.part(header.nbytes)
             iovec.receive(fd, whole.copy())
             if checked and iovec.checksum(whole) != header.crc:
                 ring.give(buffer)
-                return functools.partial(placed, mismatch(), True)
+                return functools.partial(placed, self._mismatch(imm), True)
         except BaseException:
             ring.give(buffer)
             raise
@@ -374,7 +294,10 @@ class Receiver:
             ring.give(buffer)
             placed(failure, True)
 
-        self._path.finisher.put(finish)
+        self._finisher.put(finish)
+
+    def _mismatch(self, imm: int | None) -> EngineError:
+        return checksum_mismatch(self._link.peer.name, imm)
 
 
 def _receive_array(fd: int, array: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:

@@ -10,30 +10,42 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import DeviceError, EngineError, LinkError, ProtocolError
+from ...errors import EngineError, LinkError, ProtocolError
 from ...memory import iovec
 from ...wire import frames as frames
 from ...wire import tables
 from ...wire.messages import Acknowledge, ReadRequest, Refuse, SlotFree
-from ..cma.path import answer_to_nothing, checksum_mismatch
-from .movers import Movers
+from ..segments import (
+    Outstanding,
+    Reply,
+    Segment,
+    admit_write,
+    answer_to_nothing,
+    checksum_mismatch,
+    serve,
+)
+from . import queue_pair as verbs_qp
 from .slots import (
     FRAME_NBYTES,
     FRAME_PIECES,
     NUM_SLOTS,
     PIECE_NBYTES,
     SLOT_NBYTES,
+    Movers,
     bytes_begin,
 )
 from .work_requests import MIN_SHARE_NBYTES, cuts
 
 if TYPE_CHECKING:
-    from ..base import Transfer
-    from .path import VerbsPath
+    from collections.abc import Callable
+
+    from ...transfer.transfer import Transfer
+    from ..base import PathHost
+    from .loop import Loop
     from .rail import Rail
     from .slots import Slots
 
@@ -42,27 +54,11 @@ FULL_NBYTES = FRAME_NBYTES - PIECE_NBYTES  # a frame ends with the piece that re
 FEWEST_FRAMES = 4  # of a transfer that is not small
 
 
-class Reply(NamedTuple):
-    """Pieces of this process's memory that a peer reads."""
-
-    transfer: int
-    first: int
-    admitted: tables.Admitted
-    verify: bool
-
-
-class Part(NamedTuple):
-    """Pieces of a write, as many as a frame takes."""
-
-    transfer: Transfer
-    pieces: slice
-
-
 @dataclasses.dataclass
 class _Frame:
     """A slot of ours that is in use: until its bytes have left it and the peer has answered."""
 
-    item: Part | Reply
+    item: Segment | Reply
     rail: Rail | None = None
     left: bool = False
     answered: bool = False
@@ -71,17 +67,29 @@ class _Frame:
 class Frames:
     """Frames of one link, both ways. Used by the link's thread; other methods say so."""
 
-    def __init__(self, path: VerbsPath, slots: Slots) -> None:
-        self._path = path
-        self._link = path.link
+    def __init__(
+        self,
+        link: PathHost,
+        loop: Loop,
+        slots: Slots,
+        *,
+        copy: Callable[[Callable[[], None]], None],
+        taken_apart: Callable[[Rail], None],
+    ) -> None:
+        """`copy` runs a task on a copier thread; `taken_apart` hears that a frame of a rail is."""
+        self._link = link
+        self._loop = loop
         self._slots = slots
-        self._movers = Movers(path.link, slots)
+        self._copy = copy
+        self._taken_apart = taken_apart
+        self._movers = Movers(link, slots)
         self.warm = self._movers.warm
+        self._turn = 0
         self._free = deque(range(NUM_SLOTS))
-        self._waiting: deque[Part | Reply] = deque()
+        self._waiting: deque[Segment | Reply] = deque()
         self._gathered: deque[tuple[int, int]] = deque()
         self._frames: dict[int, _Frame] = {}
-        self._reads: dict[tuple[int, int], tuple[Transfer, slice]] = {}
+        self._outstanding = Outstanding(link)
         self._scattering: dict[int, int] = {}
 
     # Sending.
@@ -94,52 +102,32 @@ class Frames:
     def submit(self, transfer: Transfer) -> None:
         """Starts a transfer."""
         _cut(transfer)
-        rails = sum(rail.up for rail in self._path.rails)
+        rails = sum(rail.up for rail in self._loop.rails)
         limit_nbytes = even_limit(transfer.total_nbytes, rails)
-        for part in iovec.chunks(transfer.nbytes, limit_nbytes, FRAME_PIECES):
-            if transfer.write:
-                self._waiting.append(Part(transfer, part))
-            elif transfer.begin():
-                self._reads[transfer.id, part.start] = (transfer, part)
-                ask = tables.read_request(transfer, part, verify=self._link.core.verify)
-                self._link.send(ask)
+        cuts = iovec.chunks(transfer.nbytes, limit_nbytes, FRAME_PIECES)
+        self._outstanding.submit(transfer, cuts, self._waiting.append)
         self.advance()
 
     def serve(self, ask: ReadRequest) -> None:
         """Answers a peer that reads."""
-        try:
-            admitted = tables.admit(self._link.core.regions, ask.regions, ask.pieces, staged=True)
-        except LinkError as error:
-            self._link.fail(error)
-            return
-        except EngineError as error:
-            self._link.send(Refuse(ask.transfer, type(error).__name__, error.message, ask.first))
-            return
-        if admitted.nbytes > FRAME_NBYTES:
-            admitted.release()
-            self._link.fail(
-                ProtocolError(
-                    f"the peer reads {admitted.nbytes} bytes at once, a frame has {FRAME_NBYTES}",
-                    operation="receive",
-                )
-            )
-            return
-        self._waiting.append(Reply(ask.transfer, ask.first, admitted, ask.verify))
-        self.advance()
+        reply = serve(self._link, ask, FRAME_NBYTES)
+        if reply is not None:
+            self._waiting.append(reply)
+            self.advance()
 
     def advance(self) -> None:
         """Gathers into free slots, and posts what is gathered, as far as it goes."""
         while self._free and self._waiting:
             item = self._waiting.popleft()
-            if isinstance(item, Part) and not item.transfer.begin(2):  # the copy, and the answer
-                continue
-            slot = self._free.popleft()
-            self._frames[slot] = _Frame(item)
-            self._path.copy(functools.partial(self._gather, slot, item))
+            source = item.begin()
+            if source is not None:
+                slot = self._free.popleft()
+                self._frames[slot] = _Frame(item)
+                self._copy(functools.partial(self._gather, slot, item, *source))
         while self._gathered:
             slot, nbytes = self._gathered[0]
-            rail = self._path.next_rail()
-            if rail is None:
+            rail = self._next_rail()
+            if rail is None or rail.staged is None:
                 return
             self._gathered.popleft()
             self._frames[slot].rail = rail
@@ -152,54 +140,52 @@ class Frames:
                 nbytes,
                 self._slots.keys(rail.device)[0],
             ]
-            item = self._frames[slot].item
-            if isinstance(item, Part):
-                item.transfer.ticket._mark("on wire")
-            self._path.post_frame(rail, slot, row, nbytes)
+            ticket = self._frames[slot].item.ticket
+            if ticket is not None:
+                ticket._mark("on wire")
+            batch = (1, nbytes, None, slot)
+            self._loop.post(rail, rail.staged, verbs_qp.WRITE, [row], slot, batch)
 
-    def _gather(self, slot: int, item: Part | Reply) -> None:
+    def _next_rail(self) -> Rail | None:
+        """A rail that can take a frame, in turn; None if none can now."""
+        rails = self._loop.rails
+        for _ in rails:
+            self._turn = (self._turn + 1) % len(rails)
+            rail = rails[self._turn]
+            if rail.up and rail.staged is not None and rail.staged.room and rail.staged.credits:
+                return rail
+        return None
+
+    def _gather(self, slot: int, item: Segment | Reply, pieces: iovec.Iovec, device: int) -> None:
         """On a copier thread."""
-        if isinstance(item, Part):
-            transfer, part = item
-            local, device = transfer.local[part], transfer.device()
-            header, body = frames.of_write(transfer, part)
-            verify = self._link.core.verify
-        else:
-            local, device = item.admitted.iov, item.admitted.device
-            body, verify = b"", item.verify
-            header = frames.of_reply(item.transfer, item.first, item.admitted)
+        header, body = item.frame()
         buffer = self._slots.outgoing(slot)
         head_nbytes = frames.HEADER_NBYTES + len(body)
         start = bytes_begin(head_nbytes)
         staged = buffer[start : start + header.nbytes]
         try:
-            self._movers.gather(staged, local, device)
-        except DeviceError as error:
-            self._path.soon(functools.partial(self._not_gathered, slot, error))
+            self._movers.gather(staged, pieces, device)
+        except EngineError as error:
+            self._loop.soon(functools.partial(self._not_gathered, slot, error))
             return
-        if verify:
+        if item.verify:
             # No processor reads a GPU's memory: there, what lies in the slot has to do.
-            crc = iovec.checksum(local if device < 0 else _whole(staged))
+            crc = iovec.checksum(pieces if device < 0 else _whole(staged))
             header = header._replace(flags=header.flags | frames.HAS_CRC, crc=crc)
         buffer[:head_nbytes] = np.frombuffer(frames.encode(header) + body, np.uint8)
-        if isinstance(item, Part):
-            item.transfer.ticket._mark_staged("gathered", header.nbytes)
-        self._path.soon(functools.partial(self._ready, slot, start + header.nbytes))
+        if item.ticket is not None:
+            item.ticket._mark_staged("gathered", header.nbytes)
+        self._loop.soon(functools.partial(self._ready, slot, start + header.nbytes))
 
     def _ready(self, slot: int, nbytes: int) -> None:
         self._gathered.append((slot, nbytes))
         self.advance()
 
-    def _not_gathered(self, slot: int, error: DeviceError) -> None:
+    def _not_gathered(self, slot: int, error: EngineError) -> None:
         """A frame that cannot be filled is not sent, and so not answered."""
         frame = self._frames[slot]
-        frame.answered = True
-        if isinstance(frame.item, Part):
-            frame.item.transfer.stop(error)
-            frame.item.transfer.end(0)
-        else:
-            self._refuse_reply(frame.item, "DeviceError", error)
-        self._leave(frame)
+        frame.answered = frame.left = True
+        frame.item.sent(error)
         self._settle(slot, frame)
 
     def left(self, slot: int) -> None:
@@ -214,7 +200,7 @@ class Frames:
         if (
             frame is None
             or frame.answered
-            or not isinstance(frame.item, Part)
+            or not isinstance(frame.item, Segment)
             or frame.item.transfer.id != message.transfer
         ):
             self._link.fail(answer_to_nothing())
@@ -234,22 +220,19 @@ class Frames:
 
     def expects_refusal(self, message: Refuse) -> bool:
         """Whether a refusal is an answer to anything. On the progress thread."""
-        if self._reads.pop((message.transfer, message.first), None) is not None:
-            return True
-        return any(
-            isinstance(frame.item, Part)
+        return self._outstanding.refused(message) or any(
+            isinstance(frame.item, Segment)
             and frame.item.transfer.id == message.transfer
             and not frame.answered
             for frame in list(self._frames.values())
         )
 
     def lost(self, slot: int, error: EngineError) -> None:
-        """A frame's rail broke before it left: the peer's word decides whether it arrived."""
+        """A frame's rail broke before it left: the peer's word decides whether it arrived. One that
+        reads is refused what it may have got all the same: then the refusal answers nothing that is
+        still asked, and is passed over."""
         frame = self._frames[slot]
-        if isinstance(frame.item, Part):
-            frame.item.transfer.stop(error)
-        else:
-            self._refuse_reply(frame.item, "RailError", error)
+        frame.item.fail(error)
         self._leave(frame)
         self._settle(slot, frame)
 
@@ -258,24 +241,15 @@ class Frames:
         for slot, frame in list(self._frames.items()):
             if frame.rail is rail and frame.left and not frame.answered:
                 frame.answered = True
-                if isinstance(frame.item, Part):
+                if isinstance(frame.item, Segment):
                     frame.item.transfer.end(0)
                 self._settle(slot, frame)
         self.advance()
 
-    def _refuse_reply(self, reply: Reply, kind: str, error: EngineError) -> None:
-        """The reader learns that its bytes are lost. They may have come all the same: then the
-        refusal answers nothing that is still asked, and is passed over."""
-        self._link.send(Refuse(reply.transfer, kind, error.message, reply.first))
-
     def _leave(self, frame: _Frame) -> None:
-        if frame.left:
-            return
-        frame.left = True
-        if isinstance(frame.item, Part):
-            frame.item.transfer.end(0)
-        else:
-            frame.item.admitted.release()
+        if not frame.left:
+            frame.left = True
+            frame.item.sent()
 
     def _settle(self, slot: int, frame: _Frame) -> None:
         if frame.left and frame.answered:
@@ -285,12 +259,10 @@ class Frames:
 
     def close(self) -> None:
         """The link is down and no thread copies: ends the use of memory that peers wanted."""
-        for item in self._waiting:
+        left = [frame.item for frame in self._frames.values() if not frame.left]
+        for item in (*self._waiting, *left):
             if isinstance(item, Reply):
-                item.admitted.release()
-        for frame in self._frames.values():
-            if isinstance(frame.item, Reply) and not frame.left:
-                frame.item.admitted.release()
+                item.sent()
         self._movers.close()
 
     # Receiving.
@@ -303,7 +275,7 @@ class Frames:
             )
             return
         self._scattering[rail.number] = self._scattering.get(rail.number, 0) + 1
-        self._path.copy(functools.partial(self._take_apart, rail, slot, nbytes))
+        self._copy(functools.partial(self._take_apart, rail, slot, nbytes))
 
     def scattering(self, rail: Rail) -> bool:
         """Whether frames that came over this rail are being taken apart."""
@@ -321,62 +293,48 @@ class Frames:
         except LinkError as error:
             self._link.fail(error)
         finally:
-            self._path.soon(functools.partial(self._taken, rail))
+            self._loop.soon(functools.partial(self._taken, rail))
 
     def _taken(self, rail: Rail) -> None:
         self._scattering[rail.number] -= 1
-        self._path.settle(rail)
+        self._taken_apart(rail)
 
     def _place_write(self, slot: int, data: Any, header: frames.Header) -> None:
-        link = self._link
         first = frames.HEADER_NBYTES + header.table * tables.REGION_ROW.itemsize
         stop = first + header.num_pieces * tables.PIECE_ROW.itemsize
         start = bytes_begin(stop)
         _check_size(len(data), start + header.nbytes)
         # Out of the slot before they are checked: the peer could change them there.
-        regions, pieces = data[frames.HEADER_NBYTES : first].tobytes(), data[first:stop].tobytes()
+        rows = data[frames.HEADER_NBYTES : first].tobytes(), data[first:stop].tobytes()
         imm = header.imm if header.flags & frames.HAS_IMM else None
-        try:
-            admitted = tables.admit(link.core.regions, regions, pieces, staged=True)
-        except LinkError:
-            raise
-        except EngineError as error:
-            link.reject(header.transfer, imm, error)
-            link.send(SlotFree(slot))
-            return
-        try:
-            _check_size(admitted.nbytes, header.nbytes)
-            failure = self._place(data[start:], header, admitted.iov, admitted.device, imm)
-        finally:
-            admitted.release()
-        if failure is not None:
-            link.reject(header.transfer, imm, failure)
-            link.send(SlotFree(slot))
-            return
-        if imm is not None:
-            link.count(imm, header.nbytes, 0, staged=True)
-        link.send(Acknowledge(header.transfer, header.nbytes, slot))
+        number = header.transfer
+        write = admit_write(self._link, number, imm, rows, header.nbytes, slot=slot)
+        failure = None
+        if write is not None:
+            admitted = write.admitted
+            try:
+                failure = self._place(data[start:], header, admitted.iov, admitted.device, imm)
+            except BaseException:
+                admitted.release()
+                raise
+            write.placed(failure, True)
+        if write is None or failure is not None:
+            self._link.send(SlotFree(slot))
 
     def _place_read(self, slot: int, data: Any, header: frames.Header) -> None:
         start = bytes_begin(frames.HEADER_NBYTES)
         _check_size(len(data), start + header.nbytes)
-        entry = self._reads.pop((header.transfer, header.table), None)
-        self_nbytes = header.nbytes
-        if entry is None:
+        segment = self._outstanding.take_read(header.transfer, header.table)
+        if segment is None:
             # Its rail broke and the peer refused it, then it came after all: nobody waits for it.
             self._link.send(SlotFree(slot))
             return
-        transfer, part = entry
-        local = transfer.local[part]
-        _check_size(int(transfer.nbytes[part].sum()), self_nbytes)
-        failure = self._place(data[start:], header, local, transfer.device(), None)
+        transfer, part = segment.transfer, segment.pieces
+        _check_size(int(transfer.nbytes[part].sum()), header.nbytes)
+        local, device = transfer.local[part], transfer.device()
+        failure = self._place(data[start:], header, local, device, None)
         self._link.send(SlotFree(slot))
-        if failure is not None:
-            transfer.stop(failure)
-        else:
-            transfer.ticket._mark("first byte")
-            transfer.ticket._mark_staged("scattered", self_nbytes)
-        transfer.end(0 if failure is not None else self_nbytes)
+        segment.placed(header.nbytes, failure, True)
 
     def _place(
         self,
@@ -393,7 +351,7 @@ class Frames:
             return checksum_mismatch(self._link.peer.name, imm)
         try:
             self._movers.scatter(staged, pieces, device)
-        except DeviceError as error:
+        except EngineError as error:
             return error
         if checked and not on_gpu and iovec.checksum(pieces) != header.crc:
             return checksum_mismatch(self._link.peer.name, imm)

@@ -1,4 +1,4 @@
-"""One reliable connected queue pair: connected once, posted to in batches, stopped once.
+"""One reliable connected queue pair: connected once, posted to in batches, stopped once; its errors.
 
 Work requests are posted through the library's extended calls, which fill the device's queue in
 place: no object a work request. `kvferry bench verbs` measures both ways.
@@ -13,10 +13,21 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ...errors import (
+    DeviceLost,
+    EngineError,
+    LinkFlushed,
+    LocalAccessError,
+    RailError,
+    ReceiverNotReady,
+    RemoteAccessError,
+    RemoteOperationError,
+    RetryExceeded,
+)
 from .cards import ETHERNET, QueueCard
 
 if TYPE_CHECKING:
-    from ..base import Transfer
+    from ...transfer.transfer import Transfer
     from .cards import Route
     from .device import Device
     from .work_requests import Share
@@ -54,7 +65,7 @@ class QueuePair:
         room: work requests that may still be posted.
         credits: how many of them may carry an imm: the peer's receives that are left.
         posted: receives that are posted here.
-        oldest, waited_s: `verbs_watch`'s: the oldest batch at its last look, and for how long.
+        oldest, waited_s: `watchdog.py`: the oldest batch at its last look, and for how long.
     """
 
     def __init__(self, device: Device, completions: Any, *, pad: tuple[int, int]) -> None:
@@ -235,3 +246,58 @@ def post(pair: QueuePair, kind: str, rows: list[Any], imm: int | None, number: i
 def imm_of(completion: Any) -> int:
     """The imm of a completed receive, in this machine's byte order, as pyverbs gives the wire's."""
     return socket.ntohl(completion.imm_data)
+
+
+# Number of ibv_wc_status: class, name in the verbs' own words, and what it means here. The numbers
+# are part of the verbs' binary interface.
+_MEANINGS: dict[int, tuple[type[RailError], str, str]] = {
+    1: (LocalAccessError, "LOC_LEN_ERR", "a work request was longer than the device takes"),
+    2: (LocalAccessError, "LOC_QP_OP_ERR", "the device rejected a work request"),
+    4: (LocalAccessError, "LOC_PROT_ERR", "a work request left this side's registered memory"),
+    5: (LinkFlushed, "WR_FLUSH_ERR", "the rail had broken before this was sent"),
+    6: (LocalAccessError, "MW_BIND_ERR", "the device rejected a memory window"),
+    7: (RemoteOperationError, "BAD_RESP_ERR", "the peer's device answered nonsense"),
+    8: (LocalAccessError, "LOC_ACCESS_ERR", "the peer wrote where this side allows no write"),
+    9: (RemoteOperationError, "REM_INV_REQ_ERR", "the peer's device rejected the request"),
+    10: (RemoteAccessError, "REM_ACCESS_ERR", "the region's owner has no such key or range"),
+    11: (RemoteOperationError, "REM_OP_ERR", "the peer's device could not carry it out"),
+    12: (
+        RetryExceeded,
+        "RETRY_EXC_ERR",
+        "the peer's device does not answer: cable, switch, or MTU",
+    ),
+    13: (ReceiverNotReady, "RNR_RETRY_EXC_ERR", "the peer has posted no receives"),
+    17: (DeviceLost, "FATAL_ERR", "the device failed"),
+    18: (DeviceLost, "RESP_TIMEOUT_ERR", "the device does not answer"),
+}
+_OTHER = (RailError, "", "the device reports an error")
+
+
+def completion_error(status: int, vendor_code: int, *, rail: str, peer: str) -> RailError:
+    """The error of a completion that went wrong."""
+    kind, name, meaning = _MEANINGS.get(status, _OTHER)
+    return kind(
+        f"{meaning} ({name or f'status {status}'}, vendor code {vendor_code:#x}) on rail {rail}",
+        operation="transfer",
+        peer=peer,
+        vendor_code=vendor_code,
+        rail=rail,
+    )
+
+
+def call_error(error: Exception, *, rail: str, peer: str) -> RailError:
+    """The error of a call that the library refused."""
+    kind = DeviceLost if getattr(error, "errno", 0) == 5 else RailError  # EIO: it was unplugged
+    return kind(f"{error} on rail {rail}", operation="transfer", peer=peer, rail=rail)
+
+
+def same_error(error: RailError, *, operation: str, peer: str, imm: int | None) -> EngineError:
+    """The rail's error for one of the transfers that it ends."""
+    return type(error)(
+        error.message,
+        operation=operation,
+        peer=peer,
+        imm=imm,
+        vendor_code=error.vendor_code,
+        rail=error.rail,
+    )

@@ -11,16 +11,21 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...errors import EngineError, ProtocolError, RailError
 from ...wire.messages import RailClosed, RailOpen, RailOpened, RailReady
 from .cards import Offer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..base import PathHost
     from .cards import RailCard
-    from .path import VerbsPath
+    from .loop import Loop
     from .rail import Rail
+
+    RailMessage = RailClosed | RailOpen | RailOpened | RailReady
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 2.0
 
@@ -28,8 +33,29 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 2.0
 class Reopener:
     """The state of one link's broken rails. Used by the link's thread alone."""
 
-    def __init__(self, path: VerbsPath) -> None:
-        self._path = path
+    def __init__(
+        self,
+        link: PathHost,
+        loop: Loop,
+        *,
+        dialed: bool,
+        closed_there: Callable[[Rail], None],
+        up: Callable[[Rail], None],
+        broke: Callable[[Rail, RailError], None],
+    ) -> None:
+        """`dialed`: whether this end opens rails. `closed_there`: the peer has dealt with all that came
+        over a rail. `up`: it is connected at both ends. `broke`: it cannot be connected."""
+        self._link = link
+        self._loop = loop
+        self._dialed = dialed
+        self._peer_closed = closed_there
+        self._up = up
+        self._broke = broke
+        self._handlers: dict[type[RailMessage], Callable[[Rail, Any], None]] = {
+            RailClosed: self._closed,
+            RailOpened: self._opened,
+            RailReady: self._ready,
+        }
         self._closed_here: dict[int, int] = {}  # rail: the epoch that is dealt with
         self._closed_there: dict[int, int] = {}
         self._cards: dict[int, RailCard] = {}
@@ -47,36 +73,28 @@ class Reopener:
         if self._closed_here.get(rail.number) == rail.epoch:
             return
         self._closed_here[rail.number] = rail.epoch
-        self._path.link.send(RailClosed(rail.number, rail.epoch))
+        self._link.send(RailClosed(rail.number, rail.epoch))
         self._plan(rail)
 
-    def handle(self, message: RailClosed | RailOpen | RailOpened | RailReady) -> None:
+    def handle(self, message: RailMessage) -> None:
         """Takes a message about a rail."""
-        if message.rail >= len(self._path.rails):
+        if message.rail >= len(self._loop.rails):
             raise ProtocolError(f"there is no rail {message.rail}", operation="receive")
-        rail = self._path.rails[message.rail]
+        rail = self._loop.rails[message.rail]
         if isinstance(message, RailOpen):
             self._answer(rail, message)
-        elif message.epoch != rail.epoch:
-            return  # about an earlier life of it
-        elif isinstance(message, RailClosed):
-            self._closed_there[rail.number] = rail.epoch
-            self._path.rail_closed(rail)
-            self._plan(rail)
-        elif isinstance(message, RailOpened):
-            self._opened(rail, message)
-        elif rail.open and rail.error is None and not rail.up:
-            self._path.rail_up(rail)
+        elif message.epoch == rail.epoch:  # else about an earlier life of it
+            self._handlers[type(message)](rail, message)
 
     def look(self, now_s: float) -> None:
         """Tries the rails whose time has come."""
         for number in [number for number, when_s in self._next_s.items() if when_s <= now_s]:
             del self._next_s[number]
-            self._try(self._path.rails[number])
-        rails = self._path.rails
+            self._try(self._loop.rails[number])
+        rails = self._loop.rails
         if all(not rail.open and rail.device.lost for rail in rails):
             error = rails[0].error
-            self._path.link.fail(
+            self._link.fail(
                 RailError(
                     f"every rail's device is gone: {error.message if error else 'unplugged'}",
                     operation="link",
@@ -86,7 +104,7 @@ class Reopener:
 
     def _plan(self, rail: Rail) -> None:
         done = self._closed_here.get(rail.number) == self._closed_there.get(rail.number)
-        if done and self._path.dialed and not rail.open and not rail.device.lost:
+        if done and self._dialed and not rail.open and not rail.device.lost:
             wait_s = self._wait_s.get(rail.number, FIRST_WAIT_S)
             self._wait_s[rail.number] = min(2 * wait_s, LONGEST_WAIT_S)
             self._next_s[rail.number] = time.monotonic() + wait_s
@@ -105,11 +123,11 @@ class Reopener:
             self._plan(rail)
             return
         self._cards[rail.number] = card = rail.card()
-        self._path.link.send(RailOpen(rail.number, Offer((card,)).encode()))
+        self._link.send(RailOpen(rail.number, Offer((card,)).encode()))
 
     def _answer(self, rail: Rail, message: RailOpen) -> None:
         theirs = _one_card(message.offer)
-        if theirs.rail != rail.number or theirs.epoch <= rail.epoch or self._path.dialed:
+        if theirs.rail != rail.number or theirs.epoch <= rail.epoch or self._dialed:
             raise ProtocolError(f"rail {rail.number} is opened out of turn", operation="receive")
         reason = ""
         if rail.open or self._closed_here.get(rail.number) != rail.epoch:
@@ -128,10 +146,19 @@ class Reopener:
                 reason = error.message
                 self._closed_here[rail.number] = rail.epoch
         if reason or mine is None:
-            self._path.link.send(RailOpened(rail.number, theirs.epoch, refused=reason))
+            self._link.send(RailOpened(rail.number, theirs.epoch, refused=reason))
             return
-        self._path.watch(rail)
-        self._path.link.send(RailOpened(rail.number, rail.epoch, Offer((mine,)).encode()))
+        self._loop.watch(rail)
+        self._link.send(RailOpened(rail.number, rail.epoch, Offer((mine,)).encode()))
+
+    def _closed(self, rail: Rail, _: RailClosed) -> None:
+        self._closed_there[rail.number] = rail.epoch
+        self._peer_closed(rail)
+        self._plan(rail)
+
+    def _ready(self, rail: Rail, _: RailReady) -> None:
+        if rail.open and rail.error is None and not rail.up:
+            self._up(rail)
 
     def _opened(self, rail: Rail, message: RailOpened) -> None:
         if not rail.open or rail.up:
@@ -148,15 +175,15 @@ class Reopener:
         theirs = _one_card(message.offer)
         self._closed_here.pop(rail.number, None)
         self._closed_there.pop(rail.number, None)
-        self._path.watch(rail)
+        self._loop.watch(rail)
         try:
             rail.connect(card, theirs)
         except EngineError as error:
-            self._path.take_out(rail, RailError(error.message, rail=rail.name))
+            self._broke(rail, RailError(error.message, rail=rail.name))
             return
         self._wait_s.pop(rail.number, None)
-        self._path.link.send(RailReady(rail.number, rail.epoch))
-        self._path.rail_up(rail)
+        self._link.send(RailReady(rail.number, rail.epoch))
+        self._up(rail)
 
 
 def _one_card(offer: bytes) -> RailCard:

@@ -1,26 +1,39 @@
 """Staging of a verbs link: slots that hold one frame each, at both ends.
 
-A frame is what a tcp rail carries (`tcp_frames`): header, tables, bytes. It is put together in a
+A frame is what a tcp rail carries (`wire/frames.py`): header, tables, bytes. It is put together in a
 slot here, written into the slot of the same number at the peer by one work request, checked and
 taken apart there. Whoever owns the bytes decides where they go, so a lying peer is refused as on
 tcp. The bytes begin at a multiple of 256, which a GPU's kernel reads and writes at its widest.
+
+Host memory is copied by NumPy or the kernel. A GPU's mover gathers straight into the slot and scatters
+straight out of it: the slots are pinned for CUDA, as they are for the RDMA devices (decision 0049).
 """
 
 from __future__ import annotations
 
+import logging
+import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...errors import DeviceError
+from ...staging.mover import gather, new_mover, scatter
 from ...wire import frames as frames
 from ...wire.tables import MAX_REGIONS, PIECE_ROW, REGION_ROW
+from ..segments import prepare_gpus
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from ...memory import iovec
+    from ...staging.mover import Mover
+    from ..base import PathHost
     from .device import Device
 
     Bytes = npt.NDArray[np.uint8]
+
+log = logging.getLogger(__name__)
 
 # A frame costs both ends some 18,000 steps of a Python loop, whatever its size.
 NUM_SLOTS = 4
@@ -90,3 +103,80 @@ class Slots:
 def bytes_begin(head_nbytes: int) -> int:
     """Where in a slot the bytes begin, behind a header and tables of this size."""
     return -(-head_nbytes // BYTES_ALIGN_NBYTES) * BYTES_ALIGN_NBYTES
+
+
+class Movers:
+    """Who copies for one link: the host, and a mover for each GPU. Thread-safe, but for `close`."""
+
+    def __init__(self, link: PathHost, slots: Slots) -> None:
+        self._link = link
+        self._slots = slots
+        self._lock = threading.Lock()
+        self._movers: dict[int, tuple[Mover, threading.Lock]] = {}
+        self._pinned_by: Mover | None = None
+
+    def gather(self, into: Bytes, pieces: iovec.Iovec, device: int) -> None:
+        """Copies pieces of a GPU's memory, or the host's for -1, one after the other into a slot.
+
+        Raises:
+            DeviceError, RegionGone: the GPU failed, or the memory is gone.
+        """
+        if device < 0:
+            gather(pieces, into)
+        elif len(into):
+            mover, beginning = self._mover(device)
+            with beginning:
+                moved = mover.gather(pieces, int(into.ctypes.data))
+            moved.wait()
+
+    def scatter(self, out_of: Bytes, pieces: iovec.Iovec, device: int) -> None:
+        """Copies what lies in a slot into the pieces. Raises DeviceError."""
+        if device < 0:
+            scatter(out_of, pieces)
+        elif len(out_of):
+            mover, beginning = self._mover(device)
+            with beginning:
+                moved = mover.scatter(int(out_of.ctypes.data), pieces)
+            moved.wait()
+
+    def warm(self) -> None:
+        """Prepares the movers of this process's GPUs."""
+        prepare_gpus(self._link, self._mover)
+
+    def close(self) -> None:
+        """Frees what it holds; nobody copies any more."""
+        try:
+            if self._pinned_by is not None:
+                self._pinned_by.unpin(self._slots.address)
+            for mover, _ in self._movers.values():
+                mover.close()
+        except DeviceError as error:  # the GPU is gone, and with it what it held
+            log.warning("kvferry: staging is not freed: %s", error)
+        self._movers.clear()
+
+    def _mover(self, device: int) -> tuple[Mover, threading.Lock]:
+        """A GPU's mover and the lock under which its work begins; made with the first call."""
+        with self._lock:
+            entry = self._movers.get(device)
+            if entry is None:
+                mover = new_mover(device, self._link.core.max_programs)
+                try:
+                    self._prepare(mover)
+                except BaseException:
+                    mover.close()
+                    raise
+                entry = self._movers[device] = (mover, threading.Lock())
+            return entry
+
+    def _prepare(self, mover: Mover) -> None:
+        pins = self._pinned_by is None  # one registration serves all GPUs of the process
+        if pins:
+            mover.pin(self._slots.address, self._slots.nbytes)
+        try:
+            mover.warm(self._slots.spare)
+        except BaseException:
+            if pins:
+                mover.unpin(self._slots.address)
+            raise
+        if pins:
+            self._pinned_by = mover

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .queue_pair import Batch, QueuePair
     from .rail import Rail
 
-# A device gives up after seven tries, each of 268 ms to four times that (`verbs_qp`): 7.5 s at most.
+# A device gives up after seven tries, each of 268 ms to four times that (`queue_pair.py`): 7.5 s at most.
 STALLED_S = 10.0
 SLOWEST_NBYTES_PER_S = 1 << 20  # and so much longer as a batch takes on a wire that is this slow
 SUSPECT_S = 1.0  # then the port is asked whether its packets have shrunk, which explains all

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ...memory.regions import MemoryRegion
-    from ..base import Transfer
+    from ...transfer.transfer import Transfer
 
     Ints = npt.NDArray[np.int64]
 

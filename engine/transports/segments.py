@@ -1,0 +1,330 @@
+"""Segments: consecutive pieces of a transfer that pass through this process in one frame or slot.
+
+`tcp`, `verbs` and the staged half of `cma` work alike. Whoever has the bytes gathers a segment and
+sends it, the other places it: a write's is answered with `Acknowledge` or `Refuse`, a read's is asked
+for with `ReadRequest`, and answers that itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import queue
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..errors import (
+    ChecksumMismatch,
+    DeviceError,
+    EngineError,
+    LinkError,
+    ProtocolError,
+    RailError,
+)
+from ..wire import frames as frames
+from ..wire import tables
+from ..wire.messages import Acknowledge, Arrived, ReadRequest, Refuse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from ..memory.iovec import Iovec
+    from ..transfer.ticket import Ticket
+    from ..transfer.transfer import Transfer
+    from .base import PathHost
+
+    Placed = Callable[[EngineError | None, bool], None]  # why not, and whether through staging
+
+log = logging.getLogger(__name__)
+
+
+class Segment(NamedTuple):
+    """A segment of this end's: of a write, to be sent, or of a read, that is asked for.
+
+    Attributes:
+        pieces: which of the transfer's.
+        verify: whether a checksum goes with it.
+        ticket: where its times are noted.
+    """
+
+    transfer: Transfer
+    pieces: slice
+    verify: bool
+    ticket: Ticket | None
+
+    def begin(self) -> tuple[Iovec, int] | None:
+        """Begins to send it: its pieces in this process, and the GPU that holds them, -1 for host
+        memory. None if the transfer has ended. Two works: the sender's, and the peer's answer."""
+        transfer = self.transfer
+        return (transfer.local[self.pieces], transfer.device()) if transfer.begin(2) else None
+
+    def frame(self) -> tuple[frames.Header, bytes]:
+        """The header and the tables of the frame that carries it."""
+        transfer = self.transfer
+        regions = tables.region_rows(transfer.remote_regions)
+        pieces = tables.piece_rows(transfer, self.pieces)
+        header = frames.Header(
+            kind=frames.WRITE,
+            flags=frames.HAS_IMM if transfer.imm is not None else 0,
+            imm=transfer.imm or 0,
+            table=len(regions),
+            transfer=transfer.id,
+            nbytes=int(transfer.nbytes[self.pieces].sum()),
+            num_pieces=len(pieces),
+            crc=0,
+        )
+        return header, regions.tobytes() + pieces.tobytes()
+
+    def fail(self, error: EngineError) -> None:
+        """Ends the transfer with an error, once nobody works on it."""
+        self.transfer.stop(error)
+
+    def sent(self, error: EngineError | None = None) -> None:
+        """Ends the sending thread's work; with an error, nothing was sent."""
+        if error is not None:
+            self.transfer.stop(error)
+            self.transfer.end(0)  # the peer will not answer what it was not sent
+        self.transfer.end(0)
+
+    def placed(self, nbytes: int, error: EngineError | None, staged: bool) -> None:
+        """Ends the wait for a segment of a read: its bytes are placed, or could not be."""
+        transfer = self.transfer
+        if error is not None:
+            transfer.stop(error)
+            transfer.end(0)
+            return
+        transfer.ticket._mark("first byte")
+        if staged:
+            transfer.ticket._mark_staged("scattered", nbytes)
+        transfer.end(nbytes)
+
+
+class Reply(NamedTuple):
+    """A segment that a peer reads: pieces of this process's memory, in use until it is `sent`."""
+
+    link: PathHost
+    transfer: int
+    first: int
+    admitted: tables.Admitted
+    verify: bool
+    ticket: Ticket | None = None  # the peer that reads keeps its own
+
+    def begin(self) -> tuple[Iovec, int] | None:
+        """Returns its pieces, whose memory is in use already, and the GPU that holds them."""
+        return self.admitted.iov, self.admitted.device
+
+    def frame(self) -> tuple[frames.Header, bytes]:
+        """The header of the frame that carries it; it has no tables."""
+        header = frames.Header(
+            kind=frames.DATA,
+            flags=0,
+            imm=0,
+            table=self.first,
+            transfer=self.transfer,
+            nbytes=self.admitted.nbytes,
+            num_pieces=len(self.admitted.iov),
+            crc=0,
+        )
+        return header, b""
+
+    def fail(self, error: EngineError) -> None:
+        """Tells the peer that it will not get what it asked for."""
+        _refuse(self.link, self.transfer, self.first, error)
+
+    def sent(self, error: EngineError | None = None) -> None:
+        """Ends the use of its memory; with an error, nothing was sent."""
+        self.admitted.release()
+        if error is not None:
+            self.fail(error)
+
+
+class PeerWrite(NamedTuple):
+    """A segment that a peer writes: pieces of this process's memory, in use until it is `placed`."""
+
+    link: PathHost
+    transfer: int
+    first: int
+    imm: int | None
+    admitted: tables.Admitted
+    slot: int | None
+
+    def placed(self, error: EngineError | None, staged: bool) -> None:
+        """Counts and acknowledges its bytes, or refuses them."""
+        link, nbytes = self.link, self.admitted.nbytes
+        self.admitted.release()
+        if error is not None:
+            link.reject(self.transfer, self.imm, error, first=self.first)
+            return
+        if self.imm is not None:
+            link.count(self.imm, nbytes, 0, staged=staged)
+        link.send(Acknowledge(self.transfer, nbytes, self.slot))
+
+
+class Outstanding:
+    """The answers that one link waits for: to segments of its writes, and of its reads. Thread-safe."""
+
+    def __init__(self, link: PathHost) -> None:
+        self._link = link
+        self._lock = threading.Lock()
+        self._reads: dict[tuple[int, int], Segment] = {}
+        self._unanswered: dict[int, int] = {}  # segments of each write
+
+    def submit(
+        self, transfer: Transfer, cuts: Iterable[slice], send: Callable[[Segment], None]
+    ) -> None:
+        """Hands the segments of a write to `send`; asks the peer for those of a read."""
+        verify = self._link.core.verify
+        for pieces in cuts:
+            segment = Segment(transfer, pieces, verify, transfer.ticket)
+            if transfer.write:
+                send(segment)
+            elif transfer.begin():
+                self._reads[transfer.id, pieces.start] = segment
+                self._link.send(
+                    ReadRequest(
+                        transfer=transfer.id,
+                        first=pieces.start,
+                        regions=tables.region_rows(transfer.remote_regions).tobytes(),
+                        pieces=tables.piece_rows(transfer, pieces).tobytes(),
+                        verify=verify,
+                    )
+                )
+
+    def sending(self, transfer: int) -> None:
+        """Notes that a segment of a write is being sent, which the peer will answer."""
+        with self._lock:
+            self._unanswered[transfer] = self._unanswered.get(transfer, 0) + 1
+
+    def acknowledged(self, message: Acknowledge) -> bool:
+        """Handles the peer's word that it has placed a segment of a write."""
+        transfer = self._link.transfer(message.transfer)
+        if not self._answered(message.transfer) or transfer is None:
+            self._link.fail(answer_to_nothing())
+        else:
+            transfer.end(message.nbytes)
+        return True
+
+    def refused(self, message: Refuse) -> bool:
+        """Takes note of a refusal; False if nothing was asked that it answers."""
+        read = self._reads.pop((message.transfer, message.first), None)
+        return read is not None or self._answered(message.transfer)
+
+    def take_read(self, transfer: int, first: int) -> Segment | None:
+        """The segment of a read that has come; None if it was not asked for."""
+        return self._reads.pop((transfer, first), None)
+
+    def _answered(self, transfer: int) -> bool:
+        with self._lock:
+            left = self._unanswered.pop(transfer, 0) - 1
+            if left > 0:
+                self._unanswered[transfer] = left
+        return left >= 0
+
+
+def begin_counted(link: PathHost, transfer: Transfer) -> bool:
+    """Notes that a write is counted once all of its bytes are placed: they are counted one by one, as
+    they arrive. False if the transfer has none: it has ended."""
+    if transfer.write and transfer.imm is not None:
+        done = Arrived(transfer.imm, 0, 1, write_nbytes=transfer.total_nbytes)
+        transfer.on_placed = functools.partial(link.send, done)
+    if not transfer.total_nbytes and transfer.begin():
+        transfer.end(0)
+    return transfer.total_nbytes > 0
+
+
+def serve(link: PathHost, ask: ReadRequest, most_nbytes: int | None = None) -> Reply | None:
+    """Admits what a peer reads; None if it is refused, or the link has failed."""
+    try:
+        admitted = tables.admit(link.core.regions, ask.regions, ask.pieces, staged=True)
+    except LinkError as error:
+        link.fail(error)
+    except EngineError as error:
+        _refuse(link, ask.transfer, ask.first, error)
+    else:
+        if most_nbytes is None or admitted.nbytes <= most_nbytes:
+            return Reply(link, ask.transfer, ask.first, admitted, ask.verify)
+        admitted.release()
+        link.fail(
+            ProtocolError(
+                f"the peer reads {admitted.nbytes} bytes at once, and a slot has {most_nbytes}",
+                operation="receive",
+            )
+        )
+    return None
+
+
+def admit_write(
+    link: PathHost,
+    transfer: int,
+    imm: int | None,
+    rows: tuple[bytes, bytes],
+    nbytes: int,
+    *,
+    first: int = 0,
+    slot: int | None = None,
+) -> PeerWrite | None:
+    """Admits a segment that a peer writes; None if it is refused.
+
+    Args:
+        rows: its tables of regions and of pieces.
+        nbytes: what came of it.
+        slot: that it came in, if its acknowledgement names that.
+
+    Raises:
+        ProtocolError: its tables are none, or speak of more or fewer bytes.
+    """
+    try:
+        admitted = tables.admit(link.core.regions, *rows, staged=True)
+    except LinkError:
+        raise
+    except EngineError as error:
+        link.reject(transfer, imm, error, first=first)
+        return None
+    if admitted.nbytes != nbytes:
+        admitted.release()
+        raise ProtocolError(
+            f"{nbytes} bytes of a write came but its pieces take {admitted.nbytes}",
+            operation="receive",
+        )
+    return PeerWrite(link, transfer, first, imm, admitted, slot)
+
+
+def drop_replies(items: queue.SimpleQueue[Segment | Reply | None]) -> None:
+    """Ends the use of memory that peers wanted to read, of all that a queue holds."""
+    while True:
+        try:
+            item = items.get_nowait()
+        except queue.Empty:
+            return
+        if isinstance(item, Reply):
+            item.sent()
+
+
+def prepare_gpus(link: PathHost, prepare: Callable[[int], object]) -> None:
+    """Prepares staging for the GPUs whose memory is registered already: making it later could wait
+    for a stream that waits for us."""
+    for device in link.core.regions.gpus():
+        try:
+            prepare(device)
+        except DeviceError as error:
+            log.warning("kvferry: GPU %d cannot be staged: %s", device, error)
+
+
+def answer_to_nothing() -> ProtocolError:
+    """The error for a peer that acknowledges, checks or refuses what it was not asked."""
+    return ProtocolError("the peer answers something that it was not asked", operation="receive")
+
+
+def checksum_mismatch(peer: str, imm: int | None) -> ChecksumMismatch:
+    """The error for bytes that changed on their way."""
+    return ChecksumMismatch(
+        "the bytes that arrived are not the bytes that were sent; nothing was counted",
+        operation="verify",
+        peer=peer,
+        imm=imm,
+    )
+
+
+def _refuse(link: PathHost, transfer: int, first: int, error: EngineError) -> None:
+    kind = "RailError" if isinstance(error, RailError) else type(error).__name__
+    link.send(Refuse(transfer, kind, error.message, first))
