@@ -102,6 +102,13 @@ AS_IT_IS: dict[str, tuple[Any, list[str]]] = {
     ),
     "exports_dmabuf": (True, ["cuDeviceGetAttribute 124 1"]),
     "copy nothing": (None, []),
+    "launch": (  # a compiled kernel's
+        None,
+        [
+            "cuLaunchKernelEx f1 grid=3x2x1 block=128x1x1 shared=1024 stream=51 attributes=0 "
+            "1099511627776 -7 0 0 extra=0"
+        ],
+    ),
 }
 EXPECTED = AS_IT_IS | {
     name: (given, [PUSH, *calls, POP]) for name, (given, calls) in INSIDE.items()
@@ -142,7 +149,11 @@ def test_every_method_is_called() -> None:
     methods = {name for name, _ in inspect.getmembers(cuda.Driver, inspect.isfunction)}
     methods |= {"device_uuid", "pci_address"}  # cached, so no functions
     public = {name for name in methods if not name.startswith("_")} - {"call", "current"}
-    assert public == {name.partition(",")[0] for name in EXPECTED} - {"first enter", "copy nothing"}
+    assert public == {name.partition(",")[0] for name in EXPECTED} - {
+        "first enter",
+        "copy nothing",
+        "launch",
+    }
 
 
 def test_what_reaches_the_driver(observed: Any) -> None:
@@ -159,6 +170,7 @@ def test_a_failure_has_cudas_name_the_call_and_the_code(observed: Any) -> None:
         "record": ["cuEventRecord failed: CUDA_ERROR_INVALID_HANDLE", 400],
         "enter": ["cuCtxPushCurrent failed: CUDA_ERROR_INVALID_CONTEXT", 201],
         "chunk": ["cuPointerGetAttribute failed: CUDA_ERROR_INVALID_VALUE", 1],
+        "launch": ["cuLaunchKernelEx failed: CUDA_ERROR_INVALID_HANDLE", 400],
         "newer": ["cuMemFree failed: error 12345", 12345],
         "newer, quick": ["cuEventRecord failed: error 12345", 12345],
         "enabled": ["nothing", 0],

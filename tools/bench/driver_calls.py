@@ -1,15 +1,16 @@
-"""Time a CUDA driver call by each way into the driver, and see which of them let other threads run.
+"""Time the CUDA driver's calls by ctypes and by NVIDIA's bindings, alone and beside a thread that computes.
 
-`python -m kvferry.tools.bench.driver_calls`, on a machine with a GPU and NVIDIA's `cuda-python`. The
-ways: ctypes that keeps the interpreter lock (`PyDLL`), ctypes that lets go of it (`CDLL`), and
-`cuda.bindings`. A call on a transfer's way is made three to eight times a transfer.
+`python -m kvferry.tools.bench.driver_calls`, on a machine with a GPU and `cuda-bindings`. By ctypes are the
+calls of a transfer as `LockKeepingDriver` makes them, with the interpreter lock in hand, and a launch that
+releases it; the bindings release it in every call. Whoever releases it beside a thread that computes may
+get it back a switch interval (5 ms) later: so of six calls at a time the mean and the longest are told, too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
+import importlib.metadata
 import statistics
 import sys
 import threading
@@ -18,29 +19,88 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvferry.engine.memory.cuda_driver import LIBRARY, Driver, LockKeepingDriver
+from kvferry.kernels.launch import LoadedKernel
+from kvferry.kernels.runtime import jit
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-CALLS = 2_000
-ROUNDS = 15
+CALLS, ROUNDS = 1_000, 15
+AT_ONCE, TIMES, REST_S = 6, 400, 0.0005  # a transfer's calls, and as if transfers came one by one
 SLEEP_CYCLES = 200_000_000
 
 
-def median_us(call: Callable[[], Any], settle: Callable[[], Any], calls: int = CALLS) -> float:
+@jit()
+def nothing(_here, _there):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """Do nothing: a launch is timed."""
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_nbytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+class LaunchByCtypes:
+    """Launch what a `LoadedKernel` launches, with the same arguments, by ctypes."""
+
+    def __init__(self, kernel: LoadedKernel, compiled: Any) -> None:
+        self._config = _Config((1, 1, 1), (32 * compiled.metadata.num_warps, 1, 1))
+        self._grid = self._config.grid
+        self._arguments = (
+            ctypes.byref(self._config),
+            ctypes.c_void_p(compiled.function),
+            ctypes.c_void_p(kernel._parameters),
+            None,
+        )
+        self._launch = ctypes.CDLL(LIBRARY).cuLaunchKernelEx
+        self._launch.argtypes = (ctypes.POINTER(_Config), *(ctypes.c_void_p,) * 3)
+
+    def launch(self, stream: int, x: int, y: int) -> None:
+        self._grid[0] = x
+        self._grid[1] = y
+        self._config.stream = stream
+        code = self._launch(*self._arguments)
+        if code:
+            raise RuntimeError(f"cuLaunchKernelEx failed: error {code}")
+
+
+def median_us(call: Callable[[], object]) -> float:
     """Time one call, in microseconds: the median of several rounds of many."""
     found = []
     for _ in range(ROUNDS):
-        settle()
+        torch.cuda.synchronize()
         begun_s = time.perf_counter()
-        for _ in range(calls):
+        for _ in range(CALLS):
             call()
-        found.append((time.perf_counter() - begun_s) / calls * 1e6)
+        found.append((time.perf_counter() - begun_s) / CALLS * 1e6)
     return statistics.median(found)
+
+
+def several_us(call: Callable[[], object]) -> str:
+    """Time six calls after a rest, many times: median, mean and longest in microseconds."""
+    found = []
+    for _ in range(TIMES):
+        torch.cuda.synchronize()
+        time.sleep(REST_S)
+        begun_s = time.perf_counter()
+        for _ in range(AT_ONCE):
+            call()
+        found.append((time.perf_counter() - begun_s) * 1e6)
+    return f"{statistics.median(found):8.1f} {statistics.mean(found):8.1f} {max(found):8.0f}"
 
 
 @contextlib.contextmanager
 def busy() -> Iterator[list[int]]:
-    """Run a thread that computes and never waits; yields the number of its steps."""
+    """Run a thread that computes and never waits; yield the number of its steps."""
     steps, stop = [0], threading.Event()
 
     def count() -> None:
@@ -56,86 +116,59 @@ def busy() -> Iterator[list[int]]:
         thread.join()
 
 
-def others_run(call: Callable[[], Any]) -> float:
-    """Count what another thread does while a call waits for the GPU, in million steps a second."""
-    with busy() as steps:
-        before, begun_s = steps[0], time.perf_counter()
-        call()
-        return (steps[0] - before) / (time.perf_counter() - begun_s) / 1e6
+def calls(
+    cuda: Driver, launcher: LoadedKernel | LaunchByCtypes, stream: int, there: int, here: int
+) -> dict[str, Callable[[], object]]:
+    """The calls, in one way, of 256 bytes between two addresses."""
+    event = cuda.new_event(0)
+
+    def enter_and_leave() -> None:
+        cuda.enter(0)
+        cuda.leave()
+
+    return {
+        "enter, leave": enter_and_leave,
+        "cuEventRecord": lambda: cuda.record(event, stream),
+        "cuStreamWaitEvent": lambda: cuda.wait_event(stream, event),
+        "cuMemcpyHtoDAsync": lambda: cuda.upload(there, here, 256, stream),
+        "cuStreamIsCapturing": lambda: cuda.is_capturing(stream),
+        "cuLaunchKernelEx": lambda: launcher.launch(stream, 1, 1),
+    }
 
 
 def main() -> None:
-    from cuda.bindings import driver as binding  # type: ignore[import-not-found,unused-ignore]
-
-    torch.zeros(1, device="cuda")
+    there = torch.zeros(256, dtype=torch.uint8, device="cuda")
+    here = torch.zeros(256, dtype=torch.uint8, pin_memory=True)
+    print(
+        f"{torch.cuda.get_device_name()}, Python {sys.version.split()[0]}, "
+        f"cuda-bindings {importlib.metadata.version('cuda-bindings')}"
+    )
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(stream)
-    raw, mark = stream.cuda_stream, event.cuda_event
-    there = torch.zeros(1024, dtype=torch.int64, device="cuda")
-    here = torch.zeros(1024, dtype=torch.int64, pin_memory=True)
-    address, source = there.data_ptr(), here.data_ptr()
-    ways: dict[str, dict[str, Callable[[], Any]]] = {}
-    signatures = {
-        "cuEventRecord": (ctypes.c_void_p, ctypes.c_void_p),
-        "cuStreamWaitEvent": (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint),
-        "cuMemcpyHtoDAsync_v2": (
-            ctypes.c_uint64,
-            ctypes.c_void_p,
-            ctypes.c_size_t,
-            ctypes.c_void_p,
-        ),
-        "cuEventSynchronize": (ctypes.c_void_p,),
-        "cuStreamWaitValue64_v2": (
-            ctypes.c_void_p,
-            ctypes.c_uint64,
-            ctypes.c_uint64,
-            ctypes.c_uint,
-        ),
-    }
-    arguments: dict[str, tuple[Any, ...]] = {
-        "cuEventRecord": (mark, raw),
-        "cuStreamWaitEvent": (raw, mark, 0),
-        "cuMemcpyHtoDAsync_v2": (address, source, 256, raw),
-        "cuEventSynchronize": (mark,),
-        "cuStreamWaitValue64_v2": (raw, address, 0, 0),
-    }
-    for name, library in (("PyDLL", ctypes.PyDLL), ("CDLL", ctypes.CDLL)):
-        loaded = library("libcuda.so.1")
-        for call, signature in signatures.items():
-            function = loaded[call]
-            function.argtypes, function.restype = signature, ctypes.c_int
-            ways.setdefault(call, {})[name] = functools.partial(function, *arguments[call])
-    bound_stream, bound_event = binding.CUstream(raw), binding.CUevent(mark)
-    ways["cuEventRecord"]["cuda.bindings"] = lambda: binding.cuEventRecord(
-        bound_event, bound_stream
-    )
-    ways["cuStreamWaitEvent"]["cuda.bindings"] = lambda: binding.cuStreamWaitEvent(
-        bound_stream, bound_event, 0
-    )
-    ways["cuMemcpyHtoDAsync_v2"]["cuda.bindings"] = lambda: binding.cuMemcpyHtoDAsync(
-        address, source, 256, bound_stream
-    )
-    ways["cuEventSynchronize"]["cuda.bindings"] = lambda: binding.cuEventSynchronize(bound_event)
-    ways["cuStreamWaitValue64_v2"]["cuda.bindings"] = lambda: binding.cuStreamWaitValue64(
-        bound_stream, address, 0, 0
-    )
-    print(f"{torch.cuda.get_device_name()}, Python {sys.version.split()[0]}")
-    print(f"{'us a call':28}" + "".join(f"{way:>16}" for way in ways["cuEventRecord"]))
-    for call, found in ways.items():
-        times = [median_us(found[way], torch.cuda.synchronize) for way in found]
-        print(f"{call:28}" + "".join(f"{one:16.2f}" for one in times), flush=True)
-    print("beside a thread that computes:")
-    with busy():
-        for call, found in ways.items():
-            times = [median_us(found[way], torch.cuda.synchronize, 40) for way in found]
-            print(f"{call:28}" + "".join(f"{one:16.2f}" for one in times), flush=True)
-    rates = []
-    for way in ways["cuEventSynchronize"].values():
+    places = stream.cuda_stream, there.data_ptr(), here.data_ptr()
+    compiled = nothing.warmup(torch.int64, torch.int64, grid=(1,), num_warps=1)
+    kernel = LoadedKernel(compiled)
+    by_ctypes = calls(LockKeepingDriver(), LaunchByCtypes(kernel, compiled), *places)
+    bound = calls(Driver(), kernel, *places)
+    timed = {name: (by_ctypes[name], bound[name]) for name in bound}
+    print(f"{'us a call':24}{'ctypes':>27}{'cuda.bindings':>27}")
+    for name, ways in timed.items():
+        print(f"{name:24}" + "".join(f"{median_us(way):27.2f}" for way in ways), flush=True)
+    for beside in (False, True):
+        print(
+            f"us for six calls{', beside a thread that computes' * beside}: median, mean, longest"
+        )
+        with busy() if beside else contextlib.nullcontext():
+            for name, ways in timed.items():
+                print(f"{name:24}" + "".join(f" {several_us(way)}" for way in ways), flush=True)
+    cuda = Driver()
+    event = cuda.new_event(0)
+    with busy() as steps:
         torch.cuda._sleep(SLEEP_CYCLES)  # type: ignore[no-untyped-call]
-        event.record()  # of the default stream, behind the sleep
-        rates.append(others_run(way))
-    print(f"{'another thread, Msteps/s':28}" + "".join(f"{rate:16.2f}" for rate in rates))
+        cuda.record(event, 0)  # on the default stream, behind the sleep
+        before, begun_s = steps[0], time.perf_counter()
+        cuda.synchronize_event(event)
+        rate = (steps[0] - before) / (time.perf_counter() - begun_s) / 1e6
+    print(f"another thread while cuEventSynchronize waits: {rate:.2f} million steps a second")
 
 
 if __name__ == "__main__":

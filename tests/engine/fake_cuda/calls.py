@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from kvferry.engine.errors import DeviceError
@@ -15,6 +16,8 @@ from kvferry.engine.memory import cuda_driver
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from kvferry.kernels.launch import LoadedKernel
 
 LIBRARY = ctypes.CDLL(cuda_driver.LIBRARY)
 LIBRARY.fake_told.restype = ctypes.c_char_p
@@ -30,14 +33,31 @@ def observe(call: Callable[[], Any]) -> tuple[Any, list[str]]:
 
 def failure(driver: cuda_driver.Driver, name: str, code: int, call: Callable[[], Any]) -> list[Any]:
     """What is raised where the driver answers `name` with a code."""
+    from kvferry.kernels.errors import LaunchError
+
     LIBRARY.fake_fail(name.encode(), code)
     try:
         call()
-    except DeviceError as error:
-        return [error.message, error.code]
+    except (DeviceError, LaunchError) as error:
+        return [getattr(error, "message", str(error)), error.code]
     finally:
         LIBRARY.fake_fail(b"", 0)
     return ["nothing", 0]
+
+
+def loaded_kernel() -> LoadedKernel:
+    """A kernel of two arguments and a constant, as Triton compiles it: two words of its own behind."""
+    from kvferry.kernels.launch import LoadedKernel  # late: with torch, which imports the bindings
+
+    compiled = SimpleNamespace(
+        function=0xF1,
+        metadata=SimpleNamespace(num_warps=4, shared=1024),
+        src=SimpleNamespace(signature={"here": "*i64", "count": "i64", "width": "constexpr"}),
+        _init_handles=lambda: None,
+    )
+    kernel = LoadedKernel(compiled)
+    kernel.words[0], kernel.words[1] = 1 << 40, -7
+    return kernel
 
 
 def main() -> None:
@@ -91,6 +111,8 @@ def main() -> None:
         "copy": lambda: driver.copy(1, address, 0x10000, 4096, stream),
         "copy nothing": lambda: driver.copy(1, address, 0x10000, 0, stream),
     }
+    kernel = loaded_kernel()
+    calls["launch"] = lambda: kernel.launch(stream, 3, 2)
     seen = {name: observe(call) for name, call in calls.items()}
     failures = {
         "allocate": failure(driver, "cuMemAlloc_v2", 2, lambda: driver.allocate(1, 1)),
@@ -99,6 +121,7 @@ def main() -> None:
         "chunk": failure(driver, "cuPointerGetAttribute", 1, lambda: driver.chunk(1, address)),
         "newer": failure(driver, "cuMemFree_v2", 12345, lambda: driver.free(1, address)),
         "newer, quick": failure(driver, "cuEventRecord", 12345, lambda: driver.record(1, 2)),
+        "launch": failure(driver, "cuLaunchKernelEx", 400, lambda: kernel.launch(stream, 1, 1)),
         "lacks": failure(driver, "", 0, lambda: driver.call("cuMemcpy", 1, 2, 3)),
         "enabled": failure(
             driver, "cuCtxEnablePeerAccess", 704, lambda: driver.enable_peer_access(0, 1)

@@ -121,3 +121,15 @@ int cuThreadExchangeStreamCaptureMode(int *mode) { TELL("%d", *mode); }
 int cuEventCreate(u64 *event, u32 flags) { GIVE(event, 0xe1, "%u", flags); }
 int cuEventRecord(u64 event, u64 stream) { TELL("%lx %lx", event, stream); }
 int cuEventSynchronize(u64 event) { TELL("%lx", event); }
+int cuFuncGetParamInfo(u64 function, size_t number, size_t *offset, size_t *size) {
+    (void)function;
+    *offset = 8 * number;
+    *size = 8;
+    return number < 4 ? 0 : 1;
+}
+struct config { u32 grid[3], block[3], shared; u64 stream; void *attributes; u32 count; };
+int cuLaunchKernelEx(const struct config *a, u64 function, int64_t **words, void **extra) {
+    TELL("%lx grid=%ux%ux%u block=%ux%ux%u shared=%u stream=%lx attributes=%u %ld %ld %ld %ld extra=%d",
+         function, a->grid[0], a->grid[1], a->grid[2], a->block[0], a->block[1], a->block[2], a->shared,
+         a->stream, a->count, *words[0], *words[1], *words[2], *words[3], !!extra);
+}
