@@ -17,7 +17,7 @@ import numpy as np
 from ...errors import DeviceError, EngineError, ProtocolError
 from ...memory import iovec
 from ...runtime.pipeline import work_off
-from ...staging.ring import Moved, Mover, new_mover
+from ...staging.mover import Moved, Mover, new_mover
 from ...staging.shared_slots import SharedSlots
 from ...transfer.staged import hold_until_computed
 from ...wire import tables

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import DeviceError, EngineError, LinkError, ProtocolError
+from ...errors import EngineError, LinkError, ProtocolError
 from ...memory import iovec
 from ...wire import frames, tables
 from ...wire.messages import Acknowledge, ReadRequest, Refuse, SlotFree
@@ -164,7 +164,7 @@ class Frames:
         staged = buffer[start : start + header.nbytes]
         try:
             self._movers.gather(staged, pieces, device)
-        except DeviceError as error:
+        except EngineError as error:
             self._loop.soon(functools.partial(self._not_gathered, slot, error))
             return
         if item.verify:
@@ -180,7 +180,7 @@ class Frames:
         self._gathered.append((slot, nbytes))
         self.advance()
 
-    def _not_gathered(self, slot: int, error: DeviceError) -> None:
+    def _not_gathered(self, slot: int, error: EngineError) -> None:
         """A frame that cannot be filled is not sent, and so not answered."""
         frame = self._frames[slot]
         frame.answered = frame.left = True
@@ -345,7 +345,7 @@ class Frames:
             return checksum_mismatch(self._link.peer.name, imm)
         try:
             self._movers.scatter(staged, pieces, device)
-        except DeviceError as error:
+        except EngineError as error:
             return error
         if checked and not on_gpu and iovec.checksum(pieces) != header.crc:
             return checksum_mismatch(self._link.peer.name, imm)
