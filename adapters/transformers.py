@@ -174,20 +174,38 @@ def _layers(pool: Pool) -> list[torch.Tensor]:
 
 def _layer_tensors(number: int, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """A cache layer's keys and values; refuses kinds that do not hold every token as it is."""
-    from transformers.cache_utils import DynamicLayer
-
-    # Exactly this class: its subclasses drop tokens (sliding window), quantise, or keep more.
-    if type(layer) is not DynamicLayer:
-        raise LayoutError(
-            f"layer {number} of the cache is a {type(layer).__name__}: only full attention layers "
-            "(DynamicLayer) can be paged",
-            operation="cache",
-        )
+    _check_kind(layer, f"layer {number} of the cache is", "cache")
     if layer.keys is None or layer.values is None or layer.get_seq_length() == 0:
         raise LayoutError(
             f"layer {number} of the cache holds no tokens: run the model first", operation="cache"
         )
     return layer.keys, layer.values
+
+
+def _check_kind(layer: Any, has: str, operation: str) -> None:
+    from transformers.cache_utils import DynamicLayer
+
+    # Exactly this class: its subclasses drop tokens (sliding window), quantise, or keep more.
+    if type(layer) is not DynamicLayer:
+        raise LayoutError(
+            f"{has} a {type(layer).__name__}: only full attention layers (DynamicLayer) can be "
+            "paged",
+            operation=operation,
+        )
+
+
+def _check_heads(
+    where: str, num_heads: int, head_dim: int, layer: torch.Tensor, operation: str
+) -> None:
+    """KV heads and their size must be those of a pool's layer."""
+    for what, mine, pools in (
+        ("KV heads", num_heads, layer.shape[3]),
+        ("dimensions a head", head_dim, layer.shape[4]),
+    ):
+        if mine != pools:
+            raise LayoutError(
+                f"{where} has {mine} {what} but the pool has {pools}", operation=operation
+            )
 
 
 def _check_layer_count(cache_layers: int, pool_layers: int) -> None:
@@ -203,21 +221,13 @@ def _check_states(
 ) -> None:
     """One plane of a cache layer must be like layer 0's and fit the pool's blocks."""
     where = f"layer {number} of the cache"
-    _, _, _, heads, head_dim = layer.shape
     if states.shape[0] != first.shape[0] or states.shape[2] != first.shape[2]:
         raise LayoutError(
             f"{where} holds {list(states.shape)} but layer 0 {list(first.shape)}: "
             "every layer must hold the same sequences and tokens",
             operation="export",
         )
-    for what, mine, theirs in (
-        ("KV heads", states.shape[1], heads),
-        ("dimensions a head", states.shape[3], head_dim),
-    ):
-        if mine != theirs:
-            raise LayoutError(
-                f"{where} has {mine} {what} but the pool has {theirs}", operation="export"
-            )
+    _check_heads(where, states.shape[1], states.shape[3], layer, "export")
     if states.dtype != layer.dtype:
         raise LayoutError(
             f"{where} is {states.dtype} but the pool is {layer.dtype}: load the model with "
@@ -263,26 +273,11 @@ def _check_block_ids(
 
 def _check_config(config: Any, cache: DynamicCache, layers: list[torch.Tensor]) -> None:
     """The model that will use an imported cache must agree with the pool."""
-    from transformers.cache_utils import DynamicLayer
-
     text = config.get_text_config(decoder=True)
     _check_layer_count(len(cache.layers), len(layers))
     for number, layer in enumerate(cache.layers):
-        if type(layer) is not DynamicLayer:
-            raise LayoutError(
-                f"layer {number} of the model needs a {type(layer).__name__}: only full attention "
-                "layers (DynamicLayer) can be paged",
-                operation="import",
-            )
-    _, _, _, heads, head_dim = layers[0].shape
+        _check_kind(layer, f"layer {number} of the model needs", "import")
     query_heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or query_heads
     model_dim = getattr(text, "head_dim", None) or text.hidden_size // query_heads
-    for what, wanted, got in (
-        ("KV heads", kv_heads, heads),
-        ("dimensions a head", model_dim, head_dim),
-    ):
-        if wanted != got:
-            raise LayoutError(
-                f"the model has {wanted} {what} but the pool has {got}", operation="import"
-            )
+    _check_heads("the model", kv_heads, model_dim, layers[0], "import")

@@ -1,27 +1,22 @@
-"""The kernel under gather, scatter, push and pull: blocks from one side to the other, one launch.
+"""The kernel that moves blocks from one side to the other, in one launch: a push, or a pull.
 
 A side is *paged* (a table of base addresses and block ids) or *dense* (staging, one block after the
-other, layer and plane outermost). The grid walks layer, plane, block and chunk; Triton drops what an
-operation does not use. Offsets are int64 throughout.
+other, entries outermost: a gather, or a scatter). The grid walks entry, block and chunk; Triton drops
+what an operation does not use. Offsets are int64 throughout.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
-from .paged import WIDEST_NBYTES, PagedCache
 from .runtime import jit
-from .tiles import default_tuning, plan_tiles
+from .tiles import plan_tiles
 
 if TYPE_CHECKING:
     import triton.language as tl
 
     from .paged import Geometry
-    from .signal import Signal
     from .tiles import Tuning
 else:
     from .runtime import tl
@@ -304,74 +299,6 @@ def copy_kernel(
         tl.store(bad_ids, 1, mask=bad != 0)
 
 
-class Side(NamedTuple):
-    """One end of a copy: a paged cache with checked ids on its device, or dense staging with None."""
-
-    memory: PagedCache | torch.Tensor
-    ids: torch.Tensor | None
-
-
-def launch_copy(
-    src: Side,
-    dst: Side,
-    num_ids: int,
-    *,
-    bad_ids: torch.Tensor | None = None,
-    signal: Signal | None = None,
-    max_programs: int | None = None,
-    tuning: Tuning | None = None,
-) -> None:
-    """Launches the kernel on the current stream. Trusts its arguments: the operations check them.
-
-    Reads nothing of the device and allocates nothing, so that a CUDA graph can hold it.
-    """
-    cache = src.memory if isinstance(src.memory, PagedCache) else dst.memory
-    assert isinstance(cache, PagedCache)
-    nbytes = cache.nbytes(num_ids)
-    if nbytes == 0:
-        return
-    src_geometry, src_bases, src_blocks, src_alignment = _arguments(src)
-    dst_geometry, dst_bases, dst_blocks, dst_alignment = _arguments(dst)
-    staged = src.ids is None or dst.ids is None
-    tuning = tuning or default_tuning(nbytes, staged=staged, capped=max_programs is not None)
-    alignment = min(src_alignment, dst_alignment)
-    constants = kernel_constants(src_geometry, dst_geometry, alignment, tuning)
-    num_entries = cache.num_entries
-    plane_tiles = -(-num_ids * constants.block_chunks // constants.chunks)
-    if num_entries > MOST_GRID_Y and max_programs is None:
-        max_programs = MOST_PROGRAMS
-    loop = max_programs is not None and max_programs < plane_tiles * num_entries
-    grid = (max_programs,) if loop else (plane_tiles, num_entries)
-    state = None if signal is None else signal.state
-    arguments = (
-        src_bases,
-        src.ids,
-        dst_bases,
-        dst.ids,
-        bad_ids,
-        None if state is None else state.view(torch.int64),
-        None,
-        None,
-        None,
-        0 if signal is None else signal.counter_address,
-        nbytes,
-        num_entries,
-        num_ids,
-        src_blocks,
-        dst_blocks,
-        *constants.arguments,
-        loop,
-        1,
-        1,
-    )
-    device = cache.device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            copy_kernel[grid](*arguments, num_warps=tuning.num_warps)
-    else:
-        copy_kernel[grid](*arguments, num_warps=tuning.num_warps)
-
-
 class KernelConstants(NamedTuple):
     """Chunks of a block of one layer and plane, chunks of a tile, and SRC_BLOCK to WORD."""
 
@@ -399,12 +326,3 @@ def kernel_constants(
         {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}[plan.word_nbytes],
     )
     return KernelConstants(plan.block_chunks, plan.chunks, arguments)
-
-
-def _arguments(side: Side) -> tuple[Geometry | None, torch.Tensor | int, int, int]:
-    """Geometry (None if dense), bases, number of blocks, alignment of the dense address."""
-    memory = side.memory
-    if isinstance(memory, PagedCache):
-        return memory.geometry, memory.bases, memory.geometry.num_blocks, WIDEST_NBYTES
-    address = memory.data_ptr()
-    return None, address, 0, math.gcd(WIDEST_NBYTES, address)

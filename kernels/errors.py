@@ -2,7 +2,6 @@
 
 KernelError
 ├── ShapeError        (ValueError)   a dimension, stride, dtype or device that does not fit, by name
-├── BlockIdError      (IndexError)   a block id outside the cache, with its position
 └── LaunchError       (RuntimeError) the driver refused a launch, with its code
 """
 
@@ -15,20 +14,6 @@ class KernelError(Exception):
 
 class ShapeError(KernelError, ValueError):
     """A tensor does not fit the cache; the message names the dimension."""
-
-
-class BlockIdError(KernelError, IndexError):
-    """A block id lies outside the cache.
-
-    Attributes:
-        position: where in the list of ids.
-        block_id: the id found there.
-    """
-
-    def __init__(self, message: str, *, position: int, block_id: int) -> None:
-        super().__init__(message)
-        self.position = position
-        self.block_id = block_id
 
 
 class LaunchError(KernelError, RuntimeError):

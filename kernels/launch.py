@@ -14,8 +14,7 @@ import torch
 
 from .copy import MOST_GRID_Y, MOST_PROGRAMS, copy_kernel, kernel_constants
 from .errors import LaunchError
-from .paged import WIDEST_NBYTES
-from .pair import check_pair
+from .paged import WIDEST_NBYTES, check_pair
 from .runtime import triton
 from .tiles import SMALL_BELOW_NBYTES, default_tuning
 
@@ -116,11 +115,11 @@ class LoadedCopy:
     def __init__(
         self, src: PagedCache, dst: PagedCache, *, max_programs: int | None, num_slots: int
     ) -> None:
-        check_pair(src, dst, 0, 0)
+        check_pair(src, dst)
         self.src = src
         self.dst = dst
         self._bases = (src.bases.data_ptr(), dst.bases.data_ptr())
-        self._device = src.device
+        self._device = src.bases.device
         self._entries = src.num_entries
         self._id_nbytes = src.nbytes(1)
         self._blocks = (src.geometry.num_blocks, dst.geometry.num_blocks)

@@ -1,6 +1,6 @@
 """Pieces: runs of bytes from any addresses to any addresses, in one launch, out of a table.
 
-For what has no block structure; blocks of a cache go by `push` and `pull`, whose tables are smaller.
+For what has no block structure; blocks of a cache go by `copy_kernel`, whose tables are smaller.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def pieces_kernel(
 ) -> None:
     """Grid: any number of programs; each takes row after row.
 
-    The last program to finish adds `nbytes` to the counter, as in the kernel of `push`.
+    The last program to finish adds `nbytes` to the counter, as in `copy_kernel`.
     """
     row = tl.program_id(0).to(tl.int64)
     while row < num_rows:

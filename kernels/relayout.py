@@ -278,7 +278,12 @@ def relayout(
             are not read.
         start, stop: tokens; slots of the destination, where whole slots are moved. Must be whole
             units unless `walk.token_axis` is set.
-        signal, bad_ids, max_programs, tuning: as for `push`.
+        signal: the counter to which the last program adds the bytes of the whole launch, after they
+            are visible. Not if an id was out of range.
+        bad_ids: int32 `[1]` on the device, set to 1 if an id is out of range: such a block is
+            neither read nor written. With a signal its own state is that flag.
+        max_programs: upper bound on the programs that run at a time, to leave room for a model.
+        tuning: how the work is cut up; chosen by size if None.
 
     Raises:
         ShapeError: a table is too short or of another type, or the range is not whole units.

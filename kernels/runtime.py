@@ -1,7 +1,6 @@
 """Triton if it is installed, and stand-ins that fail when used if it is not.
 
-Machines without Triton (it exists for Linux alone) still import every kernel file for its reference
-and its path for CPU tensors.
+Machines without Triton (it exists for Linux alone) still import every kernel file for its reference.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import torch
 
 triton: Any = None
 tl: Any = None
@@ -51,12 +48,3 @@ def jit(
         )
 
     return decorate
-
-
-def kernels_run_on(device: torch.device) -> bool:
-    """Whether an operation on tensors of this device launches its kernel.
-
-    Otherwise it takes the vectorised path for CPU tensors. `TRITON_INTERPRET=1` sends those through
-    Triton's interpreter instead, which is how the kernels are tested without a GPU.
-    """
-    return device.type != "cpu" or (triton is not None and bool(triton.knobs.runtime.interpret))

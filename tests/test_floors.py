@@ -17,8 +17,8 @@ from tests import ROOT
 # From the ground up, folders and files of a folder; those on one floor do not import each other.
 FLOORS = {
     "": "kernels < engine, control < adapters < tools",
-    "kernels": "cast, errors, runtime < paged < pair, signal, tiles < copy, scaling, walk"
-    " < gather, launch, pull, push, relayout, rows, scatter < pieces",
+    "kernels": "cast, errors, runtime, signal < paged, scaling < tiles < copy, walk"
+    " < launch, relayout, rows < pieces",
     "engine": "errors, runtime < layout < plan, memory < transfer, staging < wire < context"
     " < transports < convert < link < connect < transfer_engine",
     "engine.transports": "base < segments, workers < cma, tcp, verbs < cuda_ipc < selection",
@@ -90,5 +90,4 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
 
 def test_no_folder_is_full() -> None:
     counts = Counter(PurePath(path).parent.relative_to(ROOT) for path in FILES.values())
-    full = {str(folder): count for folder, count in counts.items() if count > MOST_FILES}
-    assert full.keys() <= {"kernels"}, full  # of six floors, each file a verb
+    assert not {str(folder): count for folder, count in counts.items() if count > MOST_FILES}

@@ -34,18 +34,18 @@ from ...control.handoff.messages import BLOCK_ID_NBYTES, count_blocks
 from ...control.keys import check_address, join_address
 from ...engine.connect.handshake import HANDSHAKE_TIMEOUT_S
 from ...engine.errors import EngineError
-from .config import describe_cache, make_engine, name_rank_set, pack_block_ids
-from .core import AgentCore, refuse
+from ...engine.transfer.moves import as_tables
+from ...engine.transfer_engine import TransferEngine
+from ...engine.transports.selection import TRANSPORTS
+from .core import AgentCore
 from .handoff import Handoff, SendHandoff
-from .registration import Enrolment
+from .registration import Enrolment, describe_cache
 from .tables import expected_nbytes, pack_tables
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    import numpy as np
-    import numpy.typing as npt
     import torch
 
     from ...control.cluster.messages import Member
@@ -54,10 +54,9 @@ if TYPE_CHECKING:
     from ...control.http import HttpServer
     from ...control.keys import Keys
     from ...engine.layout.kv_layout import KVLayout
-    from ...engine.transfer_engine import TransferEngine
-    from .acquaintance import Acquaintance
-
-    BlockIds = Sequence[int] | npt.NDArray[np.integer]
+    from ...engine.memory.descriptors import CacheDescriptor
+    from .sessions import Acquaintance
+    from .tables import BlockIds
 
 DEFAULT_TIMEOUT_S = 30.0
 DEFAULT_LEASE_S = 3.0
@@ -93,15 +92,16 @@ class Agent:
         ranks: the layouts of all ranks of this engine, where the model's cache is spread over
             several; this agent is one of them. See `ranks.py`.
         rank: which.
-        rank_set: what the agents of all these ranks, and no others, are called together; their
-            names without the rank's number at the end if "".
 
     Raises:
         InsecureAddress: `bind` can be reached from other machines, and there are no `keys`.
         ConfigError: `daemon` is no address, or names no key although there are `keys`.
         TransportUnavailable, LayoutError, NotRegistered: from the engine.
-        ValueError: no peer would take this name or role; ranks without a name for their set.
+        ValueError: no peer would take this name or role.
         zmq.ZMQError: `bind` cannot be bound.
+
+    Attributes:
+        descriptor: its cache as peers see it, with its place among the ranks of its engine.
 
     Thread-safe. Not usable in a forked child.
     """
@@ -130,7 +130,6 @@ class Agent:
         http: str = "",
         ranks: Sequence[KVLayout] = (),
         rank: int = 0,
-        rank_set: str = "",
     ) -> None:
         check_address(bind, keys, f"agent {name}")
         if daemon:
@@ -143,7 +142,7 @@ class Agent:
         self._num_blocks, self._num_layers = layout.num_blocks, layout.num_layers
         self._advertise_host = advertise_host
         self._owns_engine = engine is None
-        self.engine = engine or make_engine(
+        self.engine = engine or _make_engine(
             name,
             bind,
             transports,
@@ -157,15 +156,13 @@ class Agent:
         try:
             self._cache = self.engine.register_cache(layout, tensors)
             try:
-                described = msgspec.structs.replace(
-                    self._cache.descriptor,
-                    ranks=tuple(ranks),
-                    rank=rank,
-                    rank_set=rank_set or name_rank_set(name, len(ranks), rank),
+                self.descriptor = msgspec.structs.replace(
+                    self._cache.descriptor, ranks=tuple(ranks), rank=rank
                 )
-                described.check()
+                self.descriptor.check()
+                timing = timing or Timing()
                 self._core = AgentCore(
-                    name, role, self.engine, self._cache, bind, timing or Timing(), keys, described
+                    name, role, self.engine, self._cache, self.descriptor, bind, timing, keys
                 )
             except BaseException:
                 self._cache.deregister()
@@ -197,7 +194,14 @@ class Agent:
                 **describe_cache(layout),
             )
             self._enrolment = Enrolment(
-                self._core, daemon, registration, lease_s, on_role=self._take_role
+                daemon,
+                registration,
+                lease_s,
+                self._core.mailbox,
+                self._core.acquaintances,
+                self._core.workbench,
+                count_handoffs=self._core.count_handoffs,
+                flip=self._take_role,
             )
             self._soon(self._enrolment.start)
 
@@ -276,12 +280,28 @@ class Agent:
     @property
     def messages_refused(self) -> int:
         """Messages that could not be queued for their peer; their handoffs have failed."""
-        return self._core.messages_refused
+        return self._core.mailbox.messages_refused
 
     @property
     def frames_refused(self) -> int:
         """Frames that came and were no message, or of no session."""
-        return self._core.frames_refused
+        return self._core.mailbox.frames_refused
+
+    def descriptor_of(self, peer: str) -> CacheDescriptor:
+        """The cache of a connected peer, with its place among the ranks of its engine.
+
+        Raises:
+            NotConnected: no such peer.
+        """
+        known = self._core.acquaintances.by_name(peer)
+        if known is None or known.peer_cache is None:
+            raise NotConnected(
+                f"no agent {peer!r} is connected, or it is gone again: call connect() with its "
+                "address",
+                peer=peer,
+                operation="plan",
+            )
+        return known.peer_cache
 
     def connect(self, address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> str:
         """Gets acquainted with the agent at `address` and opens a link; returns its name.
@@ -333,12 +353,12 @@ class Agent:
             NotConnected: no such peer. BlockOutOfRange, OverlappingBlocks, PlanError: the ids.
         """
         self._check_role("receive", "decode")
-        table = pack_block_ids(self._num_blocks, dst_block_ids, dst_of=request_id)
+        tables = pack_tables("destination", (dst_block_ids,), self._num_blocks)
         fields = {
             "mode": mode,
-            "num_blocks": len(table) // BLOCK_ID_NBYTES,
+            "num_blocks": len(tables[0]) // BLOCK_ID_NBYTES,
             "timeout_s": float(timeout_s),
-            "tables": (table,),
+            "tables": tables,
             "skip_blocks": skip_blocks,
             "start_token": 0,
             "stop_token": 0,
@@ -369,7 +389,7 @@ class Agent:
             NotConnected: no such peer. PlanError: the tables.
         """
         self._check_role("receive", "decode")
-        tables = pack_tables(dst_tables)
+        tables = pack_tables("destination", as_tables(dst_tables))
         fields = {
             "mode": mode,
             "num_blocks": count_blocks(tables),
@@ -451,7 +471,7 @@ class Agent:
                 retryable=why.retryable,
             )
             lost.__cause__ = why
-            refuse(handoff, lost)
+            handoff._refuse(lost)
 
     def send(
         self,
@@ -488,11 +508,10 @@ class Agent:
         tables: give them in a row. `on_asked` is called with the name of who asks.
         """
         self._check_role("send", "prefill")
-        tables: tuple[bytes, ...]
         if len(self.layout.groups) == 1:
-            tables = (pack_block_ids(self._num_blocks, src_block_ids),)
+            tables = pack_tables("source", (src_block_ids,), self._num_blocks)
         else:
-            tables = pack_tables(src_block_ids)
+            tables = pack_tables("source", as_tables(src_block_ids))
         num_layers = self._num_layers
         tell = partial(self._tell, "prefill")
         device = self._cache.device
@@ -538,8 +557,12 @@ class Agent:
     def _serve(self, address: str) -> HttpServer:
         from .metrics import AgentMetrics
 
-        self._core.workbench.metrics = AgentMetrics(self._core)
-        return self._core.workbench.metrics.serve(address, self._unready)
+        workbench = self._core.workbench
+        metrics = AgentMetrics(
+            self.engine, self._core.mailbox, workbench.recorder, self._core.count_handoffs
+        )
+        workbench.observers.append(metrics.note)
+        return metrics.serve(address, self._unready)
 
     def _unready(self) -> str:
         """Why nothing new should come here, or ""."""
@@ -552,6 +575,7 @@ class Agent:
         return ""
 
     def _take_role(self, role: Role) -> None:
+        self._core.flip(role)
         self.role = role
 
     def _soon(self, call: Any, *arguments: Any) -> None:
@@ -576,3 +600,28 @@ class Agent:
             while len(self._attempts) > ATTEMPTS_REMEMBERED:
                 self._attempts.popitem(last=False)
         return attempt
+
+
+def _make_engine(
+    name: str,
+    bind: str,
+    transports: Sequence[str] | None,
+    *,
+    verify: bool,
+    max_programs: int | None,
+    advertise_host: str,
+) -> TransferEngine:
+    """An engine that listens where the agent does."""
+    host = "127.0.0.1"
+    if bind.startswith("tcp://"):
+        host = bind[len("tcp://") :].rpartition(":")[0] or host
+    host = "0.0.0.0" if host == "*" else host.strip("[]")
+    return TransferEngine(
+        name=name,
+        host=host,
+        advertise_host=advertise_host,
+        transports=tuple(transports or TRANSPORTS),
+        verify=verify,
+        max_programs=max_programs,
+        require_tokens=True,
+    )

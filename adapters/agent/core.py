@@ -1,4 +1,4 @@
-"""What an agent does in its turns: feeds the pure machines of `control/`, carries out what they ask for.
+"""What an agent does in its turns: feeds the pure machines of `control/`, has done what they ask for.
 
 Frames, timers, engine tickets and user calls all come in here, one at a time; out go messages,
 engine calls and outcomes. What blocks (opening and closing links, making plans) runs on short-lived
@@ -7,9 +7,7 @@ threads of its own and comes back as one more event.
 
 from __future__ import annotations
 
-import logging
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ...control.errors import (
     AgentClosed,
@@ -19,24 +17,23 @@ from ...control.errors import (
     ProtocolError,
 )
 from ...control.handoff import events
-from ...control.handoff.machine import MAX_REASON_CHARS
 from ...control.handoff.messages import (
     Accepted,
+    Cancel,
+    Cancelled,
     Done,
+    Failed,
     HandoffMessage,
-    RankMessage,
     Ready,
-    Refused,
     Request,
     Sent,
     decode,
-    encode,
 )
 from ...control.handoff.registry import DecodeDesk, PrefillDesk
-from .executor import Workbench
+from ...control.handoff.session import make_hello
+from .executor import Workbench, idle_stream
 from .handoff import Handoff, SendHandoff
 from .messaging import Mailbox
-from .rank_coordinator import RankSets
 from .sessions import Acquaintances
 
 if TYPE_CHECKING:
@@ -44,33 +41,39 @@ if TYPE_CHECKING:
 
     from ...control.handoff.events import Event, SourceOffered
     from ...control.handoff.machine import Timing
-    from ...control.handoff.messages import Message, Reason, Role, Side
+    from ...control.handoff.messages import Message, Role, Side
     from ...control.handoff.registry import Desk, Steps
     from ...control.keys import Keys
     from ...engine.memory.descriptors import CacheDescriptor
     from ...engine.memory.regions import RegisteredCache
     from ...engine.transfer_engine import TransferEngine
-    from .acquaintance import Acquaintance
     from .messaging import Route
+    from .sessions import Acquaintance
 
-ABOUT_HANDOFFS = (HandoffMessage, RankMessage)
-
-log = logging.getLogger("kvferry.agent")
+# The side of a handoff that a message is for; None: the other side than that of its sender.
+ADDRESSED: dict[type[Message], Side | None] = {
+    Request: "prefill",
+    Done: "prefill",
+    Accepted: "decode",
+    Ready: "decode",
+    Sent: "decode",
+    Failed: None,
+    Cancel: None,
+    Cancelled: None,
+}
 
 
 class AgentCore:
     """Everything of an agent that needs its turn.
 
-    Attributes:
+    Args:
         described: its cache as peers see it, with its place among the ranks of its engine.
-        acquaintances: the peers.
-        mailbox: its sockets, and its turns.
-        rank_sets: requests that several ranks take.
-        workbench: what is done with the engine.
+
+    Attributes:
         role: what the agent does now.
-        flipping: the role that it takes once it is idle; "" if it stays.
-        messages_refused: messages that could not be queued for their peer.
-        frames_refused: frames that were no message, or of no session.
+        mailbox: its sockets, and its turns.
+        acquaintances: the peers.
+        workbench: what is done with the engine.
     """
 
     def __init__(
@@ -79,31 +82,31 @@ class AgentCore:
         role: Role,
         engine: TransferEngine,
         cache: RegisteredCache,
+        described: CacheDescriptor,
         bind: str,
         timing: Timing,
         keys: Keys | None = None,
-        described: CacheDescriptor | None = None,
     ) -> None:
-        self.engine = engine
-        self.cache = cache
-        self.described = described or cache.descriptor
+        make_hello(
+            name, role, 0, 0
+        )  # a name that no peer would take fails before sockets are there
+        stream = idle_stream(cache.device)
         self.name = name
         self.role: Role = role
-        self.flipping: Role | Literal[""] = ""
-        self.messages_refused = 0
-        self.frames_refused = 0
+        self._engine = engine
         self._timing = timing
         self._desks = _desks(role, timing)
-        self.workbench = Workbench(engine, cache, name)
         self._closing = False
         self._all_back: Callable[[], None] = lambda: None
-        self.acquaintances = Acquaintances(self, timing)
-        self.rank_sets = RankSets(self, timing)
-        self.mailbox = Mailbox(bind, self._on_frame, name, keys)
-        self.workbench.start(self._tell, self.acquaintances, self.mailbox)
-        turns = self.mailbox.turns
+        self.mailbox = mailbox = Mailbox(bind, self._on_frame, name, keys)
+        self.acquaintances = peers = Acquaintances(
+            name, role, engine, cache, described, mailbox, timing
+        )
+        self.workbench = Workbench(name, engine, cache, stream, peers, mailbox, self._tell)
+        peers.listen(self)
+        turns = mailbox.turns
         turns.errands = engine.take_errands(turns.replace_thread)
-        self.mailbox.start()
+        mailbox.start()
 
     # Handoffs: what users ask for
 
@@ -117,7 +120,7 @@ class AgentCore:
             assert isinstance(desk, DecodeDesk)
             key, steps = desk.begin(peer.session.number, handoff.request_id, **fields)
         except ControlError as error:
-            refuse(handoff, error)
+            handoff._refuse(error)
             return
         work = self.workbench.begin("decode", key, handoff)
         work.session = peer.session.number
@@ -132,7 +135,7 @@ class AgentCore:
             self._check_open("prefill")
             assert isinstance(desk, PrefillDesk)
         except ControlError as error:
-            refuse(handoff, error)
+            handoff._refuse(error)
             return
         key, steps = desk.offer(handoff.request_id, source)
         self.workbench.begin("prefill", key, handoff)
@@ -170,33 +173,19 @@ class AgentCore:
         if desk is not None:  # else the agent has another role by now, and the handoff is over
             self._carry_out(side, desk.handle(key, event))
 
-    # Handoffs: what machines ask for
-
     def _carry_out(self, side: Side, steps: Steps) -> None:
-        desk = self._desks[side]
-        keys = {key for key, _ in steps}
-        for key, action in steps:
-            if isinstance(action, events.Send):
-                self._send_of_handoff(side, key, action.message)
-            else:
-                self.workbench.act(side, key, action)
-        for key in keys:
-            if key not in desk.machines:
-                self.workbench.end(side, key)
-        self._report_if_all_back()
+        self.workbench.carry_out(side, steps, self._desks[side].machines)
+        if self._closing:
+            self._report_if_all_back()
 
-    @property
-    def num_handoffs(self) -> int:
-        """Handoffs that are not over."""
+    def count_handoffs(self) -> int:
+        """Counts those that are not over."""
         return sum(len(desk.machines) for desk in self._desks.values())
 
-    # Changing the role
-
-    def flip(self) -> None:
-        """Takes the role `flipping`: the agent is idle and all its links are down."""
-        assert self.flipping
-        self.role, self.flipping = self.flipping, ""
-        self._desks = _desks(self.role, self._timing)
+    def flip(self, role: Role) -> None:
+        """Takes another role: the agent is idle and all its links are down."""
+        self.role = self.acquaintances.role = role
+        self._desks = _desks(role, self._timing)
 
     # Messages
 
@@ -204,75 +193,43 @@ class AgentCore:
         try:
             message = decode(frame)
         except ProtocolError as error:
-            self.refuse(route, 0, "protocol", error.message)
+            self.mailbox.refuse(route, 0, "protocol", error.message)
             return
-        if not isinstance(message, ABOUT_HANDOFFS):
+        kind = type(message)
+        if kind not in ADDRESSED:
             self.acquaintances.hear(route, message)
             return
+        assert isinstance(message, HandoffMessage)
         peer = self.acquaintances.get(message.session)
         if peer is None or peer.route != route:
-            self.refuse(route, message.session, "session", "this agent does not know you")
+            self.mailbox.refuse(route, message.session, "session", "this agent does not know you")
             return
-        if isinstance(message, RankMessage):
-            self.rank_sets.hear(peer, message)
-            return
-        desk = self._desks.get(_addressed_side(message))
+        side = ADDRESSED[kind] or _other_side(message)
+        desk = self._desks.get(side)
         if desk is None:
-            detail = f"{self.name} is {self.role}, it has no use for {type(message).__name__}"
-            self.refuse(route, 0, "role", detail)
-        else:
-            steps = desk.receive(message)
-            if not steps:
-                return
-            if isinstance(message, Request):
-                for key in {key for key, _ in steps}:
-                    self._say_who_asked(key)
-            self._carry_out(desk.side, steps)
+            detail = f"{self.name} is {self.role}, it has no use for {kind.__name__}"
+            self.mailbox.refuse(route, 0, "role", detail)
+            return
+        steps = desk.receive(message)
+        if not steps:
+            return
+        if kind is Request:
+            for key in dict(steps):
+                self._say_who_asked(key)
+        self._carry_out(side, steps)
 
-    def refuse(self, route: Route, number: int, reason: Reason, detail: str) -> None:
-        """Answers a frame that makes no sense here."""
-        self.frames_refused += 1
-        self.send(route, Refused(number, reason, detail[:MAX_REASON_CHARS]))
-
-    def send(
-        self, route: Route, message: Message, refused: Callable[[str], None] | None = None
-    ) -> None:
-        """Sends a message; `refused` is told why if that cannot be."""
-        self.mailbox.send(route, encode(message), partial(self._refused, refused))
-
-    def _refused(self, refused: Callable[[str], None] | None, reason: str) -> None:
-        self.messages_refused += 1
-        if refused is not None:
-            refused(reason)
-
-    def _send_of_handoff(self, side: Side, key: int, message: Message) -> None:
-        peer = self.acquaintances.get(message.session)
-
-        def refused(reason: str) -> None:
-            if key:
-                self._tell(side, key, events.SendRefused(reason))
-
-        if peer is not None:
-            if isinstance(message, Accepted):
-                self.workbench.placed(key, message.session, peer.session.name)
-            self.send(peer.route, message, refused)
-        else:
-            self.mailbox.call_soon(partial(refused, "the peer is not known"))
-
-    # Links
+    # Links, as a `SessionListener`
 
     def came_up(self, peer: Acquaintance) -> None:
         """Handoffs with this peer may begin."""
         for desk in self._desks.values():
             desk.open_session(peer.session.number, peer.session.name)
-        self.rank_sets.came_up(peer)
 
     def went_down(self, peer: Acquaintance, reason: str) -> None:
         """The link to this peer is down."""
         for side, desk in self._desks.items():
             number, quiesced = peer.session.number, peer.quiesced
             self._carry_out(side, desk.link_down(number, reason, quiesced=quiesced))
-        self.rank_sets.went_down(peer, reason)
         self._report_if_all_back()
 
     def quiesced(self, peer: Acquaintance) -> None:
@@ -312,7 +269,6 @@ class AgentCore:
                     )
                 )
             self._tell(side, key, events.UserCancelled("the agent was closed"))
-        self.rank_sets.begin_close()
         self.acquaintances.say_goodbye("the agent was closed")
         self._report_if_all_back()
 
@@ -334,17 +290,11 @@ class AgentCore:
         self.mailbox.close()
         errands = self.mailbox.turns.errands
         if errands is not None:
-            self.engine.return_errands(errands)
+            self._engine.return_errands(errands)
 
     def _report_if_all_back(self) -> None:
-        if self._closing and not self.num_handoffs and not self.acquaintances.any_link:
+        if self._closing and not self.count_handoffs() and not self.acquaintances.any_link:
             self._all_back()
-
-
-def refuse(handoff: Handoff, error: Exception) -> None:
-    """Ends a handoff that never began: its blocks are free."""
-    handoff._outcome._fail(error)
-    handoff.blocks_free._finish(0)
 
 
 def _desks(role: Role, timing: Timing) -> dict[Side, Desk]:
@@ -356,10 +306,5 @@ def _desks(role: Role, timing: Timing) -> dict[Side, Desk]:
     return desks
 
 
-def _addressed_side(message: HandoffMessage) -> Side:
-    """The side of the handoff that a message is for."""
-    if isinstance(message, Request | Done):
-        return "prefill"
-    if isinstance(message, Accepted | Ready | Sent):
-        return "decode"
+def _other_side(message: HandoffMessage) -> Side:
     return "decode" if getattr(message, "side", "") == "prefill" else "prefill"

@@ -51,6 +51,31 @@ class Timer:
             self._turns._num_cancelled += 1
 
 
+class Timers(dict[str, Timer]):
+    """The timers of one machine, by what each is for."""
+
+    __slots__ = ()
+
+    def start(self, kind: str, timer: Timer) -> None:
+        """Keeps a timer, instead of one of its kind that may still run."""
+        earlier = self.get(kind)
+        if earlier is not None:
+            earlier.cancel()
+        self[kind] = timer
+
+    def stop(self, kind: str) -> None:
+        """Stops the timer of this kind, if there is one."""
+        timer = self.pop(kind, None)
+        if timer is not None:
+            timer.cancel()
+
+    def stop_all(self) -> None:
+        """Stops all of them."""
+        for timer in self.values():
+            timer.cancel()
+        self.clear()
+
+
 class Turns:
     """Calls, timers and descriptors, one at a time.
 

@@ -1,4 +1,4 @@
-"""What handoff machines ask of the transfer engine, carried out: writes, reads, counters, timers.
+"""Carries out what handoff machines ask for: messages, writes, reads, counters, timers.
 
 For whoever has the agent's turn. An engine's tickets end on its threads and come back as events.
 """
@@ -10,34 +10,32 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import msgspec
 
-from ...control.cluster.messages import MAX_LIVE, Activity, LiveHandoff
 from ...control.errors import BlocksMismatch, ControlError
 from ...control.handoff import events
-from ...control.handoff.messages import BLOCK_ID_NBYTES, unpack_block_ids
+from ...control.handoff.messages import Accepted
 from ...control.handoff.timeline import Recorder
 from ...engine.errors import Cancelled, EngineError, LinkError
-from ...engine.plan.block_tables import FEW_IDS
-from .activity import ActivityLog, short
-from .compute_order import idle_stream
-from .tables import read_tokens, write_tokens
+from ...engine.transfer.moves import TokenMove
+from .event_loop import Timers
+from .tables import unpack_table, unpack_tables
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Container
+
+    import torch
 
     from ...control.handoff.events import Action, Event, Layers
     from ...control.handoff.messages import Side
+    from ...control.handoff.registry import Steps
     from ...control.handoff.timeline import Timeline
     from ...engine.memory.regions import RegisteredCache
-    from ...engine.plan.block_tables import BlockIds
     from ...engine.transfer.plan import TransferPlan
     from ...engine.transfer.ticket import Ticket
     from ...engine.transfer_engine import TransferEngine
-    from .event_loop import Timer
     from .handoff import Handoff
     from .messaging import Mailbox
-    from .metrics import AgentMetrics
     from .sessions import Acquaintances
 
     Tell = Callable[[Side, int, Event], None]
@@ -52,10 +50,35 @@ TIMELINES = 1024  # handoffs that the recorder remembers; half a KB each
 log = logging.getLogger("kvferry.agent")
 
 
+class HandoffEnded(msgspec.Struct, frozen=True):
+    """Tells observers how a handoff ended, before its user hears of it.
+
+    Attributes:
+        peer: "" on the prefill side of one that nobody asked for.
+        seconds: from the call of `receive` or `send`.
+        nbytes: that were moved; 0 if it failed.
+        staged_nbytes: of these, what went through staging at this end.
+        served: whether the peer read them, of which this end sees nothing.
+        transport: of the link; "" if there is none.
+    """
+
+    side: Side
+    request_id: str
+    peer: str
+    seconds: float
+    nbytes: int
+    staged_nbytes: int
+    served: bool
+    transport: str
+    error: Exception | None
+
+
 class Work:
     """What an agent keeps for one handoff: its user's end, tickets and timers."""
 
-    def __init__(self) -> None:
+    def __init__(self, side: Side, key: int) -> None:
+        self.side: Side = side
+        self.key = key  # of its machine
         self.handoff: Handoff | None = None
         self.session = 0
         self.peer = ""  # prefill: who asked
@@ -66,33 +89,57 @@ class Work:
         self.request: dict[str, Any] | None = None  # decode: what was asked for
         self.tickets: dict[int, Ticket] = {}
         self.counter: Ticket | None = None
-        self.timers: dict[str, Timer] = {}
+        self.timers = Timers()
+
+
+class _AllWork(dict[tuple["Side", int], Work]):
+    """The work of each handoff, by its side and key; it begins when it is first looked for."""
+
+    def __missing__(self, at: tuple[Side, int]) -> Work:
+        work = self[at] = Work(*at)
+        return work
 
 
 class Workbench:
     """All handoffs' work. One owner at a time: who has the turn.
 
+    Args:
+        name: of the agent.
+        stream: for GPU memory, one on which nothing runs; see `idle_stream`.
+        peers: where their links, plans and routes are.
+        tell: takes what happens to a handoff, by side and its machine's key.
+
     Attributes:
         work: by side of the handoff and its machine's key.
         rates: bytes a second, as measured with each peer.
         recorder: the last handoffs' timelines.
-        activity: what the daemon shows of this agent.
-        metrics: whom to tell how handoffs end, if anybody.
+        observers: called with each `HandoffEnded`; they must be quick.
     """
 
-    def __init__(self, engine: TransferEngine, cache: RegisteredCache, name: str) -> None:
-        self.engine = engine
-        self.cache = cache
-        self.work: dict[tuple[Side, int], Work] = {}
+    def __init__(
+        self,
+        name: str,
+        engine: TransferEngine,
+        cache: RegisteredCache,
+        stream: torch.cuda.Stream | None,
+        peers: Acquaintances,
+        mailbox: Mailbox,
+        tell: Tell,
+    ) -> None:
+        self.work = _AllWork()
         self.rates: dict[str, float] = {}
         self.recorder = Recorder(TIMELINES)
-        self.metrics: AgentMetrics | None = None
-        self.activity = ActivityLog()
+        self.observers: list[Callable[[HandoffEnded], None]] = []
         self._name = name
+        self._engine = engine
         self._held = cache.layout.layers
-        self._stream = idle_stream(cache.device)
+        self._stream = stream
+        self._peers = peers
+        self._mailbox = mailbox
+        self._tell = tell
         # Looked up by type, because matching one class after the other takes longer than most acts.
-        self._acts: dict[type[Action], Callable[[Side, int, Work, Any], None]] = {
+        self._acts: dict[type[Action], Callable[[Work, Any], None]] = {
+            events.Send: self._send,
             events.SetTimer: self._set_timer,
             events.ClearTimer: self._clear_timer,
             events.Expect: self._expect,
@@ -106,39 +153,15 @@ class Workbench:
             events.Succeed: self._succeed,
             events.Fail: self._fail,
         }
-        self._tell: Tell
-        self._acquaintances: Acquaintances
-        self._mailbox: Mailbox
 
     @property
     def inflight_nbytes(self) -> int:
         """Of the handoffs that are not over, as far as their size is known."""
         return sum(work.nbytes for work in self.work.values())
 
-    def report_activity(self) -> Activity:
-        """For a heartbeat."""
-        now_s = time.monotonic()
-        live: list[LiveHandoff] = []
-        for (side, _), work in self.work.items():
-            if work.handoff is not None and len(live) < MAX_LIVE:
-                live.append(
-                    LiveHandoff(
-                        short(work.handoff.request_id),
-                        side,
-                        work.handoff.peer or work.peer,
-                        work.nbytes,
-                        max(0.0, now_s - work.handoff.started_s),
-                    )
-                )
-        return self.activity.report(now_s, self._acquaintances.senders(), tuple(live))
-
-    def start(self, tell: Tell, acquaintances: Acquaintances, mailbox: Mailbox) -> None:
-        """Gives it whom to tell of events, and where peers and time are."""
-        self._tell, self._acquaintances, self._mailbox = tell, acquaintances, mailbox
-
     def begin(self, side: Side, key: int, handoff: Handoff) -> Work:
-        """The work of a handoff whose user is known."""
-        work = self._work_of(side, key)
+        """Takes up the work of a handoff whose user is known."""
+        work = self.work[side, key]
         work.handoff = handoff
         handoff._key = key
         work.timeline = self.recorder.begin(
@@ -149,51 +172,50 @@ class Workbench:
         work.timeline.mark("asked" if side == "decode" else "offered")
         return work
 
-    def placed(self, key: int, session: int, peer: str) -> None:
-        """Prefill's side has a request, of this peer. Again and again, if the peer repeats it."""
-        work = self._work_of("prefill", key)
-        if not work.placed_ns:
-            work.placed_ns = time.monotonic_ns()
-            work.session, work.peer = session, peer
-            if work.timeline is not None:
-                work.timeline.peer = peer
-                work.timeline.take({"placed": work.placed_ns})
+    def carry_out(self, side: Side, steps: Steps, live: Container[int]) -> None:
+        """Does what machines ask for, in order; `live` has the keys of those that go on."""
+        for key, action in steps:
+            self._acts[type(action)](self.work[side, key], action)
+        for key in dict(steps):
+            if key not in live:
+                work = self.work.pop((side, key), None)
+                if work is not None and work.timers:
+                    work.timers.stop_all()
 
-    def _work_of(self, side: Side, key: int) -> Work:
-        work = self.work.get((side, key))
-        if work is None:
-            work = self.work[side, key] = Work()
-        return work
+    def _send(self, work: Work, action: events.Send) -> None:
+        message = action.message
+        peer = self._peers.get(message.session)
+        refused = partial(self._send_refused, work)
+        if peer is None:
+            self._mailbox.call_soon(partial(refused, "the peer is not known"))
+            return
+        if type(message) is Accepted and not work.placed_ns:  # else the peer repeats its request
+            self._note_request(work, message.session, peer.session.name)
+        self._mailbox.tell(peer.route, message, refused)
 
-    def end(self, side: Side, key: int) -> None:
-        """The handoff is over."""
-        work = self.work.pop((side, key), None)
-        for timer in work.timers.values() if work is not None else ():
-            timer.cancel()
+    def _send_refused(self, work: Work, reason: str) -> None:
+        if work.key:
+            self._tell(work.side, work.key, events.SendRefused(reason))
 
-    def act(self, side: Side, key: int, action: Action) -> None:
-        """Carries out what a machine asks for, except `Send`."""
-        act = self._acts.get(type(action))
-        if act is not None:
-            act(side, key, self._work_of(side, key), action)
+    def _note_request(self, work: Work, session: int, peer: str) -> None:
+        """Prefill's side has a request, of this peer."""
+        work.placed_ns = time.monotonic_ns()
+        work.session, work.peer = session, peer
+        if work.timeline is not None:
+            work.timeline.peer = peer
+            work.timeline.take({"placed": work.placed_ns})
 
-    def _set_timer(self, side: Side, key: int, work: Work, action: events.SetTimer) -> None:
-        kind = action.kind
-        timer = work.timers.get(kind)
-        if timer is not None:
-            timer.cancel()
-        fired = partial(self._tell, side, key, events.TimerFired(kind))
-        work.timers[kind] = self._mailbox.call_later(action.seconds, fired)
+    def _set_timer(self, work: Work, action: events.SetTimer) -> None:
+        fired = partial(self._tell, work.side, work.key, events.TimerFired(action.kind))
+        work.timers.start(action.kind, self._mailbox.call_later(action.seconds, fired))
 
-    def _clear_timer(self, side: Side, key: int, work: Work, action: events.ClearTimer) -> None:
-        timer = work.timers.pop(action.kind, None)
-        if timer is not None:
-            timer.cancel()
+    def _clear_timer(self, work: Work, action: events.ClearTimer) -> None:
+        work.timers.stop(action.kind)
 
-    def _expect(self, side: Side, key: int, work: Work, action: events.Expect) -> None:
-        peer = self._acquaintances.get(work.session)
+    def _expect(self, work: Work, action: events.Expect) -> None:
+        peer = self._peers.get(work.session)
         try:
-            work.counter = self.engine.expect(
+            work.counter = self._engine.expect(
                 action.imm,
                 nbytes=action.nbytes,
                 # A handoff of no bytes is counted by its one empty write.
@@ -203,111 +225,132 @@ class Workbench:
             )
         except EngineError as error:
             ended = events.CounterEnded(0, error)
-            self._mailbox.call_soon(partial(self._tell, side, key, ended))
+            self._mailbox.call_soon(partial(self._tell, work.side, work.key, ended))
             return
-        work.counter.add_done_callback(partial(self._counter_ended, key))
+        work.counter.add_done_callback(partial(self._counter_ended, work.key))
 
-    def _retire(self, side: Side, key: int, work: Work, action: events.RetireCounter) -> None:
+    def _retire(self, work: Work, action: events.RetireCounter) -> None:
         if work.counter is not None:
             work.counter.cancel()
 
-    def _start_write(self, side: Side, key: int, work: Work, action: events.StartWrite) -> None:
+    def _start_write(self, work: Work, action: events.StartWrite) -> None:
         work.session, work.nbytes = action.request.session, action.request.nbytes
         _mark(work, "submitted")
-        self._start(side, key, work, action.op, partial(self._write, action))
+        self._start(work, action.op, partial(self._write, action))
 
-    def _start_read(self, side: Side, key: int, work: Work, action: events.StartRead) -> None:
+    def _start_read(self, work: Work, action: events.StartRead) -> None:
         _mark(work, "submitted")
-        self._start(side, key, work, action.op, partial(self._read, work, action))
+        self._start(work, action.op, partial(self._read, work, action))
 
-    def _cancel(self, side: Side, key: int, work: Work, action: events.CancelOperations) -> None:
+    def _cancel(self, work: Work, action: events.CancelOperations) -> None:
         for ticket in work.tickets.values():
             ticket.cancel()
 
-    def _tear_down(self, side: Side, key: int, work: Work, action: events.TearDownLink) -> None:
+    def _tear_down(self, work: Work, action: events.TearDownLink) -> None:
         log.warning("%s: the link is torn down: %s", self._name, action.reason)
-        self._acquaintances.tear_down(action.session, action.reason)
+        self._peers.tear_down(action.session, action.reason)
 
-    def _keep(self, side: Side, key: int, work: Work, action: events.Quarantine) -> None:
+    def _keep(self, work: Work, action: events.Quarantine) -> None:
         log.warning("%s: blocks are kept in quarantine: %s", self._name, action.reason)
 
-    def _release(self, side: Side, key: int, work: Work, action: events.ReleaseBlocks) -> None:
+    def _release(self, work: Work, action: events.ReleaseBlocks) -> None:
         if work.handoff is not None:
             _mark(work, "free")
             work.handoff.blocks_free._finish(0)
 
-    def _succeed(self, side: Side, key: int, work: Work, action: events.Succeed) -> None:
+    def _succeed(self, work: Work, action: events.Succeed) -> None:
         if work.handoff is not None:
-            self._note(side, work, action.nbytes, None)
+            self._note_end(work, work.handoff, action.nbytes, None)
             work.handoff._outcome._finish(action.nbytes)
 
-    def _fail(self, side: Side, key: int, work: Work, action: events.Fail) -> None:
+    def _fail(self, work: Work, action: events.Fail) -> None:
         if work.handoff is not None:
-            self._note(side, work, 0, action.error)
+            self._note_end(work, work.handoff, 0, action.error)
             work.handoff._outcome._fail(action.error)
 
-    def _note(self, side: Side, work: Work, nbytes: int, error: Exception | None) -> None:
-        """For the figures, before the user hears of it."""
-        if work.timeline is not None:
-            work.timeline.mark("failed" if error is not None else "ready")
-            work.timeline.nbytes = nbytes
-            work.timeline.error = type(error).__name__ if error is not None else ""
-        if work.handoff is None:
+    def _note_end(self, work: Work, handoff: Handoff, nbytes: int, error: Exception | None) -> None:
+        """Notes how a handoff ended, and tells the observers, before its user hears of it."""
+        timeline = work.timeline
+        if timeline is not None:
+            timeline.mark("failed" if error is not None else "ready")
+            timeline.nbytes = nbytes
+            timeline.error = type(error).__name__ if error is not None else ""
+        if not self.observers:
             return
-        seconds = time.monotonic() - work.handoff.started_s
-        name = work.handoff.peer or work.peer
-        self.activity.ended(side, work.handoff.request_id, name, seconds, nbytes, error)
-        if self.metrics is not None:
-            peer = self._acquaintances.get(work.session)
-            transport = peer.link.transport if peer is not None and peer.link is not None else ""
-            # What a peer reads, this end sees nothing of.
-            served = side == "prefill" and not work.tickets
-            parts = {"served" if served else "direct": nbytes - work.staged_nbytes}
-            if work.staged_nbytes:
-                parts["staged"] = work.staged_nbytes
-            self.metrics.ended(side, transport, seconds, parts, error)
+        peer = self._peers.get(work.session)
+        ended = HandoffEnded(
+            work.side,
+            handoff.request_id,
+            handoff.peer or work.peer,
+            time.monotonic() - handoff.started_s,
+            nbytes,
+            work.staged_nbytes,
+            work.side == "prefill" and not work.tickets,
+            peer.link.transport if peer is not None and peer.link is not None else "",
+            error,
+        )
+        for observe in self.observers:
+            observe(ended)
 
-    def _start(
-        self, side: Side, key: int, work: Work, op: int, begin: Callable[[], Ticket | None]
-    ) -> None:
+    def _start(self, work: Work, op: int, begin: Callable[[], Ticket | None]) -> None:
         """Begins a write or a read; however it ends, the machine hears of it later."""
         try:
             ticket = begin()
         except (EngineError, ControlError) as error:
             ended: Event = events.OperationEnded(op, 0, error)
-            self._mailbox.call_soon(partial(self._tell, side, key, ended))
+            self._mailbox.call_soon(partial(self._tell, work.side, work.key, ended))
             return
         if ticket is None:
-            self._mailbox.call_soon(partial(self._tell, side, key, events.OperationEnded(op)))
+            nothing = events.OperationEnded(op)
+            self._mailbox.call_soon(partial(self._tell, work.side, work.key, nothing))
             return
         work.tickets[op] = ticket
         ticket.add_done_callback(
-            partial(self._operation_ended, side, key, op, work.session, time.monotonic())
+            partial(self._operation_ended, work.side, work.key, op, work.session, time.monotonic())
         )
 
     def _write(self, action: events.StartWrite) -> Ticket | None:
+        """Writes what a request wants of some layers; None if decode's rank holds others.
+
+        Raises:
+            BlocksMismatch: decode counts on other bytes than these. EngineError: from the engine.
+        """
         request = action.request
-        peer = self._acquaintances.get(request.session)
+        peer = self._peers.get(request.session)
         if peer is None or peer.link is None or peer.write_plan is None:
             raise LinkError("there is no link to write over", operation="write")
-        plan = peer.write_plan
+        link, plan = peer.link, peer.write_plan
+        timeout_s = request.timeout_s + ENGINE_MARGIN_S
+        move = None
         if request.stop_token:
-            return write_tokens(peer.link, plan, action, self._held, self._stream)
-        nbytes = plan.nbytes(request.num_blocks)
+            tables = unpack_tables(action.tables), unpack_tables(request.tables)
+            move = TokenMove(plan, *tables, request.start_token, request.stop_token)
+        nbytes = plan.nbytes(request.num_blocks) if move is None else move.nbytes
         if nbytes != request.nbytes:
             raise BlocksMismatch(
                 f"decode expects {request.nbytes} bytes, prefill would write {nbytes}"
             )
-        timeout_s = request.timeout_s + ENGINE_MARGIN_S
-        if not request.num_blocks:
-            return peer.link.signal(request.imm, timeout_s=timeout_s)
+        if move is None and not request.num_blocks:
+            return link.signal(request.imm, timeout_s=timeout_s)
         layers = self._layers_of(plan, action.layers)
         if layers is not None and not layers:
-            return None  # decode's rank holds other layers
-        return peer.link.write_blocks(
+            return None
+        if move is not None:
+            return link.write_tokens(
+                plan,
+                move.src_tables,
+                move.dst_tables,
+                start=move.start,
+                stop=move.stop,
+                imm=request.imm,
+                layers=layers,
+                stream=self._stream,
+                timeout_s=timeout_s,
+            )
+        return link.write_blocks(
             plan,
-            _unpack(action.tables[0]),
-            _unpack(request.tables[0]),
+            unpack_table(action.tables[0]),
+            unpack_table(request.tables[0]),
             imm=request.imm,
             layers=layers,
             stream=self._stream,
@@ -323,17 +366,27 @@ class Workbench:
         return tuple(layer for layer in held if layer in moved)
 
     def _read(self, work: Work, action: events.StartRead) -> Ticket | None:
-        peer = self._acquaintances.get(work.session)
+        """Reads what was asked for out of the blocks that prefill has named."""
+        peer = self._peers.get(work.session)
         if peer is None or peer.link is None or peer.read_plan is None:
             raise LinkError("there is no link to read over", operation="read")
-        if work.request is not None and work.request["stop_token"]:
-            return read_tokens(peer.link, peer.read_plan, action, work.request, self._stream)
-        if not action.ready.num_blocks or work.request is None:
+        asked, tables = work.request, action.ready.tables
+        if asked is not None and asked["stop_token"]:
+            return peer.link.read_tokens(
+                peer.read_plan,
+                unpack_tables(tables),
+                unpack_tables(asked["tables"]),
+                start=asked["start_token"],
+                stop=asked["stop_token"],
+                stream=self._stream,
+                timeout_s=NEVER_S,
+            )
+        if not action.ready.num_blocks or asked is None:
             return None
         return peer.link.read_blocks(
             peer.read_plan,
-            _unpack(action.ready.tables[0]),
-            _unpack(work.request["tables"][0]),
+            unpack_table(tables[0]),
+            unpack_table(asked["tables"][0]),
             stream=self._stream,
             timeout_s=NEVER_S,
         )
@@ -355,7 +408,7 @@ class Workbench:
         took_s: float,
         ticket: Ticket,
     ) -> None:
-        peer = self._acquaintances.get(session)
+        peer = self._peers.get(session)
         work = self.work.get((side, key))
         if work is not None:
             _learn(work, ticket)
@@ -377,20 +430,13 @@ class Workbench:
 
     def _tell_counter(self, key: int, ticket: Ticket) -> None:
         work = self.work.get(("decode", key))
-        peer = self._acquaintances.get(work.session) if work is not None else None
+        peer = self._peers.get(work.session) if work is not None else None
         error = ticket.exception()
         if work is not None:
             _learn(work, ticket)
         if error is not None and peer is not None and peer.link is not None and peer.link.closed:
             return  # `LinkDown` is on its way, and says more
         self._tell("decode", key, events.CounterEnded(ticket.nbytes, error))
-
-
-def _unpack(table: bytes) -> BlockIds:
-    """Block ids for the engine, which moves a few of them without NumPy."""
-    if len(table) <= FEW_IDS * BLOCK_ID_NBYTES:
-        return unpack_block_ids(table)
-    return np.frombuffer(table, np.int32)
 
 
 def _learn(work: Work, ticket: Ticket) -> None:
@@ -403,3 +449,13 @@ def _learn(work: Work, ticket: Ticket) -> None:
 def _mark(work: Work, name: str) -> None:
     if work.timeline is not None:
         work.timeline.mark(name)
+
+
+def idle_stream(device: int) -> torch.cuda.Stream | None:
+    """A stream for which transfers need not wait: what they move was computed before the machines
+    heard of it. The current stream of the agent's thread may hold the work of a whole model."""
+    if device < 0:
+        return None
+    import torch
+
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

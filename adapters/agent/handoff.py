@@ -2,22 +2,102 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import deque
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
+from ...control.errors import HandoffTimeout
 from ...control.handoff.events import SourceFinished, SourceReady, UserCancelled
+from ...engine.errors import DeadlineExceeded
 from ...engine.transfer.ticket import Ticket
-from .compute_order import ComputeOrder
-from .pending import Pending
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator, Sequence
 
     import torch
+    from typing_extensions import Self
 
     from ...control.handoff.events import Event
+    from ...engine.errors import EngineError
     from ...engine.transfer_engine import TransferEngine
+
+Part = TypeVar("Part", bound="Pending")
+
+
+class Pending:
+    """What ends once, with a byte count or an error, and whose blocks are free then or later.
+
+    Thread-safe.
+
+    Attributes:
+        request_id: the request; "" for several.
+        peer: the peer agent's name; "" where that is nobody in particular.
+        finished_s: when it ended, in monotonic seconds; 0 until then.
+        blocks_free: a ticket that ends well when no peer and no thread of this process can touch
+            this side's blocks any more: after a failure that may be later. It ends with
+            `AgentClosed` if this agent was closed before that could be known.
+    """
+
+    def __init__(self, request_id: str, peer: str, outcome: Ticket, blocks_free: Ticket) -> None:
+        self.request_id = request_id
+        self.peer = peer
+        self.finished_s = 0.0
+        self.blocks_free = blocks_free
+        self._outcome = outcome
+        outcome.add_done_callback(self._note_end)
+
+    def __repr__(self) -> str:
+        state = "pending" if not self.done() else repr(self.error) if self.error else "done"
+        return f"<{type(self).__name__} {self.request_id} {state}>"
+
+    def done(self) -> bool:
+        """Whether it ended, well or badly."""
+        return self._outcome.done()
+
+    @property
+    def error(self) -> Exception | None:
+        """What it failed with; None while pending and after success."""
+        return self._outcome.exception()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes moved; 0 until it ends well."""
+        return self._outcome.nbytes
+
+    def cancel(self, reason: str = "cancelled") -> None:
+        """Asks for its end: it fails with `HandoffCancelled`, unless it ends before that."""
+        raise NotImplementedError
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Blocks until it ends; returns the bytes moved.
+
+        `timeout_s` bounds this wait alone; every handoff has a deadline of its own.
+
+        Raises:
+            HandoffError, AgentClosed: how it failed. HandoffTimeout: `timeout_s` passed.
+        """
+        try:
+            return self._outcome.wait(timeout_s)
+        except DeadlineExceeded as error:  # of this wait: the outcome itself has no deadline
+            raise HandoffTimeout(
+                f"{self.request_id or self!r} is still pending after a wait of {timeout_s} s",
+                peer=self.peer,
+                operation=self._outcome.operation,
+            ) from error
+
+    def __await__(self) -> Generator[object, None, int]:
+        return self._outcome.__await__()
+
+    def add_done_callback(self, callback: Callable[[Self], None]) -> None:
+        """Calls `callback(self)` when it ended, on any thread, even one of the engine's that watches
+        over links. It must not block."""
+        self._outcome.add_done_callback(lambda _: callback(self))
+
+    def _note_end(self, _: Ticket) -> None:
+        self.finished_s = time.monotonic()
 
 
 class Handoff(Pending):
@@ -29,7 +109,7 @@ class Handoff(Pending):
 
     Attributes:
         peer: the peer agent's name; "" on the prefill side, which serves whoever asks.
-        started_s, finished_s: monotonic seconds; `finished_s` is 0 until it is done.
+        started_s: when it began, in monotonic seconds.
     """
 
     def __init__(
@@ -42,8 +122,6 @@ class Handoff(Pending):
         outcome = Ticket(operation, peer=peer)
         super().__init__(request_id, peer, outcome, blocks_free=Ticket("free", peer=peer))
         self.started_s = time.monotonic()
-        self.finished_s = 0.0
-        outcome.add_done_callback(self._note_end)
         self._tell = tell
         self._key = 0  # of its machine; for who has the agent's turn
         self._placed_ns = 0  # when its peer was known and connected; decode's side
@@ -53,8 +131,10 @@ class Handoff(Pending):
         """Asks for its end: it fails with `HandoffCancelled`, unless it ends before that."""
         self._tell(self, UserCancelled(reason))
 
-    def _note_end(self, _: Ticket) -> None:
-        self.finished_s = time.monotonic()
+    def _refuse(self, error: Exception) -> None:
+        """Ends one that never began: its blocks are free."""
+        self._outcome._fail(error)
+        self.blocks_free._finish(0)
 
 
 class SendHandoff(Handoff):
@@ -112,3 +192,118 @@ class SendHandoff(Handoff):
         if not self._complete:
             self._complete = True
             self._order.after(stream, partial(self._tell, self, SourceFinished()))
+
+
+class HandoffSet(Pending, Generic[Part]):
+    """Several handoffs of one request, as one: between ranks, each pair of ranks has one of its own.
+
+    Done when all are. When one fails the others are cancelled, since a request whose KV one rank
+    cannot move is of no use to the others, and the set fails with the first one's error.
+    Thread-safe.
+
+    Attributes:
+        parts: the handoffs, or sets of them.
+        blocks_free: a ticket that ends when all parts have ended and the blocks of all are free.
+    """
+
+    def __init__(self, parts: Sequence[Part] = ()) -> None:
+        super().__init__("", "", Ticket("handoff"), Ticket("free"))
+        self.parts: tuple[Part, ...] = ()
+        self._lock = threading.Lock()
+        self._num_pending = 1  # with this call, so that nothing ends before all are there
+        self._num_held = 1  # parts that are pending, and parts whose blocks are not free
+        self._never_free: Exception | None = None  # why blocks of a part cannot be given back
+        for part in parts:
+            self.add(part)
+        self._one_ended()
+        self._one_free()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {len(self.parts)}, {self._num_pending} pending>"
+
+    def add(self, part: Part) -> None:
+        """Takes one more handoff in; where the set has ended already, that one is cancelled."""
+        with self._lock:
+            self.parts += (part,)
+            self._num_pending += 1
+            self._num_held += 2
+        part.add_done_callback(self._part_ended)
+        part.blocks_free.add_done_callback(self._part_free)
+        if self.done():
+            part.cancel(f"another rank failed: {self.error}" if self.error else "the others ended")
+
+    def cancel(self, reason: str = "cancelled") -> None:
+        """Asks for the end of all of them."""
+        for part in self.parts:
+            if not part.done():
+                part.cancel(reason)
+
+    def _part_ended(self, part: Part) -> None:
+        if part.error is not None and self._outcome._fail(part.error):
+            self.cancel(f"another rank failed: {part.error}")
+        self._one_ended()
+        self._one_free()
+
+    def _part_free(self, blocks: Ticket) -> None:
+        self._never_free = self._never_free or blocks.exception()
+        self._one_free()
+
+    def _one_ended(self) -> None:
+        with self._lock:
+            self._num_pending -= 1
+            last = not self._num_pending
+        if last:  # nothing happens if one has failed
+            self._outcome._finish(sum(part.nbytes for part in self.parts))
+
+    def _one_free(self) -> None:
+        with self._lock:
+            self._num_held -= 1
+            last = not self._num_held
+        if last and self._never_free is not None:
+            self.blocks_free._fail(self._never_free)
+        elif last:
+            self.blocks_free._finish(0)
+
+
+@dataclass
+class _Step:
+    tell: Callable[[], None]
+    computed: bool = False
+
+
+class ComputeOrder:
+    """One handoff's steps, each told once the stream behind it has got there: in the order in which
+    they were asked for, and no sooner. Thread-safe.
+
+    The host waits for nothing: the engine watches the events.
+    """
+
+    def __init__(
+        self, engine: TransferEngine, device: int, failed: Callable[[EngineError], None]
+    ) -> None:
+        """`device` is the GPU of the cache, or -1: then every step is told at once."""
+        self._engine = engine
+        self._device = device
+        self._failed = failed
+        self._lock = threading.Lock()
+        self._steps: deque[_Step] = deque()
+
+    def after(self, stream: torch.cuda.Stream | None, tell: Callable[[], None]) -> None:
+        """Calls `tell` after what `stream` has been given so far; the device's current one if None."""
+        if self._device < 0:
+            tell()
+            return
+        import torch
+
+        step = _Step(tell)
+        with self._lock:
+            self._steps.append(step)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(stream or torch.cuda.current_stream(self._device))
+        self._engine.when_computed(event, partial(self._computed, step), self._failed)
+
+    def _computed(self, step: _Step) -> None:
+        with self._lock:
+            step.computed = True
+            while self._steps and self._steps[0].computed:
+                self._steps.popleft().tell()

@@ -23,12 +23,14 @@ import zmq
 
 from ...control.cluster.client import CONNECT_MS, daemon_address
 from ...control.curve import Gatekeeper, protect_client, protect_server
-from ...control.handoff.messages import MAX_FRAME_NBYTES
+from ...control.handoff.machine import MAX_REASON_CHARS
+from ...control.handoff.messages import MAX_FRAME_NBYTES, Refused, encode
 from .event_loop import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ...control.handoff.messages import Message, Reason
     from ...control.keys import Keys
 
     OnFrame = Callable[["Route", bytes], None]
@@ -68,6 +70,8 @@ class Mailbox:
 
     Attributes:
         turns: what the agent does, one thing at a time.
+        messages_refused: messages to agents that could not be queued.
+        frames_refused: frames that were no message, or of no session.
 
     Raises:
         zmq.ZMQError: the endpoint cannot be bound.
@@ -76,6 +80,7 @@ class Mailbox:
     """
 
     def __init__(self, bind: str, on_frame: OnFrame, name: str, keys: Keys | None = None) -> None:
+        self.messages_refused = self.frames_refused = 0
         self._context = zmq.Context()
         self._keys = keys
         self.gatekeeper = Gatekeeper(self._context, keys) if keys is not None else None
@@ -161,6 +166,20 @@ class Mailbox:
         waiting.append((frame, refused))
         if self.turns.at_once or len(waiting) >= BATCH_PARTS or len(frame) > BATCH_NBYTES:
             self._flush(route)
+
+    def tell(self, route: Route, message: Message, refused: OnRefused | None = None) -> None:
+        """Sends an agent a message; `refused` is told why if that cannot be, as in `send`."""
+        self.send(route, encode(message), partial(self._count_refused, refused))
+
+    def _count_refused(self, refused: OnRefused | None, reason: str) -> None:
+        self.messages_refused += 1
+        if refused is not None:
+            refused(reason)
+
+    def refuse(self, route: Route, number: int, reason: Reason, detail: str) -> None:
+        """Answers a frame that makes no sense here."""
+        self.frames_refused += 1
+        self.tell(route, Refused(number, reason, detail[:MAX_REASON_CHARS]))
 
     def flush(self) -> None:
         """Hands everything that was sent to ZeroMQ. Never blocks."""

@@ -12,11 +12,14 @@ from prometheus_client.registry import Collector
 from ...control.http import HttpServer, health, metrics_page
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     from prometheus_client.metrics_core import Metric
 
-    from .core import AgentCore
+    from ...control.handoff.timeline import Recorder
+    from ...engine.transfer_engine import TransferEngine
+    from .executor import HandoffEnded
+    from .messaging import Mailbox
 
 # From a block between two processes of one host to a long prompt between hosts.
 SECONDS_BUCKETS = (
@@ -28,11 +31,22 @@ ANSWER_S = 1.0  # that the agent's thread may take to say that it lives
 
 
 class AgentMetrics:
-    """The figures of one agent. `ended` is for its turns; the rest is read at each scrape."""
+    """The figures of one agent. `note` is for its turns; the rest is read at each scrape.
 
-    def __init__(self, core: AgentCore) -> None:
+    Args:
+        count_handoffs: says how many are not over.
+    """
+
+    def __init__(
+        self,
+        engine: TransferEngine,
+        mailbox: Mailbox,
+        recorder: Recorder,
+        count_handoffs: Callable[[], int],
+    ) -> None:
         self.registry = CollectorRegistry()
-        self._core = core
+        self._mailbox = mailbox
+        self._recorder = recorder
         self._seconds = Histogram(
             "kvferry_handoff_seconds",
             "From the call of receive or send until the handoff ended well.",
@@ -50,24 +64,20 @@ class AgentMetrics:
         self._errors = Counter(
             "kvferry_errors", "Handoffs that failed, by error.", ["error"], registry=self.registry
         )
-        self.registry.register(_Now(core))
+        self.registry.register(_Now(engine, mailbox, count_handoffs))
 
-    def ended(
-        self,
-        side: str,
-        transport: str,
-        seconds: float,
-        nbytes: Mapping[str, int],
-        error: Exception | None,
-    ) -> None:
-        """A handoff ended; `nbytes` by the path that they took."""
-        if error is not None:
-            self._errors.labels(type(error).__name__).inc()
+    def note(self, ended: HandoffEnded) -> None:
+        """Counts one more handoff."""
+        if ended.error is not None:
+            self._errors.labels(type(ended.error).__name__).inc()
             return
-        self._seconds.labels(side).observe(seconds)
-        direction = "in" if side == "decode" else "out"
-        for path, count in nbytes.items():
-            self._nbytes.labels(transport or "none", path, direction).inc(count)
+        self._seconds.labels(ended.side).observe(ended.seconds)
+        transport = ended.transport or "none"
+        direction = "in" if ended.side == "decode" else "out"
+        path = "served" if ended.served else "direct"
+        self._nbytes.labels(transport, path, direction).inc(ended.nbytes - ended.staged_nbytes)
+        if ended.staged_nbytes:
+            self._nbytes.labels(transport, "staged", direction).inc(ended.staged_nbytes)
 
     def serve(self, address: str, unready: Callable[[], str]) -> HttpServer:
         """Serves the figures, health, and the last handoffs' timelines for `kvferry trace`.
@@ -79,7 +89,7 @@ class AgentMetrics:
             address,
             {
                 "/metrics": metrics_page(self.registry),
-                "/trace": lambda: (200, TRACE, self._core.workbench.recorder.encode()[0]),
+                "/trace": lambda: (200, TRACE, self._recorder.encode()[0]),
                 "/healthz": health(self._stuck),
                 "/readyz": health(lambda: self._stuck() or unready()),
             },
@@ -87,25 +97,29 @@ class AgentMetrics:
 
     def _stuck(self) -> str:
         alive = threading.Event()
-        self._core.mailbox.call_soon(alive.set)
+        self._mailbox.call_soon(alive.set)
         return "" if alive.wait(ANSWER_S) else f"the agent's thread is busy for over {ANSWER_S} s"
 
 
 class _Now(Collector):
     """Figures that are there already."""
 
-    def __init__(self, core: AgentCore) -> None:
-        self._core = core
+    def __init__(
+        self, engine: TransferEngine, mailbox: Mailbox, count_handoffs: Callable[[], int]
+    ) -> None:
+        self._engine = engine
+        self._mailbox = mailbox
+        self._count_handoffs = count_handoffs
 
     def collect(self) -> Iterator[Metric]:
-        core, engine = self._core, self._core.engine
+        engine = self._engine
         links = GaugeMetricFamily("kvferry_links", "Links that are up.", labels=["transport"])
         transports = [link.transport for link in engine.links if not link.closed]
         for transport in sorted(set(transports)):
             links.add_metric([transport], transports.count(transport))
         yield links
         for name, text, gauge in (
-            ("kvferry_handoffs", "Handoffs that are not over.", core.num_handoffs),
+            ("kvferry_handoffs", "Handoffs that are not over.", self._count_handoffs()),
             (
                 "kvferry_counter_pending",
                 "Counters that somebody waits for.",
@@ -115,8 +129,8 @@ class _Now(Collector):
         ):
             yield GaugeMetricFamily(name, text, value=gauge)
         for name, text, count in (
-            ("kvferry_messages_refused", "Messages not queued.", core.messages_refused),
-            ("kvferry_frames_refused", "Frames that were refused.", core.frames_refused),
+            ("kvferry_messages_refused", "Messages not queued.", self._mailbox.messages_refused),
+            ("kvferry_frames_refused", "Frames that were refused.", self._mailbox.frames_refused),
             ("kvferry_late_writes", "Writes to an imm given up.", engine.late_writes),
             ("kvferry_foreign_writes", "Writes to another's imm.", engine.foreign_writes),
         ):

@@ -1,41 +1,31 @@
-"""Handoffs between engines whose caches are spread over ranks.
+"""Agents of engines whose caches are spread over ranks: who connects to whom, and how many read.
 
 Each rank has an agent of its own, in a process of its own or not, which knows the layouts of all
 ranks of its engine. Both sides work out alike who sends what to whom (`engine/plan/rank_plan.py`), so a decode
 rank takes from just the prefill ranks that it needs, and everything moves from rank to rank, with
-nobody in between.
+nobody in between. Each pair of ranks has a handoff of its own; `HandoffSet` ends those of a process
+together, and the engine, which waits for all of its ranks anyway, those of several processes.
 
     decode rank:   peers = connect_ranks(agent, addresses_of_all_prefill_ranks)
-                   handoff = receive_from_ranks(agent, peers, "r", tables, num_tokens=1000)
-    prefill rank:  handoff = send_to_ranks(agent, "r", tables, num_readers(agent, "decode-0"))
-
-A decode rank's handoff is done when all decode ranks have all of their parts, and fails on all when
-one fails: besides the ranks that it takes from, each is connected to the first prefill rank, which
-keeps the roll (`control/handoff/rank_roll.py`). A prefill rank's is done when its own bytes are placed.
-`HandoffSet` joins what one process drives; sets nest.
+                   handoff = HandoffSet([agent.receive_tokens("r", name, tables, num_tokens=1000)
+                                         for name in peers.names.values()])
+    prefill rank:  handoff = HandoffSet([agent.send("r", tables)
+                                         for _ in range(num_readers(agent, "decode-0"))])
 """
 
 from __future__ import annotations
 
-import threading
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ...control.errors import NotConnected
-from ...control.handoff.events import PartsEnded, UserCancelled
 from ...control.keys import join_address, split_address
-from ...engine.transfer.ticket import Ticket, all_of
 from .agent import CONNECT_TIMEOUT_S, Agent
-from .pending import Pending
-from .rank_plans import rank_plan_of
+from .sessions import rank_plan_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ...control.handoff.events import Event
     from ...engine.plan.rank_plan import RankPlan
-    from .handoff import Handoff
-
-DEFAULT_TIMEOUT_S = 30.0
 
 
 class RankPeers(NamedTuple):
@@ -44,96 +34,10 @@ class RankPeers(NamedTuple):
     Attributes:
         names: of the connected agents that it takes from, by rank.
         plan: of both sets of ranks.
-        first: name of the first prefill rank, connected too, which keeps the roll of the decode ranks.
     """
 
     names: dict[int, str]
     plan: RankPlan
-    first: str
-
-
-class HandoffSet(Pending):
-    """Several handoffs of one request, as one. Thread-safe.
-
-    When one fails the others are cancelled, and the set fails with the first one's error.
-
-    Attributes:
-        parts: the handoffs, or sets of them.
-        blocks_free: a ticket that ends when the blocks of all parts are free, as in `Handoff`.
-    """
-
-    def __init__(self, parts: Sequence[Handoff | HandoffSet]) -> None:
-        blocks_free = all_of([part.blocks_free for part in parts])
-        super().__init__("", "", Ticket("handoff"), blocks_free)
-        self.parts = tuple(parts)
-        self._left = len(self.parts)
-        self._lock = threading.Lock()
-        self._watch()
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} of {len(self.parts)}, {self._left} pending>"
-
-    def cancel(self, reason: str = "cancelled") -> None:
-        """Asks for the end of all of them."""
-        for part in self.parts:
-            if not part.done():
-                part.cancel(reason)
-
-    def _watch(self) -> None:
-        if not self.parts:
-            self._all_ended()
-        for part in self.parts:
-            part.add_done_callback(self._ended)
-
-    def _ended(self, part: Handoff | HandoffSet) -> None:
-        if part.error is not None:
-            self._one_failed(part.error)
-            return
-        with self._lock:
-            self._left -= 1
-            last = not self._left
-        if last:
-            self._all_ended()
-
-    def _all_ended(self) -> None:
-        self._outcome._finish(sum(part.nbytes for part in self.parts))
-
-    def _one_failed(self, error: Exception) -> None:
-        if self._outcome._fail(error):
-            self.cancel(f"another rank failed: {error}")
-
-
-class RankHandoff(HandoffSet):
-    """A decode rank's handoffs of one request: ready when all ranks of its engine have theirs.
-
-    And failed as soon as one has not. What it tells and hears, `rank_sets.py` carries.
-    """
-
-    def __init__(
-        self, agent: Agent, hub: str, request_id: str, parts: Sequence[Handoff], timeout_s: float
-    ) -> None:
-        self._agent = agent
-        self._begin = (hub, request_id, timeout_s)
-        super().__init__(parts)
-        self.request_id = request_id
-
-    def cancel(self, reason: str = "cancelled") -> None:
-        """Asks for the end of all of them, on all ranks."""
-        super().cancel(reason)
-        self._tell(UserCancelled(reason))
-
-    def _watch(self) -> None:
-        self._agent._soon(self._agent._core.rank_sets.begin, self, *self._begin)
-        super()._watch()
-
-    def _all_ended(self) -> None:
-        self._tell(PartsEnded(sum(part.nbytes for part in self.parts)))
-
-    def _one_failed(self, error: Exception) -> None:
-        self._tell(PartsEnded(0, error))
-
-    def _tell(self, event: Event) -> None:
-        self._agent._soon(self._agent._core.rank_sets.tell, self, event)
 
 
 def connect_ranks(
@@ -152,12 +56,9 @@ def connect_ranks(
     Raises:
         HelloError, EngineError: as for `Agent.connect`; the ranks do not make one model.
     """
-    mine = agent._core.described
+    mine = agent.descriptor
     first = agent.connect(addresses[0], timeout_s)
-    known = agent._core.acquaintances.by_name(first)
-    if known is None or known.peer_cache is None:
-        raise NotConnected(f"{first} is gone again", peer=first, operation="connect")
-    plan = rank_plan_of(known.peer_cache, mine)
+    plan = rank_plan_of(agent.descriptor_of(first), mine)
     if ports_follow and len(addresses) == 1:
         addresses = [_port_after(addresses[0], rank) for rank in range(len(plan.src))]
     if len(plan.src) != len(addresses):
@@ -170,7 +71,7 @@ def connect_ranks(
         route.src: first if route.src == 0 else agent.connect(addresses[route.src], timeout_s)
         for route in plan.to(mine.rank)
     }
-    return RankPeers(names, plan, first)
+    return RankPeers(names, plan)
 
 
 def _port_after(address: str, count: int) -> str:
@@ -180,81 +81,11 @@ def _port_after(address: str, count: int) -> str:
     return join_address(f"{host}:{int(port) + count}", key)
 
 
-def receive_from_ranks(
-    agent: Agent,
-    peers: RankPeers,
-    request_id: str,
-    dst_tables: Any,
-    *,
-    num_tokens: int,
-    start_token: int = 0,
-    mode: Any = "push",
-    timeout_s: float = DEFAULT_TIMEOUT_S,
-) -> HandoffSet:
-    """Takes a decode rank's part of a request from every prefill rank that has some of it.
-
-    All decode ranks ask, each in its process, in any order and equally often: the handoff is done on
-    each of them when it is done on all, and fails on all when it fails on one.
-
-    Arguments and errors are those of `Agent.receive_tokens`.
-    """
-    parts: list[Handoff] = []
-    alone = len(peers.plan.dst) == 1
-    try:
-        for _, name in sorted(peers.names.items()):
-            parts.append(
-                agent.receive_tokens(
-                    request_id,
-                    name,
-                    dst_tables,
-                    num_tokens=num_tokens,
-                    start_token=start_token,
-                    mode=mode,
-                    timeout_s=timeout_s,
-                )
-            )
-    except Exception as error:
-        if alone:
-            HandoffSet(parts).cancel("another rank could not be asked")
-        else:  # all other ranks must hear of it
-            whole = RankHandoff(agent, peers.first, request_id, parts, timeout_s)
-            whole._one_failed(error)
-        raise
-    return (
-        HandoffSet(parts)
-        if alone
-        else RankHandoff(agent, peers.first, request_id, parts, timeout_s)
-    )
-
-
 def num_readers(agent: Agent, peer: str) -> int:
     """How many decode ranks this prefill rank sends to, when it is asked by `peer`'s engine.
 
     Raises:
         NotConnected: no such peer.
     """
-    known = agent._core.acquaintances.by_name(peer)
-    if known is None or known.peer_cache is None:
-        raise NotConnected(f"no agent {peer!r} is connected", peer=peer, operation="send")
-    mine = agent._core.described
-    return len(rank_plan_of(mine, known.peer_cache).of(mine.rank))
-
-
-def send_to_ranks(
-    agent: Agent,
-    request_id: str,
-    src_tables: Any,
-    readers: int,
-    *,
-    timeout_s: float = DEFAULT_TIMEOUT_S,
-) -> HandoffSet:
-    """Hands over a prefill rank's part of a request to so many decode ranks, whoever asks.
-
-    The blocks belong to all of the handoffs until the set's `blocks_free` is done.
-
-    Raises:
-        BlockOutOfRange, PlanError: the tables.
-    """
-    return HandoffSet(
-        [agent.send(request_id, src_tables, timeout_s=timeout_s) for _ in range(readers)]
-    )
+    mine = agent.descriptor
+    return len(rank_plan_of(mine, agent.descriptor_of(peer)).of(mine.rank))

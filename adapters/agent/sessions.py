@@ -10,18 +10,20 @@ and the end of one session is not the end of another.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import secrets
 import threading
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ...control.errors import AgentClosed, ControlError, HelloRefused
 from ...control.handoff.events import ClearTimer, Received, Send, SetTimer, TimerFired
 from ...control.handoff.messages import Bye, Describe, Hello, Refused
 from ...control.handoff.session import (
     ENDED,
+    UP,
     Ended,
     LinkOpened,
     OpenLink,
@@ -35,20 +37,23 @@ from ...engine.connect.admission import TOKEN_NBYTES
 from ...engine.connect.handshake import HANDSHAKE_TIMEOUT_S, EngineAddress
 from ...engine.errors import EngineError, LinkClosed
 from ...engine.memory.descriptors import CacheDescriptor
-from .acquaintance import Acquaintance
-from .rank_plans import plan_between
+from ...engine.plan.rank_plan import RankPlan
+from .event_loop import Timers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
     from ...control.handoff.machine import Timing
-    from ...control.handoff.messages import Message, Reason
+    from ...control.handoff.messages import Message, Reason, Role
     from ...control.handoff.session import SessionAction, SessionEvent
+    from ...engine.layout.kv_layout import KVLayout
     from ...engine.link.link import Link
+    from ...engine.memory.regions import RegisteredCache
+    from ...engine.transfer.plan import TransferPlan
     from ...engine.transfer.ticket import Ticket
-    from .core import AgentCore
-    from .messaging import Route
+    from ...engine.transfer_engine import TransferEngine
+    from .messaging import Mailbox, Route
 
 MAX_STRANGERS = 256  # sessions that peers began and that are not up yet
 LINK_TIMEOUT_S = HANDSHAKE_TIMEOUT_S
@@ -60,19 +65,117 @@ FAREWELL_S = 0.25  # for a peer to hear that this agent leaves, before its links
 log = logging.getLogger("kvferry.agent")
 
 
-class Acquaintances:
-    """All peers of one agent, met or being met. Lives on the agent's thread."""
+class Acquaintance:
+    """One session with one peer.
 
-    def __init__(self, core: AgentCore, timing: Timing) -> None:
-        self._core = core
-        self._timing = timing
+    Attributes:
+        session, route: who it is, and how messages reach it.
+        endpoint: what this side dialled; "" if the peer did.
+        waiter: ends with the peer's name, or with why there is none.
+        peer_cache: the peer's cache, once it has described it.
+        write_plan, read_plan: from our cache to the peer's, and back, as far as roles need them;
+            None also where, of two sets of ranks, these two have nothing to move.
+        link: the link, once it is there.
+        down: whether the link was there and is no more.
+        quiesced: whether the peer can reach nothing any more.
+    """
+
+    def __init__(
+        self, session: Session, route: Route, endpoint: str, waiter: Future[str] | None
+    ) -> None:
+        self.session = session
+        self.route = route
+        self.endpoint = endpoint
+        self.waiter = waiter
+        self.engine_id = ""
+        self.token = b""  # what lets the peer open its link to us, once
+        self.peer_cache: CacheDescriptor | None = None
+        self.write_plan: TransferPlan | None = None
+        self.read_plan: TransferPlan | None = None
+        self.link: Link | None = None
+        self.down = False
+        self.quiesced = False
+        self.failure: EngineError | None = None  # why the link could not be opened
+        self.patient = False  # the peer leaves, and acknowledgements may still be on their way
+        self.parting = ""  # why the session ended, if that came before the link went down
+        self.timers = Timers()
+
+    @property
+    def up(self) -> bool:
+        """Whether handoffs may begin."""
+        return self.session.state == UP and not self.down
+
+
+class SessionListener(Protocol):
+    """What is told of an agent's peers, and asked about them. Called on the agent's thread."""
+
+    def came_up(self, peer: Acquaintance) -> None:
+        """Handoffs with this peer may begin."""
+
+    def went_down(self, peer: Acquaintance, reason: str) -> None:
+        """The link to this peer is down."""
+
+    def quiesced(self, peer: Acquaintance) -> None:
+        """This peer, whose link is down, can reach nothing any more."""
+
+    def is_busy(self, peer: Acquaintance) -> bool:
+        """Whether a handoff with this peer is under way."""
+
+    def is_needed(self, peer: Acquaintance) -> bool:
+        """Whether there may still be something to say to this peer."""
+
+    def forget(self, peer: Acquaintance) -> None:
+        """This peer is down for so long that it asks about no handoff any more."""
+
+
+class Acquaintances:
+    """All peers of one agent, met or being met. Lives on the agent's thread.
+
+    Args:
+        described: the cache as peers see it.
+
+    Attributes:
+        role: what the agent does now; the next peers are told of this one.
+        life: tells this life of the agent from the next.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        role: Role,
+        engine: TransferEngine,
+        cache: RegisteredCache,
+        described: CacheDescriptor,
+        mailbox: Mailbox,
+        timing: Timing,
+    ) -> None:
+        self.role: Role = role
         self.life = secrets.randbits(62)
+        self._name = name
+        self._engine = engine
+        self._cache = cache
+        self._described = described
+        self._mailbox = mailbox
+        self._timing = timing
+        self._listener: SessionListener
         self._numbers = itertools.count(secrets.randbits(61) + 1)
         self._all: dict[int, Acquaintance] = {}
         self._by_name: dict[str, Acquaintance] = {}
-        self._digest = core.cache.layout.digest()
-        self._cache = core.described.encode()
-        self._hello(0)  # a name that no peer would take fails here
+        self._digest = cache.layout.digest()
+        self._encoded = described.encode()
+        self._acts: dict[type[SessionAction], Callable[[Acquaintance, Any], None]] = {
+            Send: self._send,
+            SetTimer: self._set_timer,
+            ClearTimer: self._clear_timer,
+            Reconcile: self._begin_reconcile,
+            OpenLink: self._begin_link,
+            Up: self._came_up,
+            Ended: self._ended,
+        }
+
+    def listen(self, listener: SessionListener) -> None:
+        """Tells `listener` of peers from now on; before the first one is met."""
+        self._listener = listener
 
     def get(self, number: int) -> Acquaintance | None:
         """The acquaintance of this session number; one that is down may still be known."""
@@ -100,7 +203,7 @@ class Acquaintances:
                 waiter.set_result(known.session.name)
                 return
         try:
-            route = self._core.mailbox.dial(endpoint)
+            route = self._mailbox.dial(endpoint)
         except ControlError as error:
             waiter.set_exception(error)
             return
@@ -116,10 +219,10 @@ class Acquaintances:
         if known is None and isinstance(message, Hello) and not route.dealer:
             known = self._stranger(message.session, route)
         if known is not None and known.route == route:
-            known.patient = isinstance(message, Bye) and self._core.is_busy(known)
+            known.patient = isinstance(message, Bye) and self._listener.is_busy(known)
             self._tell(known, Received(message))
         elif not isinstance(message, Refused | Bye):
-            self._core.refuse(route, message.session, "session", "this agent does not know you")
+            self._mailbox.refuse(route, message.session, "session", "this agent does not know you")
 
     def _stranger(self, number: int, route: Route) -> Acquaintance | None:
         waiting = sum(1 for known in self._all.values() if not known.endpoint and not known.link)
@@ -136,12 +239,11 @@ class Acquaintances:
         timeout_s: float,
         expected: tuple[str, int] | None = None,
     ) -> Acquaintance:
-        core = self._core
         token = secrets.token_bytes(TOKEN_NBYTES)
-        engine = core.engine.address.encode()
+        engine = self._engine.address.encode()
         session = Session(
-            self._hello(number),
-            Describe(number, self._digest, self._cache, engine, token),
+            make_hello(self._name, self.role, self.life, number),
+            Describe(number, self._digest, self._encoded, engine, token),
             self._timing,
             dials=bool(endpoint),
             timeout_s=timeout_s,
@@ -152,9 +254,6 @@ class Acquaintances:
         self._carry_out(known, session.start())
         return known
 
-    def _hello(self, number: int) -> Hello:
-        return make_hello(self._core.name, self._core.role, self.life, number)
-
     # What sessions ask for
 
     def _tell(self, known: Acquaintance, event: SessionEvent) -> None:
@@ -162,53 +261,46 @@ class Acquaintances:
 
     def _carry_out(self, known: Acquaintance, actions: list[SessionAction]) -> None:
         for action in actions:
-            match action:
-                case Send(message=message):
-                    self._core.send(known.route, message)
-                case SetTimer(kind=kind, seconds=seconds):
-                    self._clear_timer(known, kind)
-                    known.timers[kind] = self._core.mailbox.call_later(
-                        seconds, partial(self._tell, known, TimerFired(kind))
-                    )
-                case ClearTimer(kind=kind):
-                    self._clear_timer(known, kind)
-                case Reconcile(describe=describe):
-                    _in_background(self._reconcile, known, describe)
-                case OpenLink(describe=describe, dial=dial):
-                    _in_background(self._open_link, known, describe, dial)
-                case Up():
-                    self._came_up(known)
-                case Ended(error=error):
-                    self._ended(known, known.failure or error)
+            self._acts[type(action)](known, action)
 
-    def _clear_timer(self, known: Acquaintance, kind: str) -> None:
-        timer = known.timers.pop(kind, None)
-        if timer is not None:
-            timer.cancel()
+    def _send(self, known: Acquaintance, action: Send) -> None:
+        self._mailbox.tell(known.route, action.message)
+
+    def _set_timer(self, known: Acquaintance, action: SetTimer) -> None:
+        fired = partial(self._tell, known, TimerFired(action.kind))
+        known.timers.start(action.kind, self._mailbox.call_later(action.seconds, fired))
+
+    def _clear_timer(self, known: Acquaintance, action: ClearTimer) -> None:
+        known.timers.stop(action.kind)
+
+    def _begin_reconcile(self, known: Acquaintance, action: Reconcile) -> None:
+        _in_background(self._reconcile, known, action.describe)
+
+    def _begin_link(self, known: Acquaintance, action: OpenLink) -> None:
+        _in_background(self._open_link, known, action.describe, action.dial)
 
     def _reconcile(self, known: Acquaintance, describe: Describe) -> None:
         """Makes the plans that both roles allow. In the background."""
-        engine, cache, ours = self._core.engine, self._core.cache, known.session.role
+        engine, ours, mine = self._engine, known.session.role, self._described
         theirs = known.session.peer.role if known.session.peer is not None else "both"
         problem = ""
         try:
             peer_cache = CacheDescriptor.decode(describe.cache)
             known.engine_id = EngineAddress.decode(describe.engine).engine_id
             known.peer_cache = peer_cache
-            mine = self._core.described
             if not known.session.dials:  # before the peer hears of the token
                 engine.admit(known.token, known.engine_id, TOKEN_TIMEOUT_S)
             if ours != "decode" and theirs != "prefill":
-                known.write_plan = plan_between(engine, cache, mine, peer_cache, writes=True)
+                known.write_plan = plan_between(engine, self._cache, mine, peer_cache, writes=True)
             if ours != "prefill" and theirs != "decode":
-                known.read_plan = plan_between(engine, cache, mine, peer_cache, writes=False)
+                known.read_plan = plan_between(engine, self._cache, mine, peer_cache, writes=False)
         except EngineError as error:
             problem = error.message
-        self._core.mailbox.call_soon(partial(self._tell, known, Reconciled(problem)))
+        self._mailbox.call_soon(partial(self._tell, known, Reconciled(problem)))
 
     def _open_link(self, known: Acquaintance, describe: Describe, dial: bool) -> None:
         """Dials the peer's engine, or awaits its call. In the background."""
-        engine = self._core.engine
+        engine = self._engine
         try:
             if dial:
                 link = engine.connect(
@@ -218,9 +310,9 @@ class Acquaintances:
                 link = engine.accept_link(known.engine_id, LINK_TIMEOUT_S, token=known.token)
         except EngineError as error:
             known.failure = error
-            self._core.mailbox.call_soon(partial(self._tell, known, LinkOpened(error.message)))
+            self._mailbox.call_soon(partial(self._tell, known, LinkOpened(error.message)))
             return
-        self._core.mailbox.call_soon(partial(self._link_opened, known, link))
+        self._mailbox.call_soon(partial(self._link_opened, known, link))
 
     def _link_opened(self, known: Acquaintance, link: Link) -> None:
         known.link = link
@@ -229,16 +321,16 @@ class Acquaintances:
             return
         self._tell(known, LinkOpened())
         link.down.add_done_callback(
-            lambda _: self._core.mailbox.call_soon(partial(self._link_down, known))
+            lambda _: self._mailbox.call_soon(partial(self._link_down, known))
         )
 
-    def _came_up(self, known: Acquaintance) -> None:
+    def _came_up(self, known: Acquaintance, _: Up) -> None:
         name, peer = known.session.name, known.session.peer
         for other in list(self._all.values()):
             same_name = other is not known and other.up and other.session.name == name
             if same_name and other.session.peer.generation != peer.generation:  # type: ignore[union-attr]
                 self._depose(other, f"{name} was restarted")
-        self._core.came_up(known)
+        self._listener.came_up(known)
         self._by_name[name] = known
         if known.waiter is not None and not known.waiter.done():
             known.waiter.set_result(name)
@@ -278,8 +370,8 @@ class Acquaintances:
         """
         for known in list(self._all.values()):
             if known.session.state != ENDED:
-                self._core.send(known.route, Bye(known.session.number, reason))
-                self._core.mailbox.call_later(FAREWELL_S, partial(self._close_link, known))
+                self._mailbox.tell(known.route, Bye(known.session.number, reason))
+                self._mailbox.call_later(FAREWELL_S, partial(self._close_link, known))
             if known.waiter is not None and not known.waiter.done():
                 known.waiter.set_exception(AgentClosed(reason, operation="connect"))
 
@@ -294,16 +386,16 @@ class Acquaintances:
         self._carry_out(known, known.session.refuse(reason, error))
         self._close_link(known)
 
-    def _ended(self, known: Acquaintance, error: Exception) -> None:
+    def _ended(self, known: Acquaintance, action: Ended) -> None:
+        error = known.failure or action.error
         known.parting = known.parting or str(error)
-        for kind in list(known.timers):
-            self._clear_timer(known, kind)
+        known.timers.stop_all()
         if known.waiter is not None and not known.waiter.done():
             known.waiter.set_exception(error)
         if known.link is None:
             self._forget(known)
         elif known.patient:
-            self._core.mailbox.call_later(PATIENCE_S, partial(self._close_link, known))
+            self._mailbox.call_later(PATIENCE_S, partial(self._close_link, known))
         else:
             self._close_link(known)
 
@@ -322,40 +414,38 @@ class Acquaintances:
             del self._by_name[name]
         self._close_link(known)
         known.quiesced = _at_rest(known.link.quiesced)
-        self._core.went_down(known, reason)
+        self._listener.went_down(known, reason)
         self._part(known, "link", reason)
         if not known.quiesced:
             known.link.quiesced.add_done_callback(
-                lambda ticket: self._core.mailbox.call_soon(
-                    partial(self._link_quiesced, known, ticket)
-                )
+                lambda ticket: self._mailbox.call_soon(partial(self._link_quiesced, known, ticket))
             )
         self._forget_old()
-        self._core.mailbox.call_later(self._timing.remember_s, partial(self._fade, known))
+        self._mailbox.call_later(self._timing.remember_s, partial(self._fade, known))
 
     def _fade(self, known: Acquaintance) -> None:
         """It has been down for a while: its route is closed, unless blocks wait for it."""
-        self._core.forget(known)
+        self._listener.forget(known)
         self._forget_old()
         if known.session.number in self._all:
-            self._core.mailbox.call_later(self._timing.remember_s, partial(self._fade, known))
+            self._mailbox.call_later(self._timing.remember_s, partial(self._fade, known))
 
     def _link_quiesced(self, known: Acquaintance, ticket: Ticket) -> None:
         if not _at_rest(ticket):
             return  # the engine was closed first: nobody knows any more
         known.quiesced = True
-        self._core.quiesced(known)
+        self._listener.quiesced(known)
         self._forget_old()
 
     def _forget_old(self) -> None:
         """Sessions that are down stay as long as a desk still answers for them."""
         for known in list(self._all.values()):
-            if known.down and known.quiesced and not self._core.is_needed(known):
+            if known.down and known.quiesced and not self._listener.is_needed(known):
                 self._forget(known)
 
     def _forget(self, known: Acquaintance) -> None:
         self._all.pop(known.session.number, None)
-        self._core.mailbox.hang_up(known.route)
+        self._mailbox.hang_up(known.route)
 
 
 def _at_rest(quiesced: Ticket) -> bool:
@@ -365,3 +455,39 @@ def _at_rest(quiesced: Ticket) -> bool:
 
 def _in_background(call: Callable[..., object], *arguments: object) -> None:
     threading.Thread(target=call, args=arguments, name="kvferry-agent", daemon=True).start()
+
+
+def plan_between(
+    engine: TransferEngine,
+    cache: RegisteredCache,
+    mine: CacheDescriptor,
+    theirs: CacheDescriptor,
+    *,
+    writes: bool,
+) -> TransferPlan | None:
+    """The plan from this agent's cache to a peer's, or back; None if they have nothing to move.
+
+    Of everything that both hold; or of their part, where the caches are spread over ranks.
+
+    Raises:
+        LayoutError: the two caches, or the two sets of ranks, cannot be reconciled.
+    """
+    pair = (cache, theirs) if writes else (theirs, cache)
+    if not mine.ranks and not theirs.ranks:
+        return engine.plan(*pair)
+    src, dst = (mine, theirs) if writes else (theirs, mine)
+    for route in rank_plan_of(src, dst).to(dst.rank):
+        if route.src == src.rank:
+            return engine.plan(*pair, keys=route.keys)
+    return None
+
+
+def rank_plan_of(src: CacheDescriptor, dst: CacheDescriptor) -> RankPlan:
+    """Who sends what to whom between the ranks of two engines."""
+    return _rank_plan(src.ranks or (src.layout,), dst.ranks or (dst.layout,))
+
+
+@functools.lru_cache(maxsize=64)
+def _rank_plan(src: tuple[KVLayout, ...], dst: tuple[KVLayout, ...]) -> RankPlan:
+    """As `RankPlan`, remembered: every rank of a set asks for the same."""
+    return RankPlan(src, dst)

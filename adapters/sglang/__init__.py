@@ -7,6 +7,7 @@ option, and our classes to the function that looks them up. Written against SGLa
 
 from __future__ import annotations
 
+import importlib
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
 
 NAME = "kvferry"
 UTILS = "sglang.srt.disaggregation.utils"
+# By SGLang's name of the kind: the file here and the class in it.
+CLASSES = {
+    "manager": ("manager", "KVFerryKVManager"),
+    "sender": ("requests", "KVFerryKVSender"),
+    "receiver": ("requests", "KVFerryKVReceiver"),
+    "bootstrap_server": ("manager", "KVFerryKVBootstrapServer"),
+}
 
 
 def register() -> None:
@@ -37,18 +45,11 @@ def register() -> None:
 
 
 def get_kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: Any) -> Any:
-    """SGLang's look-up, with our classes in it."""
-    kind = class_type.value
-    if transfer_backend.value != NAME or kind == "kvargs":
+    """Look a class up as SGLang does, with ours among them."""
+    if transfer_backend.value != NAME or class_type.value not in CLASSES:
         return original(transfer_backend, class_type)
-    from . import manager as conn
-
-    return {
-        "manager": conn.KVFerryKVManager,
-        "sender": conn.KVFerryKVSender,
-        "receiver": conn.KVFerryKVReceiver,
-        "bootstrap_server": conn.KVFerryKVBootstrapServer,
-    }[kind]
+    file, name = CLASSES[class_type.value]
+    return getattr(importlib.import_module(f"{__name__}.{file}"), name)
 
 
 def _with_kvferry(backends: Any) -> Any:

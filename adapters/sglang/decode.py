@@ -12,18 +12,18 @@ import logging
 import secrets
 import threading
 import time
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ...engine.connect.admission import TOKEN_NBYTES
 from ...engine.errors import EngineError
 from .messages import VERSION, Ended, Meet, Refused, Register
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from ...engine.link.link import Link
     from ...engine.transfer_engine import TransferEngine
-    from .messages import Geometry
+    from .messages import Geometry, Target
 
 # Between two registrations with a prefill rank that does not answer, twice as long each time: a new one
 # makes the answer to the one before worthless.
@@ -33,28 +33,6 @@ ANSWER_S = 5.0  # for prefill to say that it has stopped, before its link is tak
 WARN_S = 10.0
 
 log = logging.getLogger("kvferry.sglang")
-
-
-class Host(Protocol):
-    """What this side asks of SGLang's manager."""
-
-    def arrived(self, room: int, prefill_rank: int) -> None:
-        """A prefill rank has written all of its part."""
-
-    def failed(self, room: int, reason: str) -> None:
-        """A room has failed. Its pages may not be free yet."""
-
-
-class Target(NamedTuple):
-    """A prefill rank as SGLang's bootstrap server names it."""
-
-    host: str
-    port: int
-
-    @property
-    def name(self) -> str:
-        """How it calls itself."""
-        return f"{self.host}:{self.port}"
 
 
 class _Prefill:
@@ -69,6 +47,11 @@ class _Prefill:
         self.link: Link | None = None
         self.reason = ""  # why there is no link
         self.refused = False
+
+    @property
+    def open_link(self) -> Link | None:
+        """The link, if it is up."""
+        return self.link if self.link is not None and not self.link.closed else None
 
 
 class _Attempt:
@@ -90,30 +73,42 @@ class DecodeSide:
     """One decode rank.
 
     Args:
-        send: sends frames to a prefill rank; raises what SGLang's sockets raise.
+        send: sends a message to a prefill rank; raises what SGLang's sockets raise.
+        arrived: called with a room and the number of a prefill rank that has written all of its part.
+        failed: called with a room that has failed, and why. Its pages may not be free yet.
         host_name, port: where prefill ranks answer to.
+
+    Attributes:
+        handlers: of prefill ranks' messages, by type; called on the listener's thread.
     """
 
     def __init__(
         self,
         engine: TransferEngine,
         geometry: Geometry,
-        host: Host,
-        send: Callable[[Target, Register], None],
         *,
+        send: Callable[[Target, Register], None],
+        arrived: Callable[[int, int], None],
+        failed: Callable[[int, str], None],
         host_name: str,
         port: int,
     ) -> None:
         self._engine = engine
         self._geometry = geometry
-        self._host = host
         self._send = send
+        self._arrived = arrived
+        self._failed = failed
         self._host_name = host_name
         self._port = port
         self._changed = threading.Condition()
         self._prefills: dict[str, _Prefill] = {}
         self._attempts: dict[int, _Attempt] = {}
         self._closed = False
+        self.handlers: Mapping[type, Callable[[Any], None]] = {
+            Meet: self._meet,
+            Refused: self._refused,
+            Ended: self._ended,
+        }
 
     def close(self) -> None:
         """Begins nothing more; the engine's owner closes it afterwards."""
@@ -130,7 +125,7 @@ class DecodeSide:
         """
         with self._changed:
             prefill = self._prefills.setdefault(target.name, _Prefill())
-            if prefill.link is not None and not prefill.link.closed:
+            if prefill.open_link is not None:
                 return prefill.generation, ""
             if prefill.dialing or time.monotonic() - prefill.asked_s < prefill.retry_s:
                 return 0, prefill.reason if prefill.refused else ""
@@ -157,7 +152,7 @@ class DecodeSide:
         with self._changed:
             for target in targets:
                 prefill = self._prefills.get(target.name)
-                if prefill is None or prefill.link is None or prefill.link.closed:
+                if prefill is None or prefill.open_link is None:
                     reason = prefill.reason if prefill is not None else ""
                     return (
                         f"no link to prefill rank {target.name} in {MEET_TIMEOUT_S:.0f} s: "
@@ -165,20 +160,14 @@ class DecodeSide:
                     )
         return ""
 
-    def handle(self, message: object) -> None:
-        """A message from a prefill rank, on the listener's thread."""
-        if isinstance(message, Meet):
-            self._meet(message)
-        elif isinstance(message, Refused):
-            with self._changed:
-                prefill = self._prefills.get(message.prefill)
-                if prefill is None or prefill.generation != message.generation:
-                    return
-                prefill.refused = True
-                prefill.reason = f"prefill rank {message.prefill} refuses: {message.reason}"
-            log.error("kvferry: %s", prefill.reason)
-        elif isinstance(message, Ended):
-            self._ended(message)
+    def _refused(self, message: Refused) -> None:
+        with self._changed:
+            prefill = self._prefills.get(message.prefill)
+            if prefill is None or prefill.generation != message.generation:
+                return
+            prefill.refused = True
+            prefill.reason = f"prefill rank {message.prefill} refuses: {message.reason}"
+        log.error("kvferry: %s", prefill.reason)
 
     def _meet(self, meet: Meet) -> None:
         with self._changed:
@@ -216,7 +205,7 @@ class DecodeSide:
                 if attempt.writers.get(name) is link
             ]
         for room in rooms:
-            self._host.failed(room, f"the link to prefill rank {name} is lost: {why}")
+            self._failed(room, f"the link to prefill rank {name} is lost: {why}")
 
     # Rooms
 
@@ -232,11 +221,12 @@ class DecodeSide:
             writers: dict[str, Link] = {}
             for target in targets:
                 prefill = self._prefills.get(target.name)
-                if prefill is None or prefill.link is None or prefill.link.closed:
+                link = prefill.open_link if prefill is not None else None
+                if link is None:
                     raise EngineError(
                         f"the link to prefill rank {target.name} is gone", operation="publish"
                     )
-                writers[target.name] = prefill.link
+                writers[target.name] = link
             attempt = _Attempt(room, secrets.token_hex(8), writers)
             self._attempts[room] = attempt
             generations = {t.name: self._prefills[t.name].generation for t in targets}
@@ -301,6 +291,6 @@ class DecodeSide:
             attempt.writers.pop(ended.prefill, None)
             self._changed.notify_all()
         if ended.reason:
-            self._host.failed(ended.room, f"prefill rank {ended.prefill}: {ended.reason}")
+            self._failed(ended.room, f"prefill rank {ended.prefill}: {ended.reason}")
         else:
-            self._host.arrived(ended.room, ended.rank)
+            self._arrived(ended.room, ended.rank)

@@ -16,6 +16,7 @@ from ...engine.layout.kv_layout import GroupLayout, KVLayout
 from ...engine.layout.region import Axis, RegionLayout
 from ...engine.memory.descriptors import CacheDescriptor
 from ...engine.memory.regions import RegisteredCache
+from ...engine.plan.rank_plan import heads_of_rank
 from ...engine.transfer.plan import TransferPlan
 from .memory import AUX, KV
 
@@ -130,12 +131,6 @@ def check_geometries(mine: Geometry, theirs: Geometry) -> None:
         raise _differs(
             "attention TP size, and neither divides the other: it", mine.tp_size, theirs.tp_size
         )
-
-
-def heads_of_rank(total: int, tp_size: int, tp_rank: int) -> tuple[int, int]:
-    """The range of the model's KV heads that SGLang gives a rank; ranks beyond the heads share them."""
-    start = tp_rank * total // tp_size
-    return start, start + max(1, total // tp_size)
 
 
 def slice_heads(mine: Geometry, theirs: Geometry) -> Slice:

@@ -1,14 +1,12 @@
-"""The classes that SGLang makes for `--disaggregation-transfer-backend kvferry`.
+"""What SGLang makes in every rank for `--disaggregation-transfer-backend kvferry`.
 
-They subclass SGLang's `Common*` classes, which keep the bootstrap server, the rank mapping and the
-states of requests. Written against SGLang 0.5.23; `sglang_prefill.py` and `sglang_decode.py` know
-nothing of SGLang.
+It subclasses SGLang's `Common*` classes, which keep the bootstrap server, the rank mapping and the
+states of requests. Written against SGLang 0.5.23; `prefill.py` and `decode.py` know nothing of SGLang.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,29 +19,20 @@ from sglang.srt.disaggregation.common.conn import (
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.utils.network import NetworkAddress
 
-from ...engine.errors import EngineError, ProtocolError
+from ...engine.errors import EngineError
 from ...engine.transfer_engine import TransferEngine
-from .decode import DecodeSide, Target
+from .decode import DecodeSide
 from .memory import register_buffers
-from .messages import Geometry, Publish, frames, parse
+from .messages import Geometry, Publish, Target, frames
 from .prefill import PrefillSide
-from .requests import KVFerryKVReceiver, KVFerryKVSender, send_to_prefill
 from .rooms import Chunk
 from .settings import Settings
+from .sockets import Listener, send_to_prefill
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .rooms import Room
-
-__all__ = [
-    "KVFerryKVBootstrapServer",
-    "KVFerryKVManager",
-    "KVFerryKVReceiver",
-    "KVFerryKVSender",
-]
-
-LISTEN_MS = 200  # how often the listener looks whether it shall end
 
 log = logging.getLogger("kvferry.sglang")
 
@@ -70,7 +59,6 @@ class KVFerryKVManager(CommonKVManager):  # type: ignore[misc]
         if self.kv_shard_size > 1:
             raise ValueError("kvferry does not support --enable-kv-cache-sharding: leave it out")
         settings = Settings.read()
-        self._closed = False
         self.enable_staging = False
         self.engine = TransferEngine(
             transports=settings.transports,
@@ -105,7 +93,9 @@ class KVFerryKVManager(CommonKVManager):  # type: ignore[misc]
                 self.engine,
                 held,
                 geometry,
-                self,
+                tell=self.tell,
+                bootstrapped=self.bootstrapped,
+                conclude=self.conclude,
                 name=Target(self.local_ip, self.rank_port).name,
                 rank=self._prefill_unique_rank(),
             )
@@ -113,26 +103,25 @@ class KVFerryKVManager(CommonKVManager):  # type: ignore[misc]
             self.decode = DecodeSide(
                 self.engine,
                 geometry,
-                self,
-                send_to_prefill,
+                send=send_to_prefill,
+                arrived=self.arrived,
+                failed=self.failed,
                 host_name=self.local_ip,
                 port=self.rank_port,
             )
             self._start_heartbeat_checker_thread()
-        self._listener = threading.Thread(
-            target=self._listen, name="kvferry-sglang-listen", daemon=True
-        )
-        self._listener.start()
+        side = self.prefill or self.decode
+        assert side is not None
+        self._listener = Listener(self.server_socket, side.handlers)
 
     def close(self) -> None:
         """Ends every transfer and the threads. SGLang itself ends its processes instead."""
-        self._closed = True
+        self._listener.close()
         for side in (self.prefill, self.decode):
             if side is not None:
                 side.close()
         if self.decode is not None:
             self._heartbeat_shutdown.set()
-        self._listener.join(5.0)
         self.engine.close()
         # Otherwise the context waits for its sockets when it is garbage-collected, for ever.
         self._zmq_ctx.destroy(linger=0)
@@ -169,10 +158,10 @@ class KVFerryKVManager(CommonKVManager):  # type: ignore[misc]
         self.update_status(bootstrap_room, KVPoll.Transferring)
         self.prefill.send(bootstrap_room, chunk)
 
-    # What the sides tell: `Host` of `sglang_prefill.py`
+    # What the prefill side tells; see `PrefillSide`
 
     def conclude(self, room: int, reason: str) -> str:
-        """See `sglang_prefill.Host`."""
+        """Tell SGLang how a room ended; return why it failed after all, or ""."""
         status = self.conclude_transfer(
             bootstrap_room=room,
             status=KVPoll.Failed if reason else KVPoll.Success,
@@ -185,14 +174,14 @@ class KVFerryKVManager(CommonKVManager):  # type: ignore[misc]
         return reason or "prefill gave this request up"
 
     def bootstrapped(self, room: Room, prefix_len: int) -> None:
-        """See `sglang_prefill.Host`."""
+        """Let SGLang begin a room that every decode rank has published."""
         self.transfer_infos[room.number] = room.parts
         self.resolve_kv_replica_factor(room.parts)
         self.req_to_decode_prefix_len[room.number] = prefix_len
         self.update_status(room.number, KVPoll.WaitingForInput)
 
     def tell(self, host: str, port: int, message: Any) -> None:
-        """See `sglang_prefill.Host`."""
+        """Send a message to a decode rank; what cannot be sent is logged."""
         address = NetworkAddress(host, port)
         try:
             self._send_multipart_locked(address.to_tcp(), frames(message), is_ipv6=address.is_ipv6)
@@ -231,35 +220,19 @@ class KVFerryKVManager(CommonKVManager):  # type: ignore[misc]
             dummy=bool(is_dummy),
         )
 
-    # `Host` of `sglang_decode.py`
+    # What the decode side tells
 
     def arrived(self, room: int, prefill_rank: int) -> None:
-        """See `sglang_decode.Host`."""
+        """Count a prefill rank that has written all of its part."""
         self.apply_prefill_status(
             bootstrap_room=room, status=KVPoll.Success, prefill_rank=prefill_rank
         )
 
     def failed(self, room: int, reason: str) -> None:
-        """See `sglang_decode.Host`."""
+        """Fail a room. Its pages may not be free yet."""
         if self.request_status.get(room) not in (None, KVPoll.Success, KVPoll.Failed):
             self.record_failure(room, reason)
             self.update_status(room, KVPoll.Failed)
-
-    def _listen(self) -> None:
-        """Hands every message to its side."""
-        side = self.prefill or self.decode
-        assert side is not None
-        while not self._closed:
-            if not self.server_socket.poll(LISTEN_MS):
-                continue
-            try:
-                message = parse(self.server_socket.recv_multipart())
-                if message is not None:
-                    side.handle(message)
-            except ProtocolError as error:
-                log.warning("kvferry: %s", error)
-            except Exception:  # one message must not end the thread that serves all
-                log.exception("kvferry: a message of the SGLang backend was not handled")
 
 
 class KVFerryKVBootstrapServer(CommonKVBootstrapServer):  # type: ignore[misc]

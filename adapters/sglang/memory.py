@@ -69,23 +69,8 @@ def memory_at(pointer: int, nbytes: int, gpu: int) -> Any:
         gpu: the GPU that it may be on; host memory everywhere else.
     """
     if _on_gpu(pointer, gpu):
-        import torch
-
-        return torch.as_tensor(_GpuBytes(pointer, nbytes), device=f"cuda:{gpu}")
+        return iovec.gpu_bytes_at(gpu, pointer, nbytes)
     return iovec.bytes_at(pointer, nbytes)
-
-
-class _GpuBytes:
-    """GPU memory as torch takes it from other libraries."""
-
-    def __init__(self, pointer: int, nbytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "data": (pointer, False),
-            "shape": (nbytes,),
-            "typestr": "|u1",
-            "strides": None,
-            "version": 2,
-        }
 
 
 def _on_gpu(pointer: int, gpu: int) -> bool:

@@ -13,7 +13,7 @@ A message is two frames: `TAG` and MessagePack. Fields are only ever appended.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -67,6 +67,18 @@ class Geometry(msgspec.Struct, frozen=True):
     hybrid_mla: bool
     swa_layout: str
     components: tuple[Component, ...]
+
+
+class Target(NamedTuple):
+    """A prefill rank as SGLang's bootstrap server names it."""
+
+    host: str
+    port: int
+
+    @property
+    def name(self) -> str:
+        """How it calls itself."""
+        return f"{self.host}:{self.port}"
 
 
 class Register(msgspec.Struct, frozen=True, tag="register"):

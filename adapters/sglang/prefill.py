@@ -11,7 +11,7 @@ import queue
 import threading
 from collections import OrderedDict
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ...engine.errors import EngineError
 from .layout import Planner
@@ -19,7 +19,7 @@ from .messages import VERSION, Abort, Ended, Meet, Publish, Refused, Register
 from .rooms import Chunk, Part, Room
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from ...engine.link.link import Link
     from ...engine.transfer_engine import TransferEngine
@@ -39,19 +39,6 @@ ENDED_REMEMBERED = 4096
 log = logging.getLogger("kvferry.sglang")
 
 
-class Host(Protocol):
-    """What this side asks of SGLang's manager."""
-
-    def conclude(self, room: int, reason: str) -> str:
-        """Tells SGLang how a room ended; returns why it failed after all, or ""."""
-
-    def bootstrapped(self, room: Room, prefix_len: int) -> None:
-        """Every decode rank has published this room."""
-
-    def tell(self, host: str, port: int, message: ToDecode) -> None:
-        """Sends a message to a decode rank; what cannot be sent is logged."""
-
-
 class _Peer:
     """One decode rank, and the one link that its registration is for."""
 
@@ -65,8 +52,15 @@ class PrefillSide:
     """One prefill rank.
 
     Args:
+        tell: sends a message to the decode rank at a host and port; what cannot be sent is logged.
+        bootstrapped: called with a room that every decode rank has published, and the length of the
+            prefix that decode has.
+        conclude: tells SGLang how a room ended; returns why it failed after all, or "".
         name: its endpoint, which names it to decode ranks.
         rank: SGLang's number of it.
+
+    Attributes:
+        handlers: of decode ranks' messages, by type; called on the listener's thread.
     """
 
     def __init__(
@@ -74,14 +68,18 @@ class PrefillSide:
         engine: TransferEngine,
         held: Held,
         geometry: Geometry,
-        host: Host,
         *,
+        tell: Callable[[str, int, ToDecode], None],
+        bootstrapped: Callable[[Room, int], None],
+        conclude: Callable[[int, str], str],
         name: str,
         rank: int,
     ) -> None:
         self._engine = engine
         self._planner = Planner(held, geometry)
-        self._host = host
+        self._tell = tell
+        self._bootstrapped = bootstrapped
+        self._conclude_here = conclude
         self._name = name
         self._rank = rank
         self._lock = threading.Lock()
@@ -89,6 +87,11 @@ class PrefillSide:
         self._rooms: dict[int, Room] = {}
         # Attempts that are over: what is told of them later, by another way, is too late.
         self._ended: OrderedDict[str, str] = OrderedDict()
+        self.handlers: Mapping[type, Callable[[Any], None]] = {
+            Register: self._register,
+            Publish: self._publish,
+            Abort: self._abort,
+        }
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._workers = [
             threading.Thread(target=self._run, name=f"kvferry-sglang-{n}", daemon=True)
@@ -110,15 +113,6 @@ class PrefillSide:
 
     # What decode ranks say, on the listener's thread
 
-    def handle(self, message: object) -> None:
-        """A message from a decode rank."""
-        if isinstance(message, Register):
-            self._register(message)
-        elif isinstance(message, Publish):
-            self._publish(message)
-        elif isinstance(message, Abort):
-            self._abort(message)
-
     def _register(self, register: Register) -> None:
         answer: ToDecode = Meet(self._name, register.generation, self._engine.address.encode())
         try:
@@ -131,7 +125,7 @@ class PrefillSide:
             where = f"{register.host}:{register.port}"
             log.warning("kvferry: decode rank %s is refused: %s", where, error.message)
             answer = Refused(self._name, register.generation, error.message)
-        self._host.tell(register.host, register.port, answer)
+        self._tell(register.host, register.port, answer)
 
     def _publish(self, publish: Publish) -> None:
         with self._lock:
@@ -152,7 +146,7 @@ class PrefillSide:
         if room.concluded:
             self._end(publish, room.reason or "the request is over")
         elif len(room.parts) == publish.required:
-            self._host.bootstrapped(room, publish.prefix_len)
+            self._bootstrapped(room, publish.prefix_len)
 
     def _link_of(self, peer: _Peer | None, publish: Publish) -> tuple[Link | None, str | None]:
         """The link that a publication is for, or why there is none."""
@@ -232,7 +226,7 @@ class PrefillSide:
         """Tells SGLang here, and every decode rank, how a room ended; once."""
         if not room.claim():
             return
-        reason = self._host.conclude(room.number, room.reason)
+        reason = self._conclude_here(room.number, room.reason)
         if reason:  # nobody may ever clear it: SGLang's request can have failed before it got here
             with self._lock:
                 if self._rooms.get(room.number) is room:
@@ -248,7 +242,7 @@ class PrefillSide:
                 self._ended.popitem(last=False)
         if isinstance(asked, Abort) or not asked.dummy:
             ended = Ended(self._name, self._rank, asked.room, asked.attempt, reason)
-            self._host.tell(asked.host, asked.port, ended)
+            self._tell(asked.host, asked.port, ended)
 
     def _peer_lost(self, peer: _Peer) -> None:
         with self._lock:

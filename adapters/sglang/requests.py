@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -16,22 +16,43 @@ from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common.conn import CommonKVReceiver, CommonKVSender
 
 from ...engine.errors import EngineError
-from .decode import MEET_TIMEOUT_S, DecodeSide, Target
+from .decode import MEET_TIMEOUT_S, DecodeSide
 from .messages import Abort, frames
+from .sockets import send_to_prefill, target_of
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Sequence
 
-    from .manager import KVFerryKVManager
-    from .messages import Publish, ToPrefill
+    from ...engine.transfer_engine import TransferEngine
+    from .messages import Publish, Target
+    from .prefill import PrefillSide
 
 log = logging.getLogger("kvferry.sglang")
+
+
+class Manager(Protocol):
+    """What a request asks of the manager that SGLang makes it with."""
+
+    prefill: PrefillSide | None
+    decode: DecodeSide | None
+    engine: TransferEngine
+    local_ip: str
+    rank_port: int
+    failure_lock: threading.Lock
+    failure_records: dict[int, str]
+
+    def record_failure(self, room: int, reason: str) -> None:
+        """Keep why a request failed."""
+
+    def update_status(self, room: int, status: Any) -> None:
+        """Set a request's state."""
 
 
 class KVFerryKVSender(CommonKVSender):  # type: ignore[misc]
     """One request at a prefill rank. It has failed only when nobody reads its pages any more."""
 
-    kv_mgr: KVFerryKVManager
+    kv_mgr: Manager
 
     def _poll_with_status(self, check_status: Any) -> Any:
         status = super()._poll_with_status(check_status)
@@ -66,7 +87,7 @@ class KVFerryKVSender(CommonKVSender):  # type: ignore[misc]
 class KVFerryKVReceiver(CommonKVReceiver):  # type: ignore[misc]
     """One request at a decode rank. It has failed only when nobody can write to its pages any more."""
 
-    kv_mgr: KVFerryKVManager
+    kv_mgr: Manager
     _published = False
     _waiting_since_s = 0.0
     _stop_asked = ""  # the attempt whose writers were asked to stop
@@ -135,7 +156,7 @@ class KVFerryKVReceiver(CommonKVReceiver):  # type: ignore[misc]
         self, *, bootstrap_info: Any, message: Publish, operation: str
     ) -> bool:
         """SGLang sends every prefill rank the same; the generation of its link is its own."""
-        generation = self._generations.get(_target(bootstrap_info).name, 0)
+        generation = self._generations.get(target_of(bootstrap_info).name, 0)
         publish = msgspec.structs.replace(message, generation=generation)
         sent: bool = super()._send_bootstrap_message(
             bootstrap_info=bootstrap_info, message=frames(publish), operation=operation
@@ -192,26 +213,10 @@ class KVFerryKVReceiver(CommonKVReceiver):  # type: ignore[misc]
     def _targets(self) -> list[Target]:
         """The prefill ranks that write."""
         infos = getattr(self, "bootstrap_infos", None) or ()
-        return [_target(info) for info in infos if not info["is_dummy"]]
+        return [target_of(info) for info in infos if not info["is_dummy"]]
 
     def _fail(self, reason: str) -> Any:
         self.kv_mgr.record_failure(self.bootstrap_room, reason)
         self.kv_mgr.update_status(self.bootstrap_room, KVPoll.Failed)
         self.conclude_state = KVPoll.Failed
         return KVPoll.Failed
-
-
-def send_to_prefill(target: Target, message: ToPrefill) -> None:
-    """Over the sockets that all of SGLang's receivers share.
-
-    Raises:
-        zmq.ZMQError: it cannot be sent.
-    """
-    info = {"rank_ip": target.host, "rank_port": target.port}
-    sock, lock = CommonKVReceiver._connect_to_bootstrap_server(info)
-    with lock:
-        sock.send_multipart(frames(message))
-
-
-def _target(bootstrap_info: Any) -> Target:
-    return Target(str(bootstrap_info["rank_ip"]), int(bootstrap_info["rank_port"]))

@@ -13,23 +13,23 @@ if TYPE_CHECKING:
 
 
 class Holds:
-    """References to blocks of vLLM's block pool, by request. Called by vLLM's scheduler alone."""
+    """Keep references to blocks of vLLM's block pool, by request. Called by vLLM's scheduler alone."""
 
     def __init__(self) -> None:
         self._pool: Any = None
         self._held: dict[str, list[Any]] = {}
 
     def bind(self, pool: Any) -> None:
-        """Takes vLLM's `BlockPool`."""
+        """Take vLLM's `BlockPool`."""
         self._pool = pool
 
     @property
     def num_free_blocks(self) -> int:
-        """Of the pool; 0 before there is one."""
+        """Count the pool's free blocks; 0 before there is a pool."""
         return int(self._pool.get_num_free_blocks()) if self._pool is not None else 0
 
     def hold(self, req_id: str, block_ids: Sequence[int]) -> None:
-        """Keeps blocks that the request has, until `release`.
+        """Keep blocks that the request has, until `release`.
 
         Raises:
             RuntimeError: this vLLM told nothing of its block pool.
@@ -46,7 +46,7 @@ class Holds:
         self._held[req_id] = blocks
 
     def release(self, req_id: str) -> None:
-        """Lets go of a request's blocks; the last ones are to be reused first."""
+        """Let go of a request's blocks; the last ones are to be reused first."""
         blocks = self._held.pop(req_id, None)
         if blocks:
             self._pool.free_blocks(reversed(blocks))

@@ -1,4 +1,4 @@
-"""vLLM's paged caches as a `KVLayout`.
+"""vLLM's paged caches as a `KVLayout`: its groups of layers, their tensors, their block tables.
 
 vLLM gives one tensor a layer, `[block, head, token, content]`, whatever its strides; a latent (MLA) is
 the same without heads. Some backends store what that says: of each token and head a row, K beside V.
@@ -7,34 +7,104 @@ on the machine's instruction set: for these token and content are opaque, and a 
 is. The codec names backend, instruction set and version; a peer that differs in one of them, or in
 the block size of an opaque cache, is refused when agents meet.
 
-Layers of several groups may share one tensor: vLLM's block manager gives a block to one group at a
-time. Each is a region of its own, over the same bytes.
+Layers that share a block table are a group. Layers of several groups may share one tensor: vLLM's
+block manager gives a block to one group at a time. Each is a region of its own, over the same bytes.
+
+vLLM's objects are read by names and attributes alone, so that this needs no vLLM and reads any
+version's.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from ...engine.errors import LayoutError
 from ...engine.layout.join import join_groups, join_planes
 from ...engine.layout.kv_layout import KVLayout
-from .groups import NULL_BLOCK
+from ...engine.plan.rank_plan import heads_of_rank
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from .groups import CacheGroup
-
+# By vLLM's name of the spec; its subclasses have rules of their own (sinks, gaps, compressed states).
+KINDS = {"FullAttentionSpec": "full", "MLAAttentionSpec": "mla", "SlidingWindowSpec": "swa"}
+NULL_BLOCK = 0  # in vLLM's tables: what a sliding window has left behind
 DIMS = "block head token dim"
 LATENT_DIMS = "block token dim"
 # Read in vLLM 0.32: these write a row a token, of each head or of the latent.
 BACKENDS_OF_ROWS = frozenset({"FLASH_ATTN", "TRITON_ATTN", "FLASH_ATTN_MLA", "TRITON_MLA"})
 INTERIOR = ("token", "dim")
-DRAFT = (
-    "draft_model."  # vLLM's prefix of a model that guesses tokens; one that shares layers has none
-)
+# vLLM's prefix of a model that guesses tokens; one that shares layers has none.
+DRAFT = "draft_model."
+
+
+class CacheGroup(NamedTuple):
+    """Layers that share a block table, and what their kind means for a handoff.
+
+    Attributes:
+        table: which of a request's block tables is the group's.
+        kind: `full`, `mla` or `swa`, as in `GroupLayout`.
+        layers: vLLM's names.
+        block_size: tokens of a block of vLLM's block manager.
+        window: how many tokens before its own a token attends to; 0 if to all of them. vLLM's
+            `sliding_window` counts the token itself too.
+    """
+
+    table: int
+    kind: str
+    layers: tuple[str, ...]
+    block_size: int
+    window: int = 0
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """How many blocks so many tokens fill, the last one perhaps in part."""
+        return -(-num_tokens // self.block_size)
+
+    def needed_from(self, num_tokens: int) -> int:
+        """The first of `num_tokens` tokens that the next one attends to."""
+        return max(0, num_tokens - self.window) if self.window else 0
+
+
+def read_groups(kv_cache_config: Any) -> tuple[CacheGroup, ...]:
+    """The groups that are to be moved, in vLLM's order.
+
+    Raises:
+        ValueError: a kind of cache that cannot be moved; names it and its layers.
+    """
+    groups = kv_cache_config.kv_cache_groups
+    chosen = getattr(kv_cache_config, "transfer_group_ids", range(len(groups)))
+    return tuple(_read(index, groups[index]) for index in chosen)
+
+
+def _read(index: int, group: Any) -> CacheGroup:
+    spec = group.kv_cache_spec
+    layers = tuple(group.layer_names)
+    one_a_layer = getattr(spec, "kv_cache_specs", None)  # layers that differ in shape alone
+    specs = list(one_a_layer.values()) if one_a_layer else [spec]
+    found = {(type(each).__name__, _window(each)) for each in specs}
+    compressed = [each for each in specs if getattr(each, "tokens_per_state", 1) != 1]
+    name, window = found.pop()
+    if found or compressed or name not in KINDS:
+        names = ", ".join(sorted({type(each).__name__ for each in specs}))
+        why = " with several tokens in one state" if compressed else ""
+        why = why or (" of different windows in one group" if found else "")
+        raise ValueError(
+            f"KVFerryConnector moves full, sliding-window and MLA attention caches; "
+            f"{layers[0] if layers else 'a layer'} has {names}{why}"
+        )
+    return CacheGroup(index, KINDS[name], layers, spec.block_size, window)
+
+
+def _window(spec: Any) -> int:
+    """As `CacheGroup.window`. Full attention may name a window: its blocks are all kept."""
+    if type(spec).__name__ != "SlidingWindowSpec":
+        return 0
+    return int(spec.sliding_window) - 1 + int(getattr(spec, "extra_retained_tokens", 0))
 
 
 class Backend(NamedTuple):
@@ -64,6 +134,12 @@ class Heads(NamedTuple):
     held: int
     replicated: bool
 
+    @classmethod
+    def of_rank(cls, num_heads: int, tp_size: int, tp_rank: int) -> Heads:
+        """What vLLM's tensor parallelism gives a rank of a model with so many KV heads."""
+        start, stop = heads_of_rank(num_heads, tp_size, tp_rank)
+        return cls(start, stop - start if tp_size > 1 else 0, tp_size > num_heads)
+
 
 def number_layers(names: Iterable[str]) -> dict[str, int]:
     """The number of each layer; those of a draft model, which counts from 0 too, follow the model's.
@@ -90,12 +166,6 @@ def layer_number(name: str) -> int:
             operation="layout",
         )
     return int(numbers[0])
-
-
-def heads_of_rank(model_heads: int, tp_size: int, tp_rank: int) -> Heads:
-    """vLLM splits heads evenly over ranks; ranks beyond the number of heads share them."""
-    held = max(1, model_heads // tp_size) if tp_size > 1 else 0
-    return Heads(tp_rank * model_heads // tp_size, held, tp_size > model_heads)
 
 
 def describe_caches(
@@ -186,3 +256,55 @@ def _dims(group: CacheGroup, name: str, cache: Any, heads: Heads) -> str:
             operation="layout",
         )
     return DIMS
+
+
+class Tables:
+    """Turns vLLM's block tables into a layout's: a block of its manager may be several of the cache.
+
+    Args:
+        layout: with a group for each table.
+        num_blocks: of vLLM's block manager.
+
+    Attributes:
+        split: blocks of the first group's cache that one of vLLM's stands for.
+        plain: whether one table says it all, and every block of a prompt is in it.
+        step_tokens: tokens that are whole blocks in every group.
+    """
+
+    def __init__(self, layout: KVLayout, num_blocks: int) -> None:
+        firsts = [layout.regions[group.regions[0]] for group in layout.groups]
+        self._splits = [region.num_slots // num_blocks for region in firsts]
+        self._tokens = [region.tokens_per_slot for region in firsts]
+        self.split = self._splits[0]
+        self.step_tokens = math.lcm(*self._tokens)
+        self.plain = len(layout.groups) == 1 and not layout.groups[0].window
+
+    def pair_with(self, theirs: KVLayout) -> bool:
+        """Whether each block of a prompt is one of another cache's, which both call by its place."""
+        if not self.plain or len(theirs.groups) > 1:
+            return False
+        first = theirs.regions[theirs.groups[0].regions[0]]
+        return first.tokens_per_slot == self.step_tokens
+
+    def rows(self, tables: Sequence[Sequence[int]], num_tokens: int) -> list[Any]:
+        """The cache's blocks of a prompt's first tokens, a row of ids for each group.
+
+        vLLM's own lists where its blocks are the cache's: agents check and convert ids, all at once,
+        and a few of a list without NumPy.
+        """
+        rows = []
+        for table, split, tokens in zip(tables, self._splits, self._tokens, strict=True):
+            ids: Any = table
+            if split > 1:
+                ids = (np.asarray(table, np.int64)[:, None] * split + np.arange(split)).ravel()
+            rows.append(ids[: -(-num_tokens // tokens)])
+        return rows
+
+    def of_cache(self, tables: Sequence[Sequence[int]], num_tokens: int) -> Any:
+        """The same as `Agent.open_send` takes them: a single row by itself."""
+        rows = self.rows(tables, num_tokens)
+        return rows[0] if len(rows) == 1 else rows
+
+    def empty(self) -> Any:
+        """No blocks, as `Agent.open_send` takes them."""
+        return self.of_cache([[] for _ in self._splits], 0)

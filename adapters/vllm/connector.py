@@ -5,7 +5,7 @@
                            "kv_role": "kv_both"}'
 
 vLLM makes it twice, once for its scheduler and once in every worker; this file is the thin end that
-vLLM calls, the two sides are `vllm_scheduler.py` and `vllm_worker.py`. Written against vLLM 0.32,
+vLLM calls, the two sides are `scheduler.py` and `worker.py`. Written against vLLM 0.32,
 and the parts of the interface that 0.30, 0.31 and 0.33 share with it.
 """
 
@@ -25,8 +25,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.request import RequestStatus
 
-from .cache import Backend, describe_caches, heads_of_rank
-from .groups import read_groups
+from .cache import Backend, Heads, describe_caches, read_groups
 from .orders import Orders
 from .scheduler import SchedulerSide
 from .settings import Settings
@@ -126,9 +125,9 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def get_kv_connector_stats(self) -> KVFerryStats | None:
         """What ended since the last call, on a worker."""
-        if self._worker is None or not self._worker.has_figures:
+        if self._worker is None or not self._worker.figures:
             return None
-        return KVFerryStats(self._worker.take_figures())
+        return KVFerryStats(self._worker.figures.take())
 
     # Scheduler side
 
@@ -203,7 +202,7 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         total = 1 if model.use_mla else model.get_total_num_kv_heads()  # a latent has no heads
         # All ranks' caches are alike but for the heads that they hold.
         described = [
-            describe_caches(kv_caches, self._groups, backend, heads_of_rank(total, tp_size, each))
+            describe_caches(kv_caches, self._groups, backend, Heads.of_rank(total, tp_size, each))
             for each in range(tp_size)
         ]
         layout, names = described[rank]

@@ -1,13 +1,14 @@
-"""What the scheduler side of the vLLM connector orders the worker side to do, one step at a time.
+"""What the two sides of the vLLM connector tell each other in a step: orders one way, results back.
 
-Plain data: vLLM pickles it to every worker. Block ids are those of vLLM's block manager; tables are
-one for each group that is moved, from a prompt's first token on. What a sliding window has left behind
-is block 0 there, vLLM's null block.
+Orders are plain data: vLLM pickles them to every worker. Block ids are those of vLLM's block manager;
+tables are one for each group that is moved, from a prompt's first token on. What a sliding window has
+left behind is block 0 there, vLLM's null block.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -78,3 +79,55 @@ class Orders:
     idle: bool = True
     queued_tokens: int = 0
     free_blocks: int = 0
+
+
+class Results:
+    """What a step reports: requests by how they ended."""
+
+    def __init__(self) -> None:
+        self.sent: set[str] = set()
+        self.received: set[str] = set()
+        self.failed: set[str] = set()
+
+
+def no_figures() -> dict[str, Any]:
+    """What `Figures` counts, before anything ended: plain data, which vLLM carries on."""
+    return {
+        "load_seconds": [],
+        "load_nbytes": [],
+        "sent_nbytes": [],
+        "loads_failed": 0,
+        "sends_failed": 0,
+    }
+
+
+class Figures:
+    """Handoffs since the last `take`, as `stats.KVFerryStats` has them. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._data = no_figures()
+
+    def __bool__(self) -> bool:
+        return any(self._data.values())
+
+    def take(self) -> dict[str, Any]:
+        """All of them, once."""
+        data, self._data = self._data, no_figures()
+        return data
+
+    def sent(self, nbytes: int) -> None:
+        """Counts a send that was handed over."""
+        self._data["sent_nbytes"].append(nbytes)
+
+    def send_failed(self) -> None:
+        """Counts a send that was not."""
+        self._data["sends_failed"] += 1
+
+    def loaded(self, seconds: float, nbytes: int) -> None:
+        """Counts a load that is here."""
+        self._data["load_seconds"].append(seconds)
+        self._data["load_nbytes"].append(nbytes)
+
+    def load_failed(self) -> None:
+        """Counts a load that is not."""
+        self._data["loads_failed"] += 1

@@ -49,15 +49,18 @@ def handoff_id(params: Params, req_id: str) -> str:
     return str(params.get("transfer_id") or req_id)
 
 
-def find_remote(params: Params) -> Remote | str:
-    """Where the KV is; or, as text, what the parameters lack."""
+def find_remote(params: Params, num_tokens: int = 0) -> Remote | str:
+    """Where the KV of a prompt of so many tokens is; or, as text, why the parameters do not say."""
     name = params.get("remote_request_id") or params.get("transfer_id")
     if not name:
         return "neither 'remote_request_id' nor 'transfer_id'"
     for key in ("remote_engine_id", "remote_host", "remote_port"):
         if not params.get(key):
             return f"no {key!r}"
-    first = address(str(params["remote_host"]), int(params["remote_port"]))
+    there = params.get("remote_num_tokens")
+    if there is not None and there < num_tokens:
+        return f"remote_num_tokens {there}, but the prompt has {num_tokens} tokens here"
+    first = f"tcp://{params['remote_host']}:{int(params['remote_port'])}"
     addresses = [str(each) for each in params.get("remote_agents") or [first]]
     return Remote(str(name), str(params["remote_engine_id"]), addresses)
 
@@ -92,8 +95,3 @@ def describe(
         "remote_blocks_expiry_time": None,
         "transfer_mode": mode,
     }
-
-
-def address(host: str, port: int) -> str:
-    """The ZeroMQ endpoint of an agent."""
-    return f"tcp://{host}:{port}"

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from ...control.errors import ControlError, HelloRefused, NotConnected
 from ...engine.errors import EngineError
+from ..agent.handoff import HandoffSet
 from ..agent.ranks import connect_ranks
-from ..agent.together import at_rest, end_together, first_error
-from .results import Results
-from .step_loads import TIMEOUT_S as IN_STEP_TIMEOUT_S
+from .orders import Results
+from .steps import TIMEOUT_S as IN_STEP_TIMEOUT_S
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,10 +21,9 @@ if TYPE_CHECKING:
     from ..agent.agent import Agent
     from ..agent.handoff import Handoff
     from ..agent.ranks import RankPeers
-    from .orders import ReceiveOrder
-    from .results import Figures
+    from .cache import Tables
+    from .orders import Figures, ReceiveOrder
     from .settings import Settings
-    from .tables import Tables
 
 CONNECT_TIMEOUT_S = 5.0
 
@@ -42,13 +41,13 @@ class _Receive:
     """One request's blocks on their way in, from the ranks of prefill that have some of them.
 
     Attributes:
-        handoffs: one for each of those ranks; empty before they are known.
+        handoffs: one for each of those ranks; None before they are known.
         error: why it could not begin, or what the first that failed failed with.
     """
 
     def __init__(self, order: ReceiveOrder) -> None:
         self.order = order
-        self.handoffs: list[Handoff] = []
+        self.handoffs: HandoffSet[Handoff] | None = None
         self.error: Exception | None = None
         self.cancelled = ""
         self.retried = False
@@ -167,12 +166,10 @@ class Receiving:
             if not handoffs:
                 self._refuse(receive, error)
                 return
-            for handoff in handoffs:
-                handoff.cancel(f"another rank could not be asked: {error}")
-        receive.handoffs = handoffs
-        for handoff in handoffs:
-            handoff.blocks_free.add_done_callback(lambda _: self._handoff_ended(receive))
-            handoff.add_done_callback(lambda _: self._handoff_ended(receive))
+        receive.handoffs = HandoffSet(handoffs)
+        if receive.error is not None:
+            receive.handoffs.cancel(f"another rank could not be asked: {receive.error}")
+        receive.handoffs.blocks_free.add_done_callback(lambda _: self._at_rest(receive))
         if receive.cancelled:
             self._cancel_all(receive)
 
@@ -182,7 +179,7 @@ class Receiving:
         Raises:
             ControlError, EngineError: it cannot be asked.
         """
-        tables = self._tables.of_cache(order.tables, order.num_tokens)
+        tables = self._tables.rows(order.tables, order.num_tokens)
         mode, timeout_s = self._settings.mode, self._settings.timeout_s
         if order.in_step:
             # A read is over when this side says so. A peer that is frozen while it writes is not.
@@ -193,7 +190,7 @@ class Receiving:
             return self._agent.receive(
                 order.handoff_id,
                 name,
-                tables[skip:],
+                tables[0][skip:],
                 mode=mode,
                 skip_blocks=skip,
                 timeout_s=timeout_s,
@@ -246,12 +243,11 @@ class Receiving:
             log.warning("prefill still holds blocks of %s: %s", receive.order.handoff_id, error)
         self._note_end(receive)
 
-    def _handoff_ended(self, receive: _Receive) -> None:
-        """On any thread, an engine's too."""
-        end_together(receive.handoffs)
-        if at_rest(receive.handoffs):
-            receive.error = receive.error or first_error(receive.handoffs)
-            self._note_end(receive)
+    def _at_rest(self, receive: _Receive) -> None:
+        """Notes the end of all of its handoffs. On any thread, an engine's too."""
+        if receive.handoffs is not None:
+            receive.error = receive.error or receive.handoffs.error
+        self._note_end(receive)
 
     def _note_end(self, receive: _Receive) -> None:
         with self._changed:
@@ -260,16 +256,15 @@ class Receiving:
                 self._changed.notify_all()
 
     def _cancel_all(self, receive: _Receive) -> None:
-        for handoff in receive.handoffs:
-            handoff.cancel(receive.cancelled)
+        if receive.handoffs is not None:
+            receive.handoffs.cancel(receive.cancelled)
 
     def _note(self, receive: _Receive, results: Results) -> None:
         req_id = receive.order.req_id
         results.received.add(req_id)
-        if receive.error is None:
-            ended_s = max(each.finished_s for each in receive.handoffs)
-            nbytes = sum(each.nbytes for each in receive.handoffs)
-            self._figures.loaded(ended_s - receive.started_s, nbytes)
+        done = receive.handoffs
+        if receive.error is None and done is not None:
+            self._figures.loaded(done.finished_s - receive.started_s, done.nbytes)
             return
         results.failed.add(req_id)
         if not receive.cancelled:

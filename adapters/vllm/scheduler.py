@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from . import params as vllm_params
 from .block_holds import Holds
-from .groups import NULL_BLOCK
+from .cache import NULL_BLOCK
 from .orders import Orders, ReceiveOrder, SendOrder
-from .prompt_queue import PromptQueue
-from .step_loads import StepLoads
+from .steps import PromptQueue, StepLoads
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Sequence
 
-    from .groups import CacheGroup
-    from .params import Params
+    from .cache import CacheGroup
+    from .params import Params, Remote
     from .settings import Settings
 
 # Requests are vLLM's `Request`, outputs its `SchedulerOutput`; both are read by attribute alone.
@@ -49,10 +48,11 @@ class SchedulerSide:
         settings: see there.
         groups: the cache groups that are moved.
         tp_size, pp_size: of this engine.
-        token_nbytes: of a token's KV on one rank, if a step may wait for a load; see `vllm_in_step`.
+        token_nbytes: of a token's KV on one rank, if a step may wait for a load; see `StepLoads`.
 
     Attributes:
         holds: blocks of windows that prefill keeps; takes vLLM's block pool.
+        addresses: of this engine's agents, one for each rank.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class SchedulerSide:
     ) -> None:
         self.engine_id = engine_id
         self.holds = Holds()
+        self.addresses: list[str] = []
         self._queue = PromptQueue()
         self._in_step = StepLoads(settings.in_step_nbytes, token_nbytes)
         self._settings = settings
@@ -74,21 +75,11 @@ class SchedulerSide:
         self._windowed = any(group.window for group in groups)
         self._tp_size = tp_size
         self._pp_size = pp_size
-        self._addresses: list[str] = []
         self._prefilling: dict[str, _Prefilling] = {}
         self._receiving: dict[str, str] = {}  # from which engine
         self._sending: set[str] = set()
         self._orders = Orders()
         self._told = (0, 0)
-
-    @property
-    def addresses(self) -> list[str]:
-        """Of this engine's agents, one for each rank."""
-        return self._addresses
-
-    @addresses.setter
-    def addresses(self, addresses: list[str]) -> None:
-        self._addresses = addresses
 
     # Requests come
 
@@ -108,7 +99,7 @@ class SchedulerSide:
         params = request.kv_transfer_params
         if not vllm_params.wants_remote_prefill(params):
             return 0
-        if self._problem(params, request.num_prompt_tokens):
+        if isinstance(vllm_params.find_remote(params, request.num_prompt_tokens), str):
             return 0
         # In the step that loads them, something must be left to compute.
         count = self._num_loaded(request) - self.loads_in_step(request)
@@ -126,26 +117,32 @@ class SchedulerSide:
         if not vllm_params.wants_remote_prefill(params):
             return
         params["do_remote_prefill"] = False
-        problem = self._problem(params, request.num_prompt_tokens)
-        if problem:
+        remote = vllm_params.find_remote(params, request.num_prompt_tokens)
+        if isinstance(remote, str):
             log.warning(
                 "request %s is computed here: its kv_transfer_params have %s",
                 request.request_id,
-                problem,
+                remote,
             )
         elif num_remote_tokens:
             self._queue.load(request.request_id)
             num_tokens = self._num_loaded(request)
             in_step = self.loads_in_step(request)
             num_local_tokens = num_tokens - in_step - num_remote_tokens
-            own = self._own(tables)
-            self._order_receive(request, own, num_tokens, num_local_tokens, in_step=in_step)
+            self._order_receive(
+                request,
+                remote,
+                self._own(tables),
+                num_tokens,
+                num_local_tokens,
+                in_step=in_step,
+            )
             if in_step:
                 self._in_step.begin(params, request.num_prompt_tokens)
             else:
-                self._receiving[request.request_id] = str(params["remote_engine_id"])
+                self._receiving[request.request_id] = remote.engine_id
         else:
-            self._order_release(request)
+            self._order_release(request, remote)
 
     # Steps
 
@@ -253,8 +250,9 @@ class SchedulerSide:
         self._in_step.request_ended(req_id)
         if vllm_params.wants_remote_prefill(params):  # it was never scheduled
             params["do_remote_prefill"] = False
-            if not self._problem(params, 0):
-                self._order_release(request)
+            remote = vllm_params.find_remote(params)
+            if not isinstance(remote, str):
+                self._order_release(request, remote)
             return False, None
         if req_id in self._receiving:  # vLLM keeps the blocks until `transfers_ended`
             self._orders.cancelled_receives.append(req_id)
@@ -274,7 +272,7 @@ class SchedulerSide:
         return True, vllm_params.describe(
             engine_id=self.engine_id,
             handoff=prefilling.handoff_id,
-            addresses=self._addresses,
+            addresses=self.addresses,
             block_ids=tables,
             num_tokens=prefilling.num_tokens,
             tp_size=self._tp_size,
@@ -283,16 +281,6 @@ class SchedulerSide:
         )
 
     # Helpers
-
-    def _problem(self, params: Params, num_tokens: int) -> str:
-        """Why these parameters are no way to a request's KV; "" if they are one."""
-        remote = vllm_params.find_remote(params)
-        if isinstance(remote, str):
-            return remote
-        there = params.get("remote_num_tokens")
-        if there is not None and there < num_tokens:
-            return f"remote_num_tokens {there}, but the prompt has {num_tokens} tokens here"
-        return ""
 
     def _num_loaded(self, request: Request) -> int:
         """Tokens of a prompt that are here when its load has ended.
@@ -316,17 +304,18 @@ class SchedulerSide:
         for group, table in zip(self._groups, tables, strict=True):
             # What a window left behind may belong to others by now, and vLLM told nothing of it.
             gone = group.needed_from(num_tokens - 1) // group.block_size
-            result.append([NULL_BLOCK] * gone + table[gone : -(-num_tokens // group.block_size)])
+            result.append([NULL_BLOCK] * gone + table[gone : group.num_blocks(num_tokens)])
         return result
 
-    def _order_release(self, request: Request) -> None:
-        """Tells prefill that nothing of its blocks is needed."""
+    def _order_release(self, request: Request, remote: Remote) -> None:
+        """Tell prefill that nothing of its blocks is needed."""
         count = request.num_prompt_tokens
-        self._order_receive(request, self._no_blocks(), count, count, awaited=False)
+        self._order_receive(request, remote, self._no_blocks(), count, count, awaited=False)
 
     def _order_receive(
         self,
         request: Request,
+        remote: Remote,
         tables: list[list[int]],
         num_tokens: int,
         num_local_tokens: int,
@@ -334,8 +323,6 @@ class SchedulerSide:
         awaited: bool = True,
         in_step: bool = False,
     ) -> None:
-        remote = vllm_params.find_remote(request.kv_transfer_params)
-        assert not isinstance(remote, str), remote
         self._orders.receives.append(
             ReceiveOrder(
                 req_id=request.request_id,
@@ -343,7 +330,7 @@ class SchedulerSide:
                 peer=remote.engine_id,
                 addresses=remote.addresses,
                 tables=[
-                    table[: -(-num_tokens // group.block_size)]
+                    table[: group.num_blocks(num_tokens)]
                     for group, table in zip(self._groups, tables, strict=True)
                 ],
                 num_tokens=num_tokens,

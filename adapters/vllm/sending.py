@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 from ...control.errors import ControlError
 from ...engine.errors import EngineError
+from ..agent.handoff import HandoffSet
 from ..agent.ranks import num_readers
-from ..agent.together import at_rest, end_together, first_error
 
 if TYPE_CHECKING:
     import threading
+    from collections.abc import Callable
 
     from ..agent.agent import Agent
     from ..agent.handoff import SendHandoff
-    from .orders import SendOrder
-    from .results import Figures
-    from .tables import Tables
+    from .cache import Tables
+    from .orders import Figures, SendOrder
 
 PREEMPT_TIMEOUT_S = 10.0  # beyond what an agent needs to drain a write, or to cut its link
 REFUSAL_S = 10.0  # how long a refused handoff waits for who asks for it
@@ -39,7 +39,7 @@ class _Send:
 
     def __init__(self, order: SendOrder) -> None:
         self.order = order
-        self.handoffs: list[SendHandoff] = []
+        self.handoffs: HandoffSet[SendHandoff]
         self.next_layer = 0
         self.computed = False
         self.reportable = False
@@ -77,10 +77,12 @@ class Sending:
 
     def open(self, order: SendOrder) -> None:
         """This step computes the last of a prompt."""
-        send = self._sends[order.req_id] = _Send(order)
-        self._streaming.append(send)
+        send = _Send(order)
         with self._changed:
-            self._add_reader(send)
+            send.handoffs = HandoffSet([self._open_for_reader(send, partial(self._asked, send))])
+        self._sends[order.req_id] = send
+        self._streaming.append(send)
+        send.handoffs.blocks_free.add_done_callback(lambda _: self._at_rest(send))
 
     def refuse(self, handoff_id: str) -> None:
         """Decode may ask for this, and it will never have blocks."""
@@ -97,7 +99,7 @@ class Sending:
             if send.next_layer == position:
                 with self._changed:  # a rank of decode may ask just now
                     send.next_layer += 1
-                    for handoff in send.handoffs:
+                    for handoff in send.handoffs.parts:
                         handoff.write_layers(range(position, position + 1))
 
     def all_computed(self) -> None:
@@ -105,7 +107,7 @@ class Sending:
         for send in self._streaming:
             with self._changed:
                 send.computed = True
-                for handoff in send.handoffs:
+                for handoff in send.handoffs.parts:
                     handoff.finish()
         self._streaming.clear()
 
@@ -153,22 +155,23 @@ class Sending:
             self._note(self._sends.pop(req_id))
         return ended
 
-    def _add_reader(self, send: _Send) -> None:
-        """One more handoff of the same blocks, as far along as the others. Called with the lock."""
+    def _open_for_reader(
+        self, send: _Send, on_asked: Callable[[str], None] | None = None
+    ) -> SendHandoff:
+        """Opens one more handoff of the same blocks, as far along as the others. Called with the
+        lock."""
         order = send.order
         handoff = self._agent.open_send(
             order.handoff_id,
             self._tables.of_cache(order.tables, order.num_tokens),
             timeout_s=self._timeout_s,
-            on_asked=partial(self._asked, send) if not send.handoffs else None,
+            on_asked=on_asked,
         )
-        send.handoffs.append(handoff)
         if send.next_layer:
             handoff.write_layers(range(send.next_layer))
         if send.computed:
             handoff.finish()
-        handoff.blocks_free.add_done_callback(lambda _: self._handoff_ended(send))
-        handoff.add_done_callback(lambda _: self._handoff_ended(send))
+        return handoff
 
     def _refuse_others(self, handoff_id: str, peer: str) -> None:
         """On the agent's thread: the other ranks that will ask are answered, too."""
@@ -186,27 +189,24 @@ class Sending:
         """On the agent's thread."""
         readers = self._num_readers(peer)
         with self._changed:
-            while len(send.handoffs) < readers:
-                self._add_reader(send)
+            while len(send.handoffs.parts) < readers:
+                send.handoffs.add(self._open_for_reader(send))
 
-    def _handoff_ended(self, send: _Send) -> None:
-        """On any thread, an engine's too."""
+    def _at_rest(self, send: _Send) -> None:
+        """Notes the end of all of its handoffs. On any thread, an engine's too."""
         with self._changed:
-            handoffs = list(send.handoffs)
-            if at_rest(handoffs) and self._sends.get(send.order.req_id) is send:
+            if self._sends.get(send.order.req_id) is send:
                 self._ended.add(send.order.req_id)
                 self._changed.notify_all()
-        end_together(handoffs)
 
     def _cancel(self, send: _Send, reason: str) -> None:
         with self._changed:
-            for handoff in send.handoffs:
-                handoff.cancel(reason)
+            send.handoffs.cancel(reason)
 
     def _note(self, send: _Send) -> None:
-        error = first_error(send.handoffs)
+        error = send.handoffs.error
         if error is None:
-            self._figures.sent(sum(each.nbytes for each in send.handoffs))
+            self._figures.sent(send.handoffs.nbytes)
             return
         if not send.cancelled:
             self._figures.send_failed()

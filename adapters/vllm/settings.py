@@ -28,7 +28,7 @@ class Settings:
         timeout_s: how long a decode request may wait for its KV.
         lease_s: how long prefill keeps the KV of a finished request that nobody asks for.
         verify: compare a checksum of everything moved.
-        in_step_nbytes: of loads that a step of vLLM's may wait for; 0 for none. See `vllm_in_step`.
+        in_step_nbytes: of loads that a step of vLLM's may wait for; 0 for none. See `steps.py`.
         max_programs: that a kernel which moves KV may run at a time on a GPU beside the model's; 0
             for no limit.
         daemon: of the cluster's daemon, `tcp://host:port`; none if "". `$KVFERRY_DAEMON` is its
@@ -38,6 +38,7 @@ class Settings:
         http: `host:port` where rank 0's agent serves /metrics and /trace, rank 1 at the next port, and
             so on; not served if "". `$KVFERRY_HTTP` is its default.
         keys: a key file (`kvferry keys new`); needed where `host` is no address of this machine.
+            `$KVFERRY_KEYS` is its default.
     """
 
     mode: Mode = "push"
@@ -66,6 +67,10 @@ class Settings:
         Raises:
             ValueError: a value makes no sense; names the key.
         """
+
+        def text(key: str, default: str = "") -> str:
+            return str(extra.get(key) or os.environ.get(f"KVFERRY_{key.upper()}") or default)
+
         mode = extra.get("mode", cls.mode)
         if mode not in ("push", "pull"):
             raise ValueError(f"kv_connector_extra_config: mode is {mode!r}: use 'push' or 'pull'")
@@ -90,17 +95,16 @@ class Settings:
                 numbers[key] = -1.0
             if numbers[key] < 0:
                 raise ValueError(f"kv_connector_extra_config: {key} is {value!r}: give a number")
-        service = str(extra.get("service") or os.environ.get("KVFERRY_SERVICE") or "")
+        service, http = text("service"), text("http")
         if service and not service.startswith(("http://", "https://")):
             raise ValueError(
                 f"kv_connector_extra_config: service is {service!r}: write http://host:port"
             )
-        http = str(extra.get("http") or os.environ.get("KVFERRY_HTTP") or "")
         if http and not http.rpartition(":")[2].isdecimal():
             raise ValueError(f"kv_connector_extra_config: http is {http!r}: write host:port")
         return cls(
             mode=mode,
-            host=str(extra.get("host") or os.environ.get("KVFERRY_HOST") or cls.host),
+            host=text("host", cls.host),
             port=int(numbers["port"]),
             transports=tuple(transports),
             timeout_s=numbers["timeout_s"],
@@ -108,8 +112,8 @@ class Settings:
             verify=bool(extra.get("verify", False)),
             in_step_nbytes=int(numbers["in_step_nbytes"]),
             max_programs=int(numbers["max_programs"]),
-            daemon=str(extra.get("daemon") or os.environ.get("KVFERRY_DAEMON") or ""),
+            daemon=text("daemon"),
             service=service,
             http=http,
-            keys=str(extra.get("keys") or os.environ.get("KVFERRY_KEYS") or ""),
+            keys=text("keys"),
         )

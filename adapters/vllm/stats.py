@@ -12,13 +12,33 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 
 from ..agent.metrics import SECONDS_BUCKETS
+from .orders import no_figures
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 NBYTES_BUCKETS = tuple(2.0**power for power in range(14, 36, 2))  # a block to 16 GiB
-LISTS = ("load_seconds", "load_nbytes", "sent_nbytes")
-COUNTS = ("loads_failed", "sends_failed")
+OBSERVED = {
+    "load_seconds": (
+        "vllm:kvferry_load_seconds",
+        "From the order to load a request's KV until it is all here.",
+        SECONDS_BUCKETS,
+    ),
+    "load_nbytes": (
+        "vllm:kvferry_load_bytes",
+        "Bytes of a request's KV that were loaded, by each rank.",
+        NBYTES_BUCKETS,
+    ),
+    "sent_nbytes": (
+        "vllm:kvferry_sent_bytes",
+        "Bytes of a request's KV that were handed over, by each rank.",
+        NBYTES_BUCKETS,
+    ),
+}
+COUNTED = {
+    "loads_failed": "Requests whose KV could not be loaded.",
+    "sends_failed": "Requests whose KV was not handed over: nobody asked, or it broke.",
+}
 
 
 class KVFerryStats(KVConnectorStats):  # type: ignore[misc]
@@ -30,7 +50,7 @@ class KVFerryStats(KVConnectorStats):  # type: ignore[misc]
             self.reset()
 
     def reset(self) -> None:
-        self.data: dict[str, Any] = {name: [] for name in LISTS} | dict.fromkeys(COUNTS, 0)
+        self.data: dict[str, Any] = no_figures()
 
     def is_empty(self) -> bool:
         return not any(self.data.values())
@@ -71,40 +91,15 @@ class KVFerryPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         histogram, counter = metric_types[Histogram], metric_types[Counter]
         self._observed = {
             name: self._by_engine(
-                histogram(name=f"vllm:{full}", documentation=text, buckets=b, labelnames=labelnames)
+                histogram(name=full, documentation=text, buckets=buckets, labelnames=labelnames)
             )
-            for name, full, text, b in (
-                (
-                    "load_seconds",
-                    "kvferry_load_seconds",
-                    "From the order to load a request's KV until it is all here.",
-                    SECONDS_BUCKETS,
-                ),
-                (
-                    "load_nbytes",
-                    "kvferry_load_bytes",
-                    "Bytes of a request's KV that were loaded, by each rank.",
-                    NBYTES_BUCKETS,
-                ),
-                (
-                    "sent_nbytes",
-                    "kvferry_sent_bytes",
-                    "Bytes of a request's KV that were handed over, by each rank.",
-                    NBYTES_BUCKETS,
-                ),
-            )
+            for name, (full, text, buckets) in OBSERVED.items()
         }
         self._counted = {
             name: self._by_engine(
                 counter(name=f"vllm:kvferry_{name}", documentation=text, labelnames=labelnames)
             )
-            for name, text in (
-                ("loads_failed", "Requests whose KV could not be loaded."),
-                (
-                    "sends_failed",
-                    "Requests whose KV was not handed over: nobody asked, or it broke.",
-                ),
-            )
+            for name, text in COUNTED.items()
         }
 
     def _by_engine(self, metric: Any) -> dict[int, Any]:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from ...control.keys import Keys, is_local
 from ..agent.agent import Agent
+from .cache import Tables
+from .orders import Figures, Results
 from .receiving import Receiving, agent_name
-from .results import Figures, Results
 from .sending import Sending
-from .tables import Tables
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,11 +40,15 @@ class WorkerSide:
         engine_id, rank: name this rank's agent.
         role: `prefill`, `decode` or `both`.
         settings: see there.
-        layout, names: see `vllm_layout.describe_caches`.
+        layout, names: see `cache.describe_caches`.
         caches: by vLLM's names of the layers.
         num_blocks: of vLLM's block manager.
         ranks: the layouts of all ranks of this engine, if it has several.
         model: what clients call it; for the daemon.
+
+    Attributes:
+        agent: this rank's.
+        figures: what ended since somebody took them.
     """
 
     def __init__(
@@ -90,8 +94,8 @@ class WorkerSide:
             rank=rank if ranks else 0,
         )
         self._reports = bool(settings.daemon) and rank == 0
-        self._figures = Figures()
-        shared = (self._changed, self._figures)
+        self.figures = Figures()
+        shared = (self._changed, self.figures)
         lease_s = settings.lease_s + settings.timeout_s
         self._sending = Sending(self.agent, self._tables, lease_s, *shared)
         self._receiving = Receiving(
@@ -165,15 +169,6 @@ class WorkerSide:
             results.sent = self._sending.take_reportable()
             self._receiving.take_ended(results)
         return results
-
-    @property
-    def has_figures(self) -> bool:
-        """Whether anything ended since `take_figures`."""
-        return bool(self._figures)
-
-    def take_figures(self) -> dict[str, Any]:
-        """What ended since the last call, as `vllm_stats.KVFerryStats` has it."""
-        return self._figures.take()
 
     def _something_to_report(self) -> bool:
         return self._receiving.reportable or bool(self._sending.reportable())

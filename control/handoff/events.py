@@ -74,13 +74,6 @@ class UserCancelled(msgspec.Struct, frozen=True):
     reason: str = "cancelled"
 
 
-class PartsEnded(msgspec.Struct, frozen=True):
-    """Everything that this decode rank takes of a request is there; or, with an error, never will be."""
-
-    nbytes: int = 0
-    error: Exception | None = None
-
-
 class SourceOffered(msgspec.Struct, frozen=True, gc=False):
     """Prefill has, or is computing, the source blocks of a request: a table for each group."""
 
@@ -108,7 +101,6 @@ Event = Union[  # noqa: UP007 - a type alias that every Python can evaluate
     Quiesced,
     SendRefused,
     UserCancelled,
-    PartsEnded,
     SourceOffered,
     SourceReady,
     SourceFinished,
@@ -163,12 +155,6 @@ class CancelOperations(msgspec.Struct, frozen=True, gc=False):
     """Stop this handoff's writes or reads soon; each still ends with `OperationEnded`."""
 
 
-class CancelParts(msgspec.Struct, frozen=True):
-    """The request failed on another rank: cancel what this one still takes of it."""
-
-    reason: str
-
-
 class ReleaseBlocks(msgspec.Struct, frozen=True, gc=False):
     """This side's blocks may be given back: nobody reads or writes them for this handoff."""
 
@@ -219,7 +205,6 @@ Action = Union[  # noqa: UP007 - a type alias that every Python can evaluate
     StartWrite,
     StartRead,
     CancelOperations,
-    CancelParts,
     ReleaseBlocks,
     Quarantine,
     TearDownLink,

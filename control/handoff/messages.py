@@ -1,4 +1,4 @@
-"""Every message that two agents exchange about a handoff. Version 3.
+"""Every message that two agents exchange about a handoff. Version 4.
 
 Each message is one MessagePack map with a `type` key, so any language's MessagePack can talk to
 us. Fields are named, and only ever appended, with a default: an older reader ignores what it does
@@ -8,7 +8,6 @@ not know. Layouts, descriptors and addresses are opaque bytes here.
     Push           Request → Accepted → (bytes) → Sent            decode asks, prefill writes
     Pull           Request → Accepted → Ready → (bytes) → Done    decode asks, decode reads
     Giving up      Failed; Cancel → Cancelled
-    Rank sets      Part → Verdict                                 a decode rank asks the first prefill rank
     Parting        Bye
 
 Any of them may be lost, delayed or duplicated. Who repeats what, and why that is harmless:
@@ -17,7 +16,6 @@ Any of them may be lost, delayed or duplicated. Who repeats what, and why that i
   three carry a serial, and a serial moves bytes at most once.
 * `Sent`, `Failed`, `Done` and `Cancelled` are final answers: *no byte of this serial moves any
   more*. The side that gave one repeats it whenever it is asked about that serial again.
-* `Part` is repeated until `Verdict`, which says the same however often it is asked for.
 
 Several messages for one peer may travel as the parts of one ZeroMQ message, in their order.
 
@@ -25,6 +23,7 @@ Version history:
     1   the first
     2   `Describe.token`; several messages in one ZeroMQ message
     3   `Part` and `Verdict`: a request that several decode ranks take ends alike on all of them
+    4   without these two, and without `rank_set` in a cache's descriptor: see decision 0033
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from ..wire import Codec
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-VERSION = 3
+VERSION = 4
 
 MAX_BLOCK_IDS = 1 << 20  # a table: 16 Mi tokens at 16 a block
 MAX_TABLES = 64  # groups of layers with a block table each
@@ -60,7 +59,6 @@ Tables = Annotated[tuple[Table, ...], Meta(max_length=MAX_TABLES)]
 Role = Literal["prefill", "decode", "both"]
 Mode = Literal["push", "pull"]
 Side = Literal["prefill", "decode"]
-PartState = Literal["pending", "ready", "failed"]
 Attempt = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
 Reason = Literal["version", "role", "layout", "link", "session", "protocol", "closed"]
 
@@ -214,39 +212,6 @@ class Cancelled(HandoffMessage, frozen=True, tag_field="type", tag=str.lower):
     side: Side
 
 
-class RankMessage(Message, frozen=True, tag_field="type", tag=str.lower):
-    """A message about a request that several decode ranks take, between one of them and the first
-    prefill rank.
-
-    `attempt` counts how often the ranks have tried to take the request: all count alike.
-    """
-
-    request_id: Name
-    attempt: Attempt
-
-
-class Part(RankMessage, frozen=True, tag_field="type", tag=str.lower):
-    """How it stands with the request on the decode rank that says so."""
-
-    state: PartState
-    error: Text = ""  # failed: the name of the error's class
-    reason: Text = ""
-    retryable: bool = False
-
-
-class Verdict(RankMessage, frozen=True, tag_field="type", tag=str.lower):
-    """How the request ended: ready on all ranks if `error` is empty, else failed on all.
-
-    `next_attempt` is the one to go on with: a rank that was restarted has counted fewer than the
-    others.
-    """
-
-    next_attempt: Attempt
-    error: Text = ""
-    reason: Text = ""
-    retryable: bool = False
-
-
 AnyMessage = Union[  # noqa: UP007 - `get_args` of it works alike on every Python
     Hello,
     Describe,
@@ -261,8 +226,6 @@ AnyMessage = Union[  # noqa: UP007 - `get_args` of it works alike on every Pytho
     Failed,
     Cancel,
     Cancelled,
-    Part,
-    Verdict,
 ]
 MESSAGE_TYPES: tuple[type[Message], ...] = get_args(AnyMessage)
 FINAL_ANSWERS = (Done, Sent, Failed, Cancelled)

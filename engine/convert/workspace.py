@@ -12,7 +12,7 @@ import numpy as np
 
 from ..layout.block_scales import SCALE_NBYTES
 from ..layout.dtypes import convert_bytes, real_maxima
-from ..memory import iovec
+from ..staging.mover import put_rows, rows_at
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -93,16 +93,16 @@ class HostWorkplace:
 
     def floats(self, addresses: Ids) -> Floats:
         """A copy."""
-        values: Floats = np.ascontiguousarray(_gather(addresses, SCALE_NBYTES)).view(np.float32)
-        return values[:, 0]
+        values: Floats = rows_at(addresses, SCALE_NBYTES).view(np.float32)[:, 0].copy()
+        return values
 
     def put_floats(self, addresses: Ids, values: Floats) -> None:
         """Writes them."""
-        _scatter(addresses, np.ascontiguousarray(values).view(np.uint8).reshape(-1, SCALE_NBYTES))
+        put_rows(addresses, SCALE_NBYTES, data=np.ascontiguousarray(values).view(np.uint8))
 
     def maxima(self, addresses: Ids, elements: int, of: Numbers, factor: Floats) -> Floats:
         """By PyTorch."""
-        return real_maxima(_gather(addresses, elements * of.nbytes), factor, of.dtype)
+        return real_maxima(rows_at(addresses, elements * of.nbytes), factor, of.dtype)
 
     def convert(
         self,
@@ -114,10 +114,10 @@ class HostWorkplace:
     ) -> None:
         """By PyTorch's own cast."""
         here, there = types
-        data = _gather(src, elements * here.nbytes)
+        data = rows_at(src, elements * here.nbytes)
         if factor is not None:
-            data = convert_bytes(np.ascontiguousarray(data), factor, here.dtype, there.dtype)
-        _scatter(dst, data)
+            data = convert_bytes(data, factor, here.dtype, there.dtype)
+        put_rows(dst, data.shape[1], data=data.reshape(-1))
 
     def finish(self) -> None:
         """Nothing: all is done."""
@@ -127,27 +127,3 @@ class HostWorkplace:
 
     def close(self) -> None:
         """Nothing: the memory is Python's."""
-
-
-def _rows(addresses: Ids, nbytes: int) -> tuple[Bytes, Ids | slice]:
-    """The memory that equal pieces span as rows of one piece, and which of these they are."""
-    first, last = int(addresses.min()), int(addresses.max())
-    raw = iovec.bytes_at(first, last - first + nbytes)
-    count = len(addresses)
-    dense = last - first == (count - 1) * nbytes and bool((np.diff(addresses) == nbytes).all())
-    if dense:  # which staging is
-        return raw.reshape(count, nbytes), slice(None)
-    rows = np.lib.stride_tricks.as_strided(raw, (last - first + 1, nbytes), (1, 1))
-    return rows, addresses - first
-
-
-def _gather(addresses: Ids, nbytes: int) -> Bytes:
-    """Rows of bytes: a view if they lie one after the other, else a copy."""
-    rows, index = _rows(addresses, nbytes)
-    gathered: Bytes = rows[index]
-    return gathered
-
-
-def _scatter(addresses: Ids, data: Bytes) -> None:
-    rows, index = _rows(addresses, data.shape[1])
-    rows[index] = data

@@ -10,13 +10,11 @@ import threading
 from typing import TYPE_CHECKING
 
 from ..errors import LinkClosed
-from ..transports.workers import Workers
+from ..transports.workers import Breakable, Workers
 from .workspace import HostWorkplace, Workplace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from ..link.context import LinkContext
 
 
 class Workplaces:
@@ -26,9 +24,9 @@ class Workplaces:
         workers: the threads that convert; none enters once the link goes down.
     """
 
-    def __init__(self, context: LinkContext) -> None:
-        self.workers = Workers(context, "converting")
-        self._max_programs = context.core.max_programs
+    def __init__(self, link: Breakable, max_programs: int | None) -> None:
+        self.workers = Workers(link, "converting")
+        self._max_programs = max_programs
         self._lock = threading.Lock()
         self._idle: dict[int, list[Workplace]] = {}
         self._closed = False

@@ -89,7 +89,7 @@ class Link:
         self._host = host = Host(context, table, grants, self._detector.heard)
         self._path = path = make_path(host)
         self._revocation = revocation = Revocation(context, table, grants, path.forget)
-        workplaces = Workplaces(context)
+        workplaces = Workplaces(context, core.max_programs)
         self._submitter = submitter = Submitter(
             context, path, table, grants, workplaces, revocation.ended
         )

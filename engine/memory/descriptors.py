@@ -68,14 +68,12 @@ class CacheDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         ranks: the layouts of all ranks that hold the model's cache together; empty where it is one.
         rank: which of them this is.
-        rank_set: what all of them, and no others, are called together.
     """
 
     layout: KVLayout
     regions: tuple[RegionDescriptor, ...]
     ranks: tuple[KVLayout, ...] = ()
     rank: Uint32 = 0
-    rank_set: Annotated[str, msgspec.Meta(max_length=256)] = ""
 
     def encode(self) -> bytes:
         """MessagePack bytes, for the control plane."""

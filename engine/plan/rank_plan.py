@@ -100,6 +100,15 @@ class _Cell(NamedTuple):
     keys: tuple[Key, ...]
 
 
+def heads_of_rank(num_heads: int, tp_size: int, tp_rank: int) -> Range:
+    """The KV heads that tensor parallelism gives a rank; ranks beyond the number of heads share them.
+
+    As vLLM and SGLang split them.
+    """
+    start = tp_rank * num_heads // tp_size
+    return start, start + max(1, num_heads // tp_size)
+
+
 def _held(side: tuple[KVLayout, ...]) -> _Held:
     """Who holds which heads of what; a plane without heads counts as one head that all hold."""
     found: _Held = defaultdict(dict)

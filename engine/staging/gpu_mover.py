@@ -17,6 +17,7 @@ import torch
 from ...kernels.pieces import FEWEST_SHORT_ROWS, copy_pieces, make_table
 from ..errors import DeviceError
 from ..memory.cuda_driver import driver
+from ..memory.iovec import gpu_bytes_at
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -42,14 +43,7 @@ class _DeviceMemory:
 
     def words(self) -> torch.Tensor:
         """It as int64."""
-        shape = (self.nbytes // 8,)
-        self.__cuda_array_interface__ = {
-            "shape": shape,
-            "typestr": "<i8",
-            "data": (self.address, False),
-            "version": 2,
-        }
-        return torch.as_tensor(self, device=torch.device("cuda", self.device))
+        return gpu_bytes_at(self.device, self.address, self.nbytes).view(torch.int64)
 
     def free(self) -> None:
         driver().free(self.device, self.address)

@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import ProtocolError, TransportUnavailable
 
 if TYPE_CHECKING:
-    from .ring import Mover
+    from .mover import Mover
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 MAX_NBYTES = 4 << 30

@@ -11,7 +11,7 @@ import functools
 import logging
 import queue
 import threading
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ..errors import (
     ChecksumMismatch,
@@ -21,8 +21,7 @@ from ..errors import (
     ProtocolError,
     RailError,
 )
-from ..wire import frames as frames
-from ..wire import tables
+from ..wire import frames, tables
 from ..wire.messages import Acknowledge, Arrived, ReadRequest, Refuse
 
 if TYPE_CHECKING:
@@ -33,9 +32,14 @@ if TYPE_CHECKING:
     from ..transfer.transfer import Transfer
     from .base import PathHost
 
-    Placed = Callable[[EngineError | None, bool], None]  # why not, and whether through staging
-
 log = logging.getLogger(__name__)
+
+
+class Placed(Protocol):
+    """Ends the use of memory that bytes were put into; with an error, they could not be."""
+
+    def __call__(self, error: EngineError | None, staged: bool) -> None:
+        """`staged`: whether they went through staging."""
 
 
 class Segment(NamedTuple):

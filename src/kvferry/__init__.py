@@ -11,14 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapters.agent.agent import Agent
-    from .adapters.agent.handoff import Handoff, SendHandoff
-    from .adapters.agent.ranks import (
-        HandoffSet,
-        connect_ranks,
-        num_readers,
-        receive_from_ranks,
-        send_to_ranks,
-    )
+    from .adapters.agent.handoff import Handoff, HandoffSet, SendHandoff
+    from .adapters.agent.ranks import connect_ranks, num_readers
     from .engine.connect.handshake import EngineAddress
     from .engine.errors import EngineError
     from .engine.layout.join import join_groups, join_planes
@@ -43,7 +37,7 @@ _HOMES = {
     "GraphWrite": "engine.transports.cuda_ipc.graph_write",
     "GroupLayout": "engine.layout.kv_layout",
     "Handoff": "adapters.agent.handoff",
-    "HandoffSet": "adapters.agent.ranks",
+    "HandoffSet": "adapters.agent.handoff",
     "KVLayout": "engine.layout.kv_layout",
     "Link": "engine.link.link",
     "MemoryRegion": "engine.memory.regions",
@@ -60,8 +54,6 @@ _HOMES = {
     "join_groups": "engine.layout.join",
     "join_planes": "engine.layout.join",
     "num_readers": "adapters.agent.ranks",
-    "receive_from_ranks": "adapters.agent.ranks",
-    "send_to_ranks": "adapters.agent.ranks",
 }
 
 __all__ = [
@@ -90,8 +82,6 @@ __all__ = [
     "join_groups",
     "join_planes",
     "num_readers",
-    "receive_from_ranks",
-    "send_to_ranks",
 ]
 
 

@@ -14,12 +14,10 @@ from kvferry.control.handoff.messages import (
     Failed,
     HandoffId,
     Hello,
-    Part,
     Ready,
     Refused,
     Request,
     Sent,
-    Verdict,
     Welcome,
     pack_block_ids,
 )
@@ -45,8 +43,6 @@ EXAMPLES: dict[str, Message] = {
     "failed": Failed(SESSION, HANDOFF, "prefill", "LinkLost", "gone", True),
     "cancel": Cancel(SESSION, HANDOFF, "decode", "user"),
     "cancelled": Cancelled(SESSION, HANDOFF, "prefill"),
-    "part": Part(SESSION, "req-1", 2, "failed", "LinkLost", "gone", True),
-    "verdict": Verdict(SESSION, "req-1", 2, 3, "LinkLost", "gone", True),
 }
 
 GOLDEN: dict[str, str] = {
@@ -102,15 +98,5 @@ GOLDEN: dict[str, str] = {
         "84a474797065a963616e63656c6c6564a773657373696f6e07a768616e646f666683aa7265717565"
         "73745f6964a57265712d31a7617474656d707402a673657269616ccd012ca473696465a770726566"
         "696c6c"
-    ),
-    "part": (
-        "88a474797065a470617274a773657373696f6e07aa726571756573745f6964a57265712d31a76174"
-        "74656d707402a57374617465a66661696c6564a56572726f72a84c696e6b4c6f7374a6726561736f"
-        "6ea4676f6e65a9726574727961626c65c3"
-    ),
-    "verdict": (
-        "88a474797065a776657264696374a773657373696f6e07aa726571756573745f6964a57265712d31"
-        "a7617474656d707402ac6e6578745f617474656d707403a56572726f72a84c696e6b4c6f7374a672"
-        "6561736f6ea4676f6e65a9726574727961626c65c3"
     ),
 }

@@ -49,12 +49,11 @@ LINK_MESSAGES: tuple[Kind, ...] = get_args(wire.LinkMessage)
 TITLES: dict[Kind, str] = {
     messages.Message: "every message",
     messages.HandoffMessage: "about a handoff",
-    messages.RankMessage: "part, verdict",
     daemon_messages.Ask: "every request and answer",
 }
 KINDS: dict[str, tuple[Kind, ...]] = {
     "Agent and agent": (
-        *(messages.Message, messages.HandoffMessage, messages.RankMessage, messages.HandoffId),
+        *(messages.Message, messages.HandoffMessage, messages.HandoffId),
         *messages.MESSAGE_TYPES,
         *(descriptors.CacheDescriptor, descriptors.RegionDescriptor, descriptors.CudaMemory),
         *(layout.KVLayout, region.RegionLayout, region.Axis, layout.GroupLayout, layout.Scale),
@@ -77,7 +76,6 @@ NUMBERS = documented_numbers(TEXT)
 SECONDS = r"(?!.*PER_S$).*_(S|MS)"
 NOT_OF_THE_PROTOCOL = {
     "agent.executor.NEVER_S": "no timeout",
-    "agent.tables.NEVER_S": "no timeout",
     "transfer.compute_gate.POLL_S": "how a thread waits for its own GPU",
     "cuda_ipc.lane.LINGER_S": "how a thread waits for its own GPU",
     "cuda_ipc.lane.LOOK_S": "how a thread waits for its own GPU",
@@ -91,7 +89,6 @@ FILES_WITH_LIMITS = (
             "machine",
             "registry",
             "ledger",
-            "rank_roll",
         )
     ),
     *(
@@ -111,7 +108,6 @@ FILES_WITH_LIMITS = (
             "messaging",
             "sessions",
             "agent",
-            "rank_coordinator",
         )
     ),
     *(

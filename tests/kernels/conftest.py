@@ -1,7 +1,8 @@
-"""Where kernels run in these tests: the path for CPU tensors, Triton's interpreter, and a GPU."""
+"""Where kernels run in these tests, Triton's interpreter or a GPU; and the caches that they move."""
 
 from __future__ import annotations
 
+import math
 import mmap
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,12 +13,11 @@ from kvferry.kernels import copy as copy_module
 from kvferry.kernels import pieces as pieces_module
 from kvferry.kernels import relayout as relayout_module
 from kvferry.kernels import rows as rows_module
-from kvferry.kernels import runtime
 from kvferry.kernels import scaling as scaling_module
-from kvferry.kernels.paged import PagedCache
+from kvferry.kernels.paged import WIDEST_NBYTES, Geometry, PagedCache
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 _SENTINEL = 0x5A
 _MAP_NORESERVE = 0x4000
@@ -75,6 +75,43 @@ CASES = [
 ]
 
 
+def entries_of(
+    tensors: torch.Tensor | Sequence[torch.Tensor],
+    dims: str,
+    order: tuple[str, str] = ("token", "head"),
+) -> list[torch.Tensor]:
+    """The planes of all layers, each `[block, outer, inner, dim]` with its own strides."""
+    names = tuple(dims.split())
+    layers = tensors
+    if isinstance(tensors, torch.Tensor):
+        where = names.index("layer")
+        layers = tensors.unbind(where)
+        names = names[:where] + names[where + 1 :]
+    # Absent axes are added in front, then all are put in order.
+    absent = [name for name in ("plane", *order) if name not in names]
+    have = (*reversed(absent), *names)
+    axes = [have.index(name) for name in ("plane", "block", *order, "dim")]
+    entries: list[torch.Tensor] = []
+    for layer in layers:
+        entries += layer[(None,) * len(absent)].permute(axes).unbind(0)
+    return entries
+
+
+def cache_of(entries: Sequence[torch.Tensor]) -> PagedCache:
+    """What the kernels know of these entries."""
+    nbytes = entries[0].element_size()
+    num_blocks, outer, inner, dim = entries[0].shape
+    block, outer_step, inner_step, step = (stride * nbytes for stride in entries[0].stride())
+    assert step == nbytes
+    assert all(entry.stride() == entries[0].stride() for entry in entries)
+    addresses = [entry.data_ptr() for entry in entries]
+    alignment = math.gcd(WIDEST_NBYTES, *addresses)
+    geometry = Geometry(
+        num_blocks, outer, inner, dim * nbytes, block, outer_step, inner_step, alignment
+    )
+    return PagedCache.from_addresses(addresses, geometry, entries[0].device)
+
+
 class Pool:
     """A cache in tensors of its own, every byte of which can be compared."""
 
@@ -103,9 +140,10 @@ class Pool:
             else raw.view(case.dtype).view(case.shape)
             for raw in self.owners
         ]
-        self.cache = PagedCache.from_tensors(
-            tensors if case.num_tensors else tensors[0], case.dims, order=case.order
+        self.entries = entries_of(
+            tensors if case.num_tensors else tensors[0], case.dims, case.order
         )
+        self.cache = cache_of(self.entries)
 
     def clone(self) -> Pool:
         """A pool of the same bytes elsewhere."""
@@ -126,15 +164,16 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def padded_staging(
-    cache: PagedCache, num_ids: int, *, offset_nbytes: int = 64
+    pool: Pool, num_ids: int, *, offset_nbytes: int = 64
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Staging with sentinel bytes on both sides. Returns all bytes, and the staging in them."""
-    nbytes = cache.nbytes(num_ids)
+    nbytes = pool.cache.nbytes(num_ids)
+    first = pool.entries[0]
     raw = torch.full(
-        (nbytes + 2 * offset_nbytes,), _SENTINEL, dtype=torch.uint8, device=cache.device
+        (nbytes + 2 * offset_nbytes,), _SENTINEL, dtype=torch.uint8, device=first.device
     )
-    inner = raw[offset_nbytes : offset_nbytes + nbytes].view(cache.dtype)
-    return raw, inner.view(cache.staging_shape(num_ids))
+    inner = raw[offset_nbytes : offset_nbytes + nbytes].view(first.dtype)
+    return raw, inner.view(len(pool.entries), num_ids, *first.shape[1:])
 
 
 def sentinels_intact(raw: torch.Tensor, *, offset_nbytes: int = 64) -> bool:
@@ -158,7 +197,6 @@ def interpret_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, value in list(vars(module).items()):
             if isinstance(value, jit.JITFunction):
                 monkeypatch.setattr(module, name, interpreter.InterpretedFunction(value.fn))
-    assert runtime.kernels_run_on(torch.device("cpu"))
 
 
 def need_cuda() -> None:
@@ -170,19 +208,9 @@ def need_cuda() -> None:
 _GPU = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
 
 
-@pytest.fixture(params=["cpu", "interpreter", *_GPU])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The device of the tensors, for each of the three ways an operation runs."""
-    if request.param == "cuda":
-        return "cuda"
-    if request.param == "interpreter":
-        interpret_kernels(monkeypatch)
-    return "cpu"
-
-
 @pytest.fixture(params=["interpreter", *_GPU])
 def kernel_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """As `device`, where the kernel runs: what it does with ids and counters of its own."""
+    """The device of the tensors, for both ways in which kernels run."""
     if request.param == "cuda":
         return "cuda"
     interpret_kernels(monkeypatch)

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from kvferry.kernels.copy import copy_kernel, kernel_constants
-from kvferry.kernels.paged import PagedCache
 from kvferry.kernels.tiles import LARGE, SMALL, Tuning
+from tests.kernels.conftest import cache_of, entries_of
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from kvferry.kernels.paged import PagedCache
 
 compiler = pytest.importorskip("triton.compiler", reason="Triton exists for Linux alone")
 backend = pytest.importorskip("triton.backends.compiler")
@@ -80,9 +82,8 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_aligned_words_move_16_bytes_at_a_time(
     operation: str, heads: int, dim: int, tuning: Tuning, loop: bool
 ) -> None:
-    cache = PagedCache.from_tensors(
-        [torch.empty(2, 4, 16, heads, dim, dtype=torch.bfloat16)], "plane block token head dim"
-    )
+    layer = torch.empty(2, 4, 16, heads, dim, dtype=torch.bfloat16)
+    cache = cache_of(entries_of([layer], "plane block token head dim"))
     ptx = compile_to_ptx(operation, cache, tuning, loop=loop)
     wide_loads = re.findall(r"ld\.global\.v2\.b64|ld\.global\.v4\.b32", ptx)
     wide_stores = re.findall(r"st\.global\.v2\.b64|st\.global\.v4\.b32", ptx)
@@ -91,13 +92,13 @@ def test_aligned_words_move_16_bytes_at_a_time(
 
 
 def test_only_the_last_program_touches_the_counter_of_the_peer() -> None:
-    cache = PagedCache.from_tensors([torch.empty(2, 4, 16, 8)], "plane block token dim")
+    cache = cache_of(entries_of([torch.empty(2, 4, 16, 8)], "plane block token dim"))
     ptx = compile_to_ptx("push", cache, LARGE, loop=False)
     assert len(re.findall(r"(?:atom|red)\.global\.sys\.release\.add\.u64", ptx)) == 1
     assert len(re.findall(r"atom\.global\.gpu\.acq_rel\.add\.u64", ptx)) == 1
 
 
 def test_nothing_of_an_unused_feature_is_compiled() -> None:
-    cache = PagedCache.from_tensors([torch.empty(2, 4, 16, 8)], "plane block token dim")
+    cache = cache_of(entries_of([torch.empty(2, 4, 16, 8)], "plane block token dim"))
     ptx = compile_to_ptx("gather", cache, LARGE, loop=False)
     assert "atom" not in ptx

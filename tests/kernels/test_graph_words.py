@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kvferry.kernels import copy as copy_module
-from kvferry.kernels.push import push_reference
 from kvferry.kernels.tiles import Tuning
+from kvferry.tools.bench.kernels.operations import push_reference
 from tests.kernels.conftest import Case, Pool
 
 NUM_BLOCKS = 9
@@ -66,7 +66,7 @@ class Repeated:
     def moves(self, src: list[int], dst: list[int]) -> None:
         """Notes what must have been moved besides, and checks everything."""
         rows = [torch.tensor(ids, dtype=torch.int64, device=self.src.device) for ids in (src, dst)]
-        push_reference(self.source.cache, rows[0], self.expected.cache, rows[1])
+        push_reference(self.source.entries, rows[0], self.expected.entries, rows[1])
         assert self.pool.equals(self.expected)
         assert self.state.tolist() == [0]
 

@@ -88,7 +88,7 @@ def test_pieces_and_chunks_cover_a_block(
     src = nhd(tokens, heads, dim_nbytes)
     plan = plan_tiles(src, hnd(tokens, heads, dim_nbytes), alignment_nbytes, tuning)
     piece_nbytes = plan.piece_words * plan.word_nbytes
-    assert plan.outer * plan.inner * piece_nbytes == src.block_plane_nbytes
+    assert plan.outer * plan.inner * piece_nbytes == src.block_entry_nbytes
     assert (plan.piece_chunks - 1) * plan.words < plan.piece_words <= plan.piece_chunks * plan.words
     assert plan.block_chunks == plan.outer * plan.inner * plan.piece_chunks
     for power in (plan.words, plan.chunks):

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvferry.adapters.agent.agent import Agent
-from kvferry.adapters.agent.ranks import connect_ranks, receive_from_ranks, send_to_ranks
 from kvferry.engine.layout.kv_layout import KVLayout
 from kvferry.engine.memory import iovec
 from tests.support.child import pipe_of_child, serve
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kvferry.adapters.agent.pending import Pending
+    from kvferry.adapters.agent.handoff import Pending
 
 NUM_LAYERS = 3
 TOKENS, DIM = 4, 16
@@ -42,19 +41,6 @@ class Cache:
         self.layers = [np.full(shape, SENTINEL, np.uint8) for _ in range(NUM_LAYERS)]
         self.layout = KVLayout.from_tensors(self.layers, "plane block token head dim")
         self.block_nbytes = self.layout.block_nbytes
-
-    def layouts_of_ranks(self, degree: int) -> list[KVLayout]:
-        """Of caches like this one on all ranks; each holds its share of a model's heads."""
-        heads = self.layers[0].shape[3]
-        return [
-            KVLayout.from_tensors(
-                self.layers,
-                "plane block token head dim",
-                head_start=rank * heads,
-                model_heads=degree * heads,
-            )
-            for rank in range(degree)
-        ]
 
     def fill(self, block_ids: Sequence[int], seed: int, layers: range | None = None) -> None:
         """Random content for these blocks: the i-th is alike wherever it lies."""
@@ -123,22 +109,15 @@ class Commands:
         heads: int = 2,
         tokens: int = TOKENS,
         dim: int = DIM,
-        degree: int = 1,
-        rank: int = 0,
         **options: Any,
     ) -> None:
         self._cache = Cache(num_blocks, heads, tokens, dim)
         self._gate = Gate()
         self._handoffs: list[Any] = []
-        layout = self._cache.layout
-        if degree > 1:
-            options["ranks"] = self._cache.layouts_of_ranks(degree)
-            options["rank"] = rank
-            layout = options["ranks"][rank]
         self._agent = Agent(
             name=name,
             role=role,  # type: ignore[arg-type]
-            layout=layout,
+            layout=self._cache.layout,
             tensors=self._cache.layers,
             transports=(transport,),
             **options,
@@ -167,16 +146,6 @@ class Commands:
 
     def send(self, *arguments: Any, **options: Any) -> int:
         return self._keep(self._agent.send(*arguments, **options))
-
-    def connect_ranks(self, addresses: list[str]) -> list[str]:
-        self._peers = connect_ranks(self._agent, addresses)
-        return sorted(self._peers.names.values())
-
-    def receive_from_ranks(self, *arguments: Any, **options: Any) -> int:
-        return self._keep(receive_from_ranks(self._agent, self._peers, *arguments, **options))
-
-    def send_to_ranks(self, *arguments: Any, **options: Any) -> int:
-        return self._keep(send_to_ranks(self._agent, *arguments, **options))
 
     def open_send(self, *arguments: Any, **options: Any) -> int:
         return self._keep(self._agent.open_send(*arguments, **options))

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvferry.adapters.vllm.cache import Backend, describe_caches, heads_of_rank
-from kvferry.adapters.vllm.groups import CacheGroup
+from kvferry.adapters.vllm.cache import Backend, CacheGroup, Heads, describe_caches
 from kvferry.adapters.vllm.orders import Orders, ReceiveOrder
 from kvferry.adapters.vllm.settings import Settings
 from kvferry.adapters.vllm.worker import WorkerSide
@@ -18,7 +17,7 @@ from kvferry.adapters.vllm.worker import WorkerSide
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from kvferry.adapters.vllm.results import Results
+    from kvferry.adapters.vllm.orders import Results
 
 LAYERS, BLOCKS, HEADS, TOKENS, CONTENT = 3, 12, 2, 4, 16
 WAIT_S = 30.0
@@ -56,7 +55,7 @@ def make_worker(
     **options: Any,
 ) -> WorkerSide:
     """The worker of one rank; `split` blocks of the cache are one of vLLM's."""
-    heads = heads_of_rank(1 if groups[0].kind == "mla" else HEADS, max(1, len(ranks)), rank)
+    heads = Heads.of_rank(1 if groups[0].kind == "mla" else HEADS, max(1, len(ranks)), rank)
     layout, names = describe_caches(caches, groups, backend, heads)
     return WorkerSide(
         engine_id=engine_id,
@@ -126,7 +125,7 @@ def start_ranks(
         shares.append({layer: parts[cache.data_ptr()] for layer, cache in model.items()})
     heads = 1 if latent else HEADS
     layouts = [
-        describe_caches(shares[0], groups, CPU, heads_of_rank(heads, num, rank))[0]
+        describe_caches(shares[0], groups, CPU, Heads.of_rank(heads, num, rank))[0]
         for rank in range(num)
     ]
     options |= {"mode": mode, "ranks": layouts if num > 1 else (), "groups": groups}

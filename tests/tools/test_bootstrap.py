@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pip
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from kvferry.control.keys import read_toml
 from kvferry.tools import bootstrap, locked
 
 ROOT = Path(__file__).parent.parent.parent
@@ -78,7 +78,7 @@ def test_local_versions_compare_by_their_public_part() -> None:
 
 def asked_for() -> list[Requirement]:
     """All that the set-up installs by name, and what the lock pins besides."""
-    parsed = read_toml(ROOT / "pyproject.toml")
+    parsed = msgspec.toml.decode((ROOT / "pyproject.toml").read_bytes())
     project, groups = parsed["project"], parsed["dependency-groups"]
     lists = [project["dependencies"], groups[bootstrap.GROUP], groups["lock"]]
     lists += [project["optional-dependencies"][extra] for extra in bootstrap.EXTRAS]

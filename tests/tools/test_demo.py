@@ -21,7 +21,7 @@ from rich.console import Console
 from kvferry.control.errors import HelloRefused, LayoutMismatch
 from kvferry.engine.errors import DeviceError, TransportUnavailable
 from kvferry.engine.memory import cuda_driver as cuda
-from kvferry.tools.demo import devices as demo_devices
+from kvferry.tools.demo import command as demo_command
 from kvferry.tools.demo import report as demo_report
 from kvferry.tools.demo import run as demo_run
 from kvferry.tools.demo import workers as demo_workers
@@ -347,10 +347,10 @@ class TestWhereItComputes:
         self, wanted: str, count: int, devices: tuple[str, str]
     ) -> None:
         self.count = count
-        assert demo_devices.choose(wanted) == devices
+        assert demo_command.choose_devices(wanted) == devices
 
     def test_the_cpu_may_be_asked_for(self) -> None:
-        assert demo_devices.choose("cpu") == ("cpu", "cpu")
+        assert demo_command.choose_devices("cpu") == ("cpu", "cpu")
 
     @pytest.mark.parametrize(
         ("why", "says"),
@@ -372,9 +372,9 @@ class TestWhereItComputes:
             self.count = (
                 0 if why == "none visible" else DeviceError("cuInit failed", operation="cuda")
             )
-        assert demo_devices.choose("auto") == ("cpu", "cpu")
-        with pytest.raises(demo_devices.NoGpu, match=f"--device cuda: .*{says}"):
-            demo_devices.choose("cuda")
+        assert demo_command.choose_devices("auto") == ("cpu", "cpu")
+        with pytest.raises(demo_command.NoGpu, match=f"--device cuda: .*{says}"):
+            demo_command.choose_devices("cuda")
 
 
 def assert_gone(pids: list[int], timeout_s: float = 20.0) -> None:

@@ -1,7 +1,7 @@
 """Resident memory of an idle engine and an idle agent, beside torch and beside their imports.
 
 Each is measured in a process of its own, which imports torch first: an inference engine has torch
-whatever it embeds.
+whatever it embeds. Not a `Peer`: that imports the parent's main module, which would be counted.
 """
 
 from __future__ import annotations

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import platform
 import time
 from pathlib import Path  # noqa: TC003 - typer reads it at run time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -16,9 +15,7 @@ from kvferry.engine.errors import EngineError
 from kvferry.engine.staging.thresholds import NEVER_DIRECT, Paths
 from kvferry.engine.transfer_engine import TransferEngine
 from kvferry.engine.transports.selection import TRANSPORTS
-
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
+from kvferry.tools.bench.peers import Peer, PeerEnded
 
 SIZES_NBYTES = (64, 128, 256, 512, 1 << 10, 4 << 10, 16 << 10, 64 << 10)
 TOTAL_NBYTES = 16 << 20
@@ -85,19 +82,11 @@ def measure(transport: str) -> dict[int, tuple[float, float]]:
     on_gpu = transport == "cuda_ipc"
     if on_gpu:
         _check_gpu()
-    context = multiprocessing.get_context("spawn")
-    pipe, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, transport), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        return _speeds(pipe, transport, _pool(on_gpu, 0))
-    except EOFError:
-        raise Missing("the other process ended") from None
-    finally:
-        pipe.close()
-        process.join(5)
-        process.kill()
+    with Peer(_Receiver, transport) as peer:
+        try:
+            return _speeds(peer, transport, _pool(on_gpu, 0))
+        except PeerEnded:
+            raise Missing("the other process ended") from None
 
 
 def _check_gpu() -> None:
@@ -128,32 +117,36 @@ def _engines(transport: str, stack: contextlib.ExitStack) -> list[TransferEngine
     ]
 
 
-def _serve(pipe: Connection[Any, Any], transport: str) -> None:
+class _Receiver:
     """The receiving process."""
-    on_gpu = transport == "cuda_ipc"
-    device = 0
-    if on_gpu:
-        import torch
 
-        device = min(1, torch.cuda.device_count() - 1)
-        torch.cuda.set_device(device)
-    pool = _pool(on_gpu, device)
-    with contextlib.ExitStack() as stack:
+    def __init__(self, transport: str) -> None:
+        self._transport = transport
+        self._stack = contextlib.ExitStack()
+
+    def open(self) -> Any:
+        """Make an engine for each way; where they are and their regions, or why there are none."""
+        on_gpu = self._transport == "cuda_ipc"
+        device = 0
+        if on_gpu:
+            import torch
+
+            device = min(1, torch.cuda.device_count() - 1)
+            torch.cuda.set_device(device)
+        pool = _pool(on_gpu, device)
         try:
-            engines = _engines(transport, stack)
+            engines = _engines(self._transport, self._stack)
         except EngineError as error:
-            pipe.send(error)
-            return
-        pipe.send([(each.address.encode(), each.register(pool).descriptor) for each in engines])
-        with contextlib.suppress(EOFError):
-            pipe.recv()  # until the other process has had enough
+            return error
+        return [(each.address.encode(), each.register(pool).descriptor) for each in engines]
+
+    def close(self) -> None:
+        self._stack.close()
 
 
-def _speeds(
-    pipe: Connection[Any, Any], transport: str, pool: Any
-) -> dict[int, tuple[float, float]]:
+def _speeds(peer: Peer, transport: str, pool: Any) -> dict[int, tuple[float, float]]:
     """Both ways in turn, so that what disturbs the machine disturbs both; the best of each."""
-    answer = pipe.recv()
+    answer = peer.call("open")
     if isinstance(answer, EngineError):
         raise answer
     speeds = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import importlib.metadata
 import json
 import time
 from typing import Annotated
@@ -11,7 +12,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from kvferry.tools.demo import devices as demo_devices
+from kvferry.engine.errors import DeviceError
+from kvferry.engine.memory import cuda_driver as cuda
 from kvferry.tools.demo import run as demo_run
 from kvferry.tools.demo.events import Options
 from kvferry.tools.demo.progress import DemoProgress
@@ -35,6 +37,42 @@ class TransportChoice(str, enum.Enum):
     cuda_ipc = "cuda_ipc"
     cma = "cma"
     tcp = "tcp"
+
+
+class NoGpu(RuntimeError):
+    """GPUs were asked for, and there are none; says why."""
+
+
+def choose_devices(wanted: str) -> tuple[str, str]:
+    """Choose the devices of prefill and decode, for `auto`, `cpu` or `cuda`.
+
+    Without asking torch, which takes seconds.
+
+    Raises:
+        NoGpu: `cuda` is wanted, and cannot be had.
+    """
+    if wanted == "cpu":
+        return "cpu", "cpu"
+    reason, count = _gpus()
+    if count:
+        return "cuda:0", f"cuda:{min(1, count - 1)}"
+    if wanted == "cuda":
+        raise NoGpu(f"--device cuda: {reason}")
+    return "cpu", "cpu"
+
+
+def _gpus() -> tuple[str, int]:
+    """Why there are none, or how many there are."""
+    reason = cuda.absence()
+    if reason:
+        return reason, 0
+    if "+cpu" in importlib.metadata.version("torch"):
+        return "torch is built without CUDA", 0
+    try:
+        count = cuda.driver().device_count()
+    except DeviceError as error:
+        return error.message, 0
+    return "" if count else "no GPU is visible: look at CUDA_VISIBLE_DEVICES", count
 
 
 def demo(
@@ -64,8 +102,8 @@ def demo(
     everything = transport is TransportChoice.all
     console = Console(stderr=True)
     try:
-        devices = demo_devices.choose(device.value)
-    except demo_devices.NoGpu as error:
+        devices = choose_devices(device.value)
+    except NoGpu as error:
         _print_problem(console, str(error))
         raise typer.Exit(1) from None
     on_gpus = devices[0] != "cpu"

@@ -11,8 +11,7 @@ its hooks are called in vLLM's order. Medians, in microseconds.
 from __future__ import annotations
 
 import json
-import statistics
-import time
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +23,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import KVConnectorOutput
 
 from ...adapters.vllm.connector import KVFerryConnector
+from .idle_step import medians_us
 
 LAYERS = 32
 NAMES = [f"model.layers.{number}.self_attn.attn" for number in range(LAYERS)]
@@ -88,20 +88,12 @@ def measure(steps: int = 5_000) -> dict[str, float]:
     worker.register_kv_caches({name: torch.zeros(shape) for name in NAMES})
     output = SchedulerOutput.make_empty()
     output.total_num_scheduled_tokens = 8
-    took: dict[str, list[float]] = {"scheduler_us": [], "worker_us": [], "both_us": []}
     try:
-        for _ in range(steps):
-            started_s = time.perf_counter()
-            metadata = scheduler_step(scheduler, output)
-            between_s = time.perf_counter()
-            worker_step(worker, metadata)
-            ended_s = time.perf_counter()
-            took["scheduler_us"].append(1e6 * (between_s - started_s))
-            took["worker_us"].append(1e6 * (ended_s - between_s))
-            took["both_us"].append(1e6 * (ended_s - started_s))
+        return medians_us(
+            steps, partial(scheduler_step, scheduler, output), partial(worker_step, worker)
+        )
     finally:
         worker.shutdown()
-    return {name: round(statistics.median(each), 1) for name, each in took.items()}
 
 
 if __name__ == "__main__":

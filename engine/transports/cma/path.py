@@ -68,7 +68,7 @@ _PR_SET_PTRACER_ANY = ctypes.c_ulong(-1)
 
 
 def yama_scope() -> int:
-    """Yama's ptrace_scope; 0 where there is no Yama."""
+    """Reads Yama's ptrace_scope; 0 where there is no Yama."""
     try:
         with open(YAMA) as file:
             return int(file.read())
@@ -110,7 +110,7 @@ def permit_peers() -> None:
 
 
 def read_word(pid: int, address: int) -> bytes:
-    """16 bytes of another process, to find out whether it may be reached.
+    """Reads 16 bytes of another process, to find out whether it may be reached.
 
     Raises:
         OSError: it may not.
@@ -127,7 +127,7 @@ def read_word(pid: int, address: int) -> bytes:
 
 
 def refusal(error: OSError) -> str:
-    """Why an attachment failed, and what to do."""
+    """Says why an attachment failed, and what to do."""
     if error.errno == errno.EPERM:
         return (
             "the kernel does not let one engine reach the other's memory (different users, "
@@ -137,7 +137,7 @@ def refusal(error: OSError) -> str:
 
 
 class CmaPath(DataPath):
-    """Copies by the engine's copier threads."""
+    """Copies host memory by the engine's copier threads, and GPU memory through `SharedStaging`."""
 
     peer_reaches_memory = True
     kinds = frozenset({"host", "cuda"})
@@ -191,7 +191,7 @@ class CmaPath(DataPath):
         )
 
     def _is_staged(self, transfer: Transfer) -> bool:
-        """Whether a GPU's memory is at either end, or the table of paths says so."""
+        """Tells whether staging is needed: GPU memory at either end, or the table of paths says so."""
         regions = (*transfer.local_regions, *transfer.remote_regions)
         if any(region.kind != "host" for region in regions):
             return True
@@ -227,7 +227,7 @@ class CmaPath(DataPath):
             self._start(transfer, [functools.partial(copy, share) for share in shares])
 
     def _announce(self, transfer: Transfer) -> bool:
-        """Notes what to do at the end; False if there is nothing to copy, so that this was it."""
+        """Notes that the write is counted at its end; ends an empty transfer, and returns False."""
         if transfer.write and transfer.imm is not None:
             transfer.on_placed = functools.partial(self._count, transfer.imm, transfer)
         if not transfer.total_nbytes and transfer.begin():
@@ -255,7 +255,7 @@ class CmaPath(DataPath):
         return self._answered(message.transfer, message.first) is None
 
     def _answered(self, transfer: int, chunk: int) -> tuple[Transfer, int, int] | None:
-        """Takes note of an answer about a chunk: its transfer, size and checksum if it was asked."""
+        """Takes a chunk's transfer, size and checksum off the list; fails the link if it was not asked."""
         with self._lock:
             entry = self._unchecked.pop((transfer, chunk), None)
         if entry is None:
@@ -315,7 +315,7 @@ class CmaPath(DataPath):
         remote: npt.NDArray[np.integer] | iovec.FewEntries,
         nbytes: int,
     ) -> bool:
-        """Copies, for work that was begun; ends it, and says False, if that fails."""
+        """Copies, for work that was begun; if that fails, ends it and returns False."""
         transfer.ticket._mark("on wire")
         try:
             iovec.process_vm(self._pid, local, remote, nbytes, write=transfer.write)

@@ -1,4 +1,4 @@
-"""Between two processes of one host: through memory that both share, pinned for the GPUs.
+"""Staging between two processes of one host: slots in memory that both share, pinned for the GPUs.
 
 For what `cma` and `cuda_ipc` cannot reach: GPU memory without peer access, or one end in GPU memory
 and the other in host memory. Whoever has the bytes gathers them into a slot of its own staging and
@@ -17,7 +17,7 @@ import numpy as np
 from ...errors import DeviceError, EngineError, ProtocolError
 from ...memory import iovec
 from ...runtime.pipeline import work_off
-from ...staging.ring import Moved, Mover, new_mover
+from ...staging.mover import Moved, Mover, new_mover
 from ...staging.shared_slots import SharedSlots
 from ...transfer.staged import hold_until_computed
 from ...wire import tables
@@ -61,28 +61,21 @@ FIRST_PART_NBYTES = 4 << 20
 
 
 class _Gathered(NamedTuple):
-    """A slot that is being filled."""
+    """A slot that is being filled; `end` ends the use of where its bytes come from."""
 
     slot: int
     moved: Moved
+    end: Callable[[EngineError | None], None]
     item: Segment | Reply
     nbytes: int
 
-    def drop(self, error: EngineError | None) -> None:
-        """Ends the use of its source: nothing was announced."""
-        self.item.sent(error)
-
 
 class _Scattered(NamedTuple):
-    """A slot that is being emptied."""
+    """A slot that is being emptied; `end` ends the use of where its bytes go."""
 
     slot: int
     moved: Moved
-    placed: Placed
-
-    def drop(self, error: EngineError | None) -> None:
-        """Ends the use of its destination."""
-        self.placed(error, True)
+    end: Callable[[EngineError | None], None]
 
 
 class SharedStaging:
@@ -188,10 +181,10 @@ class SharedStaging:
         except BaseException:
             item.sent()
             raise
-        return _Gathered(slot, moved, item, int(pieces[:, 1].sum()))
+        return _Gathered(slot, moved, item.sent, item, int(pieces[:, 1].sum()))
 
     def _announce(self, gathered: _Gathered) -> None:
-        slot, moved, item, nbytes = gathered
+        slot, moved, end, item, nbytes = gathered
         failure: EngineError | None = None
         try:
             moved.wait()
@@ -200,40 +193,34 @@ class SharedStaging:
                 item.ticket._mark("on wire")
             crc = self._checksum(self._slots(), slot, nbytes) if item.verify else None
             if isinstance(item, Reply):
-                staged = Staged(
-                    transfer=item.transfer,
-                    first=item.first,
-                    slot=slot,
-                    nbytes=nbytes,
-                    reply=True,
-                    regions=b"",
-                    pieces=b"",
-                    imm=None,
-                    crc=crc,
-                )
+                number, first, imm, regions, pieces = item.transfer, item.first, None, b"", b""
             else:
-                staged = Staged(
-                    transfer=item.transfer.id,
-                    first=item.pieces.start,
-                    slot=slot,
-                    nbytes=nbytes,
-                    reply=False,
-                    regions=self._region_rows(item.transfer),
-                    pieces=tables.piece_rows(item.transfer, item.pieces).tobytes(),
-                    imm=item.transfer.imm,
-                    crc=crc,
-                )
-                self._outstanding.sending(staged.transfer)
+                transfer = item.transfer
+                number, first, imm = transfer.id, item.pieces.start, transfer.imm
+                regions = self._region_rows(transfer)
+                pieces = tables.piece_rows(transfer, item.pieces).tobytes()
+                self._outstanding.sending(number)
+            staged = Staged(
+                transfer=number,
+                first=first,
+                slot=slot,
+                nbytes=nbytes,
+                reply=isinstance(item, Reply),
+                regions=regions,
+                pieces=pieces,
+                imm=imm,
+                crc=crc,
+            )
             with self._lock:
                 self._filled.add(slot)
             self._link.send(staged)
         except DeviceError as error:
             failure = error
             self._free.put(slot)
-        item.sent(failure)
+        end(failure)
 
     def _region_rows(self, transfer: Transfer) -> bytes:
-        """The region table of a transfer; most transfers name the regions of the one before."""
+        """Encodes a transfer's region table; most transfers name the regions of the one before."""
         if self._named[0] is not transfer.remote_regions:
             rows = tables.region_rows(transfer.remote_regions).tobytes()
             self._named = (transfer.remote_regions, rows)
@@ -283,17 +270,18 @@ class SharedStaging:
         device: int,
         placed: Placed,
     ) -> _Scattered | None:
+        end = functools.partial(placed, staged=True)
         try:
             self._check(slots, staged)
             moved = self._mover("in", device, slots).scatter(slots.slot(staged.slot), pieces)
         except EngineError as error:
             self._link.send(Unstaged(staged.slot))
-            placed(error, True)
+            end(error)
             return None
         except BaseException:
-            placed(None, True)
+            end(None)
             raise
-        return _Scattered(staged.slot, moved, placed)
+        return _Scattered(staged.slot, moved, end)
 
     def _placed(self, scattered: _Scattered) -> None:
         failure: EngineError | None = None
@@ -302,7 +290,7 @@ class SharedStaging:
         except DeviceError as error:
             failure = error
         self._link.send(Unstaged(scattered.slot))
-        scattered.placed(failure, True)
+        scattered.end(failure)
 
     # Both.
 
@@ -315,7 +303,7 @@ class SharedStaging:
         return iovec.checksum(iovec.one(slots.slot(slot), nbytes))
 
     def _slots(self) -> SharedSlots:
-        """This side's staging; made with the first call, and the peer told."""
+        """Returns this side's slots; makes them with the first call, and tells the peer."""
         with self._making:
             slots = self._mine
             if slots is None:
@@ -327,7 +315,7 @@ class SharedStaging:
             return slots
 
     def _mover(self, direction: str, device: int, slots: SharedSlots) -> Mover:
-        """Who copies between the slots and a device; made with the first call."""
+        """Returns what copies between the slots and a device; makes it with the first call."""
         with self._making:
             mover = self._movers.get((direction, device))
             if mover is None:
@@ -394,7 +382,7 @@ class SharedStaging:
         return True
 
     def _leave(self, halted: Callable[[], None]) -> None:
-        """The last thread has ended."""
+        """Frees everything: the last thread has ended."""
         drop_replies(self._out)
         for slots in (self._mine, self._theirs):
             if slots is not None:
@@ -428,10 +416,10 @@ def _done(begun: _Gathered | _Scattered) -> bool:
 
 
 def _drop(begun: _Gathered | _Scattered) -> None:
-    """The thread fails: its copies end before anybody believes that they have."""
+    """Waits for the copies of a thread that fails: they end before anybody believes that they have."""
     try:
         begun.moved.wait()
     except DeviceError as error:
-        begun.drop(error)
+        begun.end(error)
     else:
-        begun.drop(None)
+        begun.end(None)

@@ -90,7 +90,7 @@ def compile_plan(
 def _side(
     addresses: npt.NDArray[np.int64], nbytes: int, stride: int, layout: KVLayout, device: int
 ) -> PagedCache:
-    """Each piece of the template as a layer of its own whose block is one run of bytes."""
+    """Each piece of the template as an entry of its own whose block is one run of bytes."""
     geometry = Geometry(
         num_blocks=layout.regions[layout.groups[0].regions[0]].num_slots,
         outer=1,
@@ -101,11 +101,4 @@ def _side(
         inner_stride_nbytes=nbytes,
         alignment_nbytes=1,
     )
-    return PagedCache.from_addresses(
-        addresses.tolist(),
-        geometry,
-        num_layers=len(addresses),
-        num_planes=1,
-        dtype=torch.uint8,
-        device=torch.device("cuda", device),
-    )
+    return PagedCache.from_addresses(addresses.tolist(), geometry, torch.device("cuda", device))

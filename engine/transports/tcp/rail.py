@@ -15,9 +15,9 @@ import numpy as np
 from ...errors import DeviceError, EngineError, ProtocolError
 from ...memory import iovec
 from ...runtime.pipeline import work_off
-from ...staging.ring import Buffer, Ring, new_mover, suits
-from ...wire import frames as frames
-from ...wire import tables
+from ...staging.mover import new_mover, suits
+from ...staging.ring import Buffer, Ring
+from ...wire import frames, tables
 from ..segments import admit_write, checksum_mismatch, prepare_gpus
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ...runtime.pipeline import Finisher
-    from ...staging.ring import Moved
+    from ...staging.mover import Moved
     from ..base import PathHost
     from ..segments import Outstanding, Placed, Reply, Segment
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import NotRegistered
+from ...errors import EngineError, NotRegistered
 from . import queue_pair as verbs_qp
 from .work_requests import Share, own_regions, split
 
 if TYPE_CHECKING:
     from ...memory.descriptors import RegionDescriptor
     from ...transfer.transfer import Transfer
+    from ..base import PathHost
     from .device import Device
     from .loop import Loop
     from .queue_pair import QueuePair
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 class Direct:
     """Transfers of one link that go direct. Used by the link's thread, but for keys."""
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, link: PathHost, loop: Loop) -> None:
+        self._link = link
         self._loop = loop
         self._keys: dict[int, tuple[int, ...]] = {}
         self._waiting: deque[tuple[Transfer, Pieces]] = deque()  # no rail is up
@@ -43,11 +45,22 @@ class Direct:
         self._keys.pop(region_id, None)
 
     def submit(self, transfer: Transfer, pieces: Pieces) -> None:
-        """Starts a transfer, now or once a rail is up.
+        """Starts a transfer, now or once a rail is up; errors end it."""
+        try:
+            self._submit(transfer, pieces)
+        except EngineError as error:
+            error.operation, error.imm = transfer.ticket.operation, transfer.imm
+            error.peer = self._link.peer.name
+            transfer.stop(error)
 
-        Raises:
-            NotRegistered: a device has no key of a region, here or at the peer.
-        """
+    def resume(self) -> None:
+        """Starts what waited for a rail: one is up."""
+        waiting, self._waiting = self._waiting, deque()
+        for transfer, pieces in waiting:
+            if transfer.stopped is None:
+                self.submit(transfer, pieces)
+
+    def _submit(self, transfer: Transfer, pieces: Pieces) -> None:
         ways = [(rail, pair) for rail in self._loop.rails if rail.up for pair in rail.direct]
         if not ways:
             self._waiting.append((transfer, pieces))
@@ -62,11 +75,6 @@ class Direct:
                 pair_of_keys = keys[rail.device, rail.peer_nic] = self._both_keys(transfer, rail)
             pair.queue.append(Share(transfer, share, rail.device.max_sge, pair_of_keys))
             self.advance(rail, pair)
-
-    def take_waiting(self) -> deque[tuple[Transfer, Pieces]]:
-        """The transfers that wait for a rail; the caller submits them again."""
-        waiting, self._waiting = self._waiting, deque()
-        return waiting
 
     def advance(self, rail: Rail, pair: QueuePair) -> None:
         """Posts of a queue pair's waiting shares what it has room and credits for."""

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import DeviceError, EngineError, LinkError, ProtocolError
+from ...errors import EngineError, LinkError, ProtocolError
 from ...memory import iovec
-from ...wire import frames as frames
-from ...wire import tables
+from ...wire import frames, tables
 from ...wire.messages import Acknowledge, ReadRequest, Refuse, SlotFree
 from ..segments import (
     Outstanding,
@@ -165,7 +164,7 @@ class Frames:
         staged = buffer[start : start + header.nbytes]
         try:
             self._movers.gather(staged, pieces, device)
-        except DeviceError as error:
+        except EngineError as error:
             self._loop.soon(functools.partial(self._not_gathered, slot, error))
             return
         if item.verify:
@@ -181,7 +180,7 @@ class Frames:
         self._gathered.append((slot, nbytes))
         self.advance()
 
-    def _not_gathered(self, slot: int, error: DeviceError) -> None:
+    def _not_gathered(self, slot: int, error: EngineError) -> None:
         """A frame that cannot be filled is not sent, and so not answered."""
         frame = self._frames[slot]
         frame.answered = frame.left = True
@@ -191,7 +190,9 @@ class Frames:
     def left(self, slot: int) -> None:
         """A frame's bytes are in the peer's slot."""
         frame = self._frames[slot]
-        self._leave(frame)
+        if not frame.left:
+            frame.left = True
+            frame.item.sent()
         self._settle(slot, frame)
 
     def acknowledged(self, message: Acknowledge) -> None:
@@ -209,14 +210,14 @@ class Frames:
         frame.item.transfer.end(message.nbytes)
         self._settle(message.slot or 0, frame)
 
-    def freed(self, slot: int) -> None:
+    def freed(self, message: SlotFree) -> None:
         """The peer has taken a frame apart that needs no further answer, or has refused it."""
-        frame = self._frames.get(slot)
+        frame = self._frames.get(message.slot)
         if frame is None or frame.answered:
             self._link.fail(answer_to_nothing())
             return
         frame.answered = True
-        self._settle(slot, frame)
+        self._settle(message.slot, frame)
 
     def expects_refusal(self, message: Refuse) -> bool:
         """Whether a refusal is an answer to anything. On the progress thread."""
@@ -231,10 +232,8 @@ class Frames:
         """A frame's rail broke before it left: the peer's word decides whether it arrived. One that
         reads is refused what it may have got all the same: then the refusal answers nothing that is
         still asked, and is passed over."""
-        frame = self._frames[slot]
-        frame.item.fail(error)
-        self._leave(frame)
-        self._settle(slot, frame)
+        self._frames[slot].item.fail(error)
+        self.left(slot)
 
     def rail_closed(self, rail: Rail) -> None:
         """The peer has dealt with all that came over a rail: what it did not answer never came."""
@@ -245,11 +244,6 @@ class Frames:
                     frame.item.transfer.end(0)
                 self._settle(slot, frame)
         self.advance()
-
-    def _leave(self, frame: _Frame) -> None:
-        if not frame.left:
-            frame.left = True
-            frame.item.sent()
 
     def _settle(self, slot: int, frame: _Frame) -> None:
         if frame.left and frame.answered:
@@ -351,7 +345,7 @@ class Frames:
             return checksum_mismatch(self._link.peer.name, imm)
         try:
             self._movers.scatter(staged, pieces, device)
-        except DeviceError as error:
+        except EngineError as error:
             return error
         if checked and not on_gpu and iovec.checksum(pieces) != header.crc:
             return checksum_mismatch(self._link.peer.name, imm)

@@ -126,7 +126,7 @@ class VerbsPath(DataPath):
             halted=self._tear_down,
         )
         self.loop = Loop(link, self.rails, events)
-        self._direct = Direct(self.loop)
+        self._direct = Direct(link, self.loop)
         self._frames = Frames(
             link, self.loop, meeting.slots, copy=self._copy, taken_apart=self._settle
         )
@@ -237,20 +237,12 @@ class VerbsPath(DataPath):
         if self._suits_frames(pieces):
             self._frames.submit(transfer)
         else:
-            self._go_direct(transfer, pieces)
+            self._direct.submit(transfer, pieces)
 
     def _suits_frames(self, pieces: Pieces) -> bool:
         count = len(starts_of_requests(pieces, self.rails[0].device.max_sge))
         nbytes = int(pieces.nbytes.sum())
         return count >= STAGED_FROM_REQUESTS and nbytes < count * STAGED_BELOW_NBYTES
-
-    def _go_direct(self, transfer: Transfer, pieces: Pieces) -> None:
-        try:
-            self._direct.submit(transfer, pieces)
-        except EngineError as error:
-            error.operation, error.imm = transfer.ticket.operation, transfer.imm
-            error.peer = self._link.peer.name
-            transfer.stop(error)
 
     def _claimed(self, claim: Claim) -> None:
         self._link.grant(claim, self._register)
@@ -278,9 +270,7 @@ class VerbsPath(DataPath):
     def _rail_up(self, rail: Rail) -> None:
         """A rail is connected at both ends: what waited for one goes on."""
         rail.up = True
-        for transfer, pieces in self._direct.take_waiting():
-            if transfer.stopped is None:
-                self._go_direct(transfer, pieces)
+        self._direct.resume()
         self._frames.advance()
 
     def _settle(self, rail: Rail) -> None:

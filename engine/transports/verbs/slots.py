@@ -1,4 +1,4 @@
-"""Staging of a verbs link: slots that hold one frame each, at both ends, and the copies in and out.
+"""Staging of a verbs link: slots that hold one frame each, at both ends.
 
 A frame is what a tcp rail carries (`wire/frames.py`): header, tables, bytes. It is put together in a
 slot here, written into the slot of the same number at the peer by one work request, checked and
@@ -11,25 +11,23 @@ straight out of it: the slots are pinned for CUDA, as they are for the RDMA devi
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import os
 import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...errors import DeviceError
-from ...memory import iovec
-from ...staging.ring import new_mover
-from ...wire import frames as frames
+from ...staging.mover import gather, new_mover, scatter
+from ...wire import frames
 from ...wire.tables import MAX_REGIONS, PIECE_ROW, REGION_ROW
 from ..segments import prepare_gpus
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from ...staging.ring import Mover
+    from ...memory import iovec
+    from ...staging.mover import Mover
     from ..base import PathHost
     from .device import Device
 
@@ -50,8 +48,6 @@ SLOT_NBYTES = (
     * _PAGE_NBYTES
 )
 SLOTS_NBYTES = 2 * NUM_SLOTS * SLOT_NBYTES  # of one end of a link
-TABLE_GRAIN_NBYTES = 16  # finer grids are left to the kernel
-_FEW = 16
 
 
 class Slots:
@@ -123,10 +119,10 @@ class Movers:
         """Copies pieces of a GPU's memory, or the host's for -1, one after the other into a slot.
 
         Raises:
-            DeviceError: the GPU failed.
+            DeviceError, RegionGone: the GPU failed, or the memory is gone.
         """
         if device < 0:
-            _gather(into, pieces)
+            gather(pieces, into)
         elif len(into):
             mover, beginning = self._mover(device)
             with beginning:
@@ -136,7 +132,7 @@ class Movers:
     def scatter(self, out_of: Bytes, pieces: iovec.Iovec, device: int) -> None:
         """Copies what lies in a slot into the pieces. Raises DeviceError."""
         if device < 0:
-            _scatter(out_of, pieces)
+            scatter(out_of, pieces)
         elif len(out_of):
             mover, beginning = self._mover(device)
             with beginning:
@@ -184,57 +180,3 @@ class Movers:
             raise
         if pins:
             self._pinned_by = mover
-
-
-def _gather(into: Bytes, pieces: iovec.Iovec) -> None:
-    """Copies the pieces one after the other into a buffer of their size."""
-    grid = _grid(pieces)
-    if grid is None:
-        _copy(into, pieces, write=False)
-        return
-    rows, index, grain = grid
-    np.take(rows, index, axis=0, out=into.reshape(-1, grain), mode="clip")
-
-
-def _scatter(out_of: Bytes, pieces: iovec.Iovec) -> None:
-    """Copies a buffer into the pieces, one after the other."""
-    grid = _grid(pieces)
-    if grid is None:
-        _copy(out_of, pieces, write=True)
-        return
-    rows, index, grain = grid
-    item = f"V{grain}"
-    rows.reshape(-1).view(item)[index] = out_of.view(item)
-
-
-def _grid(pieces: iovec.Iovec) -> tuple[Bytes, npt.NDArray[np.int64], int] | None:
-    """The memory that the pieces span as rows of one size, and the numbers of their rows in order;
-    None if they lie on no grid that is worth it."""
-    if len(pieces) < _FEW:
-        return None
-    addresses, nbytes = pieces[:, 0].astype(np.int64), pieces[:, 1].astype(np.int64)
-    first = int(addresses.min())
-    grain = int(np.gcd.reduce(np.concatenate((nbytes, addresses - first))))
-    if grain < TABLE_GRAIN_NBYTES:
-        return None
-    span = int((addresses + nbytes).max()) - first
-    rows = iovec.bytes_at(first, span).reshape(-1, grain)
-    index = (addresses - first) // grain
-    counts = nbytes // grain
-    if int(counts.max()) > 1:
-        starts = np.cumsum(counts) - counts
-        index = np.repeat(index - starts, counts) + np.arange(int(counts.sum()))
-    return rows, index, grain
-
-
-def _copy(buffer: Bytes, pieces: iovec.Iovec, *, write: bool) -> None:
-    """Copies between a buffer and pieces of any shape: the kernel walks them, or Python does."""
-    whole = iovec.one(buffer.ctypes.data, len(buffer))
-    try:
-        iovec.process_vm(os.getpid(), whole, pieces.copy(), len(buffer), write=write)
-    except OSError:  # a sandbox forbids the call: one by one, then
-        position = int(buffer.ctypes.data)
-        for address, nbytes in pieces.tolist():
-            there, here = (address, position) if write else (position, address)
-            ctypes.memmove(there, here, nbytes)
-            position += nbytes

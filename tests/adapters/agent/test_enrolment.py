@@ -227,7 +227,7 @@ def test_another_life_at_the_address_is_refused(
 
 
 def test_a_cache_is_described_in_numbers() -> None:
-    from kvferry.adapters.agent.config import describe_cache
+    from kvferry.adapters.agent.registration import describe_cache
 
     cache = Cache(8)
     numbers = describe_cache(cache.layout)

@@ -111,7 +111,7 @@ def test_another_version_is_refused_by_name(stranger: tuple[Local, Stranger]) ->
     answer = speaker.ask(encode(Hello(5, 99, "decode-9", "decode", 1)))
     assert isinstance(answer, Refused)
     assert answer.reason == "version"
-    assert "prefill-0 speaks version 3, decode-9 99" in answer.detail
+    assert "prefill-0 speaks version 4, decode-9 99" in answer.detail
 
 
 def test_nobody_can_speak_for_another_session(

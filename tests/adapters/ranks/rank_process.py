@@ -15,11 +15,9 @@ import numpy as np
 import torch
 
 from kvferry.adapters.agent.agent import Agent
+from kvferry.adapters.agent.handoff import HandoffSet
 from kvferry.adapters.agent.ranks import (
-    HandoffSet,
     connect_ranks,
-    receive_from_ranks,
-    send_to_ranks,
 )
 from kvferry.adapters.transformers import blocks_for, export_cache, import_cache
 from kvferry.engine.layout.kv_layout import KVLayout
@@ -147,7 +145,11 @@ def run_prefill(
         # Each head goes to two of four ranks.
         sets.append(
             HandoffSet(
-                [send_to_ranks(a, f"r{number}", ids, 2, timeout_s=WAIT_S) for a in ranks.agents]
+                [
+                    a.send(f"r{number}", ids, timeout_s=WAIT_S)
+                    for a in ranks.agents
+                    for _ in range(2)
+                ]
             )
         )
     pipe.send(None)
@@ -172,10 +174,11 @@ def run_decode(
         ids = ranks.allocate(len(prompt))
         HandoffSet(
             [
-                receive_from_ranks(
-                    agent, known, f"r{number}", ids, num_tokens=len(prompt), timeout_s=WAIT_S
+                agent.receive_tokens(
+                    f"r{number}", name, ids, num_tokens=len(prompt), timeout_s=WAIT_S
                 )
                 for agent, known in zip(ranks.agents, peers, strict=True)
+                for name in known.names.values()
             ]
         ).wait(WAIT_S)
         caches.append(ranks.gather(ids, len(prompt)))

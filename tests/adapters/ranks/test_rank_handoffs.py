@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from kvferry.adapters.agent.agent import Agent
+from kvferry.adapters.agent.handoff import Handoff, HandoffSet
 from kvferry.adapters.agent.ranks import (
-    HandoffSet,
     connect_ranks,
     num_readers,
-    receive_from_ranks,
-    send_to_ranks,
 )
+from kvferry.adapters.agent.tables import pack_tables, unpack_table
 from kvferry.control.errors import AgentClosed, HandoffError, LayoutMismatch, NotConnected
-from kvferry.engine.errors import PlanError
+from kvferry.engine.errors import BlockOutOfRange, OverlappingBlocks, PlanError
 from tests.support.caches import PagedPool, expect_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from kvferry.adapters.agent.handoff import Pending
+    from kvferry.adapters.agent.ranks import RankPeers
 
 WAIT_S = 30.0
 NHD = ("layer", "plane", "block", "token", "head", "dim")
@@ -43,6 +46,16 @@ def make_ranks(degree: int, order: tuple[str, ...], tokens: int, seed: int | Non
         )
         for rank in range(degree)
     ]
+
+
+def receive_all(agent: Agent, peers: RankPeers) -> HandoffSet[Handoff]:
+    """What one decode rank takes of the request, from every prefill rank that has some of it."""
+    return HandoffSet(
+        [
+            agent.receive_tokens("r", name, DST_TABLE, num_tokens=NUM_TOKENS)
+            for name in peers.names.values()
+        ]
+    )
 
 
 @pytest.fixture
@@ -113,15 +126,10 @@ def test_each_rank_hands_its_part_to_the_ranks_that_need_it(
         for rank, pool in enumerate(dst)
     }
     assert {rank: sorted(p.names) for rank, p in enumerate(peers)} == needed
-    asked = HandoffSet(
-        [
-            receive_from_ranks(agent, p, "r", DST_TABLE, num_tokens=NUM_TOKENS)
-            for agent, p in zip(decode, peers, strict=True)
-        ]
-    )
+    asked = HandoffSet([receive_all(agent, p) for agent, p in zip(decode, peers, strict=True)])
     readers = max(1, degrees[1] // degrees[0])
     assert num_readers(prefill[0], "decode-0") == readers
-    sent = HandoffSet([send_to_ranks(agent, "r", SRC_TABLE, readers) for agent in prefill])
+    sent = HandoffSet([agent.send("r", SRC_TABLE) for agent in prefill for _ in range(readers)])
     total = NUM_TOKENS * 2 * 2 * NUM_HEADS * 8
     assert asked.wait(WAIT_S) == sent.wait(WAIT_S) == total
     asked.blocks_free.wait(WAIT_S)
@@ -134,14 +142,7 @@ def test_one_rank_failing_fails_the_request_on_all(
     src, dst = make_ranks(2, NHD, 4, 1), make_ranks(4, HND, 9, None)
     prefill, decode = start("prefill", src, transport), start("decode", dst, transport)
     addresses = [agent.address for agent in prefill]
-    asked = HandoffSet(
-        [
-            receive_from_ranks(
-                agent, connect_ranks(agent, addresses), "r", DST_TABLE, num_tokens=NUM_TOKENS
-            )
-            for agent in decode
-        ]
-    )
+    asked = HandoffSet([receive_all(agent, connect_ranks(agent, addresses)) for agent in decode])
     computing = [agent.open_send("r", SRC_TABLE) for agent in prefill for _ in range(2)]
     sent = HandoffSet(computing)
     computing[0].write_layers(range(1))  # rank 0 is in the middle of it
@@ -172,4 +173,67 @@ def test_ranks_that_make_no_model_are_refused_at_hello(
 
 
 def test_a_set_of_none_is_done() -> None:
-    assert HandoffSet([]).wait(0.1) == 0
+    none: HandoffSet[Handoff] = HandoffSet([])
+    assert none.wait(0.1) == none.blocks_free.wait(0.1) == 0
+
+
+def test_a_set_is_at_rest_when_all_of_it_ended_and_is_free() -> None:
+    cancelled: list[Pending] = []
+    parts = [Handoff(f"r{n}", "", "send", lambda part, _: cancelled.append(part)) for n in range(3)]
+    together = HandoffSet(parts[:2])
+    parts[0].blocks_free._finish(0)
+    parts[0]._outcome._finish(7)
+    together.add(parts[2])
+    parts[2]._outcome._finish(5)
+    assert not together.done()
+    parts[1].blocks_free._finish(0)
+    parts[1]._outcome._finish(3)
+    assert together.wait(0.1) == 15
+    assert together.finished_s >= parts[1].finished_s > 0.0
+    assert not together.blocks_free.done()
+    parts[2].blocks_free._finish(0)
+    assert together.blocks_free.wait(0.1) == 0
+    assert cancelled == []
+
+
+def test_a_handoff_that_joins_a_failed_set_is_cancelled_and_waited_for() -> None:
+    cancelled: list[Pending] = []
+    parts = [Handoff(f"r{n}", "", "send", lambda part, _: cancelled.append(part)) for n in range(3)]
+    together = HandoffSet(parts[:2])
+    error = HandoffError("the first one's")
+    parts[0]._refuse(error)
+    assert (together.error, cancelled) == (error, [parts[1]])
+    together.add(parts[2])
+    assert cancelled == parts[1:]
+    parts[1]._refuse(HandoffError("cancelled"))
+    assert not together.blocks_free.done()
+    closed = AgentClosed("a peer could still reach the blocks")
+    parts[2]._outcome._fail(closed)
+    parts[2].blocks_free._fail(closed)
+    with pytest.raises(AgentClosed):
+        together.blocks_free.wait(0.1)
+    assert together.error is error
+
+
+def test_tables_are_packed_once_they_are_checked() -> None:
+    many = list(range(40))
+    for ids in ([3, 1, 2], many, np.array(many), []):
+        (packed,) = pack_tables("destination", [ids], 64)
+        assert list(unpack_table(packed)) == list(ids)
+    (packed,) = pack_tables("source", [[5, 5]], 64)  # a source may be named twice
+    assert unpack_table(packed) == [5, 5]
+    assert pack_tables("destination", [[7, 7], [-1]])[1] == b"\xff" * 4  # of tokens: null slots
+    refused: list[tuple[Any, type[Exception]]] = [
+        ([1, 64], BlockOutOfRange),
+        ([*many, -1], BlockOutOfRange),
+        ([1, 2, 1], OverlappingBlocks),
+        ([*many, 5], OverlappingBlocks),
+        ([[1]], PlanError),
+        ([1.5], PlanError),
+    ]
+    for ids, error in refused:
+        with pytest.raises(error):
+            pack_tables("destination", [ids], 64)
+    for value in (1 << 31, (1 << 64) - 1):
+        with pytest.raises(PlanError, match="destination block table 1 has an id beyond 32 bits"):
+            pack_tables("destination", [[1], [value]])

@@ -106,15 +106,14 @@ class Rank:
     """One rank of a server."""
 
     def __init__(self, mode: str, options: dict[str, Any], fill: int | None) -> None:
-        from kvferry.adapters.sglang import manager as conn
+        from kvferry.adapters.sglang.manager import KVFerryKVManager
 
         os.environ["KVFERRY_TRANSPORTS"] = options.get("transports", "")
         sglang_imports.PARALLEL.attn_tp_size = options.get("tp_size", 1)
         sglang_imports.PARALLEL.attn_tp_rank = options.get("tp_rank", 0)
         self.buffers = Buffers(options, fill)
         self.requests: dict[int, Any] = {}
-        self.conn = conn
-        self.manager = conn.KVFerryKVManager(
+        self.manager = KVFerryKVManager(
             self.buffers.args(options),
             DisaggregationMode(mode),
             SimpleNamespace(enable_pd_role_switch=False),
@@ -166,18 +165,22 @@ class Commands:
     # Requests
 
     def new_sender(self, name: str, room: int, num_pages: int, aux_index: int) -> None:
+        from kvferry.adapters.sglang.requests import KVFerryKVSender
+
         rank = self._ranks[name]
-        sender = rank.requests[room] = rank.conn.KVFerryKVSender(rank.manager, "127.0.0.1:0", room)
+        sender = rank.requests[room] = KVFerryKVSender(rank.manager, "127.0.0.1:0", room)
         sender.init(num_pages, aux_index)
 
     def new_receiver(self, name: str, room: int, port: int) -> None:
+        from kvferry.adapters.sglang.requests import KVFerryKVReceiver
+
         rank = self._ranks[name]
         address = f"127.0.0.1:{port}"
         deadline_s = time.monotonic() + WAIT_S
         while not rank.manager.try_ensure_parallel_info(address):
             assert time.monotonic() < deadline_s, "prefill is not registered"
             time.sleep(POLL_S)
-        receiver = rank.requests[room] = rank.conn.KVFerryKVReceiver(rank.manager, address, room)
+        receiver = rank.requests[room] = KVFerryKVReceiver(rank.manager, address, room)
         receiver.init(0)
 
     def publish(

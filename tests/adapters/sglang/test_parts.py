@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kvferry.adapters.sglang import messages as messages
-from kvferry.adapters.sglang.layout import Planner, Slice, heads_of_rank, slice_heads
+from kvferry.adapters.sglang.layout import Planner, Slice, slice_heads
 from kvferry.adapters.sglang.memory import register_buffers
 from kvferry.adapters.sglang.messages import Ended, Geometry, Publish, Register, frames, parse
 from kvferry.adapters.sglang.prefill import check_version
@@ -20,6 +20,7 @@ from kvferry.adapters.sglang.rooms import Chunk, Part, Room
 from kvferry.adapters.sglang.settings import Settings
 from kvferry.control.keys import read_toml
 from kvferry.engine.errors import EngineError, LayoutError, NotRegistered, ProtocolError
+from kvferry.engine.plan.rank_plan import heads_of_rank
 from kvferry.engine.transfer_engine import TransferEngine
 from tests import ROOT
 

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from kvferry.adapters.vllm.cache import Backend, Heads, describe_caches, heads_of_rank
-from kvferry.adapters.vllm.groups import CacheGroup, read_groups
+from kvferry.adapters.vllm.cache import Backend, CacheGroup, Heads, describe_caches, read_groups
 from kvferry.engine.errors import LayoutError
 
 CPU = Backend("CPU_ATTN", "vec", "0.32.0")
-ALONE = heads_of_rank(2, 1, 0)
+ALONE = Heads.of_rank(2, 1, 0)
 
 
 def spec(name: str, **fields: Any) -> Any:
@@ -159,7 +158,7 @@ def test_a_latent_is_one_plane_without_heads(shape: tuple[int, ...]) -> None:
     caches = {"model.layers.0.attn": torch.zeros(shape)}
     groups = (CacheGroup(0, "mla", tuple(caches), 4),)
     layouts = [
-        describe_caches(caches, groups, CPU, heads_of_rank(1, 2, rank))[0] for rank in range(2)
+        describe_caches(caches, groups, CPU, Heads.of_rank(1, 2, rank))[0] for rank in range(2)
     ]
     assert layouts[0] == layouts[1]
     assert layouts[0].tp_mode == "replicate"
@@ -214,4 +213,4 @@ def test_a_layer_has_one_number(name: str) -> None:
     [(1, 0, (0, 0, False)), (4, 3, (6, 2, False)), (16, 5, (2, 1, True))],
 )
 def test_heads_of_a_rank(tp_size: int, rank: int, want: tuple[int, int, bool]) -> None:
-    assert tuple(heads_of_rank(8, tp_size, rank)) == want
+    assert tuple(Heads.of_rank(8, tp_size, rank)) == want

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvferry.adapters.vllm import receiving as vllm_receiving
-from kvferry.adapters.vllm.groups import CacheGroup
+from kvferry.adapters.vllm.cache import CacheGroup
 from kvferry.adapters.vllm.orders import Orders, SendOrder
 from kvferry.adapters.vllm.scheduler import SchedulerSide
 from kvferry.adapters.vllm.settings import Settings
@@ -127,7 +127,7 @@ def test_a_load_is_there_when_the_forward_pass_begins(
         assert torch.equal(dst[name][[0, 5]], src[name][[2, 9]])
         assert bool((dst[name][[1, 2, 3, 4]] == SENTINEL).all())
     assert decode.take_failed_blocks() == set()
-    assert len(decode.take_figures()["load_nbytes"]) == 1
+    assert len(decode.figures.take()["load_nbytes"]) == 1
     results = decode.take_results(idle=False)
     assert (results.received, results.failed) == (set(), set()), "vLLM waits for no report"
     assert until_reported(prefill, Orders(finished_sends=["a"])).sent == {"a"}
@@ -148,7 +148,7 @@ def test_a_load_that_fails_is_told_by_its_blocks(
     assert decode.take_failed_blocks() == set()
     results = decode.take_results(idle=False)
     assert (results.received, results.failed) == (set(), set())
-    assert decode.take_figures()["loads_failed"] == 1
+    assert decode.figures.take()["loads_failed"] == 1
     assert "KV of request d was not loaded" in caplog.text
     assert all(bool((cache == SENTINEL).all()) for cache in dst.values())
 

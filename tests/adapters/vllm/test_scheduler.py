@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvferry.adapters.vllm.groups import CacheGroup
+from kvferry.adapters.vllm.cache import CacheGroup
 from kvferry.adapters.vllm.scheduler import SchedulerSide
 from kvferry.adapters.vllm.settings import Settings
 

@@ -56,16 +56,16 @@ def test_a_prompt_arrives_whole_and_nothing_else_does(
         step(prefill, send, computes=True)
         results = until_reported(decode, wanted)
     assert (results.received, results.failed) == ({"d"}, set())
-    (nbytes,) = decode.take_figures()["load_nbytes"]
+    (nbytes,) = decode.figures.take()["load_nbytes"]
     assert nbytes == LAYERS * 3 * HEADS * TOKENS * CONTENT * 2
-    assert not decode.has_figures
+    assert not decode.figures
     for name in NAMES:
         assert torch.equal(dst[name][[4, 0, 5]], src[name][[7, 2, 9]])
         others = [1, 2, 3, *range(6, BLOCKS)]
         assert bool((dst[name][others] == SENTINEL).all())
     assert step(prefill, Orders()).sent == set(), "nobody said yet that the request ended"
     assert until_reported(prefill, Orders(finished_sends=["a"])).sent == {"a"}
-    assert prefill.take_figures()["sent_nbytes"] == [nbytes]
+    assert prefill.figures.take()["sent_nbytes"] == [nbytes]
 
 
 def test_a_worker_can_be_traced_from_outside(new_worker: Callable[..., WorkerSide]) -> None:
@@ -176,7 +176,7 @@ def test_a_prefill_engine_that_is_not_there_fails_the_load(
     orders.receives[0].peer = "another"
     assert until_reported(decode, orders).failed == {"d"}
     assert "is p/0 now, not another/0: the prefill engine was restarted" in caplog.text
-    assert decode.take_figures()["loads_failed"] == 1
+    assert decode.figures.take()["loads_failed"] == 1
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -244,7 +244,7 @@ def test_tensor_parallelism_may_differ(
         step(worker, Orders(receives=[again]))
     for worker, _ in prefills:
         assert until_reported(worker, Orders(finished_sends=["b"])).sent == {"b"}
-        assert len(worker.take_figures()["sent_nbytes"]) == 2
+        assert len(worker.figures.take()["sent_nbytes"]) == 2
     for _, caches in decodes:
         for name in NAMES:
             assert bool((caches[name][[1, 2, 3, *range(6, BLOCKS)]] == SENTINEL).all())

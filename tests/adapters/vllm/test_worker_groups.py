@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from kvferry.adapters.vllm.groups import CacheGroup
+from kvferry.adapters.vllm.cache import CacheGroup
 from kvferry.adapters.vllm.orders import Orders, ReceiveOrder, SendOrder
 from tests.support.vllm_steps import (
     CONTENT,
@@ -88,10 +88,10 @@ def test_windows_alone_of_the_layers_that_have_them(
     results = until_reported(decode, None if decode_first else wanted)
     assert (results.received, results.failed) == ({"d"}, set())
     check_arrived(src, dst)
-    (nbytes,) = decode.take_figures()["load_nbytes"]
+    (nbytes,) = decode.figures.take()["load_nbytes"]
     assert nbytes == 2 * (2 + 2 + 6) * HEADS * TOKENS * CONTENT * 2
     assert until_reported(prefill, Orders(finished_sends=["a"])).sent == {"a"}
-    assert prefill.take_figures()["sent_nbytes"] == [nbytes]
+    assert prefill.figures.take()["sent_nbytes"] == [nbytes]
 
 
 @pytest.mark.parametrize("local", [8, 20])

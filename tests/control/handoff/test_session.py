@@ -117,7 +117,7 @@ def test_a_newer_version_is_refused_by_name_on_both_sides() -> None:
     pair.settle()
     assert isinstance(pair.ended[pair.called], VersionMismatch)
     assert isinstance(pair.ended[pair.caller], VersionMismatch)
-    assert "prefill-0 speaks version 3, decode-0 9" in str(pair.ended[pair.caller])
+    assert "prefill-0 speaks version 4, decode-0 9" in str(pair.ended[pair.caller])
     assert not pair.links
 
 

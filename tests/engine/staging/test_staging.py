@@ -15,7 +15,8 @@ import pytest
 from kvferry.engine.errors import DeviceError, EngineError, PlanError, ProtocolError
 from kvferry.engine.memory import iovec
 from kvferry.engine.runtime.pipeline import Finisher, work_off
-from kvferry.engine.staging.ring import Buffer, HostMover, Ring, StagingMeter, suits
+from kvferry.engine.staging.mover import HostMover, gather, scatter, suits
+from kvferry.engine.staging.ring import Buffer, Ring, StagingMeter
 from kvferry.engine.staging.shared_slots import SharedSlots
 from kvferry.engine.staging.thresholds import NEVER_DIRECT, Paths, load
 from kvferry.engine.transfer.compute_gate import StreamGate
@@ -39,12 +40,17 @@ def pieces_of(memory: npt.NDArray[np.uint8], offsets: list[int], sizes: list[int
         ([5, 100, 40], [63, 2000, 1]),  # odd ones
         (list(range(6400, 0, -128)), [128] * 50),  # on a grid, backwards
         (list(range(3, 6403, 128)), [64] * 50),  # on a grid, with gaps
+        (list(range(6400, 0, -71)), [64] * 91),  # equal, on no grid
+        (list(range(5, 15365, 768)), [512] * 20),  # on a grid of half their size
+        (list(range(0, 8000, 160)), [32, 128, 64, 96, 160] * 10),  # of whole rows of 32 bytes
+        (list(range(1, 8001, 161)), [32, 128, 64, 96, 160] * 10),  # and on no grid
+        (list(range(0, 8192, 256)), [256] * 32),  # one after the other
         ([7], [4096]),
         ([], []),
     ],
 )
 def test_a_host_mover_gathers_and_scatters(offsets: list[int], sizes: list[int]) -> None:
-    memory = np.random.default_rng(1).integers(0, 256, 8192, np.uint8)
+    memory = np.random.default_rng(1).integers(0, 256, 16384, np.uint8)
     total = sum(sizes)
     staged = np.full(total + 2, SENTINEL, np.uint8)
     mover = HostMover()
@@ -52,12 +58,32 @@ def test_a_host_mover_gathers_and_scatters(offsets: list[int], sizes: list[int])
     wanted = [memory[offset : offset + size] for offset, size in zip(offsets, sizes, strict=True)]
     assert np.array_equal(staged[1:-1], np.concatenate([*wanted, memory[:0]]))
     assert staged[0] == staged[-1] == SENTINEL
-    there = np.full(8192, SENTINEL, np.uint8)
+    there = np.full(16384, SENTINEL, np.uint8)
     mover.scatter(staged.ctypes.data + 1, pieces_of(there, offsets, sizes)).wait()
-    expected = np.full(8192, SENTINEL, np.uint8)
+    expected = np.full(16384, SENTINEL, np.uint8)
     for offset, size in zip(offsets, sizes, strict=True):
         expected[offset : offset + size] = memory[offset : offset + size]
     assert np.array_equal(there, expected)
+
+
+@pytest.mark.parametrize(("size", "step"), [(4096, 4096), (8192, 12288), (5000, 5001)])
+def test_large_pieces_by_rows_and_by_the_kernel(size: int, step: int) -> None:
+    memory = np.random.default_rng(2).integers(0, 256, 32 * step, np.uint8)
+    pieces = pieces_of(memory, list(range(0, 32 * step - size + 1, step)), [size] * 32)
+    staged = [np.zeros(32 * size, np.uint8) for _ in range(2)]
+    HostMover().gather(pieces, staged[0].ctypes.data).wait()
+    gather(pieces, staged[1])
+    wanted = memory.reshape(32, step)[:, :size].ravel()
+    assert all(np.array_equal(found, wanted) for found in staged)
+    for by_mover in (True, False):
+        memory[:] = SENTINEL
+        if by_mover:
+            HostMover().scatter(staged[0].ctypes.data, pieces).wait()
+        else:
+            scatter(staged[1], pieces)
+        rows = memory.reshape(32, step)
+        assert np.array_equal(rows[:, :size].ravel(), wanted)
+        assert bool((rows[:, size:] == SENTINEL).all())
 
 
 def test_what_goes_through_host_staging() -> None:

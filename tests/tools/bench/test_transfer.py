@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 
 from kvferry.tools.bench import idle_memory, machine
 from kvferry.tools.bench.transfer import measure as transfer_measure
-from kvferry.tools.bench.transfer import plot as transfer_plot
 from kvferry.tools.bench.transfer.driver import READ, WRITE
 from kvferry.tools.bench.transfer.pairs import Burst, Pair, WorkerFailed
 from kvferry.tools.bench.transfer.report import (
@@ -39,7 +38,7 @@ from kvferry.tools.bench.transfer.roster import (
     installed_peers,
     roster,
 )
-from kvferry.tools.bench.transfer.tables import name_of, show
+from kvferry.tools.bench.transfer.tables import draw, name_of, show
 from kvferry.tools.bench.transfer.targets import judge
 from kvferry.tools.bench.transfer.workload import (
     CONTIGUOUS,
@@ -399,7 +398,7 @@ def test_tables_fit_80_columns_and_show_every_row(report: Report) -> None:
 
 def test_a_plot_is_a_png(report: Report, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the plot extra is not installed")
-    transfer_plot.save(report, tmp_path / "bench.png")
+    draw(report, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 

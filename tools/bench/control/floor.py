@@ -12,8 +12,7 @@ import os
 import socket
 import threading
 import time
-from multiprocessing import get_context
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import zmq
@@ -22,56 +21,57 @@ from kvferry.control.handoff.messages import HandoffId, Request, decode, encode,
 from kvferry.engine.memory import iovec
 from kvferry.engine.transports.cma.path import permit_peers
 from kvferry.engine.wire import messages as wire
-
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
+from kvferry.tools.bench.peers import Peer
 
 BLOCK_NBYTES = 256
 
 
-def _prefill(pipe: Connection[Any, Any]) -> None:
+class _Prefill:
     """The other process: one thread that answers each request with a copy and a message."""
-    source = np.zeros(BLOCK_NBYTES, np.uint8)
-    with (
-        zmq.Context() as context,
-        context.socket(zmq.ROUTER) as requests,
-        socket.socket(socket.AF_UNIX) as listener,
-    ):
-        listener.bind(f"\0kvferry-floor-{os.getpid()}")
-        listener.listen()
-        pipe.send((requests.bind_to_random_port("tcp://127.0.0.1"), os.getpid()))
-        arrivals = listener.accept()[0]
-        pid, address = pipe.recv()
-        while True:
-            frame = requests.recv_multipart()[-1]
-            if not frame:
-                return
-            request: Any = decode(frame)
-            ours = np.array([[source.ctypes.data, BLOCK_NBYTES]])
-            theirs = np.array([[address, BLOCK_NBYTES]])
-            iovec.process_vm(pid, ours, theirs, BLOCK_NBYTES, write=True)
-            arrivals.send(wire.encode(wire.Arrived(request.imm, BLOCK_NBYTES, 1)))
+
+    def __init__(self) -> None:
+        self._source = np.zeros(BLOCK_NBYTES, np.uint8)
+        self._context = zmq.Context()
+        self._requests = self._context.socket(zmq.ROUTER)
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(f"\0kvferry-floor-{os.getpid()}")
+        self._listener.listen()
+
+    def where(self) -> tuple[int, int]:
+        return self._requests.bind_to_random_port("tcp://127.0.0.1"), os.getpid()
+
+    def run(self, pid: int, address: int) -> None:
+        """Answer requests into the block at `address` of a process, until one is empty."""
+        requests = self._requests
+        with self._listener.accept()[0] as arrivals:
+            while frame := requests.recv_multipart()[-1]:
+                request: Any = decode(frame)
+                ours = np.array([[self._source.ctypes.data, BLOCK_NBYTES]])
+                theirs = np.array([[address, BLOCK_NBYTES]])
+                iovec.process_vm(pid, ours, theirs, BLOCK_NBYTES, write=True)
+                arrivals.send(wire.encode(wire.Arrived(request.imm, BLOCK_NBYTES, 1)))
+
+    def close(self) -> None:
+        self._listener.close()
+        self._context.destroy(linger=0)
 
 
 def measure_floor(count: int) -> list[float]:
     """Seconds of so many such handoffs, one after the other."""
-    context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_prefill, args=(theirs,), daemon=True)
-    process.start()
     block = np.zeros(BLOCK_NBYTES, np.uint8)
     waiting: dict[int, threading.Lock] = {}
     seconds = []
     permit_peers()
     with (
+        Peer(_Prefill) as peer,
         zmq.Context() as sockets,
         sockets.socket(zmq.DEALER) as requests,
         socket.socket(socket.AF_UNIX) as arrivals,
     ):
-        port, pid = ours.recv()
+        port, pid = peer.call("where")
         arrivals.connect(f"\0kvferry-floor-{pid}")
         requests.connect(f"tcp://127.0.0.1:{port}")
-        ours.send((os.getpid(), block.ctypes.data))
+        peer.tell("run", os.getpid(), block.ctypes.data)
         reader = threading.Thread(target=_read, args=(arrivals, waiting), daemon=True)
         reader.start()
         for number in range(1, count + 1):
@@ -86,7 +86,6 @@ def measure_floor(count: int) -> list[float]:
             seconds.append(time.perf_counter() - began_s)
         requests.send(b"")
         reader.join()
-    process.join()
     return seconds
 
 

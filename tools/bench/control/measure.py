@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -34,10 +33,10 @@ from kvferry.control.placement.fleet import Fleet
 from kvferry.control.placement.policy import place
 from kvferry.engine.layout.kv_layout import KVLayout
 from kvferry.tools.bench.control.floor import measure_floor
+from kvferry.tools.bench.peers import Peer, close_all
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from multiprocessing.connection import Connection
+    from collections.abc import Callable, Iterator
 
     from kvferry.control.handoff.timeline import Timeline
 
@@ -89,126 +88,123 @@ def _new_agent(name: str, role: Any) -> Agent:
     return Agent(name=name, role=role, layout=layout, tensors=layers)
 
 
-def _prefill(pipe: Connection[Any, Any]) -> None:
+class _Prefill:
     """The other process: offers one block a request, so many requests at a time as it is told."""
-    with _new_agent("prefill", "prefill") as agent:
-        pipe.send(agent.address)
-        while True:
-            command = pipe.recv()
-            if command is None:
-                return
-            if command == "cpu":
-                pipe.send(time.process_time())
-                continue
-            if isinstance(command, Path):
-                pipe.send(agent.write_trace(command))
-                continue
-            first, count, settled = command
-            sent = [agent.send(f"r{n}", [n % NUM_BLOCKS]) for n in range(first, first + count)]
-            if settled:  # else the first request waits for the last of the offers
-                offered = threading.Event()
-                agent._core.mailbox.call_soon(offered.set)
-                offered.wait(WAIT_S)
-            pipe.send("offered")
-            for handoff in sent:
-                handoff.wait(WAIT_S)
+
+    def __init__(self) -> None:
+        self._agent = _new_agent("prefill", "prefill")
+
+    def address(self) -> str:
+        return self._agent.address
+
+    def cpu_s(self) -> float:
+        return time.process_time()
+
+    def trace(self, path: Path) -> None:
+        self._agent.write_trace(path)
+
+    def offer(self, first: int, count: int, settled: bool) -> Iterator[None]:
+        """Answer when the requests are offered, then wait until they have ended."""
+        agent = self._agent
+        sent = [agent.send(f"r{n}", [n % NUM_BLOCKS]) for n in range(first, first + count)]
+        if settled:  # else the first request waits for the last of the offers
+            offered = threading.Event()
+            agent._core.mailbox.call_soon(offered.set)
+            offered.wait(WAIT_S)
+        yield
+        for handoff in sent:
+            handoff.wait(WAIT_S)
+
+    def close(self) -> None:
+        self._agent.close()
 
 
-def _echo(pipe: Connection[Any, Any]) -> None:
+class _Echo:
     """The other end of a bare round trip."""
-    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
-        pipe.send(socket.bind_to_random_port("tcp://127.0.0.1"))
-        while True:
-            parts = socket.recv_multipart()
-            if not parts[-1]:
-                return
-            socket.send_multipart(parts)
+
+    def __init__(self) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+
+    def port(self) -> int:
+        return self._socket.bind_to_random_port("tcp://127.0.0.1")
+
+    def run(self) -> None:
+        """Send back what comes, until it is nothing."""
+        while (parts := self._socket.recv_multipart())[-1]:
+            self._socket.send_multipart(parts)
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
 
 
 def _measure_round_trips(count: int) -> Spread:
-    context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_echo, args=(theirs,), daemon=True)
-    process.start()
     seconds = []
-    with zmq.Context() as sockets, sockets.socket(zmq.DEALER) as socket:
-        socket.connect(f"tcp://127.0.0.1:{ours.recv()}")
+    with Peer(_Echo) as peer, zmq.Context() as sockets, sockets.socket(zmq.DEALER) as socket:
+        socket.connect(f"tcp://127.0.0.1:{peer.call('port')}")
+        peer.tell("run")
         for _ in range(count):
             began_s = time.perf_counter()
             socket.send(bytes(150))
             socket.recv()
             seconds.append(time.perf_counter() - began_s)
         socket.send(b"")
-        process.join()
     return Spread.of(seconds[count // 10 :])
 
 
 def measure_handoffs(latencies: int, burst: int, bursts: int) -> Handoffs:
     """One-block handoffs of two processes: one after the other, then `burst` at a time."""
-    context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_prefill, args=(theirs,), daemon=True)
-    process.start()
+    with Peer(_Prefill) as prefill, _new_agent("decode", "decode") as agent:
 
-    def cpu_s() -> float:
-        ours.send("cpu")
-        return time.process_time() + float(ours.recv())
+        def cpu_s() -> float:
+            return time.process_time() + float(prefill.call("cpu_s"))
 
-    try:
-        with _new_agent("decode", "decode") as agent:
-            agent.connect(ours.recv())
-            stolen_s, total_s = _stolen()
-            round_trip = _measure_round_trips(latencies)
-            floor = Spread.of(measure_floor(latencies)[latencies // 10 :])
-            seconds = []
-            asked_s: dict[str, float] = {}
-            number = 0
-            chunk = 100
-            chunks = max(1, latencies // chunk)
-            began_cpu_s = 0.0
-            for turn in range(chunks + 1):  # the first one warms up
-                if turn == 1:
-                    began_cpu_s = cpu_s()
-                ours.send((number, chunk, True))
-                ours.recv()
-                for n in range(number, number + chunk):
-                    began_s = asked_s[f"r{n}"] = time.monotonic()
-                    agent.receive(f"r{n}", "prefill", [n % NUM_BLOCKS]).wait(WAIT_S)
-                    seconds.append(time.monotonic() - began_s)
-                number += chunk
-            cpu_us = (cpu_s() - began_cpu_s) / (chunks * chunk) * 1e6
-            with TemporaryDirectory() as folder:
-                trace = Path(folder, "prefill")
-                ours.send(trace)
-                ours.recv()
-                first_byte = Spread.of(_until_first_byte(asked_s, read(trace)))
-            rates = []
-            for _ in range(bursts):
-                ours.send((number, burst, False))
-                ours.recv()
-                began_s = time.perf_counter()
-                handoffs = [
-                    agent.receive(f"r{n}", "prefill", [n % NUM_BLOCKS])
-                    for n in range(number, number + burst)
-                ]
-                for handoff in handoffs:
-                    handoff.wait(WAIT_S)
-                rates.append(burst / (time.perf_counter() - began_s))
-                number += burst
-            ours.send(None)
-            stolen = _stolen()
-            return Handoffs(
-                first_byte=first_byte,
-                latency=Spread.of(seconds[chunk:]),
-                cpu_us=cpu_us,
-                round_trip=round_trip,
-                floor=floor,
-                per_s=float(np.median(rates)),
-                stolen=(stolen[0] - stolen_s) / max(1, stolen[1] - total_s),
-            )
-    finally:
-        process.join(5.0)
-        process.kill()
+        agent.connect(prefill.call("address"))
+        stolen_s, total_s = _stolen()
+        round_trip = _measure_round_trips(latencies)
+        floor = Spread.of(measure_floor(latencies)[latencies // 10 :])
+        seconds = []
+        asked_s: dict[str, float] = {}
+        number = 0
+        chunk = 100
+        chunks = max(1, latencies // chunk)
+        began_cpu_s = 0.0
+        for turn in range(chunks + 1):  # the first one warms up
+            if turn == 1:
+                began_cpu_s = cpu_s()
+            prefill.call("offer", number, chunk, True)
+            for n in range(number, number + chunk):
+                began_s = asked_s[f"r{n}"] = time.monotonic()
+                agent.receive(f"r{n}", "prefill", [n % NUM_BLOCKS]).wait(WAIT_S)
+                seconds.append(time.monotonic() - began_s)
+            number += chunk
+        cpu_us = (cpu_s() - began_cpu_s) / (chunks * chunk) * 1e6
+        with TemporaryDirectory() as folder:
+            trace = Path(folder, "prefill")
+            prefill.call("trace", trace)
+            first_byte = Spread.of(_until_first_byte(asked_s, read(trace)))
+        rates = []
+        for _ in range(bursts):
+            prefill.call("offer", number, burst, False)
+            began_s = time.perf_counter()
+            handoffs = [
+                agent.receive(f"r{n}", "prefill", [n % NUM_BLOCKS])
+                for n in range(number, number + burst)
+            ]
+            for handoff in handoffs:
+                handoff.wait(WAIT_S)
+            rates.append(burst / (time.perf_counter() - began_s))
+            number += burst
+        stolen = _stolen()
+        return Handoffs(
+            first_byte=first_byte,
+            latency=Spread.of(seconds[chunk:]),
+            cpu_us=cpu_us,
+            round_trip=round_trip,
+            floor=floor,
+            per_s=float(np.median(rates)),
+            stolen=(stolen[0] - stolen_s) / max(1, stolen[1] - total_s),
+        )
 
 
 def _until_first_byte(asked_s: dict[str, float], prefill: list[Timeline]) -> list[float]:
@@ -337,23 +333,18 @@ def measure_comebacks(daemon: DaemonProcess, rounds: int) -> tuple[list[float], 
     """Seconds from an agent's death until a peer is told; and from a daemon's start until its view
     of four agents is complete again."""
     deaths, returns = [], []
-    context = get_context("spawn")
     with DaemonClient(daemon.address) as client:
         for _ in range(rounds):
-            process = context.Process(target=_member, args=(daemon.address, "doomed"), daemon=True)
-            process.start()
+            doomed = Peer(_Member, daemon.address, "doomed")
             with client.watch() as watch:
                 _until(lambda: "doomed" in watch.view.members, watch.poll)
-                process.kill()
+                doomed.process.kill()
                 began_s = time.perf_counter()
                 _until(lambda: "doomed" not in watch.view.members, watch.poll)
                 deaths.append(time.perf_counter() - began_s)
+            doomed.close()
     names = {f"m{number}" for number in range(4)}
-    members = [
-        context.Process(target=_member, args=(daemon.address, name), daemon=True) for name in names
-    ]
-    for process in members:
-        process.start()
+    members = [Peer(_Member, daemon.address, name) for name in names]
     try:
         for _ in range(rounds):
             with DaemonClient(daemon.address) as client, client.watch() as watch:
@@ -365,21 +356,26 @@ def measure_comebacks(daemon: DaemonProcess, rounds: int) -> tuple[list[float], 
                 _until(lambda: names <= set(watch.view.members), watch.poll)
             returns.append(time.perf_counter() - began_s)
     finally:
-        for process in members:
-            process.kill()
+        for member in members:
+            member.process.kill()
+        close_all(members)
     return deaths, returns
 
 
-def _member(daemon: str, name: str) -> None:
+class _Member:
     """A process with an agent in it, until it is killed."""
-    # That a daemon which was killed does not know it, it would say, each time.
-    logging.getLogger("kvferry.agent").setLevel(logging.ERROR)
-    layers = [np.zeros((2, 4, 4, 2, 16), np.uint8)]
-    layout = KVLayout.from_tensors(layers, "plane block token head dim")
-    with Agent(
-        name=name, role="decode", layout=layout, tensors=layers, daemon=daemon, lease_s=LEASE_S
-    ):
-        time.sleep(600)
+
+    def __init__(self, daemon: str, name: str) -> None:
+        # That a daemon which was killed does not know it, it would say, each time.
+        logging.getLogger("kvferry.agent").setLevel(logging.ERROR)
+        layers = [np.zeros((2, 4, 4, 2, 16), np.uint8)]
+        layout = KVLayout.from_tensors(layers, "plane block token head dim")
+        self._agent = Agent(
+            name=name, role="decode", layout=layout, tensors=layers, daemon=daemon, lease_s=LEASE_S
+        )
+
+    def close(self) -> None:
+        self._agent.close()
 
 
 def _until(condition: Callable[[], bool], poll: Callable[[float], object]) -> None:

@@ -10,6 +10,8 @@ import platform
 import subprocess
 from typing import TYPE_CHECKING, Any
 
+from kvferry.tools.bench import pictures
+from kvferry.tools.bench.peers import PeerEnded
 from kvferry.tools.bench.transfer.pairs import package_root
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ def measure(*, quick: bool, nixl_python: str | None) -> dict[str, Any]:
         raise GpuBenchError("torch sees no CUDA device; kvferry doctor says more")
     from kvferry.tools.bench.gpu import measure as gpu_measure
     from kvferry.tools.bench.gpu import staged as gpu_staged
+    from kvferry.tools.bench.gpu.receiver import WrongBytes
 
     count = torch.cuda.device_count()
     report: dict[str, Any] = {
@@ -57,8 +60,10 @@ def measure(*, quick: bool, nixl_python: str | None) -> dict[str, Any]:
         else:
             report["left_out"]["direct"] = "one GPU: from GPU to GPU needs two"
         staged = gpu_staged.measure(quick=quick)
-    except (gpu_measure.WrongBytes, gpu_staged.WrongBytes):
+    except WrongBytes:
         raise GpuBenchError("bytes arrived wrong") from None
+    except PeerEnded as error:
+        raise GpuBenchError(str(error)) from None
     gpu_staged.show(staged)
     report["staged"] = dataclasses.asdict(staged)
     if nixl_python is not None and count > 1:
@@ -117,7 +122,7 @@ def add_nixl(report: dict[str, Any], python: str) -> None:
 def run(*, quick: bool, nixl_python: str | None, json_path: Path | None, plot: Path | None) -> None:
     """Measures, prints and writes. Raises GpuBenchError."""
     if plot is not None:
-        importlib.import_module("matplotlib")
+        pictures.check()
     report = measure(quick=quick, nixl_python=nixl_python)
     for name, reason in report["left_out"].items():
         print(f"left out: {name}: {reason}")

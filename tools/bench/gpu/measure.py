@@ -13,7 +13,6 @@ import cProfile
 import dataclasses
 import io
 import json
-import multiprocessing
 import platform
 import pstats
 import statistics
@@ -27,19 +26,17 @@ import torch
 from kvferry.engine.layout.kv_layout import KVLayout
 from kvferry.engine.memory.cuda_driver import driver
 from kvferry.engine.transfer_engine import TransferEngine
+from kvferry.tools.bench.gpu.receiver import DIMS, Receiver, WrongBytes, make_pool
+from kvferry.tools.bench.peers import Peer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from multiprocessing.connection import Connection
+    from collections.abc import Callable, Iterator
 
     from kvferry.engine.link.link import Link
-    from kvferry.engine.memory.regions import RegisteredCache
     from kvferry.engine.transfer.block_ids import UploadedIds
     from kvferry.engine.transfer.plan import TransferPlan
     from kvferry.engine.transfer.ticket import Ticket
 
-DIMS = "plane block dim"
-NUM_LAYERS, NUM_PLANES = 16, 2
 POOL_FACTOR = 4  # the pool holds so many times the blocks that move: the L2 stays cold
 TOTALS_NBYTES = (1 << 20, 64 << 20, 256 << 20, 1 << 30)
 PIECES_NBYTES = (1 << 10, 4 << 10, 16 << 10, 32 << 10, 64 << 10)
@@ -100,24 +97,6 @@ class Report:
     one_way_us: list[tuple[int, float]]
 
 
-class WrongBytes(Exception):
-    """Bytes arrived wrong: no figure is worth printing."""
-
-
-def _tensors(
-    total_nbytes: int, piece_nbytes: int, device: int, *, random: bool, factor: int = POOL_FACTOR
-) -> Any:
-    rows = NUM_LAYERS * NUM_PLANES
-    num_ids = max(1, total_nbytes // (rows * piece_nbytes))
-    layers = NUM_LAYERS if total_nbytes >= rows * piece_nbytes else 1
-    shape = (NUM_PLANES if layers > 1 else 1, factor * num_ids, piece_nbytes // 8)
-    with torch.cuda.device(device):
-        tensors = [torch.zeros(shape, dtype=torch.int64, device="cuda") for _ in range(layers)]
-        for tensor in tensors if random else ():
-            tensor.random_()
-    return tensors, num_ids
-
-
 def _sums(tensor: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """A checksum of each of these blocks, `[plane, block]`: every word has an odd factor of its own,
     so that no word that is wrong alone, or in another place, goes unseen."""
@@ -139,56 +118,40 @@ def _flush() -> None:
     torch.empty(FLUSH_NBYTES, dtype=torch.uint8, device="cuda").zero_()
 
 
-def peer_main(pipe: Connection[Any, Any], device: int) -> None:
-    """The receiving process: does what it is told."""
-    torch.cuda.set_device(device)
-    engine = TransferEngine(transports=("cuda_ipc",), name="decode")
-    pipe.send(engine.address.encode())
-    link: Link | None = None
-    cache: RegisteredCache | None = None
-    tensors: list[torch.Tensor] = []
-    while True:
-        command, *arguments = pipe.recv()
-        if command == "stop":
-            engine.close()
-            return
-        if command == "accept":
-            link = engine.accept_link(arguments[0])
-            pipe.send(None)
-        elif command == "cache":
-            if cache is not None:
-                cache.deregister()
-            cache = None
-            total, piece, factor = arguments
-            tensors, _ = _tensors(total, piece, device, random=False, factor=factor)
-            torch.cuda.synchronize()
-            cache = engine.register_cache(KVLayout.from_tensors(tensors, DIMS), tensors)
-            pipe.send(cache.descriptor)
-        elif command == "expect":
-            tickets = [
-                engine.expect(engine.new_imm(), nbytes=arguments[0]) for _ in range(arguments[1])
-            ]
-            pipe.send([ticket.imm for ticket in tickets])
-            for ticket in tickets:
-                ticket.wait(spin=True)
-                pipe.send(None)
-        elif command == "sums":
-            ids = torch.from_numpy(arguments[0]).to(device)
-            blank = all(_blank_elsewhere(tensor, ids) for tensor in tensors)
-            pipe.send((blank, [_sums(tensor, ids).cpu().numpy() for tensor in tensors]))
-        elif command == "ping-pong":
-            assert link is not None
-            assert cache is not None
-            remote, turns, imms = arguments
-            mine = [engine.new_imm() for _ in turns]
-            plan = engine.plan(cache, remote)
-            link.prepare(plan)
-            uploaded = [link.upload_ids(plan, *ids) for ids in turns]
-            nbytes = plan.nbytes(len(turns[0][0]))
-            tickets = [engine.expect(imm, nbytes=nbytes) for imm in mine]
-            pipe.send(mine)
-            _ping_pong(link, plan, uploaded, imms, tickets, first=False)
-            pipe.send(None)
+class DirectReceiver(Receiver):
+    """The receiving process, on GPU 1."""
+
+    def __init__(self) -> None:
+        super().__init__(1, transports=("cuda_ipc",))
+
+    def expect(self, nbytes: int, count: int) -> Iterator[Any]:
+        """Answer with so many imms, then once for each whose bytes have come."""
+        engine = self.engine
+        tickets = [engine.expect(engine.new_imm(), nbytes=nbytes) for _ in range(count)]
+        yield [ticket.imm for ticket in tickets]
+        for ticket in tickets:
+            ticket.wait(spin=True)
+            yield None
+
+    def sums(self, block_ids: Any) -> tuple[bool, list[Any]]:
+        """Whether all other blocks are blank, and the sums of these."""
+        ids = torch.from_numpy(block_ids).to(self.device)
+        blank = all(_blank_elsewhere(tensor, ids) for tensor in self.tensors)
+        return blank, [_sums(tensor, ids).cpu().numpy() for tensor in self.tensors]
+
+    def ping_pong(self, remote: Any, turns: Any, imms: list[int]) -> Iterator[Any]:
+        """Answer with the imms to write to, then when all turns are over."""
+        assert self.cache is not None
+        engine, link = self.engine, self.link
+        mine = [engine.new_imm() for _ in turns]
+        plan = engine.plan(self.cache, remote)
+        link.prepare(plan)
+        uploaded = [link.upload_ids(plan, *ids) for ids in turns]
+        nbytes = plan.nbytes(len(turns[0][0]))
+        tickets = [engine.expect(imm, nbytes=nbytes) for imm in mine]
+        yield mine
+        _ping_pong(link, plan, uploaded, imms, tickets, first=False)
+        yield None
 
 
 def _ping_pong(
@@ -262,19 +225,11 @@ class Bench:
 
     def __init__(self, *, profile: bool = False) -> None:
         self._profile = profile
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=peer_main, args=(theirs, 1), daemon=True)
-        self._process.start()
-        self._address = self.pipe.recv()
-
-    def call(self, *command: Any) -> Any:
-        self.pipe.send(command)
-        return self.pipe.recv()
+        self._peer = Peer(DirectReceiver)
+        self._address = self._peer.call("address")
 
     def close(self) -> None:
-        self.pipe.send(("stop",))
-        self._process.join(10)
+        self._peer.close()
 
     @contextlib.contextmanager
     def engine(self, max_programs: int | None = None) -> Any:
@@ -282,7 +237,7 @@ class Bench:
             transports=("cuda_ipc",), name="prefill", max_programs=max_programs
         ) as engine:
             link = engine.connect(self._address, transport="cuda_ipc")
-            self.call("accept", engine.engine_id)
+            self._peer.call("accept", engine.engine_id)
             yield engine, link
 
     def shape(
@@ -292,9 +247,10 @@ class Bench:
         piece_nbytes: int,
         factor: int = POOL_FACTOR,
     ) -> Any:
-        remote = self.call("cache", total_nbytes, piece_nbytes, factor)
-        tensors, num_ids = _tensors(total_nbytes, piece_nbytes, 0, random=True, factor=factor)
-        torch.cuda.synchronize()
+        remote = self._peer.call("make_cache", total_nbytes, piece_nbytes, factor, True)
+        tensors, num_ids = make_pool(
+            total_nbytes, piece_nbytes, "cuda:0", random=True, factor=factor
+        )
         local = engine.register_cache(KVLayout.from_tensors(tensors, DIMS), tensors)
         random = np.random.default_rng(total_nbytes + piece_nbytes)
         ids = tuple(random.permutation(factor * num_ids)[:num_ids] for _ in range(2))
@@ -307,7 +263,7 @@ class Bench:
             WrongBytes: some arrived wrong, or elsewhere.
         """
         src, dst = (np.ascontiguousarray(side) for side in ids)
-        blank, there = self.call("sums", dst)
+        blank, there = self._peer.call("sums", dst)
         src_ids = torch.from_numpy(src).to(0)
         for mine, theirs in zip(tensors, there, strict=True):
             if not torch.equal(_sums(mine, src_ids).cpu(), torch.from_numpy(theirs)):
@@ -344,11 +300,10 @@ class Bench:
             ticket.wait()
             alone.append(time.perf_counter() - start_s)
         arrived = []
-        self.pipe.send(("expect", nbytes, REPEATS))
-        for imm in self.pipe.recv():
+        for imm in self._peer.call("expect", nbytes, REPEATS):
             start_s = time.perf_counter()
             link.write_blocks(plan, *ids, imm=imm)
-            self.pipe.recv()
+            self._peer.answer()
             arrived.append(time.perf_counter() - start_s)
         if self._profile and total == 1 << 20 and piece == 32 << 10:
             self._show_profile(link, plan, ids)
@@ -414,9 +369,9 @@ class Bench:
         for _ in range(BATCHES):
             imms = [engine.new_imm() for _ in here]
             tickets = [engine.expect(imm, nbytes=nbytes) for imm in imms]
-            theirs = self.call("ping-pong", local.descriptor, there, imms)
+            theirs = self._peer.call("ping_pong", local.descriptor, there, imms)
             results.append(_ping_pong(link, plan, uploaded, theirs, tickets, first=True))
-            self.pipe.recv()
+            self._peer.answer()
         local.deregister()
         return statistics.median(results[1:])
 
@@ -526,10 +481,10 @@ def measure(*, quick: bool = False, profile: bool = False) -> Report:
 
 def sweep() -> None:
     """Prints GB/s of 1 GiB and 256 MiB in 32 KiB blocks for several tunings of the kernel."""
-    from kvferry.kernels import copy
+    from kvferry.kernels import launch
     from kvferry.kernels.tiles import Tuning
 
-    kernel: Any = copy
+    kernel: Any = launch
     default = kernel.default_tuning
     bench = Bench()
     with bench.engine() as (engine, link):

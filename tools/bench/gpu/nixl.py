@@ -13,21 +13,21 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import multiprocessing
 import os
 import statistics
 import sys
 import time
+import traceback
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvferry.engine.errors import DeviceError
 from kvferry.engine.memory.cuda_driver import driver
+from kvferry.tools.bench.peers import Peer, PeerEnded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from multiprocessing.connection import Connection
 
 POOL_NBYTES = 1 << 30  # four times what moves at most: the L2 is cold
 SHAPES = ((1 << 20, 32 << 10), (64 << 20, 32 << 10), (256 << 20, 32 << 10))
@@ -89,19 +89,26 @@ class Pool:
         return hashlib.blake2b(blocks.data).digest()
 
 
-def serve(pipe: Connection[Any, Any]) -> None:
+class Server(Pool):
     """The receiving process."""
-    pool = Pool(1, "server")
-    pipe.send((pool.agent.get_agent_metadata(), pool.address))
-    pool.agent.add_remote_agent(pipe.recv())
-    pipe.send(None)
-    while True:
-        pool.agent.get_new_notifs()
-        if pipe.poll(0):
-            request = pipe.recv()
-            if request is None:
-                os._exit(0)
-            pipe.send(pool.digest(*request))
+
+    def __init__(self) -> None:
+        super().__init__(1, "server")
+
+    def meet(self, metadata: bytes) -> tuple[bytes, int]:
+        """Know the other agent; what it must know of this one, and the pool's address."""
+        self.agent.add_remote_agent(metadata)
+        return self.agent.get_agent_metadata(), self.address
+
+    def idle(self) -> None:
+        """Let the library work."""
+        self.agent.get_new_notifs()
+
+    def close(self) -> None:
+        failed = sys.exc_info()[0] is not None
+        if failed:
+            traceback.print_exc()
+        os._exit(failed)  # not through the interpreter's exit, at which its libraries may crash
 
 
 def _descriptors(base: int, ids: Any, nbytes: int, device: int) -> Any:
@@ -128,24 +135,16 @@ def measure() -> None:
     import_api()
     if driver().device_count() < 2:
         raise NoNixl("two GPUs are needed")
-    context = multiprocessing.get_context("spawn")
-    pipe, theirs = context.Pipe()
-    server = context.Process(target=serve, args=(theirs,), daemon=True)
-    server.start()
-    theirs.close()
+    peer = Peer(Server)
     pool = Pool(0, "client")
     pool.fill()
     agent = pool.agent
     try:
-        if not pipe.poll(60):
-            raise NoNixl("NIXL's receiving process did not come up in 60 s")
-        metadata, there = pipe.recv()
-    except EOFError:
-        server.join()
-        raise NoNixl(f"NIXL's receiving process ended with status {server.exitcode}") from None
-    pipe.send(agent.get_agent_metadata())
+        peer.tell("meet", agent.get_agent_metadata())
+        metadata, there = peer.answer(60)
+    except PeerEnded as error:
+        raise NoNixl(f"NIXL does not come up: {error}") from None
     remote = agent.add_remote_agent(metadata)
-    pipe.recv()
     random = np.random.default_rng(7)
     for total, nbytes in SHAPES:
         count, slots = total // nbytes, POOL_NBYTES // nbytes
@@ -170,13 +169,11 @@ def measure() -> None:
                 raise NoNixl(f"NIXL ended a transfer of {total >> 20} MiB with {state}")
             if time.perf_counter() > stop_s and seconds:
                 break
-        pipe.send((dst, nbytes))
-        right = pipe.recv() == pool.digest(src, nbytes)
+        right = peer.call("digest", dst, nbytes) == pool.digest(src, nbytes)
         micros = statistics.median(seconds) * 1e6
         row = {"total_nbytes": total, "piece_nbytes": nbytes, "us": micros, "right": right}
         print(json.dumps(row), flush=True)
-    pipe.send(None)
-    server.join(10)
+    peer.close()
     os._exit(0)
 
 

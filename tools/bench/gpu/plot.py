@@ -5,30 +5,21 @@ GB/s against piece size with the ceilings drawn, GB/s against programs, and late
 
 from __future__ import annotations
 
-import importlib
+import functools
 from typing import TYPE_CHECKING, Any
+
+from kvferry.tools.bench import pictures
+from kvferry.tools.bench.pictures import CEILING, COLORS, finish, line
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-COLORS = ("#1f6f8b", "#4fa3a5", "#8fb339", "#d9a441", "#8a5a9e", "#5b6770")
-CEILING = "#c8553d"
-
 
 def save(report: dict[str, Any], path: Path) -> None:
-    """Draws what the report (as `--json` writes it) holds, as PNG."""
-    figures: Any = importlib.import_module("matplotlib.figure")
-    panels = [draw for key, draw in _PANELS if _has(report, key)]
-    figure = figures.Figure(figsize=(8, 3.2 * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    for panel, draw in zip(axes, panels, strict=True):
-        draw(panel, report)
-        panel.tick_params(labelsize=7)
-        for side in ("top", "right"):
-            panel.spines[side].set_visible(False)
+    """Draw what the report (as `--json` writes it) holds, as PNG."""
+    panels = [functools.partial(draw, report=report) for key, draw in _PANELS if _has(report, key)]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    figure.suptitle(f"{' and '.join(report['devices'])}; {versions}", fontsize=7)
-    figure.savefig(path, dpi=150, format="png")
+    pictures.save(path, f"{' and '.join(report['devices'])}; {versions}", panels)
 
 
 def _has(report: dict[str, Any], key: str) -> bool:
@@ -89,20 +80,6 @@ def _latency(panel: Any, report: dict[str, Any]) -> None:
         line(panel, sizes, [row["us"] for row in nixl], "NIXL, the host's clock", COLORS[5])
     panel.set_yscale("log")
     finish(panel, "Latency of one handoff", "KiB", "µs")
-
-
-def line(panel: Any, x: list[float], y: list[float], label: str, color: str) -> None:
-    """A line with its points, over powers of two."""
-    panel.plot(x, y, marker="o", markersize=3, linewidth=1.4, label=label, color=color)
-    panel.set_xscale("log", base=2)
-
-
-def finish(panel: Any, title: str, x: str, y: str) -> None:
-    """What a panel is of."""
-    panel.set_title(title, fontsize=9, loc="left")
-    panel.set_xlabel(x, fontsize=8)
-    panel.set_ylabel(y, fontsize=8)
-    panel.legend(fontsize=7, frameon=False)
 
 
 _PANELS = (

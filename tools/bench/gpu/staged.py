@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import multiprocessing
 import statistics
 import time
 from typing import TYPE_CHECKING, Any
@@ -29,25 +28,19 @@ from kvferry.engine.staging.gpu_mover import GpuMover
 from kvferry.engine.staging.ring import Ring, StagingMeter
 from kvferry.engine.staging.thresholds import NEVER_DIRECT, Paths
 from kvferry.engine.transfer_engine import TransferEngine
+from kvferry.tools.bench.gpu.receiver import DIMS, Receiver, WrongBytes, make_pool
+from kvferry.tools.bench.peers import Peer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from multiprocessing.connection import Connection
 
     from kvferry.engine.link.link import Link
-    from kvferry.engine.memory.regions import RegisteredCache
 
-DIMS = "plane block dim"
-NUM_LAYERS, NUM_PLANES = 16, 2
 POOL_FACTOR = 2
 GIB = 1 << 30
 REPEATS = 7
 BURST_NBYTES = 32 << 20
 CAPS = (4, 8, 16, 32, 64, 132)
-
-
-class WrongBytes(Exception):
-    """Bytes arrived wrong: no figure is worth printing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,77 +66,35 @@ class Report:
     movers_gb_per_s: list[tuple[str, int, int, float]]  # operation, piece, programs, GB/s
 
 
-def _tensors(total_nbytes: int, piece_nbytes: int, device: int, *, random: bool) -> Any:
-    num_ids = max(1, total_nbytes // (NUM_LAYERS * NUM_PLANES * piece_nbytes))
-    shape = (NUM_PLANES, POOL_FACTOR * num_ids, piece_nbytes // 8)
-    where = f"cuda:{device}" if device >= 0 else "cpu"
-    tensors = [torch.zeros(shape, dtype=torch.int64, device=where) for _ in range(NUM_LAYERS)]
-    for number, tensor in enumerate(tensors if random else ()):
-        tensor.random_(1 + number, 1 << 62)
-    return tensors, num_ids
+class StagedReceiver(Receiver):
+    """The receiving process."""
 
+    def blocks(self, block_ids: Any) -> list[Any]:
+        """What these blocks hold, by layer."""
+        ids = torch.from_numpy(block_ids).to(self.tensors[0].device)
+        return [tensor[:, ids].cpu().numpy() for tensor in self.tensors]
 
-def peer_main(pipe: Connection[Any, Any], device: int) -> None:
-    """The receiving process: does what it is told."""
-    torch.cuda.set_device(device)
-    engine = TransferEngine(name="decode")
-    pipe.send(engine.address.encode())
-    cache: RegisteredCache | None = None
-    link: Link | None = None
-    tensors: list[torch.Tensor] = []
-    while True:
-        command, *arguments = pipe.recv()
-        if command == "stop":
-            engine.close()
-            return
-        if command == "accept":
-            link = engine.accept_link(arguments[0])
-            pipe.send(link.transport)
-        elif command == "cache":
-            if cache is not None:
-                cache.deregister()
-            cache, tensors = None, []
-            where = device if arguments[2] else -1
-            tensors, _ = _tensors(arguments[0], arguments[1], where, random=False)
-            torch.cuda.synchronize()
-            cache = engine.register_cache(KVLayout.from_tensors(tensors, DIMS), tensors)
-            pipe.send(cache.descriptor)
-        elif command == "blocks":
-            ids = torch.from_numpy(arguments[0]).to(tensors[0].device)
-            pipe.send([tensor[:, ids].cpu().numpy() for tensor in tensors])
-        elif command == "write back":
-            # Both ways at once: this side writes as often as it is told, while the other does.
-            assert link is not None
-            assert cache is not None
-            remote, src_ids, dst_ids, times = arguments
-            plan = engine.plan(cache, remote)
-            link.write_blocks(plan, src_ids, dst_ids).wait(60)
-            pipe.send(None)
-            for _ in range(times):
-                link.write_blocks(plan, src_ids, dst_ids).wait(60)
-            pipe.send(None)
+    def write_back(self, remote: Any, src_ids: Any, dst_ids: Any, times: int) -> Iterator[None]:
+        """Write as often as told while the other end does: both ways at once."""
+        assert self.cache is not None
+        plan = self.engine.plan(self.cache, remote)
+        self.link.write_blocks(plan, src_ids, dst_ids).wait(60)
+        yield
+        for _ in range(times):
+            self.link.write_blocks(plan, src_ids, dst_ids).wait(60)
+        yield
 
 
 class Bench:
     """The sending process."""
 
     def __init__(self) -> None:
-        self._device = int(torch.cuda.device_count() > 1)
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=peer_main, args=(theirs, self._device), daemon=True)
-        self._process.start()
-        self._address = self.pipe.recv()
-
-    def call(self, *command: Any) -> Any:
-        """Makes the peer do something."""
-        self.pipe.send(command)
-        return self.pipe.recv()
+        self._peer = Peer(StagedReceiver, int(torch.cuda.device_count() > 1))
+        self._address = self._peer.call("address")
 
     def close(self) -> None:
         """Ends the peer."""
-        self.pipe.send(("stop",))
-        self._process.join(10)
+        self._peer.close()
 
     @contextlib.contextmanager
     def link(self, transport: str, rails: int = 2) -> Iterator[tuple[TransferEngine, Link]]:
@@ -153,7 +104,7 @@ class Bench:
             # The warm-up of a link prepares the GPUs whose memory is registered by then.
             anchor = engine.register(torch.zeros(64, device="cuda:0"))
             link = engine.connect(self._address, transport=transport)
-            self.call("accept", engine.engine_id)
+            self._peer.call("accept", engine.engine_id)
             yield engine, link
             link.close()
             anchor.deregister()
@@ -170,9 +121,9 @@ class Bench:
     ) -> list[float]:
         """Seconds of each handoff, after one that is checked; of several in flight, their share."""
         total, piece = shape
-        remote = self.call("cache", total, piece, ends[1])
-        tensors, num_ids = _tensors(total, piece, 0 if ends[0] else -1, random=True)
-        torch.cuda.synchronize()
+        remote = self._peer.call("make_cache", total, piece, POOL_FACTOR, ends[1])
+        where = "cuda:0" if ends[0] else "cpu"
+        tensors, num_ids = make_pool(total, piece, where, random=True, factor=POOL_FACTOR)
         local = engine.register_cache(KVLayout.from_tensors(tensors, DIMS), tensors)
         random = np.random.default_rng(total + piece)
         ids = [random.permutation(POOL_FACTOR * num_ids)[:num_ids] for _ in range(2)]
@@ -182,7 +133,8 @@ class Bench:
         self._check(tensors, ids)
         if both_ways:
             unused = [np.setdiff1d(np.arange(POOL_FACTOR * num_ids), one)[:num_ids] for one in ids]
-            self.call("write back", local.descriptor, unused[1], unused[0], REPEATS + 2)
+            times = REPEATS + 2
+            self._peer.call("write_back", local.descriptor, unused[1], unused[0], times)
         seconds = []
         for _ in range(REPEATS):
             start_s = time.perf_counter()
@@ -190,14 +142,14 @@ class Bench:
                 ticket.wait(60)
             seconds.append((time.perf_counter() - start_s) / in_flight)
         if both_ways:
-            self.pipe.recv()
+            self._peer.answer()
         local.deregister()
         return seconds
 
     def _check(self, tensors: list[torch.Tensor], ids: Any) -> None:
         step = max(1, len(ids[0]) // 64)
         src, dst = (np.ascontiguousarray(side[::step]) for side in ids)
-        there = self.call("blocks", dst)
+        there = self._peer.call("blocks", dst)
         for mine, theirs in zip(tensors, there, strict=True):
             sent = mine[:, torch.from_numpy(src).to(mine.device)].cpu()
             if not torch.equal(sent, torch.from_numpy(theirs)):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path  # noqa: TC003 - typer reads it at run time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvferry.tools.bench import pictures
 from kvferry.tools.bench.kernels import measure as kernels_measure
-from kvferry.tools.bench.kernels import plot as kernels_plot
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -43,7 +44,7 @@ def kernels(
     console = Console(stderr=True)
     if plot_path is not None:
         try:
-            kernels_plot.check()
+            pictures.check()
         except ImportError as error:
             raise typer.BadParameter(f"{error}; pip install kvferry[plot]") from error
     options = kernels_measure.Options(total_mib << 20, repeats, sweep)
@@ -57,7 +58,7 @@ def kernels(
     if json_path is not None:
         json_path.write_text(json.dumps(dataclasses.asdict(report), indent=1), encoding="utf-8")
     if plot_path is not None:
-        kernels_plot.save(report, plot_path)
+        draw(report, plot_path)
 
 
 def show(console: Console, report: Report) -> None:
@@ -109,3 +110,45 @@ def _best(sweep: Iterable[Row]) -> list[Row]:
         if key not in best or row.gb_per_s > best[key].gb_per_s:
             best[key] = row
     return list(best.values())
+
+
+def draw(report: Report, path: Path) -> None:
+    """Draw GB/s by size of a piece, and by programs if that was measured, as PNG."""
+    panels = [_by_pieces, _by_programs] if report.curves else [_by_pieces]
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    pictures.save(
+        path,
+        f"{report.device}; {versions}",
+        [functools.partial(panel, report=report) for panel in panels],
+    )
+
+
+def _by_pieces(panel: Any, report: Report) -> None:
+    for color, (operation, rows) in zip(pictures.COLORS, _by_operation(report.rows), strict=False):
+        sizes = [row.piece_nbytes / 1024 for row in rows]
+        pictures.line(panel, sizes, [row.gb_per_s for row in rows], operation, color)
+    top = report.memcpy_gb_per_s
+    panel.axhline(top, color=pictures.CEILING, linewidth=1.2, label=f"memcpy, {top:.0f}")
+    panel.set_ylim(0, 1.1 * top)
+    pictures.finish(panel, "Scattered pieces, the whole GPU", "piece, KiB", "GB/s")
+
+
+def _by_programs(panel: Any, report: Report) -> None:
+    for color, (operation, rows) in zip(
+        pictures.COLORS, _by_operation(report.curves), strict=False
+    ):
+        programs = [float(row.max_programs or 0) for row in rows]
+        pictures.line(panel, programs, [row.gb_per_s for row in rows], operation, color)
+    top = report.memcpy_gb_per_s
+    panel.axhline(top, color=pictures.CEILING, linewidth=1.2, label=f"memcpy, {top:.0f}")
+    panel.set_ylim(0, 1.1 * top)
+    pictures.finish(panel, "A bounded number of programs", "programs", "GB/s")
+
+
+def _by_operation(rows: list[Row]) -> list[tuple[str, list[Row]]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        pieces = {each.piece_nbytes for each in rows if each.max_programs is not None}
+        size = f", {row.piece_nbytes >> 10} KiB" if len(pieces) > 1 else ""
+        found.setdefault(f"{row.operation}{size}", []).append(row)
+    return list(found.items())

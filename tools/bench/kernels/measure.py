@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from kvferry.kernels.gather import gather, gather_reference
-from kvferry.kernels.paged import PagedCache
-from kvferry.kernels.push import push, push_reference
-from kvferry.kernels.scatter import scatter, scatter_reference
+from kvferry.kernels.paged import Geometry, PagedCache
 from kvferry.kernels.signal import Signal
 from kvferry.kernels.tiles import Tuning
+from kvferry.tools.bench.kernels.operations import (
+    Side,
+    copy_blocks,
+    gather_reference,
+    push_reference,
+    scatter_reference,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -112,11 +116,12 @@ class Workload:
         self.num_ids = max(1, total_nbytes // (NUM_LAYERS * NUM_PLANES * piece_nbytes))
         num_blocks = POOL_FACTOR * self.num_ids
         self.shape = (NUM_PLANES, num_blocks, piece_nbytes // 8)
-        self.src = _cache([_random(self.shape) for _ in range(NUM_LAYERS)])
-        self.dst = _cache([_zeros(self.shape) for _ in range(NUM_LAYERS)])
+        self.src_views = _planes([_random(self.shape) for _ in range(NUM_LAYERS)])
+        self.dst_views = _planes([_zeros(self.shape) for _ in range(NUM_LAYERS)])
+        self.src, self.dst = _cache(self.src_views), _cache(self.dst_views)
         self.src_ids = torch.randperm(num_blocks, device="cuda")[: self.num_ids].to(torch.int32)
         self.dst_ids = torch.randperm(num_blocks, device="cuda")[: self.num_ids].to(torch.int32)
-        self.staging = _zeros(self.src.staging_shape(self.num_ids))
+        self.staging = _zeros((self.src.num_entries, self.num_ids, self.shape[-1]))
         self.counter = torch.zeros(1, dtype=torch.int64, device="cuda")
         state = torch.zeros(2, dtype=torch.int32, device="cuda")
         self.signal = Signal(state, self.counter.data_ptr())
@@ -126,22 +131,13 @@ class Workload:
         self, tuning: Tuning | None = None, max_programs: int | None = None
     ) -> dict[str, Callable[[], None]]:
         """One launch of each operation."""
+        src, dst = Side(self.src, self.src_ids), Side(self.dst, self.dst_ids)
+        staging, count = Side(self.staging, None), self.num_ids
+        options: dict[str, Any] = {"tuning": tuning, "max_programs": max_programs}
         return {
-            "gather": lambda: gather(
-                self.src, self.src_ids, self.staging, tuning=tuning, max_programs=max_programs
-            ),
-            "scatter": lambda: scatter(
-                self.staging, self.dst, self.dst_ids, tuning=tuning, max_programs=max_programs
-            ),
-            "push": lambda: push(
-                self.src,
-                self.src_ids,
-                self.dst,
-                self.dst_ids,
-                signal=self.signal,
-                tuning=tuning,
-                max_programs=max_programs,
-            ),
+            "gather": lambda: copy_blocks(src, staging, count, **options),
+            "scatter": lambda: copy_blocks(staging, dst, count, **options),
+            "push": lambda: copy_blocks(src, dst, count, signal=self.signal, **options),
         }
 
     def check(self, tuning: Tuning | None = None, max_programs: int | None = None) -> None:
@@ -151,24 +147,24 @@ class Workload:
             WrongBytes: names the operation.
         """
         run = self.operations(tuning, max_programs)
-        truth = gather_reference(self.src, self.src_ids)
-        expected = _cache([_zeros(self.shape) for _ in range(NUM_LAYERS)])
+        truth = gather_reference(self.src_views, self.src_ids)
+        expected = _planes([_zeros(self.shape) for _ in range(NUM_LAYERS)])
         self.staging.fill_(-1)
         run["gather"]()
         self._require(torch.equal(self.staging, truth), "gather", tuning, max_programs)
         self._clear_dst()
         scatter_reference(truth, expected, self.dst_ids)
         run["scatter"]()
-        self._require(_equal(self.dst, expected), "scatter", tuning, max_programs)
+        self._require(_equal(self.dst_views, expected), "scatter", tuning, max_programs)
         self._clear_dst()
-        push_reference(self.src, self.src_ids, expected, self.dst_ids)
+        push_reference(self.src_views, self.src_ids, expected, self.dst_ids)
         self.counter.zero_()
         run["push"]()
-        self._require(_equal(self.dst, expected), "push", tuning, max_programs)
+        self._require(_equal(self.dst_views, expected), "push", tuning, max_programs)
         self._require(int(self.counter) == self.nbytes, "push's count", tuning, max_programs)
 
     def _clear_dst(self) -> None:
-        for view in self.dst.tensor_views():
+        for view in self.dst_views:
             view.zero_()
 
     def _require(
@@ -316,8 +312,16 @@ def _time_all(
     return rows
 
 
-def _cache(layers: list[torch.Tensor]) -> PagedCache:
-    return PagedCache.from_tensors(layers, "plane block dim")
+def _planes(layers: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The entries `[block, word]` of layers `[plane, block, word]`."""
+    return [plane for layer in layers for plane in layer]
+
+
+def _cache(planes: list[torch.Tensor]) -> PagedCache:
+    num_blocks, words = planes[0].shape
+    nbytes = 8 * words
+    geometry = Geometry(num_blocks, 1, 1, nbytes, nbytes, nbytes, nbytes, 1)
+    return PagedCache.from_addresses([plane.data_ptr() for plane in planes], geometry, "cuda")
 
 
 def _random(shape: tuple[int, ...]) -> torch.Tensor:
@@ -328,8 +332,8 @@ def _zeros(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.int64, device="cuda")
 
 
-def _equal(here: PagedCache, there: PagedCache) -> bool:
-    return all(map(torch.equal, here.tensor_views(), there.tensor_views()))
+def _equal(here: list[torch.Tensor], there: list[torch.Tensor]) -> bool:
+    return all(map(torch.equal, here, there))
 
 
 def _versions() -> dict[str, str]:

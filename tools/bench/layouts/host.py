@@ -10,11 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import statistics
-import subprocess
-import sys
 import time
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -25,6 +21,7 @@ from kvferry.engine.layout.kv_layout import KVLayout
 from kvferry.engine.transfer_engine import TransferEngine
 from kvferry.kernels.cast import cast_reference
 from kvferry.kernels.scaling import scales_reference
+from kvferry.tools.bench.peers import Peer
 
 LAYERS = 8
 TIMEOUT_S = 120.0
@@ -172,30 +169,27 @@ def measure(*, total_nbytes: int = 32 << 20, rounds: int = 7) -> list[Row]:
     Raises:
         WrongBytes: something else arrived than was sent.
     """
-    mine, theirs = Pipe()
-    with theirs:
-        command = [sys.executable, "-m", __name__, str(theirs.fileno())]
-        process = subprocess.Popen(command, pass_fds=(theirs.fileno(),))
+    peer = Peer(Receiver, total_nbytes)
+
+    def ask(name: str, *arguments: Any) -> Any:
+        peer.tell(name, *arguments)
+        return peer.answer(TIMEOUT_S)
+
     try:
         with TransferEngine(transports=("cma",)) as engine:
-            mine.send(total_nbytes)
-            link = engine.connect(_answer(mine))
+            link = engine.connect(ask("address"))
             moves = []
             for number, case in enumerate(CASES):
                 cache = Cache(case, case.src, _num_tokens(case, total_nbytes), filled=True)
-                mine.send(number)
-                descriptor, table = _answer(mine)
+                descriptor, table = ask("add", number)
                 plan = engine.plan(engine.register_cache(cache.layout, cache.tensors), descriptor)
                 moves.append((cache, plan, table))
                 _move(link, *moves[-1])
-                mine.send(None)
-                if not _answer(mine):
+                if not ask("is_right"):
                     raise WrongBytes(case.name)
             seconds = [[_move(link, *move) for move in moves] for _ in range(rounds)]
     finally:
-        process.kill()
-        process.wait()
-        mine.close()
+        peer.kill()
     rows = []
     for number, case in enumerate(CASES):
         nbytes = _num_tokens(case, total_nbytes) * case.heads * case.dim * 2 * 2 * LAYERS
@@ -204,6 +198,32 @@ def measure(*, total_nbytes: int = 32 << 20, rounds: int = 7) -> list[Row]:
         ratio = statistics.median(ratios)
         rows.append(Row(case.name, nbytes / took / 1e9, ratio, ratios[-1] - ratios[0]))
     return rows
+
+
+class Receiver:
+    """The other process: has the caches that are written."""
+
+    def __init__(self, total_nbytes: int) -> None:
+        self._total_nbytes = total_nbytes
+        self._caches: list[Cache] = []
+        self._engine = TransferEngine(transports=("cma",))
+
+    def address(self) -> Any:
+        return self._engine.address
+
+    def add(self, number: int) -> Any:
+        """Make the cache of a case; its descriptor and its block table."""
+        case = CASES[number]
+        cache = Cache(case, case.dst, _num_tokens(case, self._total_nbytes), filled=False)
+        self._caches.append(cache)
+        return self._engine.register_cache(cache.layout, cache.tensors).descriptor, cache.table
+
+    def is_right(self) -> bool:
+        """Whether the last cache holds what was sent."""
+        return self._caches[-1].is_right()
+
+    def close(self) -> None:
+        self._engine.close()
 
 
 def _num_tokens(case: Case, total_nbytes: int) -> int:
@@ -216,40 +236,9 @@ def _move(link: Any, cache: Cache, plan: Any, table: Any) -> float:
     return time.perf_counter() - began_s
 
 
-def _answer(pipe: Connection[Any, Any]) -> Any:
-    if not pipe.poll(TIMEOUT_S):
-        raise TimeoutError("the other process does not answer")
-    return pipe.recv()
-
-
 def show(rows: list[Row]) -> None:
     """The table."""
     print(f"cma, two processes, {len(os.sched_getaffinity(0))} cores; GB/s of source bytes")
     print(f"{'':38} {'GB/s':>6} {'of plain':>9} {'spread':>7}")
     for row in rows:
         print(f"{row.name:38} {row.gb_per_s:6.2f} {row.ratio:9.2f} {row.spread:7.2f}")
-
-
-def main() -> None:
-    """The other process: has the caches that are written."""
-    pipe: Connection[Any, Any] = Connection(int(sys.argv[1]))
-    caches: list[Cache] = []
-    with TransferEngine(transports=("cma",)) as engine:
-        total_nbytes = pipe.recv()
-        pipe.send(engine.address)
-        while True:
-            try:
-                number = pipe.recv()
-            except EOFError:
-                return
-            if number is None:
-                pipe.send(caches[-1].is_right())
-                continue
-            case = CASES[number]
-            caches.append(Cache(case, case.dst, _num_tokens(case, total_nbytes), filled=False))
-            held = engine.register_cache(caches[-1].layout, caches[-1].tensors)
-            pipe.send((held.descriptor, caches[-1].table))
-
-
-if __name__ == "__main__":
-    main()

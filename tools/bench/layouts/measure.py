@@ -25,8 +25,8 @@ from kvferry.engine.plan.token_plan import TokenPlan
 from kvferry.engine.transports.cuda_ipc.tokens import compile_tokens, span_of
 from kvferry.kernels.cast import LIMITS, cast_reference
 from kvferry.kernels.paged import Geometry, PagedCache
-from kvferry.kernels.push import push
 from kvferry.kernels.relayout import relayout
+from kvferry.tools.bench.kernels.operations import Side, copy_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -220,19 +220,11 @@ def plain_push(src: Cache, dst: Cache) -> Callable[[], object]:
         geometry = Geometry(
             cache.tensors[0].shape[1], 1, 1, block_nbytes, block_nbytes, block_nbytes, block_nbytes, 1
         )  # fmt: skip
-        sides.append(
-            PagedCache.from_addresses(
-                addresses,
-                geometry,
-                num_layers=NUM_LAYERS,
-                num_planes=2,
-                dtype=torch.uint8,
-                device=device,
-            )
-        )
+        sides.append(PagedCache.from_addresses(addresses, geometry, device))
     order = np.argsort(dst.table)  # as a plan of blocks orders them
     ids = [torch.from_numpy(cache.table[order]).to(device) for cache in (src, dst)]
-    return lambda: push(sides[0], ids[0], sides[1], ids[1])
+    ends = [Side(side, each) for side, each in zip(sides, ids, strict=True)]
+    return lambda: copy_blocks(ends[0], ends[1], len(order))
 
 
 def permute(temporary: Cache, dst: Cache) -> Callable[[], object]:

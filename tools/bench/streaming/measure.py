@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import multiprocessing
 import socket
 import statistics
 import sys
@@ -23,18 +22,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from kvferry.adapters.vllm.cache import Backend, describe_caches, heads_of_rank
-from kvferry.adapters.vllm.groups import CacheGroup
+from kvferry.adapters.vllm.cache import Backend, CacheGroup, Heads, describe_caches
 from kvferry.adapters.vllm.orders import Orders, ReceiveOrder, SendOrder
 from kvferry.adapters.vllm.settings import Settings
 from kvferry.adapters.vllm.worker import WorkerSide
+from kvferry.tools.bench.peers import Peer, close_all
 from kvferry.tools.bench.streaming.model import DEEPSEEK_V3, LLAMA_70B, Shape, StandIn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from multiprocessing.connection import Connection
-
-    Pipe = Connection[Any, Any]
 
 TOKENS_A_BLOCK = 16
 POOL_FACTOR = 2
@@ -126,7 +122,7 @@ class Rank:
         self.caches = dict(zip(names, views, strict=True))
         total = 1 if shape.latent else shape.kv_heads
         layouts = [
-            describe_caches(self.caches, [group], BACKEND, heads_of_rank(total, case.ranks, each))
+            describe_caches(self.caches, [group], BACKEND, Heads.of_rank(total, case.ranks, each))
             for each in range(case.ranks)
         ]
         layout, self.names = layouts[rank]
@@ -160,6 +156,14 @@ class Rank:
                 )
             reduce = torch.distributed.all_reduce if case.ranks > 1 else _nothing
             self.model = StandIn(shape, case.ranks, case.num_tokens, device, reduce)
+
+    def address(self) -> str:
+        return self.worker.agent.address
+
+    def close(self) -> None:
+        self.worker.close()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
     def slots(self, blocks: list[int]) -> torch.Tensor:
         """Where the prompt's tokens are in the rows."""
@@ -226,7 +230,7 @@ class Rank:
             results = self.worker.take_results(idle=True)
             if results.received:
                 noticed_s = time.monotonic()
-                figures = self.worker.take_figures()
+                figures = self.worker.figures.take()
                 if req_id in results.failed:
                     raise RuntimeError(f"{req_id} was not loaded: {figures}")
                 (nbytes,), (seconds,) = figures["load_nbytes"], figures["load_seconds"]
@@ -264,21 +268,6 @@ def _nothing(_: torch.Tensor) -> None:
     """One rank has nothing to add up."""
 
 
-def rank_main(pipe: Pipe, case: Case, side: str, rank: int, mode: str, port: int) -> None:
-    """A process of one rank: does what it is told, and answers."""
-    held = Rank(case, side, rank, mode, port)
-    pipe.send(held.worker.agent.address)
-    with contextlib.suppress(EOFError):
-        while True:
-            command, *arguments = pipe.recv()
-            if command == "stop":
-                break
-            pipe.send(getattr(held, command)(*arguments))
-    held.worker.close()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 class Bench:
     """All ranks of one case, in one mode of the connector."""
 
@@ -286,31 +275,16 @@ class Bench:
         self.case, self.mode = case, mode
         self._random = np.random.default_rng(case.num_tokens)
         self._number = 0
-        context = multiprocessing.get_context("spawn")
         port = _free_port()
-        self.pipes: dict[str, list[Pipe]] = {"prefill": [], "decode": []}
-        self._processes = []
-        for side, pipes in self.pipes.items():
-            for rank in range(case.ranks):
-                ours, theirs = context.Pipe()
-                process = context.Process(
-                    target=rank_main, args=(theirs, case, side, rank, mode, port), daemon=True
-                )
-                process.start()
-                theirs.close()
-                self._processes.append(process)
-                pipes.append(ours)
-        self._addresses = [pipe.recv() for pipe in self.pipes["prefill"]]
-        for pipe in self.pipes["decode"]:
-            pipe.recv()
+        self._peers = {
+            side: [Peer(Rank, case, side, rank, mode, port) for rank in range(case.ranks)]
+            for side in ("prefill", "decode")
+        }
+        self._addresses = self.call("prefill", "address")
+        self.call("decode", "address")
 
     def close(self) -> None:
-        for pipe in (*self.pipes["prefill"], *self.pipes["decode"]):
-            with contextlib.suppress(OSError):
-                pipe.send(("stop",))
-        for process in self._processes:
-            process.join(20)
-            process.kill()
+        close_all([*self._peers["prefill"], *self._peers["decode"]])
 
     def call(self, side: str, *command: Any) -> list[Any]:
         """Every rank of a side at once."""
@@ -318,11 +292,11 @@ class Bench:
         return self.answers(side)
 
     def tell(self, side: str, *command: Any) -> None:
-        for pipe in self.pipes[side]:
-            pipe.send(command)
+        for peer in self._peers[side]:
+            peer.tell(*command)
 
     def answers(self, side: str) -> list[Any]:
-        return [pipe.recv() for pipe in self.pipes[side]]
+        return [peer.answer() for peer in self._peers[side]]
 
     def once(self, kind: str, *, check: bool = False) -> Sample:
         """One prompt."""

@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from kvferry.tools.bench import pictures
 from kvferry.tools.bench.transfer import measure as transfer_measure
-from kvferry.tools.bench.transfer import plot as transfer_plot
 from kvferry.tools.bench.transfer import report as transfer_report
 from kvferry.tools.bench.transfer import tables as transfer_tables
 from kvferry.tools.bench.transfer.report import Settings
@@ -73,7 +73,7 @@ def transfer(
     )
     if plot_path is not None:
         try:
-            transfer_plot.check()
+            pictures.check()
         except ImportError as error:
             raise typer.BadParameter(f"{error}; pip install kvferry[plot]") from error
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -90,7 +90,7 @@ def transfer(
     if json_path is not None:
         json_path.write_bytes(transfer_report.encode(report))
     if plot_path is not None:
-        transfer_plot.save(report, plot_path)
+        transfer_tables.draw(report, plot_path)
     for result in report.wrong:
         console.print(
             f"kvferry bench transfer: bytes arrived wrong: {result.shape}, "

@@ -1,4 +1,9 @@
-"""The parent's side of `kvferry bench transfer`: starts two workers, times bursts, checks bytes."""
+"""The parent's side of `kvferry bench transfer`: starts two workers, times bursts, checks bytes.
+
+Not `peers.Peer`: workers run by other interpreters, of any version and with NumPy alone, so they
+cannot be spawned nor be sent pickles; they are frozen and thawed, end with a parent that is killed,
+and have a socket to each other. What they are told is JSON.
+"""
 
 from __future__ import annotations
 

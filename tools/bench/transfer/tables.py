@@ -1,21 +1,27 @@
-"""A report of `kvferry bench transfer` for people."""
+"""A report of `kvferry bench transfer` for people: tables, and a picture."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from kvferry.tools.bench import pictures
 from kvferry.tools.bench.transfer.driver import READ, WRITE
+from kvferry.tools.bench.transfer.roster import MEMCPY
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
     from kvferry.tools.bench.transfer.report import IdleMemory, Machine, Report, Result
 
 MIB = 1 << 20
+OTHERS = "#b0b7bf"
 _MARKS = {True: "[green]met[/]", False: "[bold red]missed[/]", None: "not measured"}
 
 
@@ -115,3 +121,45 @@ def _targets(report: Report) -> Table:
         value = "" if target.value is None else f"{target.value:.2f}"
         table.add_row(target.name, target.wanted, value, _MARKS[target.met])
     return table
+
+
+def draw(report: Report, path: Path) -> None:
+    """Draw GB/s as bars, memcpy as the line to reach, as PNG."""
+    rows = {shape: _rows(report, shape) for shape in report.shapes}
+    inches = [0.28 * (len(each) + 1.5) for each in rows.values()]
+    machine = report.machine
+    pictures.save(
+        path,
+        f"{machine.cpu}, {machine.cores} cores, {machine.system}",
+        [
+            functools.partial(_draw, shape=shape, results=results, report=report)
+            for shape, results in rows.items()
+        ],
+        [*inches[:-1], inches[-1] + 0.6],
+    )
+
+
+def _rows(report: Report, shape: str) -> list[Result]:
+    found = [r for r in report.results if r.shape == shape and r.engine != MEMCPY]
+    return found[::-1]  # bars are drawn from the bottom
+
+
+def _draw(panel: Any, shape: str, results: list[Result], report: Report) -> None:
+    if shape == report.shapes[-1]:
+        panel.set_xlabel("GB/s at the median latency")
+    colors = [
+        pictures.COLORS[0] if result.engine.startswith(("cma", "tcp")) else OTHERS
+        for result in results
+    ]
+    speeds = [result.gb_per_s for result in results]
+    bars = panel.barh([name_of(result) for result in results], speeds, color=colors)
+    panel.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+    ceiling = max(
+        (r.gb_per_s for r in report.results if r.shape == shape and r.engine == MEMCPY), default=0.0
+    )
+    panel.axvline(ceiling, color=pictures.CEILING, linewidth=1.2)
+    panel.set_xlim(0, max([*speeds, ceiling]) * 1.1)
+    nbytes = results[0].nbytes / (1 << 20) if results else 0
+    panel.set_title(
+        f"{shape}, {nbytes:g} MiB (line: memcpy, {ceiling:.2f})", fontsize=9, loc="left"
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import re
 import statistics
 import subprocess
@@ -20,6 +19,7 @@ from kvferry.engine.transports.verbs import queue_pair as verbs_qp
 from kvferry.engine.transports.verbs import topology
 from kvferry.engine.transports.verbs.device import Nics
 from kvferry.engine.transports.verbs.meeting import Meeting
+from kvferry.tools.bench.peers import Peer, PeerEnded
 from kvferry.tools.rdma_vm.missing import which
 
 if TYPE_CHECKING:
@@ -77,14 +77,10 @@ def measure(near: str, far: str, rounds: int) -> Report:
     if which(PERFTEST) is None:
         raise BenchError(f"there is no {PERFTEST}: apt install perftest")
     single, post_us, chain_us = _posting(near, far)
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_peer, args=(theirs, far), daemon=True)
-    process.start()
-    theirs.close()
+    peer = Peer(_Receiver, far)
     try:
         with TransferEngine(name="sender", nics=(near,), transports=("verbs",)) as engine:
-            sender = _Sender(engine, ours)
+            sender = _Sender(engine, peer)
             # In turns, so that a disturbance hits all of them.
             figures: dict[str, list[float]] = {}
             for _ in range(rounds):
@@ -100,11 +96,10 @@ def measure(near: str, far: str, rounds: int) -> Report:
                 for size in (4096, 8192, 16384, 32768, 65536)
             }
             sender.end()
-    except EngineError as error:
+    except (EngineError, PeerEnded) as error:
         raise BenchError(str(error)) from error
     finally:
-        process.kill()
-        process.join()
+        peer.kill()
     medians = {name: statistics.median(values) for name, values in figures.items()}
     return Report(
         **medians,
@@ -146,10 +141,9 @@ def piece_nbytes(post_us: float) -> float:
 class _Sender:
     """Writes the pool here over the pool there, in pieces whose order is scattered on both sides."""
 
-    def __init__(self, engine: TransferEngine, pipe: Any) -> None:
-        self._engine = engine
-        self._pipe = pipe
-        address, self._there = pipe.recv()
+    def __init__(self, engine: TransferEngine, peer: Peer) -> None:
+        self._peer = peer
+        address, self._there = peer.call("where")
         self._link = engine.connect(address, transport="verbs", timeout_s=PATIENCE_S)
         content = np.random.default_rng(1).integers(0, 256, TOTAL_NBYTES, np.uint8)
         self._content = content
@@ -164,8 +158,7 @@ class _Sender:
         random = np.random.default_rng(self._round)
         count = TOTAL_NBYTES // piece
         here, there = (random.permutation(count) * piece for _ in range(2))
-        self._pipe.send(("expect", self._round))
-        assert self._pipe.recv() == "expecting"
+        self._peer.call("expect", self._round)
         before, verbs.STAGED_BELOW_NBYTES = verbs.STAGED_BELOW_NBYTES, staged_below
         gc.collect()
         started_s = time.perf_counter()
@@ -175,8 +168,7 @@ class _Sender:
         ticket.wait()
         took_s = time.perf_counter() - started_s
         verbs.STAGED_BELOW_NBYTES = before
-        self._pipe.send(("check", there, here, piece))
-        if self._pipe.recv() is not True:
+        if self._peer.call("check", there, here, piece) is not True:
             raise BenchError(f"bytes arrived wrong in pieces of {piece}")
         return TOTAL_NBYTES / took_s / 1e6
 
@@ -184,22 +176,31 @@ class _Sender:
         self._link.close()
 
 
-def _peer(pipe: Any, nic: str) -> None:
+class _Receiver:
     """The receiving process."""
-    pool = np.zeros(TOTAL_NBYTES, np.uint8)
-    content = np.random.default_rng(1).integers(0, 256, TOTAL_NBYTES, np.uint8)
-    with TransferEngine(name="receiver", nics=(nic,), transports=("verbs",)) as engine:
-        region = engine.register(pool)
-        pipe.send((engine.address, region.descriptor))
-        while True:
-            _, imm = pipe.recv()
-            ticket = engine.expect(imm, nbytes=TOTAL_NBYTES, timeout_s=PATIENCE_S)
-            pipe.send("expecting")
-            _, there, here, piece = pipe.recv()
-            ticket.wait()
-            rows, source = pool.reshape(-1, piece), content.reshape(-1, piece)
-            pipe.send(bool((rows[there // piece] == source[here // piece]).all()))
-            pool[:] = 0
+
+    def __init__(self, nic: str) -> None:
+        self._pool = np.zeros(TOTAL_NBYTES, np.uint8)
+        self._content = np.random.default_rng(1).integers(0, 256, TOTAL_NBYTES, np.uint8)
+        self._engine = TransferEngine(name="receiver", nics=(nic,), transports=("verbs",))
+        self._region = self._engine.register(self._pool)
+
+    def where(self) -> Any:
+        return self._engine.address, self._region.descriptor
+
+    def expect(self, imm: int) -> None:
+        self._ticket = self._engine.expect(imm, nbytes=TOTAL_NBYTES, timeout_s=PATIENCE_S)
+
+    def check(self, there: Any, here: Any, piece: int) -> bool:
+        """Wait for the write; whether its pieces are what was sent. Then clear the pool."""
+        self._ticket.wait()
+        rows, source = self._pool.reshape(-1, piece), self._content.reshape(-1, piece)
+        right = bool((rows[there // piece] == source[here // piece]).all())
+        self._pool[:] = 0
+        return right
+
+    def close(self) -> None:
+        self._engine.close()
 
 
 def _perftest(near: str, far: str, size: int, count: int) -> float:

@@ -18,7 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorProm,
 )
 
-from kvferry.adapters.vllm.results import Figures
+from kvferry.adapters.vllm.orders import Figures
 
 
 def take(*, loads: int, sends: int = 0, failed: int = 0) -> dict[str, Any]:

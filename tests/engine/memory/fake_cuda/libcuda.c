@@ -1,5 +1,5 @@
 /* A CUDA driver of two GPUs that does nothing: it writes down each call and its arguments, gives back
- * fixed values, and fails where it is told to. Built and loaded by tests/engine/test_cuda_driver.py. */
+ * fixed values, and fails where it is told to. Built and loaded by tests/engine/memory/test_cuda_driver.py. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdarg.h>

@@ -83,7 +83,7 @@ class End:
         if isinstance(message, wire.Acknowledge):
             self.frames.acknowledged(message)
         elif isinstance(message, wire.SlotFree):
-            self.frames.freed(message.slot)
+            self.frames.freed(message)
         elif isinstance(message, wire.ReadRequest):
             self.frames.serve(message)
         else:
