@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from .transfer.compute_gate import StreamGate
     from .transfer.counters import CounterTable
     from .transfer.device_counters import DeviceCounters
-    from .transports.verbs.device import Nics
     from .wire.identity import Identity
 
 
@@ -28,7 +27,6 @@ class EngineCore:
         peer_timeout_s: silence after which a peer is lost.
         device_counters: this engine's counters in GPU memory.
         gate: holds staged transfers back until the compute before them is done.
-        nics: the RDMA devices that it may use.
         max_programs: programs that a kernel may use at a time; no limit if None.
         paths: which pieces go direct, and which are staged.
         staging: how much memory staging takes.
@@ -43,7 +41,6 @@ class EngineCore:
     peer_timeout_s: float
     device_counters: DeviceCounters
     gate: StreamGate
-    nics: Nics
     max_programs: int | None = None
     paths: Paths = field(default_factory=Paths)
     staging: StagingMeter = field(default_factory=StagingMeter)

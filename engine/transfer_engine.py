@@ -18,7 +18,7 @@ import msgspec
 from .connect import handshake
 from .connect.admission import Admissions, token_id
 from .connect.dialer import Dialer
-from .connect.handshake import HANDSHAKE_TIMEOUT_S, EngineAddress
+from .connect.handshake import HANDSHAKE_TIMEOUT_S
 from .connect.links import LinkTable
 from .connect.listener import Listener, listen
 from .connect.probe import ProcessProbe
@@ -47,7 +47,7 @@ from .transports.tcp import path as tcp
 from .transports.verbs.cards import MAX_QUEUES
 from .transports.verbs.device import Nics
 from .transports.verbs.meeting import DEFAULT_QUEUES
-from .wire.identity import Identity
+from .wire.identity import EngineAddress, Identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
@@ -144,7 +144,6 @@ class TransferEngine:
             verify=verify,
             peer_timeout_s=peer_timeout_s,
             device_counters=DeviceCounters(),
-            nics=nics_here,
             max_programs=max_programs,
             gate=StreamGate(identity.name),
             paths=paths or load_paths(),
@@ -181,7 +180,9 @@ class TransferEngine:
         """
         if "verbs" not in self._selection.offered:
             return self._address
-        return msgspec.structs.replace(self._address, nics=max(1, len(self._core.nics.usable())))
+        return msgspec.structs.replace(
+            self._address, nics=max(1, len(self._selection.nics.usable()))
+        )
 
     @property
     def engine_id(self) -> str:
@@ -476,7 +477,7 @@ class TransferEngine:
         self._core.progress.stop()
         for link in links:
             link.discard()
-        self._core.nics.close()
+        self._selection.nics.close()
         self._listener.join()
 
     # Housekeeping.

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from kvferry.engine.connect.handshake import EngineAddress
 from kvferry.engine.memory import iovec
 from kvferry.engine.transfer_engine import TransferEngine
 from kvferry.engine.transports.verbs import path as verbs
 from kvferry.engine.transports.verbs import queue_pair as verbs_qp
 from kvferry.engine.transports.verbs import topology
 from kvferry.engine.transports.verbs.device import NICS_VARIABLE
+from kvferry.engine.wire.identity import EngineAddress
 from tests.support import shuffle
 from tests.support.child import Child
 from tests.support.skips import pytest_terminal_summary  # noqa: F401 - a hook

@@ -34,10 +34,11 @@ from ...control.handoff.session import (
     make_hello,
 )
 from ...engine.connect.admission import TOKEN_NBYTES
-from ...engine.connect.handshake import HANDSHAKE_TIMEOUT_S, EngineAddress
+from ...engine.connect.handshake import HANDSHAKE_TIMEOUT_S
 from ...engine.errors import EngineError, LinkClosed
 from ...engine.memory.descriptors import CacheDescriptor
 from ...engine.plan.rank_plan import RankPlan
+from ...engine.wire.identity import EngineAddress
 from .event_loop import Timers
 
 if TYPE_CHECKING:

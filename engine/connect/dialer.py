@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..context import EngineCore
     from ..link.link import Link
     from ..transports.selection import TransportSelection
-    from .handshake import EngineAddress
+    from ..wire.identity import EngineAddress
     from .links import LinkTable
     from .probe import ProcessProbe
 
@@ -89,7 +89,7 @@ class Dialer:
         num_rails = self._rails if name == "tcp" else 0
         socks: list[socket.socket] = []
         deadline_s = time.monotonic() + timeout_s
-        meeting = Meeting(self._core.nics, dialed=True) if name == "verbs" else None
+        meeting = Meeting(self._selection.nics, dialed=True) if name == "verbs" else None
         opener = token_id(token)
         try:
             offer = meeting.offer(address.nics, self._queues) if meeting is not None else b""

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from ..errors import EngineError, LinkError, PeerLost, ProtocolError, TransportUnavailable
-from ..memory.fields import DECODE_ERRORS, Nonce, Port, Uint32, Uint63
-from ..wire.identity import Identity
+from ..memory.fields import DECODE_ERRORS, Nonce, Uint63
+from ..wire.identity import EngineAddress, Identity
 from ..wire.messages import LINK_VERSION
 
 if TYPE_CHECKING:
@@ -38,41 +38,6 @@ MAX_HELLO_NBYTES = 65_536  # the cards of 64 rails
 NONCE_NBYTES = 32
 
 _T = TypeVar("_T")
-
-
-class EngineAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where and how an engine can be reached. Whoever holds it may connect: treat it as a secret."""
-
-    identity: Identity
-    secret: bytes
-    tcp_host: str
-    tcp_port: Port
-    unix_name: str
-    nics: Uint32 = 0  # RDMA devices that a verbs link may use; none: the engine offers no verbs
-
-    def __repr__(self) -> str:
-        return f"<EngineAddress of {self.identity.name}>"  # logs must not hold the secret
-
-    @property
-    def engine_id(self) -> str:
-        """The engine's id, which is also its generation."""
-        return self.identity.engine_id
-
-    def encode(self) -> bytes:
-        """MessagePack bytes, for the control plane."""
-        return msgspec.msgpack.encode(self)
-
-    @classmethod
-    def decode(cls, data: bytes) -> EngineAddress:
-        """Reads what `encode` wrote.
-
-        Raises:
-            ProtocolError: it is not an engine address.
-        """
-        try:
-            return _address_decoder.decode(data)
-        except DECODE_ERRORS as error:
-            raise ProtocolError(f"not an engine address: {error}", operation="connect") from error
 
 
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -120,7 +85,6 @@ class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 # Made here and not where it is used: msgspec works a type out when it first meets it, and two threads
 # that do so at once take the process down (msgspec 0.22: segmentation fault).
-_address_decoder = msgspec.msgpack.Decoder(EngineAddress)
 _decoders: dict[type[Any], msgspec.msgpack.Decoder[Any]] = {
     kind: msgspec.msgpack.Decoder(kind) for kind in (Identity, Hello, Challenge, Proof, Welcome)
 }

@@ -151,7 +151,7 @@ class Listener:
         def answer(hello: Hello, offer: bytes) -> bytes:
             if hello.transport != "verbs":
                 return b""
-            meetings.append(Meeting(self._core.nics, dialed=False))
+            meetings.append(Meeting(self._selection.nics, dialed=False))
             return meetings[0].answer(offer)
 
         try:

@@ -13,8 +13,8 @@ from .verbs import path as verbs
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ..connect.handshake import EngineAddress
     from ..memory.regions import RegionTable
+    from ..wire.identity import EngineAddress
     from .base import Availability
     from .verbs.device import Nics
 
@@ -30,6 +30,7 @@ class TransportSelection:
         nics: the RDMA devices that `verbs` would use.
 
     Attributes:
+        nics: as given.
         offered: those that are offered, best first.
         unavailable: why each of the others that were wanted is not.
 
@@ -44,7 +45,7 @@ class TransportSelection:
                 f"transport {min(unknown)!r} is unknown: use {' or '.join(TRANSPORTS)}",
                 operation="start",
             )
-        self._nics = nics
+        self.nics = nics
         self.unavailable: dict[str, str] = {}
         self.offered = tuple(name for name in TRANSPORTS if name in wanted and self._works(name))
         if not self.offered:
@@ -83,7 +84,7 @@ class TransportSelection:
         probes: dict[str, Callable[[], Availability]] = {
             "cuda_ipc": cuda_ipc.available,
             "cma": cma.probe,
-            "verbs": lambda: verbs.ready(self._nics),
+            "verbs": lambda: verbs.ready(self.nics),
             "tcp": tcp.probe,
         }
         ok, reason = probes[name]()

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from .adapters.agent.agent import Agent
     from .adapters.agent.handoff import Handoff, HandoffSet, SendHandoff
     from .adapters.agent.ranks import connect_ranks, num_readers
-    from .engine.connect.handshake import EngineAddress
     from .engine.errors import EngineError
     from .engine.layout.join import join_groups, join_planes
     from .engine.layout.kv_layout import GroupLayout, KVLayout
@@ -27,12 +26,13 @@ if TYPE_CHECKING:
     from .engine.transfer.ticket import Ticket
     from .engine.transfer_engine import TransferEngine
     from .engine.transports.cuda_ipc.graph_write import GraphWrite
+    from .engine.wire.identity import EngineAddress
 
 _HOMES = {
     "Agent": "adapters.agent.agent",
     "Axis": "engine.layout.region",
     "CacheDescriptor": "engine.memory.descriptors",
-    "EngineAddress": "engine.connect.handshake",
+    "EngineAddress": "engine.wire.identity",
     "EngineError": "engine.errors",
     "GraphWrite": "engine.transports.cuda_ipc.graph_write",
     "GroupLayout": "engine.layout.kv_layout",

@@ -65,7 +65,7 @@ KINDS: dict[str, tuple[Kind, ...]] = {
         *(membership.Record, store.Peer),
     ),
     "Engine and engine": (
-        *(handshake.EngineAddress, identity.Identity, handshake.Hello, handshake.Challenge),
+        *(identity.EngineAddress, identity.Identity, handshake.Hello, handshake.Challenge),
         *(handshake.Proof, handshake.Welcome),
         *LINK_MESSAGES,
         *(verbs_cards.Offer, verbs_cards.RailCard, verbs_cards.QueueCard, verbs_cards.GidCard),

@@ -16,7 +16,6 @@ import pytest
 from kvferry.engine.connect import handshake
 from kvferry.engine.connect.handshake import (
     Challenge,
-    EngineAddress,
     Hello,
     Proof,
     Welcome,
@@ -30,7 +29,7 @@ from kvferry.engine.plan.token_plan import TokenPlan
 from kvferry.engine.wire import frames as frames
 from kvferry.engine.wire import messages as wire
 from kvferry.engine.wire import tables
-from kvferry.engine.wire.identity import Identity
+from kvferry.engine.wire.identity import EngineAddress, Identity
 
 if TYPE_CHECKING:
     import socket

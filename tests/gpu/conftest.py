@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from kvferry.engine.connect.handshake import EngineAddress
 from kvferry.engine.transfer_engine import TransferEngine
+from kvferry.engine.wire.identity import EngineAddress
 from tests.support.child import Child
 
 if TYPE_CHECKING:

@@ -175,7 +175,7 @@ def test_a_registration_that_vanishes_under_a_transfer(pair: Any) -> None:
     memory.write().wait()
     memory.arrived()
     tickets = [memory.write() for _ in range(8)]
-    pair.there._core.nics.forget(memory.there.region_id)
+    pair.there._selection.nics.forget(memory.there.region_id)
     errors = []
     for ticket in tickets:
         try:

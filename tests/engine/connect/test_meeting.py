@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from kvferry.engine.connect import handshake
-from kvferry.engine.connect.handshake import EngineAddress, Hello
+from kvferry.engine.connect.handshake import Hello
 from kvferry.engine.errors import (
     DeadlineExceeded,
     EngineError,
@@ -27,7 +27,7 @@ from kvferry.engine.errors import (
 )
 from kvferry.engine.transfer_engine import TransferEngine
 from kvferry.engine.wire import messages as wire
-from kvferry.engine.wire.identity import Identity
+from kvferry.engine.wire.identity import EngineAddress, Identity
 from kvferry.engine.wire.messages import LINK_VERSION
 from tests.support.leaks import LeakCheck
 

@@ -230,7 +230,7 @@ def test_threads_may_decode_their_first_descriptors_at_once() -> None:
 import sys, threading
 sys.setswitchinterval(1e-6)
 from kvferry.engine.errors import EngineError
-from kvferry.engine.connect.handshake import EngineAddress
+from kvferry.engine.wire.identity import EngineAddress
 from kvferry.engine.memory.descriptors import CacheDescriptor
 start = threading.Barrier(8)
 def decode(kind):

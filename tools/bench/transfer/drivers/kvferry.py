@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 from typing import TYPE_CHECKING, Any
 
-from kvferry.engine.connect.handshake import EngineAddress
 from kvferry.engine.layout.kv_layout import KVLayout
 from kvferry.engine.memory.descriptors import CacheDescriptor
 from kvferry.engine.transfer_engine import TransferEngine
+from kvferry.engine.wire.identity import EngineAddress
 from kvferry.tools.bench.transfer.driver import READ, TIMEOUT_S, WRITE, Driver
 from kvferry.tools.bench.transfer.workload import block_ids
 
