@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .staging.ring import StagingMeter
-from .staging.thresholds import Paths
+from .staging.thresholds import DirectThresholds
 
 if TYPE_CHECKING:
     from .memory.regions import RegionTable
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EngineCore:
+class EngineContext:
     """The shared parts of one `TransferEngine`.
 
     Attributes:
@@ -42,5 +42,5 @@ class EngineCore:
     device_counters: DeviceCounters
     gate: StreamGate
     max_programs: int | None = None
-    paths: Paths = field(default_factory=Paths)
+    paths: DirectThresholds = field(default_factory=DirectThresholds)
     staging: StagingMeter = field(default_factory=StagingMeter)

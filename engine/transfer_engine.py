@@ -22,7 +22,7 @@ from .connect.handshake import HANDSHAKE_TIMEOUT_S
 from .connect.links import LinkTable
 from .connect.listener import Listener, listen
 from .connect.probe import ProcessProbe
-from .context import EngineCore
+from .context import EngineContext
 from .errors import (
     DeadlineExceeded,
     EngineError,
@@ -32,9 +32,9 @@ from .errors import (
 )
 from .memory.descriptors import CacheDescriptor
 from .memory.regions import MemoryRegion, RegionTable, RegisteredCache, quarantine
-from .runtime.copy_threads import Copiers, Errands
+from .runtime.copy_threads import Copiers, InlineCopies
 from .runtime.progress import TICK_S, Progress
-from .staging.thresholds import Paths
+from .staging.thresholds import DirectThresholds
 from .staging.thresholds import load as load_paths
 from .transfer.compute_gate import StreamGate
 from .transfer.counters import CounterTable
@@ -101,7 +101,7 @@ class TransferEngine:
         verify: bool = False,
         peer_timeout_s: float = 1.5,
         max_programs: int | None = None,
-        paths: Paths | None = None,
+        paths: DirectThresholds | None = None,
         name: str = "",
         require_tokens: bool = False,
     ) -> None:
@@ -134,8 +134,8 @@ class TransferEngine:
         self._admissions = Admissions(required=require_tokens)
         self._ticked_s = time.monotonic()
         self._plans: dict[tuple[object, ...], TransferPlan] = {}
-        self._errands: set[Errands] = set()
-        self._core = EngineCore(
+        self._inline_copies: set[InlineCopies] = set()
+        self._core = EngineContext(
             identity=identity,
             regions=RegionTable(engine_id),
             counters=CounterTable(),
@@ -335,22 +335,22 @@ class TransferEngine:
                 ticket._fail(link.down_error("expect", imm))
         return ticket
 
-    def take_errands(self, stalled: Callable[[], None]) -> Errands:
+    def take_inline_copies(self, stalled: Callable[[], None]) -> InlineCopies:
         """What one thread of the caller's does itself of the small copies that it begins.
 
         Args:
             stalled: called, on a thread of this engine, again and again while a copy does not end:
                 another thread should go on with the work of the one that does it. It must not block.
         """
-        self._check_open("take errands")
-        errands = Errands(self._core.copiers, stalled)
-        self._errands.add(errands)
-        return errands
+        self._check_open("take inline copies")
+        inline_copies = InlineCopies(self._core.copiers, stalled)
+        self._inline_copies.add(inline_copies)
+        return inline_copies
 
-    def return_errands(self, errands: Errands) -> None:
+    def return_inline_copies(self, inline_copies: InlineCopies) -> None:
         """No thread does these any more."""
-        self._errands.discard(errands)
-        errands.hand_over()
+        self._inline_copies.discard(inline_copies)
+        inline_copies.hand_over()
 
     def when_computed(
         self,
@@ -495,8 +495,8 @@ class TransferEngine:
         for ticket in self._core.counters.tickets():
             if ticket.deadline_s is not None and now > ticket.deadline_s:
                 ticket._expire()
-        for errands in list(self._errands):
-            errands.tick(now)
+        for inline_copies in list(self._inline_copies):
+            inline_copies.tick(now)
         for link in links:
             if asleep_s > 0.5:
                 link.forgive(asleep_s)

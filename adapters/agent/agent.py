@@ -39,7 +39,7 @@ from ...engine.transfer_engine import TransferEngine
 from ...engine.transports.selection import TRANSPORTS
 from .core import AgentCore
 from .handoff import Handoff, SendHandoff
-from .registration import Enrolment, describe_cache
+from .registration import Registrar, describe_cache
 from .tables import expected_nbytes, pack_tables
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from ...control.keys import Keys
     from ...engine.layout.kv_layout import KVLayout
     from ...engine.memory.descriptors import CacheDescriptor
-    from .sessions import Acquaintance
+    from .sessions import PeerSession
     from .tables import BlockIds
 
 DEFAULT_TIMEOUT_S = 30.0
@@ -171,7 +171,7 @@ class Agent:
             if self._owns_engine:
                 self.engine.close()
             raise
-        self._enrolment: Enrolment | None = None
+        self._registrar: Registrar | None = None
         self._http: HttpServer | None = None
         if http:
             try:
@@ -183,7 +183,7 @@ class Agent:
             registration = Registration(
                 name=name,
                 role=role,
-                life=self._core.acquaintances.life,
+                life=self._core.sessions.life,
                 address=self.address,
                 model=model,
                 transports=self.engine.transports,
@@ -193,17 +193,17 @@ class Agent:
                 service=service,
                 **describe_cache(layout),
             )
-            self._enrolment = Enrolment(
+            self._registrar = Registrar(
                 daemon,
                 registration,
                 lease_s,
-                self._core.mailbox,
-                self._core.acquaintances,
-                self._core.workbench,
+                self._core.messaging,
+                self._core.sessions,
+                self._core.executor,
                 count_handoffs=self._core.count_handoffs,
                 flip=self._take_role,
             )
-            self._soon(self._enrolment.start)
+            self._soon(self._registrar.start)
 
     def __enter__(self) -> Agent:
         return self
@@ -217,7 +217,7 @@ class Agent:
     @property
     def address(self) -> str:
         """Where peers connect to."""
-        endpoint = self._core.mailbox.endpoint
+        endpoint = self._core.messaging.endpoint
         if self._advertise_host and endpoint.startswith("tcp://"):
             endpoint = f"tcp://{self._advertise_host}:{endpoint.rpartition(':')[2]}"
         return join_address(endpoint, self._keys.public if self._keys is not None else b"")
@@ -230,17 +230,17 @@ class Agent:
     @property
     def members(self) -> dict[str, Member]:
         """Who is there, by name, as the daemon last said. Empty without one. Not to be changed."""
-        return self._enrolment.members if self._enrolment is not None else {}
+        return self._registrar.members if self._registrar is not None else {}
 
     @property
     def registered(self) -> bool:
         """Whether the daemon knows this agent now."""
-        return self._enrolment is not None and self._enrolment.registered
+        return self._registrar is not None and self._registrar.registered
 
     @property
     def draining(self) -> bool:
         """Whether nothing new is to be placed on this agent."""
-        return self._enrolment is not None and self._enrolment.draining
+        return self._registrar is not None and self._registrar.draining
 
     def write_trace(self, path: Path) -> int:
         """Writes the last handoffs' timelines for `kvferry trace`; returns how many.
@@ -248,12 +248,12 @@ class Agent:
         Raises:
             ConfigError: the file cannot be written.
         """
-        return self._core.workbench.recorder.write(path)
+        return self._core.executor.recorder.write(path)
 
     def report(self, *, queued_tokens: int = 0, free_blocks: int = 0) -> None:
         """Tells, with the next heartbeat, what placement should know of the engine's load."""
-        if self._enrolment is not None:
-            self._enrolment.report = Load(queued_tokens=queued_tokens, free_blocks=free_blocks)
+        if self._registrar is not None:
+            self._registrar.report = Load(queued_tokens=queued_tokens, free_blocks=free_blocks)
 
     def wait_for_member(self, name: str, timeout_s: float = 5.0) -> Member:
         """The member of that name; waits until the daemon knows it.
@@ -261,31 +261,31 @@ class Agent:
         Raises:
             DaemonTimeout: it does not. NotConnected: this agent has no daemon.
         """
-        enrolment = self._enrolment
-        if enrolment is None:
+        registrar = self._registrar
+        if registrar is None:
             raise NotConnected(
                 "this agent has no daemon: give `daemon`, or connect() to an address",
                 peer=name,
                 operation="wait",
             )
-        if not enrolment.wait(lambda: name in enrolment.members, timeout_s):
-            why = "" if enrolment.registered else f" ({enrolment.reason})"
+        if not registrar.wait(lambda: name in registrar.members, timeout_s):
+            why = "" if registrar.registered else f" ({registrar.reason})"
             raise DaemonTimeout(
                 f"the daemon has not told of an agent {name!r} in {timeout_s} s{why}",
                 peer=name,
                 operation="wait",
             )
-        return enrolment.members[name]
+        return registrar.members[name]
 
     @property
     def messages_refused(self) -> int:
         """Messages that could not be queued for their peer; their handoffs have failed."""
-        return self._core.mailbox.messages_refused
+        return self._core.messaging.messages_refused
 
     @property
     def frames_refused(self) -> int:
         """Frames that came and were no message, or of no session."""
-        return self._core.mailbox.frames_refused
+        return self._core.messaging.frames_refused
 
     def descriptor_of(self, peer: str) -> CacheDescriptor:
         """The cache of a connected peer, with its place among the ranks of its engine.
@@ -293,7 +293,7 @@ class Agent:
         Raises:
             NotConnected: no such peer.
         """
-        known = self._core.acquaintances.by_name(peer)
+        known = self._core.sessions.by_name(peer)
         if known is None or known.peer_cache is None:
             raise NotConnected(
                 f"no agent {peer!r} is connected, or it is gone again: call connect() with its "
@@ -316,7 +316,7 @@ class Agent:
         self._check_open("connect")
         waiter: Future[str] = Future()
         if "://" in address:
-            self._soon(self._core.acquaintances.meet, address, timeout_s, waiter)
+            self._soon(self._core.sessions.meet, address, timeout_s, waiter)
         else:
             self._meet_member(address, timeout_s, waiter, "connect")
         try:
@@ -402,7 +402,7 @@ class Agent:
 
     def _receive(self, request_id: str, peer: str, fields: dict[str, Any]) -> Handoff:
         """Asks a peer, after getting acquainted with it if it is a member only."""
-        known = self._core.acquaintances.by_name(peer)
+        known = self._core.sessions.by_name(peer)
         handoff = Handoff(request_id, peer, "receive", partial(self._tell, "decode"))
         if known is not None and known.read_plan is not None:
             self._ask(handoff, known, fields)
@@ -413,7 +413,7 @@ class Agent:
             waiter.add_done_callback(partial(self._met, handoff, fields, time.monotonic()))
         return handoff
 
-    def _ask(self, handoff: Handoff, known: Acquaintance, fields: dict[str, Any]) -> None:
+    def _ask(self, handoff: Handoff, known: PeerSession, fields: dict[str, Any]) -> None:
         plan = known.read_plan
         assert plan is not None
         handoff._placed_ns = time.monotonic_ns()
@@ -426,7 +426,7 @@ class Agent:
         fields["imm"] = self.engine.new_imm()
         fields["attempt"] = self._next_attempt(handoff.request_id)
         ask = partial(self._core.receive, handoff, known, fields)
-        self._core.mailbox.turns.call_now(ask)
+        self._core.messaging.loop.call_now(ask)
 
     def _meet_member(
         self, name: str, timeout_s: float, waiter: Future[str], operation: str
@@ -442,7 +442,7 @@ class Agent:
             )
         there = member.registration
         expected = (name, there.life)
-        self._soon(self._core.acquaintances.meet, there.address, timeout_s, waiter, expected)
+        self._soon(self._core.sessions.meet, there.address, timeout_s, waiter, expected)
 
     def _met(
         self, handoff: Handoff, fields: dict[str, Any], began_s: float, waiter: Future[str]
@@ -450,7 +450,7 @@ class Agent:
         """A handoff's peer is connected now, or cannot be. On the agent's thread."""
         error = waiter.exception()
         assert error is None or isinstance(error, Exception)
-        known = self._core.acquaintances.by_name(handoff.peer)
+        known = self._core.sessions.by_name(handoff.peer)
         fields["timeout_s"] = max(fields["timeout_s"] - (time.monotonic() - began_s), 1e-3)
         try:
             if error is not None:
@@ -530,7 +530,7 @@ class Agent:
         Raises:
             RuntimeError: it is called by a callback of this agent's, which would wait for itself.
         """
-        if self._core.mailbox.turns.mine:
+        if self._core.messaging.loop.mine:
             raise RuntimeError(
                 f"{self.name} cannot be closed by a callback that it makes: close it from a thread"
             )
@@ -541,13 +541,13 @@ class Agent:
         all_back = threading.Event()
         if self._http is not None:
             self._http.close()
-        if self._enrolment is not None:
-            self._soon(self._enrolment.leave)
-        self._core.mailbox.call_soon(partial(self._core.begin_close, all_back.set))
+        if self._registrar is not None:
+            self._soon(self._registrar.leave)
+        self._core.messaging.call_soon(partial(self._core.begin_close, all_back.set))
         all_back.wait(timeout_s)
         if self._owns_engine:
             self.engine.close()
-        self._core.mailbox.call_soon(self._core.end_close)
+        self._core.messaging.call_soon(self._core.end_close)
         self._core.close()
         if not self._owns_engine and all_back.is_set():
             self._cache.deregister()
@@ -557,11 +557,11 @@ class Agent:
     def _serve(self, address: str) -> HttpServer:
         from .metrics import AgentMetrics
 
-        workbench = self._core.workbench
+        executor = self._core.executor
         metrics = AgentMetrics(
-            self.engine, self._core.mailbox, workbench.recorder, self._core.count_handoffs
+            self.engine, self._core.messaging, executor.recorder, self._core.count_handoffs
         )
-        workbench.observers.append(metrics.note)
+        executor.observers.append(metrics.note)
         return metrics.serve(address, self._unready)
 
     def _unready(self) -> str:
@@ -570,8 +570,8 @@ class Agent:
             return "closed"
         if self.draining:
             return "draining"
-        if self._enrolment is not None and not self._enrolment.registered:
-            return f"not registered: {self._enrolment.reason}"
+        if self._registrar is not None and not self._registrar.registered:
+            return f"not registered: {self._registrar.reason}"
         return ""
 
     def _take_role(self, role: Role) -> None:
@@ -579,7 +579,7 @@ class Agent:
         self.role = role
 
     def _soon(self, call: Any, *arguments: Any) -> None:
-        self._core.mailbox.call_soon(partial(call, *arguments))
+        self._core.messaging.call_soon(partial(call, *arguments))
 
     def _tell(self, side: Side, handoff: Handoff, event: Event) -> None:
         self._soon(self._core.tell, side, handoff, event)

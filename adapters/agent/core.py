@@ -29,12 +29,12 @@ from ...control.handoff.messages import (
     Sent,
     decode,
 )
-from ...control.handoff.registry import DecodeDesk, PrefillDesk
+from ...control.handoff.registry import DecodeHandoffs, PrefillHandoffs
 from ...control.handoff.session import make_hello
-from .executor import Workbench, idle_stream
+from .executor import Executor, idle_stream
 from .handoff import Handoff, SendHandoff
-from .messaging import Mailbox
-from .sessions import Acquaintances
+from .messaging import Messaging
+from .sessions import Sessions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,13 +42,13 @@ if TYPE_CHECKING:
     from ...control.handoff.events import Event, SourceOffered
     from ...control.handoff.machine import Timing
     from ...control.handoff.messages import Message, Role, Side
-    from ...control.handoff.registry import Desk, Steps
+    from ...control.handoff.registry import Handoffs, Steps
     from ...control.keys import Keys
     from ...engine.memory.descriptors import CacheDescriptor
     from ...engine.memory.regions import RegisteredCache
     from ...engine.transfer_engine import TransferEngine
-    from .messaging import Route
-    from .sessions import Acquaintance
+    from .messaging import ReplyTo
+    from .sessions import PeerSession
 
 # The side of a handoff that a message is for; None: the other side than that of its sender.
 ADDRESSED: dict[type[Message], Side | None] = {
@@ -71,9 +71,9 @@ class AgentCore:
 
     Attributes:
         role: what the agent does now.
-        mailbox: its sockets, and its turns.
-        acquaintances: the peers.
-        workbench: what is done with the engine.
+        messaging: its sockets, and its turns.
+        sessions: the peers.
+        executor: what is done with the engine.
     """
 
     def __init__(
@@ -95,34 +95,32 @@ class AgentCore:
         self.role: Role = role
         self._engine = engine
         self._timing = timing
-        self._desks = _desks(role, timing)
+        self._sides = _sides(role, timing)
         self._closing = False
         self._all_back: Callable[[], None] = lambda: None
-        self.mailbox = mailbox = Mailbox(bind, self._on_frame, name, keys)
-        self.acquaintances = peers = Acquaintances(
-            name, role, engine, cache, described, mailbox, timing
-        )
-        self.workbench = Workbench(name, engine, cache, stream, peers, mailbox, self._tell)
+        self.messaging = messaging = Messaging(bind, self._on_frame, name, keys)
+        self.sessions = peers = Sessions(name, role, engine, cache, described, messaging, timing)
+        self.executor = Executor(name, engine, cache, stream, peers, messaging, self._tell)
         peers.listen(self)
-        turns = mailbox.turns
-        turns.errands = engine.take_errands(turns.replace_thread)
-        mailbox.start()
+        loop = messaging.loop
+        loop.inline_copies = engine.take_inline_copies(loop.replace_thread)
+        messaging.start()
 
     # Handoffs: what users ask for
 
-    def receive(self, handoff: Handoff, peer: Acquaintance, fields: dict[str, Any]) -> None:
+    def receive(self, handoff: Handoff, peer: PeerSession, fields: dict[str, Any]) -> None:
         """Asks `peer` for a request's blocks."""
-        desk = self._desks.get("decode")
+        registry = self._sides.get("decode")
         try:
             self._check_open("decode")
             if handoff._withdrawn:
                 raise HandoffCancelled(handoff._withdrawn, handoff=handoff.request_id)
-            assert isinstance(desk, DecodeDesk)
-            key, steps = desk.begin(peer.session.number, handoff.request_id, **fields)
+            assert isinstance(registry, DecodeHandoffs)
+            key, steps = registry.begin(peer.session.number, handoff.request_id, **fields)
         except ControlError as error:
             handoff._refuse(error)
             return
-        work = self.workbench.begin("decode", key, handoff)
+        work = self.executor.begin("decode", key, handoff)
         work.session = peer.session.number
         work.nbytes = fields["nbytes"]
         work.request = fields
@@ -130,22 +128,22 @@ class AgentCore:
 
     def offer(self, handoff: Handoff, source: SourceOffered) -> None:
         """Has a request's blocks for whoever asks."""
-        desk = self._desks.get("prefill")
+        registry = self._sides.get("prefill")
         try:
             self._check_open("prefill")
-            assert isinstance(desk, PrefillDesk)
+            assert isinstance(registry, PrefillHandoffs)
         except ControlError as error:
             handoff._refuse(error)
             return
-        key, steps = desk.offer(handoff.request_id, source)
-        self.workbench.begin("prefill", key, handoff)
+        key, steps = registry.offer(handoff.request_id, source)
+        self.executor.begin("prefill", key, handoff)
         self._say_who_asked(key)
         self._carry_out("prefill", steps)
 
     def _say_who_asked(self, key: int) -> None:
         """Tells the user of a handoff who asked for it, as soon as both are known."""
-        machine = self._desks["prefill"].machines.get(key)
-        work = self.workbench.work.get(("prefill", key))
+        machine = self._sides["prefill"].machines.get(key)
+        work = self.executor.work.get(("prefill", key))
         handoff = work.handoff if work is not None else None
         if machine is None or not machine.peer or not isinstance(handoff, SendHandoff):
             return
@@ -155,7 +153,7 @@ class AgentCore:
 
     def tell(self, side: Side, handoff: Handoff, event: Event) -> None:
         """Something happened to a handoff."""
-        if handoff._key and side in self._desks:
+        if handoff._key and side in self._sides:
             self._tell(side, handoff._key, event)
         elif not handoff._key and isinstance(event, events.UserCancelled):
             handoff._withdrawn = event.reason or "cancelled"
@@ -163,54 +161,54 @@ class AgentCore:
     def _check_open(self, side: Side) -> None:
         if self._closing:
             raise AgentClosed("the agent was closed", operation="hand off")
-        if side not in self._desks:
+        if side not in self._sides:
             raise AgentDraining(
                 f"{self.name} is {self.role} now: it changed its role", operation="hand off"
             )
 
     def _tell(self, side: Side, key: int, event: Event) -> None:
-        desk = self._desks.get(side)
-        if desk is not None:  # else the agent has another role by now, and the handoff is over
-            self._carry_out(side, desk.handle(key, event))
+        registry = self._sides.get(side)
+        if registry is not None:  # else the agent has another role by now, and the handoff is over
+            self._carry_out(side, registry.handle(key, event))
 
     def _carry_out(self, side: Side, steps: Steps) -> None:
-        self.workbench.carry_out(side, steps, self._desks[side].machines)
+        self.executor.carry_out(side, steps, self._sides[side].machines)
         if self._closing:
             self._report_if_all_back()
 
     def count_handoffs(self) -> int:
         """Counts those that are not over."""
-        return sum(len(desk.machines) for desk in self._desks.values())
+        return sum(len(registry.machines) for registry in self._sides.values())
 
     def flip(self, role: Role) -> None:
         """Takes another role: the agent is idle and all its links are down."""
-        self.role = self.acquaintances.role = role
-        self._desks = _desks(role, self._timing)
+        self.role = self.sessions.role = role
+        self._sides = _sides(role, self._timing)
 
     # Messages
 
-    def _on_frame(self, route: Route, frame: bytes) -> None:
+    def _on_frame(self, route: ReplyTo, frame: bytes) -> None:
         try:
             message = decode(frame)
         except ProtocolError as error:
-            self.mailbox.refuse(route, 0, "protocol", error.message)
+            self.messaging.refuse(route, 0, "protocol", error.message)
             return
         kind = type(message)
         if kind not in ADDRESSED:
-            self.acquaintances.hear(route, message)
+            self.sessions.hear(route, message)
             return
         assert isinstance(message, HandoffMessage)
-        peer = self.acquaintances.get(message.session)
+        peer = self.sessions.get(message.session)
         if peer is None or peer.route != route:
-            self.mailbox.refuse(route, message.session, "session", "this agent does not know you")
+            self.messaging.refuse(route, message.session, "session", "this agent does not know you")
             return
         side = ADDRESSED[kind] or _other_side(message)
-        desk = self._desks.get(side)
-        if desk is None:
+        registry = self._sides.get(side)
+        if registry is None:
             detail = f"{self.name} is {self.role}, it has no use for {kind.__name__}"
-            self.mailbox.refuse(route, 0, "role", detail)
+            self.messaging.refuse(route, 0, "role", detail)
             return
-        steps = desk.receive(message)
+        steps = registry.receive(message)
         if not steps:
             return
         if kind is Request:
@@ -220,35 +218,35 @@ class AgentCore:
 
     # Links, as a `SessionListener`
 
-    def came_up(self, peer: Acquaintance) -> None:
+    def came_up(self, peer: PeerSession) -> None:
         """Handoffs with this peer may begin."""
-        for desk in self._desks.values():
-            desk.open_session(peer.session.number, peer.session.name)
+        for registry in self._sides.values():
+            registry.open_session(peer.session.number, peer.session.name)
 
-    def went_down(self, peer: Acquaintance, reason: str) -> None:
+    def went_down(self, peer: PeerSession, reason: str) -> None:
         """The link to this peer is down."""
-        for side, desk in self._desks.items():
+        for side, registry in self._sides.items():
             number, quiesced = peer.session.number, peer.quiesced
-            self._carry_out(side, desk.link_down(number, reason, quiesced=quiesced))
+            self._carry_out(side, registry.link_down(number, reason, quiesced=quiesced))
         self._report_if_all_back()
 
-    def quiesced(self, peer: Acquaintance) -> None:
+    def quiesced(self, peer: PeerSession) -> None:
         """This peer, whose link is down, can reach nothing any more."""
-        for side, desk in self._desks.items():
-            self._carry_out(side, desk.quiesced(peer.session.number))
+        for side, registry in self._sides.items():
+            self._carry_out(side, registry.quiesced(peer.session.number))
 
-    def is_busy(self, peer: Acquaintance) -> bool:
+    def is_busy(self, peer: PeerSession) -> bool:
         """Whether a handoff with this peer is under way."""
-        return any(desk.busy(peer.session.number) for desk in self._desks.values())
+        return any(registry.busy(peer.session.number) for registry in self._sides.values())
 
-    def is_needed(self, peer: Acquaintance) -> bool:
-        """Whether a desk may still have something to say to this peer."""
-        return any(desk.knows(peer.session.number) for desk in self._desks.values())
+    def is_needed(self, peer: PeerSession) -> bool:
+        """Whether a registry may still have something to say to this peer."""
+        return any(registry.knows(peer.session.number) for registry in self._sides.values())
 
-    def forget(self, peer: Acquaintance) -> None:
+    def forget(self, peer: PeerSession) -> None:
         """This peer is down for so long that it asks about no handoff any more."""
-        for desk in self._desks.values():
-            desk.forget(peer.session.number)
+        for registry in self._sides.values():
+            registry.forget(peer.session.number)
 
     # The end
 
@@ -259,7 +257,7 @@ class AgentCore:
         """
         self._closing = True
         self._all_back = all_back
-        for (side, key), work in list(self.workbench.work.items()):
+        for (side, key), work in list(self.executor.work.items()):
             if work.handoff is not None:
                 work.handoff._outcome._fail(
                     AgentClosed(
@@ -269,12 +267,12 @@ class AgentCore:
                     )
                 )
             self._tell(side, key, events.UserCancelled("the agent was closed"))
-        self.acquaintances.say_goodbye("the agent was closed")
+        self.sessions.say_goodbye("the agent was closed")
         self._report_if_all_back()
 
     def end_close(self) -> None:
         """Says of the blocks that did not come back that they never will, as far as is known."""
-        for work in self.workbench.work.values():
+        for work in self.executor.work.values():
             if work.handoff is not None:
                 work.handoff.blocks_free._fail(
                     AgentClosed(
@@ -287,23 +285,23 @@ class AgentCore:
 
     def close(self) -> None:
         """Stops the thread and closes the sockets. Not from the thread itself. Once."""
-        self.mailbox.close()
-        errands = self.mailbox.turns.errands
-        if errands is not None:
-            self._engine.return_errands(errands)
+        self.messaging.close()
+        inline_copies = self.messaging.loop.inline_copies
+        if inline_copies is not None:
+            self._engine.return_inline_copies(inline_copies)
 
     def _report_if_all_back(self) -> None:
-        if self._closing and not self.count_handoffs() and not self.acquaintances.any_link:
+        if self._closing and not self.count_handoffs() and not self.sessions.any_link:
             self._all_back()
 
 
-def _desks(role: Role, timing: Timing) -> dict[Side, Desk]:
-    desks: dict[Side, Desk] = {}
+def _sides(role: Role, timing: Timing) -> dict[Side, Handoffs]:
+    sides: dict[Side, Handoffs] = {}
     if role != "prefill":
-        desks["decode"] = DecodeDesk(timing)
+        sides["decode"] = DecodeHandoffs(timing)
     if role != "decode":
-        desks["prefill"] = PrefillDesk(timing)
-    return desks
+        sides["prefill"] = PrefillHandoffs(timing)
+    return sides
 
 
 def _other_side(message: HandoffMessage) -> Side:

@@ -4,7 +4,7 @@ Calls, timers and ready descriptors are worked off by the agent's thread. A call
 calls nobody's code, may instead be made at once by the thread that has it (`call_now`), if it is
 nobody's turn and nothing waits: waking the agent's thread for it takes longer than the call.
 
-Between its turns the agent's thread does its errands, which are small copies. If one of them stalls
+Between its turns the agent's thread makes inline copies, which are small. If one of them stalls
 (a peer's memory that is swapped out, say), another thread takes its place: decision 0046.
 """
 
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ...engine.runtime.copy_threads import Errands
+    from ...engine.runtime.copy_threads import InlineCopies
 
 # That are kept until they are due, or more than half of all: 2,000 handoffs a second leave 60,000 in
 # 30 s otherwise, which Python's collector goes through again and again.
@@ -38,17 +38,17 @@ log = logging.getLogger("kvferry.agent")
 class Timer:
     """A call that is due later; `cancel` before that."""
 
-    __slots__ = ("_turns", "call")
+    __slots__ = ("_loop", "call")
 
-    def __init__(self, call: Callable[[], None], turns: Turns) -> None:
+    def __init__(self, call: Callable[[], None], loop: EventLoop) -> None:
         self.call: Callable[[], None] | None = call
-        self._turns = turns
+        self._loop = loop
 
     def cancel(self) -> None:
         """Stops it."""
         if self.call is not None:
             self.call = None
-            self._turns._num_cancelled += 1
+            self._loop._num_cancelled += 1
 
 
 class Timers(dict[str, Timer]):
@@ -76,7 +76,7 @@ class Timers(dict[str, Timer]):
         self.clear()
 
 
-class Turns:
+class EventLoop:
     """Calls, timers and descriptors, one at a time.
 
     Args:
@@ -85,7 +85,7 @@ class Turns:
         end_call: called after a call that was made at once by another thread; likewise.
 
     Attributes:
-        errands: what the agent's thread does between its turns.
+        inline_copies: what the agent's thread does between its turns.
         at_once: whether this turn is one call of another thread's, which says little.
 
     `call_soon` and `call_now` are safe from any thread; `stop` once, from any but the agent's own;
@@ -95,7 +95,7 @@ class Turns:
     def __init__(
         self, name: str, end_turn: Callable[[], bool], end_call: Callable[[], bool]
     ) -> None:
-        self.errands: Errands | None = None
+        self.inline_copies: InlineCopies | None = None
         self.at_once = False
         self._name = name
         self._end_turn = end_turn
@@ -114,7 +114,7 @@ class Turns:
         self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._woken = False  # the agent's thread has been woken, and has not looked yet
         self._stopping = False
-        self._away = False  # the agent's thread does its errands
+        self._away = False  # the agent's thread does its inline copies
         self._thread = self._new_thread()
 
     @property
@@ -198,8 +198,8 @@ class Turns:
         os.close(fd)
 
     def replace_thread(self) -> None:
-        """The agent's thread is stuck in an errand: another one goes on. Never blocks; any other
-        thread, which asks again while the errand does not end."""
+        """The agent's thread is stuck in an inline copy: another one goes on. Never blocks; any other
+        thread, which asks again while the inline copy does not end."""
         if not self._away or not self._turn.acquire(blocking=False):
             return
         try:
@@ -227,7 +227,9 @@ class Turns:
     def _run(self) -> None:
         me = threading.current_thread()
         ready: list[tuple[int, int]] = []
-        with self.errands.of_this_thread() if self.errands else contextlib.nullcontext():
+        with (
+            self.inline_copies.of_this_thread() if self.inline_copies else contextlib.nullcontext()
+        ):
             while True:
                 with self._turn:
                     if me is not self._thread:
@@ -237,11 +239,13 @@ class Turns:
                     self._holder = 0
                     if self._stopping:
                         return
-                    away = self._away = self.errands is not None and bool(self.errands.waiting)
+                    away = self._away = self.inline_copies is not None and bool(
+                        self.inline_copies.waiting
+                    )
                     sleep_s = 0.0 if more or self._calls else self._sleep_s()
-                if away and self.errands is not None:
-                    self.errands.do()
-                    ready = self._epoll.poll(0) if self.errands.waiting else []
+                if away and self.inline_copies is not None:
+                    self.inline_copies.do()
+                    ready = self._epoll.poll(0) if self.inline_copies.waiting else []
                 else:
                     ready = self._epoll.poll(sleep_s)
 

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from ...engine.transfer.ticket import Ticket
     from ...engine.transfer_engine import TransferEngine
     from .handoff import Handoff
-    from .messaging import Mailbox
-    from .sessions import Acquaintances
+    from .messaging import Messaging
+    from .sessions import Sessions
 
     Tell = Callable[[Side, int, Event], None]
 
@@ -100,7 +100,7 @@ class _AllWork(dict[tuple["Side", int], Work]):
         return work
 
 
-class Workbench:
+class Executor:
     """All handoffs' work. One owner at a time: who has the turn.
 
     Args:
@@ -122,8 +122,8 @@ class Workbench:
         engine: TransferEngine,
         cache: RegisteredCache,
         stream: torch.cuda.Stream | None,
-        peers: Acquaintances,
-        mailbox: Mailbox,
+        peers: Sessions,
+        messaging: Messaging,
         tell: Tell,
     ) -> None:
         self.work = _AllWork()
@@ -135,7 +135,7 @@ class Workbench:
         self._held = cache.layout.layers
         self._stream = stream
         self._peers = peers
-        self._mailbox = mailbox
+        self._messaging = messaging
         self._tell = tell
         # Looked up by type, because matching one class after the other takes longer than most acts.
         self._acts: dict[type[Action], Callable[[Work, Any], None]] = {
@@ -187,11 +187,11 @@ class Workbench:
         peer = self._peers.get(message.session)
         refused = partial(self._send_refused, work)
         if peer is None:
-            self._mailbox.call_soon(partial(refused, "the peer is not known"))
+            self._messaging.call_soon(partial(refused, "the peer is not known"))
             return
         if type(message) is Accepted and not work.placed_ns:  # else the peer repeats its request
             self._note_request(work, message.session, peer.session.name)
-        self._mailbox.tell(peer.route, message, refused)
+        self._messaging.tell(peer.route, message, refused)
 
     def _send_refused(self, work: Work, reason: str) -> None:
         if work.key:
@@ -207,7 +207,7 @@ class Workbench:
 
     def _set_timer(self, work: Work, action: events.SetTimer) -> None:
         fired = partial(self._tell, work.side, work.key, events.TimerFired(action.kind))
-        work.timers.start(action.kind, self._mailbox.call_later(action.seconds, fired))
+        work.timers.start(action.kind, self._messaging.call_later(action.seconds, fired))
 
     def _clear_timer(self, work: Work, action: events.ClearTimer) -> None:
         work.timers.stop(action.kind)
@@ -225,7 +225,7 @@ class Workbench:
             )
         except EngineError as error:
             ended = events.CounterEnded(0, error)
-            self._mailbox.call_soon(partial(self._tell, work.side, work.key, ended))
+            self._messaging.call_soon(partial(self._tell, work.side, work.key, ended))
             return
         work.counter.add_done_callback(partial(self._counter_ended, work.key))
 
@@ -298,11 +298,11 @@ class Workbench:
             ticket = begin()
         except (EngineError, ControlError) as error:
             ended: Event = events.OperationEnded(op, 0, error)
-            self._mailbox.call_soon(partial(self._tell, work.side, work.key, ended))
+            self._messaging.call_soon(partial(self._tell, work.side, work.key, ended))
             return
         if ticket is None:
             nothing = events.OperationEnded(op)
-            self._mailbox.call_soon(partial(self._tell, work.side, work.key, nothing))
+            self._messaging.call_soon(partial(self._tell, work.side, work.key, nothing))
             return
         work.tickets[op] = ticket
         ticket.add_done_callback(
@@ -397,7 +397,7 @@ class Workbench:
         """On an engine thread."""
         ended = events.OperationEnded(op, ticket.nbytes, ticket.exception())
         took_s = time.monotonic() - began_s
-        self._mailbox.call_soon(partial(self._moved, side, key, ended, session, took_s, ticket))
+        self._messaging.call_soon(partial(self._moved, side, key, ended, session, took_s, ticket))
 
     def _moved(
         self,
@@ -424,9 +424,9 @@ class Workbench:
         """On an engine thread."""
         error = ticket.exception()
         if error is None:
-            self._mailbox.turns.call_now(partial(self._tell_counter, key, ticket))
+            self._messaging.loop.call_now(partial(self._tell_counter, key, ticket))
         elif not isinstance(error, Cancelled):  # else the machine has retired it
-            self._mailbox.call_soon(partial(self._tell_counter, key, ticket))
+            self._messaging.call_soon(partial(self._tell_counter, key, ticket))
 
     def _tell_counter(self, key: int, ticket: Ticket) -> None:
         work = self.work.get(("decode", key))

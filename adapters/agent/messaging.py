@@ -25,7 +25,7 @@ from ...control.cluster.client import CONNECT_MS, daemon_address
 from ...control.curve import Gatekeeper, protect_client, protect_server
 from ...control.handoff.machine import MAX_REASON_CHARS
 from ...control.handoff.messages import MAX_FRAME_NBYTES, Refused, encode
-from .event_loop import Turns
+from .event_loop import EventLoop
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ...control.handoff.messages import Message, Reason
     from ...control.keys import Keys
 
-    OnFrame = Callable[["Route", bytes], None]
+    OnFrame = Callable[["ReplyTo", bytes], None]
     OnRefused = Callable[[str], None]
 
 QUEUE_MESSAGES = 4096  # high-water mark a peer, in batches; a handoff needs three or four messages
@@ -52,14 +52,14 @@ _READABLE = int(zmq.POLLIN)
 log = logging.getLogger("kvferry.agent")
 
 
-class Route(NamedTuple):
+class ReplyTo(NamedTuple):
     """The way to one peer: our DEALER to it (`dealer` > 0), or its identity at our ROUTER."""
 
     dealer: int
     identity: bytes
 
 
-class Mailbox:
+class Messaging:
     """Sockets, and the turns in which they are used.
 
     Args:
@@ -69,7 +69,7 @@ class Mailbox:
         keys: for CURVE on every socket; none if None.
 
     Attributes:
-        turns: what the agent does, one thing at a time.
+        loop: what the agent does, one thing at a time.
         messages_refused: messages to agents that could not be queued.
         frames_refused: frames that were no message, or of no session.
 
@@ -98,10 +98,10 @@ class Mailbox:
         self._takers: dict[zmq.Socket[bytes], Callable[[], None]] = {}
         self._used: dict[zmq.Socket[bytes], None] = {}  # look into these before sleeping
         self._on_frame = on_frame
-        self._outbox: dict[Route, list[tuple[bytes, OnRefused]]] = {}
+        self._outbox: dict[ReplyTo, list[tuple[bytes, OnRefused]]] = {}
         self._numbers = itertools.count(1)
-        self.turns = Turns(name, self._end_turn, self._end_call)
-        self.call_soon, self.call_later = self.turns.call_soon, self.turns.call_later
+        self.loop = EventLoop(name, self._end_turn, self._end_call)
+        self.call_soon, self.call_later = self.loop.call_soon, self.loop.call_later
         self._read(self._router, 0, on_frame)
         if self.gatekeeper is not None:
             gate = self.gatekeeper
@@ -109,13 +109,13 @@ class Mailbox:
 
     def start(self) -> None:
         """Starts the thread."""
-        self.turns.start()
+        self.loop.start()
 
-    def dial(self, address: str, on_frame: OnFrame | None = None, *, queue: bool = True) -> Route:
+    def dial(self, address: str, on_frame: OnFrame | None = None, *, queue: bool = True) -> ReplyTo:
         """A route to whoever binds this address, whether or not it is there yet.
 
         Args:
-            on_frame: takes what comes by this route, instead of the mailbox's own.
+            on_frame: takes what comes by this route, instead of the messaging's own.
             queue: whether messages wait for a peer that is not there; else they are refused.
 
         Raises:
@@ -126,12 +126,12 @@ class Mailbox:
         dealer.setsockopt(zmq.ROUTING_ID, b"k" + secrets.token_bytes(15))
         dealer.setsockopt(zmq.IMMEDIATE, not queue)
         self._connect(dealer, endpoint, server_key)
-        route = Route(next(self._numbers), b"")
+        route = ReplyTo(next(self._numbers), b"")
         self._dealers[route.dealer] = dealer
         self._read(dealer, route.dealer, on_frame or self._on_frame)
         return route
 
-    def subscribe(self, address: str, topics: tuple[bytes, ...], on_frame: OnFrame) -> Route:
+    def subscribe(self, address: str, topics: tuple[bytes, ...], on_frame: OnFrame) -> ReplyTo:
         """Follows the publisher at this address; `hang_up` ends it.
 
         Raises:
@@ -143,31 +143,31 @@ class Mailbox:
             subscriber.subscribe(topic)
         subscriber.setsockopt(zmq.MAXMSGSIZE, -1)  # a daemon's picture of 10,000 agents is 6 MB
         self._connect(subscriber, endpoint, server_key)
-        route = Route(next(self._numbers), b"")
+        route = ReplyTo(next(self._numbers), b"")
         self._dealers[route.dealer] = subscriber
         self._read(subscriber, route.dealer, on_frame)
         return route
 
-    def hang_up(self, route: Route) -> None:
+    def hang_up(self, route: ReplyTo) -> None:
         """Closes the socket of a route that this side dialled; others close by themselves."""
         self._flush(route)
         socket = self._dealers.pop(route.dealer, None)
         if socket is not None:
             del self._takers[socket]
-            self.turns.unwatch(int(socket.getsockopt(zmq.FD)))
+            self.loop.unwatch(int(socket.getsockopt(zmq.FD)))
             socket.close(LINGER_MS)
 
-    def send(self, route: Route, frame: bytes, refused: OnRefused) -> None:
+    def send(self, route: ReplyTo, frame: bytes, refused: OnRefused) -> None:
         """Sends one frame: at the end of this turn, or now if this is a call that is made at once.
 
         `refused` is told, in another turn, if that cannot be.
         """
         waiting = self._outbox.setdefault(route, [])
         waiting.append((frame, refused))
-        if self.turns.at_once or len(waiting) >= BATCH_PARTS or len(frame) > BATCH_NBYTES:
+        if self.loop.at_once or len(waiting) >= BATCH_PARTS or len(frame) > BATCH_NBYTES:
             self._flush(route)
 
-    def tell(self, route: Route, message: Message, refused: OnRefused | None = None) -> None:
+    def tell(self, route: ReplyTo, message: Message, refused: OnRefused | None = None) -> None:
         """Sends an agent a message; `refused` is told why if that cannot be, as in `send`."""
         self.send(route, encode(message), partial(self._count_refused, refused))
 
@@ -176,7 +176,7 @@ class Mailbox:
         if refused is not None:
             refused(reason)
 
-    def refuse(self, route: Route, number: int, reason: Reason, detail: str) -> None:
+    def refuse(self, route: ReplyTo, number: int, reason: Reason, detail: str) -> None:
         """Answers a frame that makes no sense here."""
         self.frames_refused += 1
         self.tell(route, Refused(number, reason, detail[:MAX_REASON_CHARS]))
@@ -186,7 +186,7 @@ class Mailbox:
         while self._outbox:
             self._flush(next(iter(self._outbox)))
 
-    def _flush(self, route: Route) -> None:
+    def _flush(self, route: ReplyTo) -> None:
         waiting = self._outbox.pop(route, [])
         while waiting:
             size = count = 0
@@ -200,7 +200,7 @@ class Mailbox:
             for _, refused in batch if reason else ():
                 self.call_soon(partial(refused, reason))
 
-    def _hand_over(self, route: Route, frames: list[bytes]) -> str:
+    def _hand_over(self, route: ReplyTo, frames: list[bytes]) -> str:
         """Queues one batch; returns "" or why that cannot be."""
         socket = self._dealers.get(route.dealer) if route.dealer else self._router
         if socket is None:
@@ -220,7 +220,7 @@ class Mailbox:
 
     def close(self) -> None:
         """Stops the thread and closes the sockets. Not from the thread itself. Once."""
-        self.turns.stop(lambda: self._context.destroy(linger=LINGER_MS))
+        self.loop.stop(lambda: self._context.destroy(linger=LINGER_MS))
 
     def _connect(self, socket: zmq.Socket[bytes], endpoint: str, server_key: bytes) -> None:
         protect_client(socket, self._keys, server_key)
@@ -240,7 +240,7 @@ class Mailbox:
         """Calls `told` when the socket's descriptor tells of news, and `take` after its use."""
         self._takers[socket] = take
         self._used[socket] = None  # of what has come before, its descriptor may not tell
-        self.turns.watch(int(socket.getsockopt(zmq.FD)), told)
+        self.loop.watch(int(socket.getsockopt(zmq.FD)), told)
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = self._context.socket(kind)
@@ -261,10 +261,12 @@ class Mailbox:
     def _end_turn(self) -> bool:
         """Sends what was said, and looks into the sockets that were used; True if there may be more.
 
-        While a few errands wait, what was said waits for what they make of it, and goes with that.
+        While a few inline copies wait, what was said waits for what they make of it, and goes with that.
         """
-        errands = self.turns.errands
-        held_back = errands is not None and 0 < len(errands.waiting) <= HELD_BACK_ERRANDS
+        inline_copies = self.loop.inline_copies
+        held_back = (
+            inline_copies is not None and 0 < len(inline_copies.waiting) <= HELD_BACK_ERRANDS
+        )
         if not held_back:
             self.flush()
         used, self._used = self._used, {}
@@ -300,12 +302,12 @@ class Mailbox:
                     more = part.more
             except zmq.ZMQError:
                 return
-            route = Route(number, b"" if number else parts.pop(0))
+            route = ReplyTo(number, b"" if number else parts.pop(0))
             for frame in parts[:BATCH_PARTS]:
                 self._hear(on_frame, route, frame)
         self._used[socket] = None
 
-    def _hear(self, on_frame: OnFrame, route: Route, frame: bytes) -> None:
+    def _hear(self, on_frame: OnFrame, route: ReplyTo, frame: bytes) -> None:
         """One failing frame must not end the conversation with every other peer."""
         try:
             on_frame(route, frame)

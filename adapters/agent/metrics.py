@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ...control.handoff.timeline import Recorder
     from ...engine.transfer_engine import TransferEngine
     from .executor import HandoffEnded
-    from .messaging import Mailbox
+    from .messaging import Messaging
 
 # From a block between two processes of one host to a long prompt between hosts.
 SECONDS_BUCKETS = (
@@ -40,12 +40,12 @@ class AgentMetrics:
     def __init__(
         self,
         engine: TransferEngine,
-        mailbox: Mailbox,
+        messaging: Messaging,
         recorder: Recorder,
         count_handoffs: Callable[[], int],
     ) -> None:
         self.registry = CollectorRegistry()
-        self._mailbox = mailbox
+        self._messaging = messaging
         self._recorder = recorder
         self._seconds = Histogram(
             "kvferry_handoff_seconds",
@@ -64,7 +64,7 @@ class AgentMetrics:
         self._errors = Counter(
             "kvferry_errors", "Handoffs that failed, by error.", ["error"], registry=self.registry
         )
-        self.registry.register(_Now(engine, mailbox, count_handoffs))
+        self.registry.register(_Now(engine, messaging, count_handoffs))
 
     def note(self, ended: HandoffEnded) -> None:
         """Counts one more handoff."""
@@ -97,7 +97,7 @@ class AgentMetrics:
 
     def _stuck(self) -> str:
         alive = threading.Event()
-        self._mailbox.call_soon(alive.set)
+        self._messaging.call_soon(alive.set)
         return "" if alive.wait(ANSWER_S) else f"the agent's thread is busy for over {ANSWER_S} s"
 
 
@@ -105,10 +105,10 @@ class _Now(Collector):
     """Figures that are there already."""
 
     def __init__(
-        self, engine: TransferEngine, mailbox: Mailbox, count_handoffs: Callable[[], int]
+        self, engine: TransferEngine, messaging: Messaging, count_handoffs: Callable[[], int]
     ) -> None:
         self._engine = engine
-        self._mailbox = mailbox
+        self._messaging = messaging
         self._count_handoffs = count_handoffs
 
     def collect(self) -> Iterator[Metric]:
@@ -129,8 +129,8 @@ class _Now(Collector):
         ):
             yield GaugeMetricFamily(name, text, value=gauge)
         for name, text, count in (
-            ("kvferry_messages_refused", "Messages not queued.", self._mailbox.messages_refused),
-            ("kvferry_frames_refused", "Frames that were refused.", self._mailbox.frames_refused),
+            ("kvferry_messages_refused", "Messages not queued.", self._messaging.messages_refused),
+            ("kvferry_frames_refused", "Frames that were refused.", self._messaging.frames_refused),
             ("kvferry_late_writes", "Writes to an imm given up.", engine.late_writes),
             ("kvferry_foreign_writes", "Writes to another's imm.", engine.foreign_writes),
         ):

@@ -56,9 +56,9 @@ if TYPE_CHECKING:
     from ...control.cluster.presence import PresenceAction
     from ...control.handoff.messages import Role
     from ...engine.layout.kv_layout import KVLayout
-    from .executor import HandoffEnded, Work, Workbench
-    from .messaging import Mailbox, Route
-    from .sessions import Acquaintances
+    from .executor import Executor, HandoffEnded, Work
+    from .messaging import Messaging, ReplyTo
+    from .sessions import Sessions
 
 FLIP_QUIET_S = 1.0  # without a handoff before the role changes: what was placed before has come
 FLIP_LOOK_S = 0.1
@@ -67,7 +67,7 @@ MAX_ID_CHARS = 64  # of a request's id, which is shown and not used
 log = logging.getLogger("kvferry.agent")
 
 
-class Enrolment:
+class Registrar:
     """One agent's standing with the daemon, and its picture of the others.
 
     Args:
@@ -87,9 +87,9 @@ class Enrolment:
         address: str,
         registration: Registration,
         lease_s: float,
-        mailbox: Mailbox,
-        peers: Acquaintances,
-        workbench: Workbench,
+        messaging: Messaging,
+        peers: Sessions,
+        executor: Executor,
         *,
         count_handoffs: Callable[[], int],
         flip: Callable[[Role], None],
@@ -97,23 +97,23 @@ class Enrolment:
         self.draining = False
         self.report = Load(free_blocks=registration.num_blocks)
         self._name = registration.name
-        self._mailbox = mailbox
+        self._messaging = messaging
         self._peers = peers
-        self._workbench = workbench
+        self._executor = executor
         self._count_handoffs = count_handoffs
         self._flip = flip
         self._flipping = ""  # the role that it takes once it is idle
         self._activity = ActivityLog()
-        workbench.observers.append(self._activity.note)
+        executor.observers.append(self._activity.note)
         self._addresses = [split_address(one) for one in address.split(",")]
         self._presence = Presence(registration, lease_s, daemons=len(self._addresses))
         self._changed = threading.Condition()
         self._standing = Standing(present=False, reason="the daemon has not answered yet")
         self._seen: dict[str, int] = {}
         self._busy_s = 0.0
-        self._routes: list[Route] = []
+        self._routes: list[ReplyTo] = []
         self._turn = 0
-        self._publisher: Route | None = None
+        self._publisher: ReplyTo | None = None
         self._acts: dict[type[PresenceAction], Callable[[Any], None]] = {
             ToDaemon: self._ask,
             AskAnother: self._ask_another,
@@ -155,7 +155,7 @@ class Enrolment:
         """Begins to register."""
         for address in self._addresses:
             address_and_key = join_address(*address)
-            route = self._mailbox.dial(address_and_key, self._on_answer, queue=False)
+            route = self._messaging.dial(address_and_key, self._on_answer, queue=False)
             self._routes.append(route)  # all now: one that dies is replaced within a heartbeat
         self._carry_out(self._presence.start())
 
@@ -163,7 +163,7 @@ class Enrolment:
         """Tells the daemon that the agent goes."""
         self._carry_out(self._presence.leave())
 
-    def _on_answer(self, _: Route, frame: bytes) -> None:
+    def _on_answer(self, _: ReplyTo, frame: bytes) -> None:
         try:
             message = answers.decode(frame)
         except ProtocolError as error:
@@ -171,19 +171,19 @@ class Enrolment:
             return
         self._carry_out(self._presence.hear(message))
 
-    def _on_publication(self, route: Route, frame: bytes) -> None:
+    def _on_publication(self, route: ReplyTo, frame: bytes) -> None:
         if frame != CHANGES_TOPIC:  # the first of two parts
             self._on_answer(route, frame)
 
     def _fire(self, number: int) -> None:
-        workbench, now_s = self._workbench, time.monotonic()
+        executor, now_s = self._executor, time.monotonic()
         self._presence.load = msgspec.structs.replace(
             self.report,
             handoffs=self._count_handoffs(),
-            inflight_nbytes=workbench.inflight_nbytes,
-            rates=dict(workbench.rates),
+            inflight_nbytes=executor.inflight_nbytes,
+            rates=dict(executor.rates),
         )
-        live = _live_handoffs(workbench.work.values(), now_s)
+        live = _live_handoffs(executor.work.values(), now_s)
         self._presence.activity = self._activity.report(now_s, self._peers.senders(), live)
         self._carry_out(self._presence.fire(number))
 
@@ -192,7 +192,7 @@ class Enrolment:
             self._acts[type(action)](action)
 
     def _ask(self, action: ToDaemon) -> None:
-        self._mailbox.send(self._routes[self._turn], requests.encode(action.ask), _nobody_minds)
+        self._messaging.send(self._routes[self._turn], requests.encode(action.ask), _nobody_minds)
 
     def _ask_another(self, _: AskAnother) -> None:
         self._turn = (self._turn + 1) % len(self._routes)
@@ -200,7 +200,7 @@ class Enrolment:
         log.warning("%s: asks the daemon at %s instead", self._name, endpoint)
 
     def _wake_later(self, action: Wake) -> None:
-        self._mailbox.call_later(action.seconds, partial(self._fire, action.number))
+        self._messaging.call_later(action.seconds, partial(self._fire, action.number))
 
     def _obey(self, action: Wanted) -> None:
         self.draining = action.draining
@@ -216,10 +216,10 @@ class Enrolment:
 
     def _subscribe(self, action: Subscribe) -> None:
         if self._publisher is not None:
-            self._mailbox.hang_up(self._publisher)
+            self._messaging.hang_up(self._publisher)
         endpoint, server_key = self._addresses[self._turn]
         address = join_address(publisher_endpoint(endpoint, action.publisher), server_key)
-        self._publisher = self._mailbox.subscribe(address, (CHANGES_TOPIC,), self._on_publication)
+        self._publisher = self._messaging.subscribe(address, (CHANGES_TOPIC,), self._on_publication)
 
     def _members_changed(self, _: MembersChanged) -> None:
         for name, member in self.members.items():
@@ -248,10 +248,10 @@ class Enrolment:
         if self._count_handoffs():
             self._busy_s = now_s
         if now_s - self._busy_s < FLIP_QUIET_S:
-            self._mailbox.call_later(FLIP_LOOK_S, partial(self._flip_when_idle, role))
+            self._messaging.call_later(FLIP_LOOK_S, partial(self._flip_when_idle, role))
         elif self._peers.any_link:
             self._peers.say_goodbye(f"{self._name} becomes {role}")
-            self._mailbox.call_later(FLIP_LOOK_S, partial(self._flip_when_idle, role))
+            self._messaging.call_later(FLIP_LOOK_S, partial(self._flip_when_idle, role))
         else:
             self._flipping = ""
             self._flip(role)

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from ...engine.transfer.plan import TransferPlan
     from ...engine.transfer.ticket import Ticket
     from ...engine.transfer_engine import TransferEngine
-    from .messaging import Mailbox, Route
+    from .messaging import Messaging, ReplyTo
 
 MAX_STRANGERS = 256  # sessions that peers began and that are not up yet
 LINK_TIMEOUT_S = HANDSHAKE_TIMEOUT_S
@@ -66,7 +66,7 @@ FAREWELL_S = 0.25  # for a peer to hear that this agent leaves, before its links
 log = logging.getLogger("kvferry.agent")
 
 
-class Acquaintance:
+class PeerSession:
     """One session with one peer.
 
     Attributes:
@@ -82,7 +82,7 @@ class Acquaintance:
     """
 
     def __init__(
-        self, session: Session, route: Route, endpoint: str, waiter: Future[str] | None
+        self, session: Session, route: ReplyTo, endpoint: str, waiter: Future[str] | None
     ) -> None:
         self.session = session
         self.route = route
@@ -110,26 +110,26 @@ class Acquaintance:
 class SessionListener(Protocol):
     """What is told of an agent's peers, and asked about them. Called on the agent's thread."""
 
-    def came_up(self, peer: Acquaintance) -> None:
+    def came_up(self, peer: PeerSession) -> None:
         """Handoffs with this peer may begin."""
 
-    def went_down(self, peer: Acquaintance, reason: str) -> None:
+    def went_down(self, peer: PeerSession, reason: str) -> None:
         """The link to this peer is down."""
 
-    def quiesced(self, peer: Acquaintance) -> None:
+    def quiesced(self, peer: PeerSession) -> None:
         """This peer, whose link is down, can reach nothing any more."""
 
-    def is_busy(self, peer: Acquaintance) -> bool:
+    def is_busy(self, peer: PeerSession) -> bool:
         """Whether a handoff with this peer is under way."""
 
-    def is_needed(self, peer: Acquaintance) -> bool:
+    def is_needed(self, peer: PeerSession) -> bool:
         """Whether there may still be something to say to this peer."""
 
-    def forget(self, peer: Acquaintance) -> None:
+    def forget(self, peer: PeerSession) -> None:
         """This peer is down for so long that it asks about no handoff any more."""
 
 
-class Acquaintances:
+class Sessions:
     """All peers of one agent, met or being met. Lives on the agent's thread.
 
     Args:
@@ -147,7 +147,7 @@ class Acquaintances:
         engine: TransferEngine,
         cache: RegisteredCache,
         described: CacheDescriptor,
-        mailbox: Mailbox,
+        messaging: Messaging,
         timing: Timing,
     ) -> None:
         self.role: Role = role
@@ -156,15 +156,15 @@ class Acquaintances:
         self._engine = engine
         self._cache = cache
         self._described = described
-        self._mailbox = mailbox
+        self._messaging = messaging
         self._timing = timing
         self._listener: SessionListener
         self._numbers = itertools.count(secrets.randbits(61) + 1)
-        self._all: dict[int, Acquaintance] = {}
-        self._by_name: dict[str, Acquaintance] = {}
+        self._all: dict[int, PeerSession] = {}
+        self._by_name: dict[str, PeerSession] = {}
         self._digest = cache.layout.digest()
         self._encoded = described.encode()
-        self._acts: dict[type[SessionAction], Callable[[Acquaintance, Any], None]] = {
+        self._acts: dict[type[SessionAction], Callable[[PeerSession, Any], None]] = {
             Send: self._send,
             SetTimer: self._set_timer,
             ClearTimer: self._clear_timer,
@@ -178,11 +178,11 @@ class Acquaintances:
         """Tells `listener` of peers from now on; before the first one is met."""
         self._listener = listener
 
-    def get(self, number: int) -> Acquaintance | None:
+    def get(self, number: int) -> PeerSession | None:
         """The acquaintance of this session number; one that is down may still be known."""
         return self._all.get(number)
 
-    def by_name(self, name: str) -> Acquaintance | None:
+    def by_name(self, name: str) -> PeerSession | None:
         """The latest acquaintance of that name that is up. Any thread."""
         return self._by_name.get(name)
 
@@ -204,7 +204,7 @@ class Acquaintances:
                 waiter.set_result(known.session.name)
                 return
         try:
-            route = self._mailbox.dial(endpoint)
+            route = self._messaging.dial(endpoint)
         except ControlError as error:
             waiter.set_exception(error)
             return
@@ -214,7 +214,7 @@ class Acquaintances:
         number = next(self._numbers)
         self._begin(number, route, endpoint, waiter, timeout_s, expected)
 
-    def hear(self, route: Route, message: Message) -> None:
+    def hear(self, route: ReplyTo, message: Message) -> None:
         """A message that gets agents acquainted, or parts them."""
         known = self._all.get(message.session)
         if known is None and isinstance(message, Hello) and not route.dealer:
@@ -223,9 +223,11 @@ class Acquaintances:
             known.patient = isinstance(message, Bye) and self._listener.is_busy(known)
             self._tell(known, Received(message))
         elif not isinstance(message, Refused | Bye):
-            self._mailbox.refuse(route, message.session, "session", "this agent does not know you")
+            self._messaging.refuse(
+                route, message.session, "session", "this agent does not know you"
+            )
 
-    def _stranger(self, number: int, route: Route) -> Acquaintance | None:
+    def _stranger(self, number: int, route: ReplyTo) -> PeerSession | None:
         waiting = sum(1 for known in self._all.values() if not known.endpoint and not known.link)
         if waiting >= MAX_STRANGERS:
             return None
@@ -234,12 +236,12 @@ class Acquaintances:
     def _begin(
         self,
         number: int,
-        route: Route,
+        route: ReplyTo,
         endpoint: str,
         waiter: Future[str] | None,
         timeout_s: float,
         expected: tuple[str, int] | None = None,
-    ) -> Acquaintance:
+    ) -> PeerSession:
         token = secrets.token_bytes(TOKEN_NBYTES)
         engine = self._engine.address.encode()
         session = Session(
@@ -250,37 +252,37 @@ class Acquaintances:
             timeout_s=timeout_s,
             expected=expected,
         )
-        known = self._all[number] = Acquaintance(session, route, endpoint, waiter)
+        known = self._all[number] = PeerSession(session, route, endpoint, waiter)
         known.token = token
         self._carry_out(known, session.start())
         return known
 
     # What sessions ask for
 
-    def _tell(self, known: Acquaintance, event: SessionEvent) -> None:
+    def _tell(self, known: PeerSession, event: SessionEvent) -> None:
         self._carry_out(known, known.session.handle(event))
 
-    def _carry_out(self, known: Acquaintance, actions: list[SessionAction]) -> None:
+    def _carry_out(self, known: PeerSession, actions: list[SessionAction]) -> None:
         for action in actions:
             self._acts[type(action)](known, action)
 
-    def _send(self, known: Acquaintance, action: Send) -> None:
-        self._mailbox.tell(known.route, action.message)
+    def _send(self, known: PeerSession, action: Send) -> None:
+        self._messaging.tell(known.route, action.message)
 
-    def _set_timer(self, known: Acquaintance, action: SetTimer) -> None:
+    def _set_timer(self, known: PeerSession, action: SetTimer) -> None:
         fired = partial(self._tell, known, TimerFired(action.kind))
-        known.timers.start(action.kind, self._mailbox.call_later(action.seconds, fired))
+        known.timers.start(action.kind, self._messaging.call_later(action.seconds, fired))
 
-    def _clear_timer(self, known: Acquaintance, action: ClearTimer) -> None:
+    def _clear_timer(self, known: PeerSession, action: ClearTimer) -> None:
         known.timers.stop(action.kind)
 
-    def _begin_reconcile(self, known: Acquaintance, action: Reconcile) -> None:
+    def _begin_reconcile(self, known: PeerSession, action: Reconcile) -> None:
         _in_background(self._reconcile, known, action.describe)
 
-    def _begin_link(self, known: Acquaintance, action: OpenLink) -> None:
+    def _begin_link(self, known: PeerSession, action: OpenLink) -> None:
         _in_background(self._open_link, known, action.describe, action.dial)
 
-    def _reconcile(self, known: Acquaintance, describe: Describe) -> None:
+    def _reconcile(self, known: PeerSession, describe: Describe) -> None:
         """Makes the plans that both roles allow. In the background."""
         engine, ours, mine = self._engine, known.session.role, self._described
         theirs = known.session.peer.role if known.session.peer is not None else "both"
@@ -297,9 +299,9 @@ class Acquaintances:
                 known.read_plan = plan_between(engine, self._cache, mine, peer_cache, writes=False)
         except EngineError as error:
             problem = error.message
-        self._mailbox.call_soon(partial(self._tell, known, Reconciled(problem)))
+        self._messaging.call_soon(partial(self._tell, known, Reconciled(problem)))
 
-    def _open_link(self, known: Acquaintance, describe: Describe, dial: bool) -> None:
+    def _open_link(self, known: PeerSession, describe: Describe, dial: bool) -> None:
         """Dials the peer's engine, or awaits its call. In the background."""
         engine = self._engine
         try:
@@ -311,21 +313,21 @@ class Acquaintances:
                 link = engine.accept_link(known.engine_id, LINK_TIMEOUT_S, token=known.token)
         except EngineError as error:
             known.failure = error
-            self._mailbox.call_soon(partial(self._tell, known, LinkOpened(error.message)))
+            self._messaging.call_soon(partial(self._tell, known, LinkOpened(error.message)))
             return
-        self._mailbox.call_soon(partial(self._link_opened, known, link))
+        self._messaging.call_soon(partial(self._link_opened, known, link))
 
-    def _link_opened(self, known: Acquaintance, link: Link) -> None:
+    def _link_opened(self, known: PeerSession, link: Link) -> None:
         known.link = link
         if known.session.state == ENDED:
             self._close_link(known)  # too late: nobody waits for it any more
             return
         self._tell(known, LinkOpened())
         link.down.add_done_callback(
-            lambda _: self._mailbox.call_soon(partial(self._link_down, known))
+            lambda _: self._messaging.call_soon(partial(self._link_down, known))
         )
 
-    def _came_up(self, known: Acquaintance, _: Up) -> None:
+    def _came_up(self, known: PeerSession, _: Up) -> None:
         name, peer = known.session.name, known.session.peer
         for other in list(self._all.values()):
             same_name = other is not known and other.up and other.session.name == name
@@ -371,23 +373,23 @@ class Acquaintances:
         """
         for known in list(self._all.values()):
             if known.session.state != ENDED:
-                self._mailbox.tell(known.route, Bye(known.session.number, reason))
-                self._mailbox.call_later(FAREWELL_S, partial(self._close_link, known))
+                self._messaging.tell(known.route, Bye(known.session.number, reason))
+                self._messaging.call_later(FAREWELL_S, partial(self._close_link, known))
             if known.waiter is not None and not known.waiter.done():
                 known.waiter.set_exception(AgentClosed(reason, operation="connect"))
 
-    def _depose(self, known: Acquaintance, detail: str) -> None:
+    def _depose(self, known: PeerSession, detail: str) -> None:
         """Parts from an earlier life of a name, here and now: it may be alive, and what it says when
         it notices comes too late."""
         self._part(known, "session", detail)
         self._link_down(known)
 
-    def _part(self, known: Acquaintance, reason: Reason, detail: str) -> None:
+    def _part(self, known: PeerSession, reason: Reason, detail: str) -> None:
         error = HelloRefused(detail, peer=known.session.name, operation="link")
         self._carry_out(known, known.session.refuse(reason, error))
         self._close_link(known)
 
-    def _ended(self, known: Acquaintance, action: Ended) -> None:
+    def _ended(self, known: PeerSession, action: Ended) -> None:
         error = known.failure or action.error
         known.parting = known.parting or str(error)
         known.timers.stop_all()
@@ -396,16 +398,16 @@ class Acquaintances:
         if known.link is None:
             self._forget(known)
         elif known.patient:
-            self._mailbox.call_later(PATIENCE_S, partial(self._close_link, known))
+            self._messaging.call_later(PATIENCE_S, partial(self._close_link, known))
         else:
             self._close_link(known)
 
-    def _close_link(self, known: Acquaintance) -> None:
+    def _close_link(self, known: PeerSession) -> None:
         if known.link is not None:
             reason = known.parting or "the agent closed the link"
             known.link.fail(LinkClosed(reason, operation="close"))
 
-    def _link_down(self, known: Acquaintance) -> None:
+    def _link_down(self, known: PeerSession) -> None:
         """The link of a session that was up, or about to be, is down."""
         if known.down or known.link is None:
             return
@@ -419,19 +421,21 @@ class Acquaintances:
         self._part(known, "link", reason)
         if not known.quiesced:
             known.link.quiesced.add_done_callback(
-                lambda ticket: self._mailbox.call_soon(partial(self._link_quiesced, known, ticket))
+                lambda ticket: self._messaging.call_soon(
+                    partial(self._link_quiesced, known, ticket)
+                )
             )
         self._forget_old()
-        self._mailbox.call_later(self._timing.remember_s, partial(self._fade, known))
+        self._messaging.call_later(self._timing.remember_s, partial(self._fade, known))
 
-    def _fade(self, known: Acquaintance) -> None:
+    def _fade(self, known: PeerSession) -> None:
         """It has been down for a while: its route is closed, unless blocks wait for it."""
         self._listener.forget(known)
         self._forget_old()
         if known.session.number in self._all:
-            self._mailbox.call_later(self._timing.remember_s, partial(self._fade, known))
+            self._messaging.call_later(self._timing.remember_s, partial(self._fade, known))
 
-    def _link_quiesced(self, known: Acquaintance, ticket: Ticket) -> None:
+    def _link_quiesced(self, known: PeerSession, ticket: Ticket) -> None:
         if not _at_rest(ticket):
             return  # the engine was closed first: nobody knows any more
         known.quiesced = True
@@ -439,14 +443,14 @@ class Acquaintances:
         self._forget_old()
 
     def _forget_old(self) -> None:
-        """Sessions that are down stay as long as a desk still answers for them."""
+        """Sessions that are down stay as long as a registry still answers for them."""
         for known in list(self._all.values()):
             if known.down and known.quiesced and not self._listener.is_needed(known):
                 self._forget(known)
 
-    def _forget(self, known: Acquaintance) -> None:
+    def _forget(self, known: PeerSession) -> None:
         self._all.pop(known.session.number, None)
-        self._mailbox.hang_up(known.route)
+        self._messaging.hang_up(known.route)
 
 
 def _at_rest(quiesced: Ticket) -> bool:

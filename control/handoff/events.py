@@ -1,6 +1,6 @@
 """What a state machine is told (events) and what it asks for (actions).
 
-A machine does no I/O and has no clock: whoever owns it (a desk in a test, an agent in a process)
+A machine does no I/O and has no clock: whoever owns it (a registry in a test, an agent in a process)
 tells it what happened and carries out, in order, what it asks for.
 """
 

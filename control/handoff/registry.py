@@ -1,6 +1,6 @@
-"""The desks: all handoffs of one agent, as prefill and as decode.
+"""The registries: all handoffs of one agent, as prefill and as decode.
 
-A desk finds the machine that a message or an event concerns, joins sources with requests, and
+A registry finds the machine that a message or an event concerns, joins sources with requests, and
 answers for handoffs that are over. Like the machines it is pure: what is to be done comes back as
 steps, `(key, action)`, where the key names the handoff on this side (0: none).
 """
@@ -30,8 +30,8 @@ MAX_WANTED = 65_536  # requests whose source is not known yet; about 2 KB each
 DOWN_REMEMBERED = 64  # sessions that are down and still answer `Cancel`
 
 
-class Desk:
-    """What both desks share. Not thread-safe: one owner."""
+class Handoffs:
+    """What both registries share. Not thread-safe: one owner."""
 
     side: Side
     unknown: ClassVar[Mapping[type[HandoffMessage], Callable[..., Steps]]]
@@ -56,7 +56,7 @@ class Desk:
         return ledger is not None and bool(ledger.live)
 
     def receive(self, message: HandoffMessage) -> Steps:
-        """A message of a session that this desk knows, addressed to this side."""
+        """A message of a session that this registry knows, addressed to this side."""
         ledger = self._ledgers.get(message.session)
         if ledger is None:
             return []
@@ -131,7 +131,7 @@ class Desk:
             del self._ledgers[session]
 
 
-class DecodeDesk(Desk):
+class DecodeHandoffs(Handoffs):
     """The handoffs that this agent asked for."""
 
     side = "decode"
@@ -198,7 +198,7 @@ class DecodeDesk(Desk):
     unknown = {Ready: _asked_about, Cancel: _asked_about}  # noqa: RUF012
 
 
-class PrefillDesk(Desk):
+class PrefillHandoffs(Handoffs):
     """The handoffs that others ask for, and the sources that wait to be asked for."""
 
     side = "prefill"

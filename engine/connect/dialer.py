@@ -19,7 +19,7 @@ from .handshake import Hello
 from .links import close_all
 
 if TYPE_CHECKING:
-    from ..context import EngineCore
+    from ..context import EngineContext
     from ..link.link import Link
     from ..transports.selection import TransportSelection
     from ..wire.identity import EngineAddress
@@ -38,7 +38,7 @@ class Dialer:
 
     def __init__(
         self,
-        core: EngineCore,
+        core: EngineContext,
         links: LinkTable,
         selection: TransportSelection,
         probe: ProcessProbe,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Iterable
 
-    from ..context import EngineCore
+    from ..context import EngineContext
     from ..transfer.ticket import Ticket
     from ..transports.verbs.meeting import Meeting
     from ..wire.identity import Identity
@@ -44,7 +44,7 @@ class LinkTable:
 
     def open(
         self,
-        core: EngineCore,
+        core: EngineContext,
         control: socket.socket,
         peer: Identity,
         transport: str,

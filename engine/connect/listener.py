@@ -25,7 +25,7 @@ from .handshake import HANDSHAKE_TIMEOUT_S, Hello
 from .links import close_all
 
 if TYPE_CHECKING:
-    from ..context import EngineCore
+    from ..context import EngineContext
     from ..transports.selection import TransportSelection
     from .admission import Admissions
     from .links import LinkTable
@@ -56,7 +56,7 @@ class Listener:
 
     def __init__(
         self,
-        core: EngineCore,
+        core: EngineContext,
         links: LinkTable,
         selection: TransportSelection,
         probe: ProcessProbe,

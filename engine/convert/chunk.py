@@ -1,7 +1,7 @@
-"""Numbers that change their type on their way through staging: gathered, converted, sent; or back.
+"""ElementType that change their type on their way through staging: gathered, converted, sent; or back.
 
-Here is one chunk of a transfer; `conversion.py` cuts a transfer into them, and a workplace of the
-device that holds the cache here converts it (`workplace.py`).
+Here is one chunk of a transfer; `conversion.py` cuts a transfer into them, and a workspace of the
+device that holds the cache here converts it (`workspace.py`).
 
 On the writing side they are gathered into staging, converted and sent from there; on the reading
 side they arrive in staging, are converted and laid into the cache before the read ends. Where scales
@@ -20,20 +20,20 @@ from ..errors import EngineError, LinkError
 from ..layout.block_scales import SCALE_NBYTES, BlockScales, group_maxima
 from ..layout.dtypes import scales_for
 from ..transfer.pieces import NO_PIECES, BoundPieces, bind
-from .workspace import Numbers
+from .workspace import ElementType
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import numpy.typing as npt
 
-    from ..plan.mapping import Bundle
+    from ..plan.mapping import CopyGroup
     from ..plan.template import Moves
     from ..runtime.copy_threads import Copiers
     from ..transfer.plan import TransferPlan
     from ..transfer.transfer import Transfer
-    from .workspace import Workplace
-    from .workspaces import Workplaces
+    from .workspace import Workspace
+    from .workspaces import Workspaces
 
     Floats = npt.NDArray[np.float32]
     Ids = npt.NDArray[np.int64]
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 _ALIGNED_NBYTES = 16  # of the staging's parts: numbers lie where kernels can read them
 
 
-class Converting:
+class ConvertChunk:
     """Some pieces of numbers that change their type, through staging of their own.
 
     The staging holds all of them and is lent until they are moved: `release` gives it back. The
@@ -52,12 +52,12 @@ class Converting:
 
     listed = None  # before its staging is there
 
-    def __init__(self, plan: TransferPlan, parts: list[Part], workplaces: Workplaces) -> None:
+    def __init__(self, plan: TransferPlan, parts: list[Part], workspaces: Workspaces) -> None:
         self.local, self.remote = plan.caches, plan.remote.regions
         self._plan = plan
         self._parts = parts
-        self._workplaces = workplaces
-        self._place: Workplace | None = None
+        self._workspaces = workspaces
+        self._place: Workspace | None = None
         self._src = _tables(self._parts, source=True)
         self._dst = _tables(self._parts, source=False)
         self._travelling = list((self._dst if plan.writes else self._src).values())
@@ -74,7 +74,7 @@ class Converting:
         Args:
             begin: hands it to the path, once it is one of pieces.
         """
-        workers = self._workplaces.workers
+        workers = self._workspaces.workers
         if workers.enter():  # else the link has stopped the transfer, or is about to
             copiers.run(lambda: workers.run(lambda: self._start(begin, transfer)))
 
@@ -82,13 +82,13 @@ class Converting:
         """Gives the staging back: the transfer has ended."""
         place, self._place = self._place, None
         if place is not None:
-            self._workplaces.give(self._plan.local.device, place)
+            self._workspaces.give(self._plan.local.device, place)
 
     def _start(self, begin: Callable[[Transfer], None], transfer: Transfer) -> None:
         if not transfer.begin():
             return
         try:
-            place = self._place = self._workplaces.take(self._plan.local.device)
+            place = self._place = self._workspaces.take(self._plan.local.device)
             place.reserve(self._staging_nbytes)
             pieces = self._stage(place)
         except Exception as error:
@@ -101,7 +101,7 @@ class Converting:
             begin(transfer)
         transfer.end(0)
 
-    def _stage(self, place: Workplace) -> BoundPieces:
+    def _stage(self, place: Workspace) -> BoundPieces:
         """Room in the staging for all that travels; filled, on the writing side."""
         writes = self._plan.writes
         if writes:
@@ -129,7 +129,7 @@ class Converting:
         merged = [np.concatenate(column) for column in zip(*columns, strict=True)]
         return bind(merged[0], merged[1], merged[2], merged[3], self._plan.remote.regions)
 
-    def _land(self, place: Workplace) -> None:
+    def _land(self, place: Workspace) -> None:
         """Lays what was read into the cache.
 
         Raises:
@@ -156,7 +156,7 @@ class Converting:
             with contextlib.suppress(EngineError):
                 self._place.finish()
 
-    def _rooms(self, place: Workplace) -> list[Ids]:
+    def _rooms(self, place: Workspace) -> list[Ids]:
         """Where in the staging each part's rows lie, and after them those of each table."""
         rooms: list[Ids] = []
         used = place.address
@@ -182,49 +182,49 @@ class Converting:
         addresses: Ids = self._plan.addresses[table.region] + table.offset
         return addresses
 
-    def _read_scales(self, place: Workplace, rooms: list[Ids] | None) -> None:
+    def _read_scales(self, place: Workspace, rooms: list[Ids] | None) -> None:
         """The scales of the source: out of the cache, or where they have arrived."""
         for number, table in enumerate(self._src.values()):
             table.values[:] = place.floats(self._here(table) if rooms is None else rooms[number])
 
-    def _choose_scales(self, place: Workplace, rooms: list[Ids] | None) -> None:
+    def _choose_scales(self, place: Workspace, rooms: list[Ids] | None) -> None:
         """The scale of each block that is written, from all numbers that go into it: in the cache,
         or where they have arrived."""
-        for bundle, table in self._dst.items():
+        for copy_group, table in self._dst.items():
             largest = np.zeros(len(table.values), np.float32)
             for number, part in enumerate(self._parts):
-                if part.moves.bundle is bundle:
+                if part.moves.copy_group is copy_group:
                     rows = self._cache_rows(part) if rooms is None else rooms[number]
-                    of, factor = numbers_of(bundle)[0], self._factor(part)
+                    of, factor = element_types_of(copy_group)[0], self._factor(part)
                     maxima = place.maxima(rows, part.elements, of, factor)
                     found = group_maxima(table.rows(part), len(largest), maxima)
                     np.maximum(largest, found, out=largest)
-            table.values[:] = scales_for(largest, bundle.dst_dtype)
+            table.values[:] = scales_for(largest, copy_group.dst_dtype)
 
     def _factor(self, part: Part) -> Floats:
         """What a part's numbers are multiplied by to be real, but for the scales that are chosen."""
         assert part.moves.factor is not None
         factor: Floats = part.moves.factor[part.rows]
-        table = self._src.get(part.moves.bundle)
+        table = self._src.get(part.moves.copy_group)
         return factor if table is None else factor * table.values[table.rows(part)]
 
-    def _convert(self, place: Workplace, part: Part, src: Ids, dst: Ids) -> None:
+    def _convert(self, place: Workspace, part: Part, src: Ids, dst: Ids) -> None:
         """A part's rows, as the source's numbers, into rows of the destination's."""
-        bundle = part.moves.bundle
+        copy_group = part.moves.copy_group
         factor: Floats | None = None
         if part.moves.factor is not None:
             factor = self._factor(part)
-            table = self._dst.get(bundle)
+            table = self._dst.get(copy_group)
             if table is not None:
                 factor = factor / table.values[table.rows(part)]
-        place.convert(src, dst, part.elements, numbers_of(bundle), factor)
+        place.convert(src, dst, part.elements, element_types_of(copy_group), factor)
 
 
-def numbers_of(bundle: Bundle) -> tuple[Numbers, Numbers]:
+def element_types_of(copy_group: CopyGroup) -> tuple[ElementType, ElementType]:
     """What its rows are made of at the source and at the destination."""
     return (
-        Numbers(bundle.src_dtype, bundle.src_elem),
-        Numbers(bundle.dst_dtype, bundle.dst_elem),
+        ElementType(copy_group.src_dtype, copy_group.src_elem),
+        ElementType(copy_group.dst_dtype, copy_group.dst_elem),
     )
 
 
@@ -246,12 +246,16 @@ class Part(NamedTuple):
 
     def wire_nbytes(self, writes: bool) -> int:
         """What travels: the destination's numbers of a write, the source's of a read."""
-        bundle = self.moves.bundle
-        return len(self.rows) * self.elements * (bundle.dst_elem if writes else bundle.src_elem)
+        copy_group = self.moves.copy_group
+        return (
+            len(self.rows)
+            * self.elements
+            * (copy_group.dst_elem if writes else copy_group.src_elem)
+        )
 
 
 class _ScaleTable:
-    """The scales of one bundle on one side that a transfer needs, each once.
+    """The scales of one copy group on one side that a transfer needs, each once.
 
     Attributes:
         values: float32, one each.
@@ -281,21 +285,21 @@ class _ScaleTable:
         return rows
 
 
-def _tables(parts: list[Part], *, source: bool) -> dict[Bundle, _ScaleTable]:
-    found: dict[Bundle, list[Part]] = {}
+def _tables(parts: list[Part], *, source: bool) -> dict[CopyGroup, _ScaleTable]:
+    found: dict[CopyGroup, list[Part]] = {}
     for part in parts:
-        found.setdefault(part.moves.bundle, []).append(part)
+        found.setdefault(part.moves.copy_group, []).append(part)
     tables = {}
-    for bundle, some in found.items():
-        scales = bundle.src_scales if source else bundle.dst_scales
+    for copy_group, some in found.items():
+        scales = copy_group.src_scales if source else copy_group.dst_scales
         if scales is not None:
-            tables[bundle] = _ScaleTable(scales, some, source=source)
+            tables[copy_group] = _ScaleTable(scales, some, source=source)
     return tables
 
 
 def parts_of(moves: Moves) -> list[Part]:
     """All pieces of one list, by their size."""
-    elements = moves.pieces.nbytes // moves.bundle.dst_elem
+    elements = moves.pieces.nbytes // moves.copy_group.dst_elem
     return [
         Part(moves, np.flatnonzero(elements == size), size) for size in np.unique(elements).tolist()
     ]

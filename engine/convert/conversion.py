@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import EngineError, LinkError, PlanError
 from ..transfer.staged import compute_event
 from ..transfer.ticket import Ticket
-from .chunk import Converting, Part, numbers_of, parts_of
+from .chunk import ConvertChunk, Part, element_types_of, parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..transfer.moves import Move, Op, TokenMove
     from ..transfer.plan import TransferPlan
     from ..transfer.transfer import Transfer
-    from .workspaces import Workplaces
+    from .workspaces import Workspaces
 
     Ids = npt.NDArray[np.int64]
 
@@ -72,7 +72,7 @@ def _cut(parts: list[Part], nbytes: int, *, writes: bool) -> Iterator[list[Part]
     """One layer's parts, cut where they may be cut."""
     by_block: list[Part] = []
     for part in parts:
-        if part.moves.bundle.dst_scales is not None:
+        if part.moves.copy_group.dst_scales is not None:
             by_block.append(part)
             continue
         each = max(1, part.wire_nbytes(writes) // max(1, len(part.rows)))
@@ -113,7 +113,7 @@ class Conversion:
         self,
         op: Op,
         move: TokenMove,
-        workplaces: Workplaces,
+        workspaces: Workspaces,
         copiers: Copiers,
         gate: StreamGate,
         *,
@@ -143,7 +143,7 @@ class Conversion:
             )
         move.nbytes  # noqa: B018 - checks the tables
         self._op, self._plan = op, plan
-        self._workplaces, self._copiers, self._gate = workplaces, copiers, gate
+        self._workspaces, self._copiers, self._gate = workspaces, copiers, gate
         self._submit, self._begin_pieces, self._tell_ended = submit, begin, ended
         self._deadline_s = time.monotonic() + op.timeout_s
         self.ticket = Ticket(
@@ -197,14 +197,14 @@ class Conversion:
             ticket.cancel()
         ticket.add_done_callback(partial(self._inner_ended, chunk))
 
-    def _begin_chunk(self) -> tuple[Ticket, Converting] | None:
+    def _begin_chunk(self) -> tuple[Ticket, ConvertChunk] | None:
         """The next chunk and its ticket; None if there is none."""
         with self._lock:
             parts = next(self._chunks, None)
             self._all_begun = parts is None
         if parts is None:
             return None
-        chunk = Converting(self._plan, parts, self._workplaces)
+        chunk = ConvertChunk(self._plan, parts, self._workspaces)
         left_s = max(1e-3, self._deadline_s - time.monotonic())
         ticket = self._submit(
             self._op._replace(timeout_s=left_s),
@@ -214,7 +214,7 @@ class Conversion:
         )
         return ticket, chunk
 
-    def _inner_ended(self, chunk: Converting, inner: Ticket) -> None:
+    def _inner_ended(self, chunk: ConvertChunk, inner: Ticket) -> None:
         """On the thread that ended it."""
         chunk.release()
         error = inner.exception()
@@ -263,7 +263,7 @@ class Conversion:
             ticket.cancel()
 
 
-def warm(workplaces: Workplaces, plan: TransferPlan) -> None:
+def warm(workspaces: Workspaces, plan: TransferPlan) -> None:
     """Allocates what a transfer on a GPU takes there, and loads its kernels. May take seconds.
 
     Raises:
@@ -273,13 +273,13 @@ def warm(workplaces: Workplaces, plan: TransferPlan) -> None:
     places = []
     try:
         for _ in range(AHEAD):
-            places.append(workplaces.take(device))
+            places.append(workspaces.take(device))
             places[-1].reserve(GPU_CHUNK_NBYTES)
         for pair in plan.tokens.pairs:
-            for bundle in pair.bundles:
-                types = numbers_of(bundle)
-                scaled = bundle.src_scales is not None or bundle.dst_scales is not None
-                places[0].try_out(types, converts=bundle.converts, scaled=scaled)
+            for copy_group in pair.copy_groups:
+                types = element_types_of(copy_group)
+                scaled = copy_group.src_scales is not None or copy_group.dst_scales is not None
+                places[0].try_out(types, converts=copy_group.converts, scaled=scaled)
     finally:
         for place in places:
-            workplaces.give(device, place)
+            workspaces.give(device, place)

@@ -1,6 +1,6 @@
 """Converts a chunk of a transfer on a GPU, between a cache there and staging beside it.
 
-Two kernels do it (`kernels/rows.py`), on a stream of the workplace's own; what they walk is a table
+Two kernels do it (`kernels/rows.py`), on a stream of the workspace's own; what they walk is a table
 of addresses that the host makes, uploaded before each launch. The staging is GPU memory: what the
 transport does with it is what it does with any cache.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from .workspace import Numbers
+    from .workspace import ElementType
 
     Floats = npt.NDArray[np.float32]
     Ids = npt.NDArray[np.int64]
@@ -35,7 +35,7 @@ _ALIGNED_NBYTES = 256
 
 
 class Gpu(Protocol):
-    """What a workplace needs of a device: memory, one stream, and copies between host and device."""
+    """What a workspace needs of a device: memory, one stream, and copies between host and device."""
 
     def allocate(self, nbytes: int) -> int:
         """Device memory of an allocation of its own; its address. Raises DeviceError."""
@@ -103,7 +103,7 @@ class CudaStream:
         driver().destroy_stream(self._device, self._raw)
 
 
-class GpuWorkplace:
+class GpuWorkspace:
     """Converts in one GPU's memory. Not thread-safe."""
 
     def __init__(self, gpu: Gpu, max_programs: int | None = None) -> None:
@@ -141,7 +141,7 @@ class GpuWorkplace:
             out[...] = values
             self._copy(_row_addresses(out), addresses, start)
 
-    def maxima(self, addresses: Ids, elements: int, of: Numbers, factor: Floats) -> Floats:
+    def maxima(self, addresses: Ids, elements: int, of: ElementType, factor: Floats) -> Floats:
         """A kernel writes them into pinned memory."""
         with _failing("looking for scales"):
             out, start = self._pinned_floats(len(addresses), 8 + 8 + 4)
@@ -161,7 +161,7 @@ class GpuWorkplace:
         src: Ids,
         dst: Ids,
         elements: int,
-        types: tuple[Numbers, Numbers],
+        types: tuple[ElementType, ElementType],
         factor: Floats | None,
     ) -> None:
         """Enqueues one launch."""
@@ -193,7 +193,9 @@ class GpuWorkplace:
             self._gpu.synchronize()
             self._used_nbytes = 0
 
-    def try_out(self, types: tuple[Numbers, Numbers], *, converts: bool, scaled: bool) -> None:
+    def try_out(
+        self, types: tuple[ElementType, ElementType], *, converts: bool, scaled: bool
+    ) -> None:
         """Loads the kernels, for short rows and for long ones, by moving what is in the staging."""
         src, dst = np.array([self.address]), np.array([self.address + 8 * WIDE_WORDS])
         one = np.ones(1, np.float32)
@@ -264,7 +266,7 @@ class GpuWorkplace:
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
-def _dtype(of: Numbers) -> torch.dtype:
+def _dtype(of: ElementType) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, of.dtype)
     return dtype
 
@@ -291,7 +293,7 @@ def _failing(what: str) -> Iterator[None]:
         raise DeviceError(f"{what} on a GPU failed: {error}", operation="convert") from error
 
 
-def new_gpu_workplace(device: int, max_programs: int | None) -> GpuWorkplace:
-    """A workplace in a GPU's memory. Raises DeviceError."""
+def new_gpu_workspace(device: int, max_programs: int | None) -> GpuWorkspace:
+    """A workspace in a GPU's memory. Raises DeviceError."""
     with _failing("starting"):
-        return GpuWorkplace(CudaStream(device), max_programs)
+        return GpuWorkspace(CudaStream(device), max_programs)

@@ -1,6 +1,6 @@
 """Where one chunk of a transfer is converted: staging for it, and who walks between that and the cache.
 
-A workplace serves one chunk at a time and keeps its staging for the next one. The host's is here;
+A workspace serves one chunk at a time and keeps its staging for the next one. The host's is here;
 a GPU's is in `gpu_workplace.py`, and its staging is GPU memory, which then moves like a cache's.
 """
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     Ids = npt.NDArray[np.int64]
 
 
-class Numbers(NamedTuple):
+class ElementType(NamedTuple):
     """What rows are made of at one end: a type's name, and the bytes of one number."""
 
     dtype: str
     nbytes: int
 
 
-class Workplace(Protocol):
+class Workspace(Protocol):
     """Converts rows of numbers in the memory of one device. Not thread-safe.
 
     Rows are named by their addresses, int64; all of a call have `elements` numbers.
@@ -47,7 +47,7 @@ class Workplace(Protocol):
     def put_floats(self, addresses: Ids, values: Floats) -> None:
         """Writes float32 there. Raises DeviceError."""
 
-    def maxima(self, addresses: Ids, elements: int, of: Numbers, factor: Floats) -> Floats:
+    def maxima(self, addresses: Ids, elements: int, of: ElementType, factor: Floats) -> Floats:
         """The largest magnitude of each row, times the row's factor. Raises DeviceError."""
 
     def convert(
@@ -55,7 +55,7 @@ class Workplace(Protocol):
         src: Ids,
         dst: Ids,
         elements: int,
-        types: tuple[Numbers, Numbers],
+        types: tuple[ElementType, ElementType],
         factor: Floats | None,
     ) -> None:
         """Begins to write rows as numbers of another type; bits, if there is no factor.
@@ -67,7 +67,9 @@ class Workplace(Protocol):
     def finish(self) -> None:
         """Returns when everything that was begun is visible. Raises DeviceError."""
 
-    def try_out(self, types: tuple[Numbers, Numbers], *, converts: bool, scaled: bool) -> None:
+    def try_out(
+        self, types: tuple[ElementType, ElementType], *, converts: bool, scaled: bool
+    ) -> None:
         """Does beforehand what the first rows of these types would have to do, in 16 KiB of staging.
 
         Raises:
@@ -78,7 +80,7 @@ class Workplace(Protocol):
         """Frees what it holds: nothing is in flight."""
 
 
-class HostWorkplace:
+class HostWorkspace:
     """Converts in host memory, by NumPy and PyTorch; done on return."""
 
     def __init__(self) -> None:
@@ -100,7 +102,7 @@ class HostWorkplace:
         """Writes them."""
         put_rows(addresses, SCALE_NBYTES, data=np.ascontiguousarray(values).view(np.uint8))
 
-    def maxima(self, addresses: Ids, elements: int, of: Numbers, factor: Floats) -> Floats:
+    def maxima(self, addresses: Ids, elements: int, of: ElementType, factor: Floats) -> Floats:
         """By PyTorch."""
         return real_maxima(rows_at(addresses, elements * of.nbytes), factor, of.dtype)
 
@@ -109,7 +111,7 @@ class HostWorkplace:
         src: Ids,
         dst: Ids,
         elements: int,
-        types: tuple[Numbers, Numbers],
+        types: tuple[ElementType, ElementType],
         factor: Floats | None,
     ) -> None:
         """By PyTorch's own cast."""
@@ -122,7 +124,9 @@ class HostWorkplace:
     def finish(self) -> None:
         """Nothing: all is done."""
 
-    def try_out(self, types: tuple[Numbers, Numbers], *, converts: bool, scaled: bool) -> None:
+    def try_out(
+        self, types: tuple[ElementType, ElementType], *, converts: bool, scaled: bool
+    ) -> None:
         """Nothing."""
 
     def close(self) -> None:

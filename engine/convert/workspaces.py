@@ -1,4 +1,4 @@
-"""The workplaces of one link: lent to one chunk at a time, and who is at work in them.
+"""The workspaces of one link: lent to one chunk at a time, and who is at work in them.
 
 What a chunk's converting touches must not be given back under it, so a link that goes down waits
 for those who convert as it does for its transport's threads.
@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from ..errors import LinkClosed
 from ..transports.workers import Breakable, Workers
-from .workspace import HostWorkplace, Workplace
+from .workspace import HostWorkspace, Workspace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-class Workplaces:
+class Workspaces:
     """Thread-safe.
 
     Attributes:
@@ -28,12 +28,12 @@ class Workplaces:
         self.workers = Workers(link, "converting")
         self._max_programs = max_programs
         self._lock = threading.Lock()
-        self._idle: dict[int, list[Workplace]] = {}
+        self._idle: dict[int, list[Workspace]] = {}
         self._closed = False
         self._on_gpu = False
 
-    def take(self, device: int) -> Workplace:
-        """A workplace in the memory of a GPU, or of the host for -1. `give` it back.
+    def take(self, device: int) -> Workspace:
+        """A workspace in the memory of a GPU, or of the host for -1. `give` it back.
 
         Raises:
             DeviceError: the GPU's driver refuses. LinkClosed: the link is down.
@@ -44,11 +44,11 @@ class Workplaces:
             idle = self._idle.get(device)
             if idle:
                 return idle.pop()
-        place = new_workplace(device, self._max_programs)
-        self._on_gpu |= not isinstance(place, HostWorkplace)
+        place = new_workspace(device, self._max_programs)
+        self._on_gpu |= not isinstance(place, HostWorkspace)
         return place
 
-    def give(self, device: int, place: Workplace) -> None:
+    def give(self, device: int, place: Workspace) -> None:
         """Nobody touches what is in it any more."""
         with self._lock:
             if not self._closed:
@@ -78,10 +78,10 @@ class Workplaces:
         halted()
 
 
-def new_workplace(device: int, max_programs: int | None) -> Workplace:
-    """A workplace in the memory of a GPU, or of the host for -1. Raises DeviceError."""
+def new_workspace(device: int, max_programs: int | None) -> Workspace:
+    """A workspace in the memory of a GPU, or of the host for -1. Raises DeviceError."""
     if device < 0:
-        return HostWorkplace()
-    from .gpu_workspace import new_gpu_workplace
+        return HostWorkspace()
+    from .gpu_workspace import new_gpu_workspace
 
-    return new_gpu_workplace(device, max_programs)
+    return new_gpu_workspace(device, max_programs)

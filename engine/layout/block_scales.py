@@ -40,7 +40,7 @@ class ScaleShape(NamedTuple):
 
 
 class BlockScales(NamedTuple):
-    """Where the scales of a bundle's entries lie on one side, as columns.
+    """Where the scales of a copy group's entries lie on one side, as columns.
 
     Attributes:
         region, start: of block 0 and the first head that moves, one row an entry.

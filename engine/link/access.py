@@ -1,4 +1,4 @@
-"""Grants: a peer's leave to reach a region of its memory without its help.
+"""Access: a peer's leave to reach a region of its memory without its help.
 
 Where a transport writes straight into the peer's memory (`cma`), no code of the peer's sees the
 access, so no key can be checked on arrival. There, the first transfer of a link that names a region
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from .transfers import TransferTable
 
 
-class Grants:
-    """Both ends of one link's grants: what the peer granted here, and what was granted to it."""
+class Access:
+    """Both ends of one link's access: what the peer granted here, and what was granted to it."""
 
     def __init__(self, context: LinkContext) -> None:
         self._context = context
@@ -38,7 +38,7 @@ class Grants:
         self._granted: set[RegionDescriptor] = set()
         self._claims: dict[int, RegionDescriptor] = {}
         self._parked: list[tuple[Transfer, set[RegionDescriptor]]] = []
-        self._lent: set[int] = set()
+        self._exposed: set[int] = set()
 
     # The end that wants to write or read.
 
@@ -127,8 +127,8 @@ class Grants:
         table = self._context.core.regions
         try:
             region = table.admit(claim.region, claim.key)
-            # Noted first: `deregister` closes the region, then asks whom it was lent to.
-            self._lent.add(claim.region)
+            # Noted first: `deregister` closes the region, then asks whom it was exposed to.
+            self._exposed.add(claim.region)
             if (region.address, region.nbytes) != (claim.address, claim.nbytes):
                 raise OutOfRange(
                     f"region {claim.region} is not where, or not as large as, the descriptor says",
@@ -145,13 +145,13 @@ class Grants:
             answer = wire.Granted(claim.claim, keys=keys)
         self._context.send(answer)
 
-    def lent(self, region_id: int) -> bool:
+    def exposed(self, region_id: int) -> bool:
         """Whether the peer may be using the region."""
-        return region_id in self._lent
+        return region_id in self._exposed
 
     def returned(self, region_id: int) -> None:
         """The peer has confirmed that it stopped using the region."""
-        self._lent.discard(region_id)
+        self._exposed.discard(region_id)
 
 
 class Revocation:
@@ -168,13 +168,13 @@ class Revocation:
         self,
         context: LinkContext,
         table: TransferTable,
-        grants: Grants,
+        access: Access,
         forget: Callable[[int], None],
     ) -> None:
         self._context = context
         self._forget = forget
         self._table = table
-        self._grants = grants
+        self._access = access
         self._asked: dict[int, threading.Event] = {}
 
     # The end that owns the memory.
@@ -186,7 +186,7 @@ class Revocation:
             DeadlineExceeded: it did not answer, and its process lives.
         """
         quiesced = self._context.quiesced
-        if not self._grants.lent(region_id) or quiesced.done():
+        if not self._access.exposed(region_id) or quiesced.done():
             return
         answered = self._asked.setdefault(region_id, threading.Event())
         quiesced.add_done_callback(lambda _: answered.set())
@@ -206,7 +206,7 @@ class Revocation:
         region_id = message.region
         event = self._asked.get(region_id)
         if event is not None:
-            self._grants.returned(region_id)
+            self._access.returned(region_id)
             event.set()
 
     # The end that uses it.
@@ -215,7 +215,7 @@ class Revocation:
         """Stop what runs to a region that the peer takes back; nothing new begins."""
         region_id = message.region
         self._table.revoke(region_id)
-        self._grants.drop(region_id)
+        self._access.drop(region_id)
         for transfer in self._table.uses(region_id):
             transfer.stop(
                 region_taken_back(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..context import EngineCore
+    from ..context import EngineContext
     from ..errors import EngineError
     from ..transfer.ticket import Ticket
     from ..wire.identity import Identity
@@ -26,7 +26,7 @@ class LinkContext:
         down, quiesced: as in `Link`.
     """
 
-    core: EngineCore
+    core: EngineContext
     peer: Identity
     transport: str
     send: Callable[[LinkMessage], None]

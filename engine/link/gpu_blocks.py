@@ -90,7 +90,7 @@ class GpuBlocks:
         if not move.on_gpu:
             check_on_gpu(plan, src_block_ids, dst_block_ids)  # says so
         self._submitter.check_regions("graph_write", move.local, move.remote)
-        self._submitter.ask_leave(plan)
+        self._submitter.ask_access(plan)
         ticket = Ticket("graph_write", peer=self._peer)
         transfer = self._submitter.make(ticket, move, write=True)
         transfer.total_nbytes = 1  # which is never placed

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from ..memory.regions import MemoryRegion
     from ..transfer.transfer import Transfer
-    from .access import Grants
+    from .access import Access
     from .context import LinkContext
     from .transfers import TransferTable
 
@@ -30,14 +30,14 @@ class Host:
         self,
         context: LinkContext,
         table: TransferTable,
-        grants: Grants,
+        access: Access,
         heard: Callable[[], None],
     ) -> None:
         self.core, self.peer = context.core, context.peer
         self.send, self.fail, self.suspect = context.send, context.fail, context.suspect
         self.heard = heard
         self.transfer, self.down_error = table.get, table.down_error
-        self.has_leave, self.grant = grants.has, grants.answer
+        self.has_access, self.grant = access.has, access.answer
         self._source = context
         self._table = table
 

@@ -2,7 +2,7 @@
 
 Here is what users and the engine call; nothing below knows the link. The work is done by its parts,
 each of which owns its state: `Submitter` chooses the way of a move, begins and ends transfers,
-`TransferTable` knows them, `Grants` and `Revocation` say which regions may be reached, `Host` is what
+`TransferTable` knows them, `Access` and `Revocation` say which regions may be reached, `Host` is what
 the transport's `DataPath` sees, `ControlChannel` carries what the two ends tell each other,
 `FailureDetector` watches the peer, `Teardown` ends it all. Messages go to them by a table of types.
 docs/structure.md lists the locks and their order.
@@ -15,13 +15,13 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..convert.workspaces import Workplaces
+from ..convert.workspaces import Workspaces
 from ..errors import EngineError, LinkClosed, ProtocolError
 from ..transfer.moves import NOTHING, BlockMove, Op, TokenMove
 from ..transfer.ticket import DEFAULT_TIMEOUT_S, Ticket
 from ..wire import messages as wire
 from ..wire.channel import ControlChannel
-from .access import Grants, Revocation
+from .access import Access, Revocation
 from .context import LinkContext
 from .gpu_blocks import GpuBlocks
 from .host import Host
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ..context import EngineCore
+    from ..context import EngineContext
     from ..memory.descriptors import RegionDescriptor
     from ..memory.regions import MemoryRegion
     from ..plan.block_tables import BlockIds
@@ -67,7 +67,7 @@ class Link:
 
     def __init__(
         self,
-        core: EngineCore,
+        core: EngineContext,
         sock: socket.socket,
         peer: Identity,
         transport: str,
@@ -84,18 +84,18 @@ class Link:
             core, peer, transport, channel.send, self._fail, self._suspect, self.down, self.quiesced
         )
         self._detector = FailureDetector(core, peer, send=channel.send, fail=self._fail)
-        grants = Grants(context)
-        self._table = table = TransferTable(peer.name, grants.has)
-        self._host = host = Host(context, table, grants, self._detector.heard)
+        access = Access(context)
+        self._table = table = TransferTable(peer.name, access.has)
+        self._host = host = Host(context, table, access, self._detector.heard)
         self._path = path = make_path(host)
-        self._revocation = revocation = Revocation(context, table, grants, path.forget)
-        workplaces = Workplaces(context, core.max_programs)
+        self._revocation = revocation = Revocation(context, table, access, path.forget)
+        workspaces = Workspaces(context, core.max_programs)
         self._submitter = submitter = Submitter(
-            context, path, table, grants, workplaces, revocation.ended
+            context, path, table, access, workspaces, revocation.ended
         )
         self._gpu_blocks = GpuBlocks(submitter, path.kernels, table, peer.name)
         self._teardown = teardown = Teardown(
-            context, host.lost, path, table, grants, channel, self._detector, workplaces
+            context, host.lost, path, table, access, channel, self._detector, workspaces
         )
         self._handlers = _dispatch(
             path.handlers,
@@ -110,7 +110,7 @@ class Link:
                 wire.Bye: teardown.said_bye,
                 wire.ByeToo: teardown.answered_bye,
             },
-            {wire.Claim: host.claimed} if path.asks_leave else {},
+            {wire.Claim: host.claimed} if path.asks_access else {},
         )
 
     def __repr__(self) -> str:
@@ -204,7 +204,7 @@ class Link:
 
         Args:
             plan: from `TransferEngine.plan(mine, theirs)`.
-            src_block_ids, dst_block_ids: equally many; see `Plan.pieces`. For GPU memory also int32
+            src_block_ids, dst_block_ids: equally many; see `BlockPlan.pieces`. For GPU memory also int32
                 or int64 tensors there, which the kernel checks instead, or the first alone, from
                 `upload_ids`: with either the call takes the host as long for any number of blocks.
             layers: global layer indices; all if None.

@@ -18,7 +18,7 @@ from ..wire.messages import Heartbeat
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..context import EngineCore
+    from ..context import EngineContext
     from ..errors import EngineError
     from ..wire.identity import Identity
     from ..wire.messages import LinkMessage
@@ -39,7 +39,7 @@ class FailureDetector:
 
     def __init__(
         self,
-        core: EngineCore,
+        core: EngineContext,
         peer: Identity,
         *,
         send: Callable[[LinkMessage], None],

@@ -27,12 +27,12 @@ from ..wire.refusals import refused
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ..convert.workspaces import Workplaces
+    from ..convert.workspaces import Workspaces
     from ..transfer.moves import Local, Move
     from ..transfer.pieces import Offsets
     from ..transfer.plan import TransferPlan
     from ..transports.base import DataPath
-    from .access import Grants
+    from .access import Access
     from .context import LinkContext
     from .transfers import TransferTable
 
@@ -51,16 +51,16 @@ class Submitter:
         context: LinkContext,
         path: DataPath,
         table: TransferTable,
-        grants: Grants,
-        workplaces: Workplaces,
+        access: Access,
+        workspaces: Workspaces,
         ended: Callable[[Transfer], None],
     ) -> None:
         self._context = context
         self._path = path
         self._kernels = path.kernels
         self._table = table
-        self._grants = grants
-        self._workplaces = workplaces
+        self._access = access
+        self._workspaces = workspaces
         self._tell_ended = ended
         self._peer = context.peer.name
         # The regions of plans that have been checked and granted: looked at once, not each time.
@@ -143,8 +143,8 @@ class Submitter:
             self._path.before(transfer, op.stream)
         if (
             (known and not table.revoked)
-            or not self._path.asks_leave
-            or self._grants.admit(transfer)
+            or not self._path.asks_access
+            or self._access.admit(transfer)
         ):
             if move.listed is None:
                 self._passed[id(remote)] = remote
@@ -198,17 +198,17 @@ class Submitter:
                     peer=self._peer,
                 )
 
-    def ask_leave(self, plan: TransferPlan) -> None:
+    def ask_access(self, plan: TransferPlan) -> None:
         """Wait until the peer has granted access to a plan's regions, if it has to be asked."""
         if self.copies_on_gpu(plan) and not self._context.core.progress.on_thread:
-            self.submit(Op("prepare"), _Access(plan.remote.regions), Transfer.end_empty).wait()
+            self.submit(Op("prepare"), _AskAccess(plan.remote.regions), Transfer.end_empty).wait()
 
     def prepare(self, plan: TransferPlan, layers: Sequence[int] | None) -> None:
         """Do beforehand what the first transfer of a plan would have to do. May block."""
-        self.ask_leave(plan)
+        self.ask_access(plan)
         self._path.prepare(plan, layers)
         if plan.tokens.converts and plan.local.device >= 0 and not self.copies_on_gpu(plan):
-            warm(self._workplaces, plan)
+            warm(self._workspaces, plan)
 
     def expire(self, now: float) -> None:
         """End what is past its deadline; on the progress thread."""
@@ -223,7 +223,7 @@ class Submitter:
 
     def granted(self, message: wire.Granted) -> None:
         """Begin what waited for the peer's answer."""
-        answered = self._grants.answered(message, self._table.revoked, self._path.granted)
+        answered = self._access.answered(message, self._table.revoked, self._path.granted)
         for transfer in answered:
             self._begin(transfer)
 
@@ -248,7 +248,7 @@ class Submitter:
             return ticket
         # On the progress thread nobody can be asked and waited for.
         self._path.before(transfer, op.stream)
-        if self._grants.admit(transfer):
+        if self._access.admit(transfer):
             self._begin(transfer)
         return ticket
 
@@ -261,7 +261,7 @@ class Submitter:
         conversion = Conversion(
             op,
             move,
-            self._workplaces,
+            self._workspaces,
             core.copiers,
             core.gate,
             peer=self._peer,
@@ -291,7 +291,7 @@ class Submitter:
         if takes and self._kernels is not None:
             remote = move.remote
             if self._passed.get(id(remote)) is not remote:
-                self.ask_leave(move.plan)
+                self.ask_access(move.plan)
                 takes = self._path.takes(move)  # it has tried now whether it reaches them
         return takes
 
@@ -354,7 +354,7 @@ class Submitter:
             )
 
 
-class _Access:
+class _AskAccess:
     """A move of nothing, for which the peer is asked for access to its regions."""
 
     local = ()

@@ -16,10 +16,10 @@ from ..wire.messages import Bye, ByeToo
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..convert.workspaces import Workplaces
+    from ..convert.workspaces import Workspaces
     from ..transports.base import DataPath
     from ..wire.channel import ControlChannel
-    from .access import Grants
+    from .access import Access
     from .context import LinkContext
     from .liveness import FailureDetector
     from .transfers import TransferTable
@@ -35,17 +35,17 @@ class Teardown:
         lost: Callable[[], None],
         path: DataPath,
         table: TransferTable,
-        grants: Grants,
+        access: Access,
         channel: ControlChannel,
         detector: FailureDetector,
-        workplaces: Workplaces,
+        workspaces: Workspaces,
     ) -> None:
-        self._workplaces = workplaces
+        self._workspaces = workspaces
         self._context = context
         self._lost = lost
         self._path = path
         self._table = table
-        self._grants = grants
+        self._access = access
         self._channel = channel
         self._detector = detector
         self._deadline_s = 0.0
@@ -64,8 +64,8 @@ class Teardown:
         for conversion in self._table.conversions():
             conversion.stop(self._table.down_error(conversion.ticket.operation))
         self._lost()
-        self._grants.clear()
-        self._path.halt(functools.partial(self._workplaces.halt, self._path_halted))
+        self._access.clear()
+        self._path.halt(functools.partial(self._workspaces.halt, self._path_halted))
         context.down._fail(error)
 
     def tick(self, now: float) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _MARKS_A_BLOCK, _FEWEST_MARKS = 32, 1 << 14
 
 
-class Plan:
+class BlockPlan:
     """How blocks of `src` become blocks of `dst`. Immutable; safe to use from any thread.
 
     Args:
@@ -215,7 +215,7 @@ def _make_template(tokens: TokenPlan, layers: tuple[int, ...] | None) -> Templat
                     row.src_offset,
                     row.dst_region,
                     row.dst_offset,
-                    row.elements * row.bundle.dst_elem,
+                    row.elements * row.copy_group.dst_elem,
                 ],
                 axis=1,
             )

@@ -1,7 +1,7 @@
-"""What a reconciliation of two layouts comes to: bundles of planes, and pairs of block tables.
+"""What a reconciliation of two layouts comes to: copy groups of planes, and pairs of block tables.
 
 A plane of a layer that both sides hold is an *entry*. Entries whose regions have the same shape and
-strides on each side form a *bundle*: all that differs between them is where each begins. Bundles of
+strides on each side form a *copy group*: all that differs between them is where each begins. Bundles of
 one pair of block tables form a *table pair*.
 """
 
@@ -31,7 +31,7 @@ class Step(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Bundle:
+class CopyGroup:
     """Entries of one shape.
 
     Attributes:
@@ -119,5 +119,5 @@ class TablePair:
     dst_slots: int
     src_null: int | None
     dst_null: int | None
-    bundles: tuple[Bundle, ...]
+    copy_groups: tuple[CopyGroup, ...]
     aligned: str = ""

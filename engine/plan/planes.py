@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Key = tuple[int, str]  # layer, plane
 
 
-class Place(NamedTuple):
+class PlaneAddress(NamedTuple):
     """Where one side holds a plane of a layer."""
 
     group: int
@@ -29,10 +29,10 @@ class Place(NamedTuple):
     start: int
 
 
-def places_of(layout: KVLayout) -> dict[Key, Place]:
+def places_of(layout: KVLayout) -> dict[Key, PlaneAddress]:
     """Every plane of every layer of a layout."""
     return {
-        (layer, plane): Place(
+        (layer, plane): PlaneAddress(
             number, index, region.base_offset + i * region.layer_stride + p * region.plane_stride
         )
         for number, group in enumerate(layout.groups)
@@ -169,7 +169,7 @@ class Scales:
         fixed: the former, at the source and at the destination.
     """
 
-    def __init__(self, src: KVLayout, dst: KVLayout, places: list[dict[Key, Place]]) -> None:
+    def __init__(self, src: KVLayout, dst: KVLayout, places: list[dict[Key, PlaneAddress]]) -> None:
         self._layouts = (src, dst)
         self._places = places
         self.fixed = _fixed_scales(src), _fixed_scales(dst)
@@ -277,7 +277,7 @@ def make_factors(
 def check_equal_scales(
     keys: list[Key], held: list[list[tuple[float, ...] | None]], num_heads: int
 ) -> None:
-    """Numbers that are moved bit for bit must mean the same at both ends."""
+    """ElementType that are moved bit for bit must mean the same at both ends."""
     for key, *sides in zip(keys, *held, strict=True):
         each = [None if v is None else v if len(v) > 1 else v * num_heads for v in sides]
         if each[0] != each[1]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     _Held = dict[Key, dict[int, Range]]  # by plane of a layer: each rank's heads
 
 
-class Route(NamedTuple):
+class RankPair(NamedTuple):
     """What one source rank sends to one destination rank.
 
     Attributes:
@@ -67,18 +67,18 @@ class RankPlan:
             for (source, target), some in _share(cell).items():
                 keys[target, source] += some
         self.routes = tuple(
-            Route(source, target, tuple(sorted(some)), self._plan(source, target, some))
+            RankPair(source, target, tuple(sorted(some)), self._plan(source, target, some))
             for (target, source), some in sorted(keys.items())
         )
 
     def _plan(self, source: int, target: int, keys: list[Key]) -> TokenPlan:
         return TokenPlan(self.src[source], self.dst[target], frozenset(keys))
 
-    def to(self, dst: int) -> tuple[Route, ...]:
+    def to(self, dst: int) -> tuple[RankPair, ...]:
         """What a destination rank gets: the source ranks that it talks to, and no others."""
         return tuple(route for route in self.routes if route.dst == dst)
 
-    def of(self, src: int) -> tuple[Route, ...]:
+    def of(self, src: int) -> tuple[RankPair, ...]:
         """What a source rank sends."""
         return tuple(route for route in self.routes if route.src == src)
 

@@ -1,6 +1,6 @@
 """What of one layout goes where in another, and why two layouts cannot go together.
 
-What comes of it are the bundles of `mapping.py`. Everything that does not fit is refused here, by
+What comes of it are the copy groups of `mapping.py`. Everything that does not fit is refused here, by
 the axis and with both values, before anything moves.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import LayoutError
 from ..layout.block_scales import SCALE_SUFFIX
 from ..layout.kv_layout import WHOLE_KINDS
-from .mapping import Bundle, Step, TablePair
+from .mapping import CopyGroup, Step, TablePair
 from .planes import (
     RegionPair,
     Scales,
@@ -31,13 +31,15 @@ if TYPE_CHECKING:
 
     from ..layout.block_scales import ScaleShape
     from ..layout.kv_layout import GroupLayout, KVLayout
-    from .planes import Key, Place
+    from .planes import Key, PlaneAddress
 
-    _Entry = tuple[Key, Place, Place]  # a plane of a layer, where it is at source and destination
+    _Entry = tuple[
+        Key, PlaneAddress, PlaneAddress
+    ]  # a plane of a layer, where it is at source and destination
 
 
 class _Alike(NamedTuple):
-    """What entries of one bundle have in common; hashable.
+    """What entries of one copy group have in common; hashable.
 
     Attributes:
         regions: theirs.
@@ -103,7 +105,7 @@ def _check_models(src: KVLayout, dst: KVLayout) -> None:
 def _check_common(
     src: KVLayout,
     dst: KVLayout,
-    places: list[dict[Key, Place]],
+    places: list[dict[Key, PlaneAddress]],
     keys: Collection[Key] | None,
     common: list[Key],
 ) -> None:
@@ -144,13 +146,13 @@ def _table_pair(
     differ("window", one.window, other.window)
     blocks = _tokens(src, one), _tokens(dst, other)
     state = one.kind in WHOLE_KINDS
-    bundles = tuple(
+    copy_groups = tuple(
         _bundle(scales, alike, entries, state=state) for alike, entries in found.items()
     )
     aligned = ""
-    if any(bundle.dst_scales is not None for bundle in bundles):
+    if any(copy_group.dst_scales is not None for copy_group in copy_groups):
         aligned = "its scales are one a block"
-    if any(bundle.token is None for bundle in bundles) and not state:
+    if any(copy_group.token is None for copy_group in copy_groups) and not state:
         aligned = (
             f"axis 'token' is opaque in codec {src.codec!r}"
             if "token" in src.opaque
@@ -170,7 +172,7 @@ def _table_pair(
         dst.regions[other.regions[0]].num_slots,
         one.null_slot,
         other.null_slot,
-        bundles,
+        copy_groups,
         aligned,
     )
 
@@ -179,7 +181,7 @@ def _tokens(layout: KVLayout, group: GroupLayout) -> int:
     return layout.regions[group.regions[0]].tokens_per_slot
 
 
-def _bundle(scales: Scales, alike: _Alike, entries: list[_Entry], *, state: bool) -> Bundle:
+def _bundle(scales: Scales, alike: _Alike, entries: list[_Entry], *, state: bool) -> CopyGroup:
     pair = alike.regions
     here, there = ({axis.name: axis for axis in axes} for axes in pair.axes)
     low, high = pair.heads or (0, 1)
@@ -215,7 +217,7 @@ def _bundle(scales: Scales, alike: _Alike, entries: list[_Entry], *, state: bool
         scaled = make_factors(keys, held, pair.dtypes, per_block)
     else:
         check_equal_scales(keys, held, high - low)
-    return Bundle(
+    return CopyGroup(
         layer=table[:, 0].copy(),
         src_region=table[:, 1].copy(),
         src_start=table[:, 2] + begin[0],

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from .mapping import Bundle, Step
+    from .mapping import CopyGroup, Step
 
     Ids = npt.NDArray[np.int64]
 
@@ -58,10 +58,10 @@ class Rows(NamedTuple):
     Attributes:
         elements: of each piece.
         factor: what its numbers are multiplied by; None where bits are moved.
-        entry, head: of the bundle, where numbers are converted.
+        entry, head: of the copy group, where numbers are converted.
     """
 
-    bundle: Bundle
+    copy_group: CopyGroup
     src_region: Ids
     src_offset: Ids
     dst_region: Ids
@@ -86,13 +86,13 @@ class Moves(NamedTuple):
 
     Attributes:
         pieces: with the destination's `nbytes`.
-        bundle: says which types.
+        copy_group: says which types.
         factor: of each piece; None where bits are moved.
         entry, head, src_block, dst_block: of each piece, where scales differ from block to block.
     """
 
     pieces: Pieces
-    bundle: Bundle
+    copy_group: CopyGroup
     factor: npt.NDArray[np.float32] | None = None
     entry: Ids = _NONE
     head: Ids = _NONE
@@ -121,16 +121,24 @@ def stretches(start: int, stop: int, unit: int) -> list[Stretch]:
 # Templates.
 
 
-def make_rows(bundles: list[Bundle], low: int, high: int, layers: tuple[int, ...] | None) -> Rows:
-    """The pieces of one unit for bundles whose blocks and tokens lie alike."""
+def make_rows(
+    copy_groups: list[CopyGroup], low: int, high: int, layers: tuple[int, ...] | None
+) -> Rows:
+    """The pieces of one unit for copy groups whose blocks and tokens lie alike."""
     tables = []
     factors: list[npt.NDArray[np.float32]] = []
     entry = head = np.zeros(0, np.int64)
-    for bundle in bundles:
-        inner, of_head = _inner(bundle, low, high)
-        chosen = slice(None) if layers is None else bundle.chosen(layers)
+    for copy_group in copy_groups:
+        inner, of_head = _inner(copy_group, low, high)
+        chosen = slice(None) if layers is None else copy_group.chosen(layers)
         starts = np.stack(
-            [bundle.src_region, bundle.src_start, bundle.dst_region, bundle.dst_start], axis=1
+            [
+                copy_group.src_region,
+                copy_group.src_start,
+                copy_group.dst_region,
+                copy_group.dst_start,
+            ],
+            axis=1,
         )[chosen]
         table = np.empty((len(starts), len(inner), 5), np.int64)
         table[:, :, 0], table[:, :, 2] = starts[:, None, 0], starts[:, None, 2]
@@ -138,18 +146,18 @@ def make_rows(bundles: list[Bundle], low: int, high: int, layers: tuple[int, ...
         table[:, :, 3] = starts[:, None, 3] + inner[:, 1]
         table[:, :, 4] = inner[:, 2]
         tables.append(table.reshape(-1, 5))
-        if bundle.factors is not None:
-            of_entry = bundle.factors[chosen]
+        if copy_group.factors is not None:
+            of_entry = copy_group.factors[chosen]
             wide = of_entry.shape[1] > 1
             factors.append(of_entry[:, of_head if wide else of_head * 0].ravel())
-            numbers = np.arange(len(bundle.layer))[chosen]
+            numbers = np.arange(len(copy_group.layer))[chosen]
             entry = np.repeat(numbers, len(inner))
             head = np.tile(of_head, len(numbers))
     whole = np.concatenate(tables)
     # By place at the destination: small pieces that are neighbours there can then be joined.
     order = np.lexsort((whole[:, 1], whole[:, 3], whole[:, 2], whole[:, 0]))
     whole = whole[order]
-    first = bundles[0]
+    first = copy_groups[0]
     factor = np.concatenate(factors)[order] if factors else None
     if factor is None:
         whole = merge(whole, first.src_elem, first.dst_elem)
@@ -166,20 +174,20 @@ def make_rows(bundles: list[Bundle], low: int, high: int, layers: tuple[int, ...
     )
 
 
-def _inner(bundle: Bundle, low: int, high: int) -> tuple[Ids, Ids]:
+def _inner(copy_group: CopyGroup, low: int, high: int) -> tuple[Ids, Ids]:
     """Rows (source offset, destination offset, elements) of one unit of an entry, and their heads."""
     src_start = dst_start = 0
-    steps: list[Step] = list(bundle.steps)
-    if bundle.token is not None:
-        token = bundle.token
+    steps: list[Step] = list(copy_group.steps)
+    if copy_group.token is not None:
+        token = copy_group.token
         src_start, dst_start = low * token.src_stride, low * token.dst_stride
         steps.append(token._replace(size=high - low))
     steps.sort(key=lambda step: (step.src_stride, step.dst_stride))
-    by_head = bundle.by_head
-    count = bundle.elements
+    by_head = copy_group.by_head
+    count = copy_group.elements
     rest: list[Step] = []
     for step in steps:
-        dense = (count * bundle.src_elem, count * bundle.dst_elem)
+        dense = (count * copy_group.src_elem, count * copy_group.dst_elem)
         joined = not rest and (step.src_stride, step.dst_stride) == dense
         if step.size == 1 and step.name != "head":
             continue
@@ -271,23 +279,23 @@ def spread(
     dst_tokens: Ids | tuple[int, int],
 ) -> Moves:
     """Multiplies rows out over units: the one in `src_blocks[i]` from token `src_tokens[i]` on."""
-    bundle = rows.bundle
-    src, dst = src_blocks * bundle.src_slot_stride, dst_blocks * bundle.dst_slot_stride
-    if bundle.token is not None:
-        src = src + np.asarray(src_tokens) * bundle.token.src_stride
-        dst = dst + np.asarray(dst_tokens) * bundle.token.dst_stride
-    nbytes = rows.elements * bundle.dst_elem
+    copy_group = rows.copy_group
+    src, dst = src_blocks * copy_group.src_slot_stride, dst_blocks * copy_group.dst_slot_stride
+    if copy_group.token is not None:
+        src = src + np.asarray(src_tokens) * copy_group.token.src_stride
+        dst = dst + np.asarray(dst_tokens) * copy_group.token.dst_stride
+    nbytes = rows.elements * copy_group.dst_elem
     if rows.factor is not None or len(src) < 2:
         pieces = product(rows, nbytes, src, dst)
         if rows.factor is None:
-            return Moves(pieces, bundle)
+            return Moves(pieces, copy_group)
         units, each = len(src), len(nbytes)
         factor = np.repeat(rows.factor, units)
-        if bundle.src_scales is None and bundle.dst_scales is None:
-            return Moves(pieces, bundle, factor)
+        if copy_group.src_scales is None and copy_group.dst_scales is None:
+            return Moves(pieces, copy_group, factor)
         return Moves(
             pieces,
-            bundle,
+            copy_group,
             factor,
             np.repeat(rows.entry, units),
             np.repeat(rows.head, units),
@@ -297,9 +305,9 @@ def spread(
     parts = []
     for elements in sorted(set(rows.elements.tolist())):
         same = _where(rows, rows.elements == elements)
-        found = runs(src, dst, elements * bundle.src_elem)
-        parts.append(product(same, same.elements * bundle.dst_elem, *found))
-    return Moves(join(parts), bundle)
+        found = runs(src, dst, elements * copy_group.src_elem)
+        parts.append(product(same, same.elements * copy_group.dst_elem, *found))
+    return Moves(join(parts), copy_group)
 
 
 def _where(rows: Rows, chosen: npt.NDArray[np.bool_]) -> Rows:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..layout.kv_layout import KVLayout
     from ..layout.region import RegionLayout
     from .block_tables import BlockIds
-    from .mapping import Bundle, TablePair
+    from .mapping import CopyGroup, TablePair
     from .planes import Key
     from .template import Moves, Pieces, Rows
 
@@ -56,9 +56,9 @@ class TokenPlan:
         self.src = src
         self.dst = dst
         self.pairs = reconcile(src, dst, keys)
-        bundles = [bundle for pair in self.pairs for bundle in pair.bundles]
-        self.layers = tuple(sorted({layer for b in bundles for layer in b.layer.tolist()}))
-        self.converts = any(bundle.converts for bundle in bundles)
+        copy_groups = [copy_group for pair in self.pairs for copy_group in pair.copy_groups]
+        self.layers = tuple(sorted({layer for b in copy_groups for layer in b.layer.tolist()}))
+        self.converts = any(copy_group.converts for copy_group in copy_groups)
         for pair in self.pairs:
             _check_bounds(self, pair)
         self.template = functools.lru_cache(maxsize=256)(self._template)
@@ -69,7 +69,7 @@ class TokenPlan:
         """Why a list of block ids for each side would not say what moves; "" if it does."""
         src, dst = self.src, self.dst
         if self.converts:
-            types = sorted({(b.src_dtype, b.dst_dtype) for p in self.pairs for b in p.bundles})
+            types = sorted({(b.src_dtype, b.dst_dtype) for p in self.pairs for b in p.copy_groups})
             return f"dtype differs: source and destination have {types}"
         if len(src.groups) > 1 or len(dst.groups) > 1:
             return f"they have {len(src.groups)} and {len(dst.groups)} block tables a request"
@@ -154,7 +154,7 @@ class TokenPlan:
                     order = np.argsort(where[1][0], kind="stable")
                     where = [(blocks[order], tokens[order]) for blocks, tokens in where]
                 for rows in self.template(number, stretch.low, stretch.high, key):
-                    if rows.bundle.token is not None:
+                    if rows.copy_group.token is not None:
                         yield spread(rows, where[0][0], where[1][0], where[0][1], where[1][1])
             if first < stop:
                 slots = np.arange(first // pair.dst_tokens, -(-stop // pair.dst_tokens))
@@ -223,10 +223,12 @@ class TokenPlan:
     def _nbytes_of(self, pair: int, layers: tuple[int, ...] | None) -> tuple[int, int]:
         """Bytes of one token, and of one block of what is moved by whole blocks."""
         found = [0, 0]
-        for bundle in self.pairs[pair].bundles:
-            entries = len(bundle.layer) if layers is None else int(bundle.chosen(layers).sum())
-            found[bundle.token is None] += entries * bundle.run_nbytes
-            found[1] += entries * bundle.scales_per_block * SCALE_NBYTES
+        for copy_group in self.pairs[pair].copy_groups:
+            entries = (
+                len(copy_group.layer) if layers is None else int(copy_group.chosen(layers).sum())
+            )
+            found[copy_group.token is None] += entries * copy_group.run_nbytes
+            found[1] += entries * copy_group.scales_per_block * SCALE_NBYTES
         return found[0], found[1]
 
     def _template(
@@ -237,16 +239,18 @@ class TokenPlan:
         if missing:
             raise PlanError(f"layer {min(missing)} is not held by both sides")
         whole = low == high
-        found: dict[tuple[int, ...], list[Bundle]] = {}
-        for bundle in self.pairs[pair].bundles:
-            if (bundle.token is None) == whole and (layers is None or bundle.chosen(layers).any()):
+        found: dict[tuple[int, ...], list[CopyGroup]] = {}
+        for copy_group in self.pairs[pair].copy_groups:
+            if (copy_group.token is None) == whole and (
+                layers is None or copy_group.chosen(layers).any()
+            ):
                 kind = (
-                    bundle.src_slot_stride,
-                    bundle.dst_slot_stride,
-                    *((0, 0) if bundle.token is None else bundle.token[2:]),
-                    id(bundle) if bundle.converts else bundle.dst_elem,
+                    copy_group.src_slot_stride,
+                    copy_group.dst_slot_stride,
+                    *((0, 0) if copy_group.token is None else copy_group.token[2:]),
+                    id(copy_group) if copy_group.converts else copy_group.dst_elem,
                 )
-                found.setdefault(kind, []).append(bundle)
+                found.setdefault(kind, []).append(copy_group)
         return tuple(make_rows(same, low, high, layers) for same in found.values())
 
 
@@ -275,13 +279,16 @@ def _check_bounds(plan: TokenPlan, pair: TablePair) -> None:
         ("source", plan.src, pair.src_tokens),
         ("destination", plan.dst, pair.dst_tokens),
     )
-    for bundle in pair.bundles:
-        columns = (bundle.src_region, bundle.src_start), (bundle.dst_region, bundle.dst_start)
+    for copy_group in pair.copy_groups:
+        columns = (
+            (copy_group.src_region, copy_group.src_start),
+            (copy_group.dst_region, copy_group.dst_start),
+        )
         for number, (side, layout, tokens) in enumerate(sides):
-            strides = [(step.size - 1, step[2:][number]) for step in bundle.steps]
-            if bundle.token is not None:
-                strides.append((tokens - 1, bundle.token[2:][number]))
-            reach = bundle.elements * (bundle.src_elem, bundle.dst_elem)[number]
+            strides = [(step.size - 1, step[2:][number]) for step in copy_group.steps]
+            if copy_group.token is not None:
+                strides.append((tokens - 1, copy_group.token[2:][number]))
+            reach = copy_group.elements * (copy_group.src_elem, copy_group.dst_elem)[number]
             reach += sum(count * stride for count, stride in strides)
             for region, start in zip(*(column.tolist() for column in columns[number]), strict=True):
                 shape: RegionLayout = layout.regions[region]

@@ -1,6 +1,6 @@
 """Threads that copy between processes: system calls that run without the interpreter lock.
 
-Small copies, called errands, are done by a thread that has other work too, between that work.
+Small copies, called inline copies, are done by a thread that has other work too, between that work.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # from there on.
 MAX_COPIERS = 2
 
-# Of one errand, which takes 20 microseconds, unless the host is too busy to run it.
+# Of one inline copy, which takes 20 microseconds, unless the host is too busy to run it.
 STALL_S = 0.2
 AT_A_TIME = 64  # 2 ms of copies, then its thread looks after the rest of its work
 
@@ -33,7 +33,7 @@ class Copiers:
 
     Attributes:
         count: how many.
-        errands: by thread, what threads that are no copiers do themselves.
+        inline_copies: by thread, inline copies of threads that are no copiers.
     """
 
     def __init__(self, name: str) -> None:
@@ -42,15 +42,15 @@ class Copiers:
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._stopped = False
-        self.errands: dict[int, Errands] = {}
+        self.inline_copies: dict[int, InlineCopies] = {}
         self.count = min(MAX_COPIERS, len(os.sched_getaffinity(0)))
 
     def do_here(self, task: Callable[[], None]) -> bool:
-        """Leaves a small task to the calling thread, if that does errands."""
-        errands = self.errands.get(threading.get_ident())
-        if errands is not None:
-            errands.waiting.append(task)
-        return errands is not None
+        """Leaves a small task to the calling thread, if that makes inline copies."""
+        inline_copies = self.inline_copies.get(threading.get_ident())
+        if inline_copies is not None:
+            inline_copies.waiting.append(task)
+        return inline_copies is not None
 
     def run(self, task: Callable[[], None]) -> None:
         """Runs `task` on one of the threads. A task must not raise."""
@@ -139,16 +139,16 @@ class Batch:
         task()
 
 
-class Errands:
+class InlineCopies:
     """What one thread does between its other work.
 
     Handing a copy of a few kilobytes to a copier takes longer than the copy. But no copy is certain
-    to end soon: the kernel may have to wait for the peer's memory. So whoever runs errands is
+    to end soon: the kernel may have to wait for the peer's memory. So whoever runs inline copies is
     watched, and told of by name when one stalls, so that somebody else does the rest of its work.
 
     Args:
-        copiers: know whose errands are whose, and do what is left at the end.
-        stalled: called on the progress thread, again and again, while an errand does not end.
+        copiers: know whose inline copies are whose, and do what is left at the end.
+        stalled: called on the progress thread, again and again, while an inline copy does not end.
 
     Attributes:
         waiting: tasks that have not begun, in their order. They must not raise.
@@ -163,13 +163,13 @@ class Errands:
 
     @contextlib.contextmanager
     def of_this_thread(self) -> Iterator[None]:
-        """What this thread begins becomes its errands, as far as it is small."""
+        """What this thread begins becomes its inline copies, as far as it is small."""
         here = threading.get_ident()
-        self._copiers.errands[here] = self
+        self._copiers.inline_copies[here] = self
         try:
             yield
         finally:
-            del self._copiers.errands[here]
+            del self._copiers.inline_copies[here]
 
     def do(self) -> None:
         """Does some of what waits, until another thread does."""
@@ -187,12 +187,12 @@ class Errands:
                 self._since_s = 0.0
 
     def hand_over(self) -> None:
-        """No thread does errands any more: copiers do the rest."""
+        """No thread makes inline copies any more: copiers do the rest."""
         while self.waiting:
             self._copiers.run(self.waiting.popleft())
 
     def tick(self, now: float) -> None:
-        """Looks whether an errand stalls; on the progress thread."""
+        """Looks whether an inline copy stalls; on the progress thread."""
         since_s = self._since_s
         if since_s and now - since_s > STALL_S:
             self._stalled()

@@ -31,7 +31,7 @@ VARIABLE = "KVFERRY_PATHS"
 DEFAULTS: Mapping[str, int] = {"cuda_ipc": 0, "cma": 0, "tcp": 256}
 
 
-class Paths(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class DirectThresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The table. Immutable; safe to use from any thread.
 
     Attributes:
@@ -72,7 +72,7 @@ def table_file() -> Path:
 
 
 @functools.cache
-def load(path: Path | None = None) -> Paths:
+def load(path: Path | None = None) -> DirectThresholds:
     """The saved table, or the defaults if there is none. Read once a process.
 
     Raises:
@@ -82,9 +82,9 @@ def load(path: Path | None = None) -> Paths:
     try:
         data = path.read_bytes()
     except OSError:
-        return Paths()
+        return DirectThresholds()
     try:
-        return msgspec.json.decode(data, type=Paths)
+        return msgspec.json.decode(data, type=DirectThresholds)
     except DECODE_ERRORS as error:
         raise PlanError(
             f"{path} is no table of paths ({error}): delete it, or measure it anew with "

@@ -57,7 +57,7 @@ def check_ids(plan: TransferPlan, src: Any, dst: Any) -> CheckedIds:
     pieces are so small that it matters; two tensors on a GPU stay where they are, unread.
 
     Raises:
-        BlockOutOfRange, OverlappingBlocks, PlanError: as for `Plan.pieces`.
+        BlockOutOfRange, OverlappingBlocks, PlanError: as for `BlockPlan.pieces`.
     """
     if are_few(src) and are_few(dst):
         few = plan.plan.order_few(src, dst)

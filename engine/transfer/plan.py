@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import PlanError
-from ..plan.block_plan import Plan
+from ..plan.block_plan import BlockPlan
 from ..plan.block_tables import have_neighbours
 from ..plan.token_plan import TokenPlan
 from .pieces import BoundPieces, bind
@@ -62,7 +62,7 @@ class TransferPlan:
         self.tokens = TokenPlan(*pair, keys)
         self.layers = self.tokens.layers
         self._obstacle = self.tokens.unpaired or ("" if keys is None else "only some planes move")
-        self._plan = None if self._obstacle else Plan(self.tokens)
+        self._plan = None if self._obstacle else BlockPlan(self.tokens)
         self.addresses = np.array([region.address for region in local.regions], np.int64)
         self._remote_addresses = np.array([region.address for region in remote.regions], np.int64)
         self.caches = (local,)
@@ -77,7 +77,7 @@ class TransferPlan:
         return self._plan is not None
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> BlockPlan:
         """The pure plan for lists of block ids.
 
         Raises:
@@ -103,7 +103,7 @@ class TransferPlan:
                 for stop in sorted({0, pair.unit})
             ]
             sizes = [
-                rows.elements * rows.bundle.dst_elem
+                rows.elements * rows.copy_group.dst_elem
                 for number, stop in ranges
                 for rows in self.tokens.template(number, 0, stop, None)
             ]

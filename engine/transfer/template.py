@@ -47,7 +47,7 @@ class BoundTemplate:
     """A template whose source and destination are memory.
 
     Nothing that it multiplies out needs a further check: the plan has checked the template for the
-    highest block id, `Plan.check_ids` the ids, and `CacheDescriptor.check` that the regions are as
+    highest block id, `BlockPlan.check_ids` the ids, and `CacheDescriptor.check` that the regions are as
     large as their layout says.
 
     Args:

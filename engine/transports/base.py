@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from ..context import EngineCore
+    from ..context import EngineContext
     from ..errors import EngineError
     from ..memory.descriptors import RegionDescriptor
     from ..memory.regions import MemoryRegion
@@ -60,7 +60,7 @@ class RailState(NamedTuple):
 class PathHost(Protocol):
     """What a data path may ask of its link."""
 
-    core: EngineCore
+    core: EngineContext
     peer: Identity
 
     @property
@@ -73,7 +73,7 @@ class PathHost(Protocol):
     def grant(self, claim: Claim, register: Callable[[MemoryRegion], tuple[int, ...]]) -> None:
         """Answers a peer that asks for leave to reach a region."""
 
-    def has_leave(self, regions: tuple[RegionDescriptor, ...]) -> bool:
+    def has_access(self, regions: tuple[RegionDescriptor, ...]) -> bool:
         """Whether the peer has granted all of these regions."""
 
     def heard(self) -> None:
@@ -134,7 +134,7 @@ class DataPath(abc.ABC):
     """Whether the peer can touch this process's memory without this process's help, and nothing but
     the end of its process stops it for certain."""
 
-    asks_leave = False
+    asks_access = False
     """Whether the owner of a region is asked before the peer first reaches it."""
 
     kernels: Kernels | None = None

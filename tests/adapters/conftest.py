@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvferry.engine.staging.thresholds import NEVER_DIRECT, Paths
+from kvferry.engine.staging.thresholds import NEVER_DIRECT, DirectThresholds
 from kvferry.engine.transfer_engine import TransferEngine
 from tests.support.agent_process import Cache, Gate
 from tests.support.agents import TRANSPORTS, Local, Remote
@@ -45,7 +45,7 @@ def staging_engine(transport: str) -> Iterator[Callable[[str], TransferEngine]]:
     made: list[TransferEngine] = []
 
     def make(name: str) -> TransferEngine:
-        paths = Paths(direct_from_nbytes={transport: NEVER_DIRECT})
+        paths = DirectThresholds(direct_from_nbytes={transport: NEVER_DIRECT})
         made.append(TransferEngine(name=name, transports=(transport,), paths=paths))
         return made[-1]
 

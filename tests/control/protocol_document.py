@@ -178,7 +178,7 @@ def documented_numbers(text: str) -> dict[str, str]:
     return found
 
 
-def numbers_of(path: Path, pattern: str) -> dict[str, str]:
+def element_types_of(path: Path, pattern: str) -> dict[str, str]:
     """The numbers in a file whose names match, as the document writes them.
 
     Constants are `folder.file.NAME`, a struct's field `folder.file.Struct.field`, and the default of

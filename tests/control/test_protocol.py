@@ -29,8 +29,8 @@ from .protocol_document import (
     TEXT,
     documented_fields,
     documented_numbers,
+    element_types_of,
     fields_of,
-    numbers_of,
     parts_of,
     sections,
     tag_of,
@@ -217,7 +217,9 @@ def test_every_limit() -> None:
 
 
 def numbers_in(paths: list[Path], pattern: str) -> dict[str, str]:
-    return {name: value for path in paths for name, value in numbers_of(path, pattern).items()}
+    return {
+        name: value for path in paths for name, value in element_types_of(path, pattern).items()
+    }
 
 
 def test_all_versions_are_those_of_the_code() -> None:

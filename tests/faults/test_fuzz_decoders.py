@@ -24,7 +24,7 @@ from kvferry.engine.errors import EngineError, LayoutError, PeerLost, ProtocolEr
 from kvferry.engine.layout.kv_layout import KVLayout
 from kvferry.engine.memory.descriptors import KEY_NBYTES, CacheDescriptor
 from kvferry.engine.memory.regions import RegionTable
-from kvferry.engine.plan.block_plan import Plan
+from kvferry.engine.plan.block_plan import BlockPlan
 from kvferry.engine.plan.token_plan import TokenPlan
 from kvferry.engine.wire import frames as frames
 from kvferry.engine.wire import messages as wire
@@ -234,7 +234,7 @@ def test_cache_descriptors_and_the_plans_made_of_them() -> None:
 def check_plan(mine: KVLayout, theirs: KVLayout) -> bool:
     for src, dst in ((mine, theirs), (theirs, mine)):
         try:
-            plan = Plan(TokenPlan(src, dst))
+            plan = BlockPlan(TokenPlan(src, dst))
         except LayoutError:
             return False
         blocks = min(src.num_blocks, dst.num_blocks, 100)

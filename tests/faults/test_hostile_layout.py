@@ -13,7 +13,7 @@ from kvferry.engine.layout.kv_layout import GroupLayout, KVLayout
 from kvferry.engine.layout.region import Axis
 from kvferry.engine.memory.descriptors import CacheDescriptor
 from kvferry.engine.memory.regions import RegionTable
-from kvferry.engine.plan.block_plan import Plan
+from kvferry.engine.plan.block_plan import BlockPlan
 from kvferry.engine.plan.token_plan import TokenPlan
 from kvferry.engine.transfer_engine import TransferEngine
 from kvferry.engine.wire import tables
@@ -166,20 +166,20 @@ def test_a_plane_that_one_side_lacks_is_an_error_not_a_silence(honest: CacheDesc
         LayoutError,
         match=r"planes of layer 1 differs: source has \['k', 'v'\], destination has \['k'\]",
     ):
-        Plan(TokenPlan(honest.layout, only_k))
+        BlockPlan(TokenPlan(honest.layout, only_k))
 
 
 def test_a_slice_of_an_opaque_axis_is_refused(honest: CacheDescriptor) -> None:
     """Equal sizes and strides, but other heads: only a part would move."""
     opaque = msgspec.structs.replace(honest.layout, codec="private", opaque=("head",))
     shifted = msgspec.structs.replace(opaque, head_start=1, head_stop=3)
-    Plan(TokenPlan(opaque, opaque))
+    BlockPlan(TokenPlan(opaque, opaque))
     with pytest.raises(LayoutError, match="axis 'head' is opaque"):
-        Plan(TokenPlan(opaque, shifted))
+        BlockPlan(TokenPlan(opaque, shifted))
 
 
 def test_no_layers_are_no_bytes(honest: CacheDescriptor) -> None:
-    plan = Plan(TokenPlan(honest.layout, honest.layout))
+    plan = BlockPlan(TokenPlan(honest.layout, honest.layout))
     assert plan.nbytes(5, layers=[]) == 0
     assert len(plan.pieces([0, 1], [2, 3], layers=[]).nbytes) == 0
 
@@ -194,7 +194,7 @@ def test_planes_may_be_in_regions_of_their_own(honest: CacheDescriptor) -> None:
     split = KVLayout(tuple(halves), (GroupLayout("full", (0, 1)),), "uint8", 0, 2)
     split.check()
     together = KVLayout.from_tensors(tensors(1), DIMS)
-    pieces = Plan(TokenPlan(split, together)).pieces([1], [5])
+    pieces = BlockPlan(TokenPlan(split, together)).pieces([1], [5])
     assert pieces.src_region.tolist() == [0, 1]
     assert pieces.dst_offset.tolist() == [5 * 64, 6 * 64 + 5 * 64]
 

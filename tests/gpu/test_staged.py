@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvferry.engine.errors import ChecksumMismatch, PeerLost, PlanError
-from kvferry.engine.staging.thresholds import NEVER_DIRECT, Paths
+from kvferry.engine.staging.thresholds import NEVER_DIRECT, DirectThresholds
 from kvferry.engine.transfer_engine import TransferEngine
 from tests.gpu.cuda_ipc.test_ipc import (
     HND,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.gpu
 
 TRANSPORTS = ("cuda_ipc", "cma", "tcp")
-STAGED = Paths(direct_from_nbytes={"cuda_ipc": NEVER_DIRECT})
+STAGED = DirectThresholds(direct_from_nbytes={"cuda_ipc": NEVER_DIRECT})
 SIZES = np.array([1, 63, 100, 2000, 4097, (5 << 20) + 3, 16, 65536, 0, 7, 30 << 20])
 
 

@@ -1,4 +1,4 @@
-"""Numbers of GPU caches that change their type over transports that stage, and change their layout."""
+"""ElementType of GPU caches that change their type over transports that stage, and change their layout."""
 
 from __future__ import annotations
 

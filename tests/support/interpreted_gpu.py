@@ -16,8 +16,8 @@ import torch
 
 from kvferry.engine.convert import conversion
 from kvferry.engine.convert import gpu_workspace as gpu_workplace
-from kvferry.engine.convert import workspaces as workplaces
-from kvferry.engine.convert.gpu_workspace import GpuWorkplace
+from kvferry.engine.convert import workspaces as workspaces
+from kvferry.engine.convert.gpu_workspace import GpuWorkspace
 from kvferry.engine.errors import DeviceError
 from kvferry.engine.memory import regions as memory
 from kvferry.engine.staging import gpu_mover
@@ -82,12 +82,12 @@ def convert_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[InterpretedGpu]
     _interpret(monkeypatch)
     gpus: list[InterpretedGpu] = []
 
-    def new(device: int, max_programs: int | None) -> GpuWorkplace:
+    def new(device: int, max_programs: int | None) -> GpuWorkspace:
         assert device == -1
         gpus.append(InterpretedGpu())
-        return GpuWorkplace(gpus[-1], max_programs)
+        return GpuWorkspace(gpus[-1], max_programs)
 
-    monkeypatch.setattr(workplaces, "new_workplace", new)
+    monkeypatch.setattr(workspaces, "new_workspace", new)
     return gpus
 
 
@@ -140,9 +140,9 @@ class StandIn:
             assert device == 0
             return Mover(gpu)
 
-        def new_workplace(device: int, max_programs: int | None) -> GpuWorkplace:
+        def new_workspace(device: int, max_programs: int | None) -> GpuWorkspace:
             assert device == 0
-            return GpuWorkplace(InterpretedGpu(), max_programs)
+            return GpuWorkspace(InterpretedGpu(), max_programs)
 
         def event(device: int, stream: Compute | None) -> Compute | None:
             return stream if device >= 0 else None
@@ -151,7 +151,7 @@ class StandIn:
         monkeypatch.setattr(memory, "export_tensor", lambda *_: (None, None))
         monkeypatch.setattr(DeviceCounters, "array", lambda *_: (b"", 0))
         monkeypatch.setattr(gpu_mover, "GpuMover", new_mover)
-        monkeypatch.setattr(gpu_workplace, "new_gpu_workplace", new_workplace)
+        monkeypatch.setattr(gpu_workplace, "new_gpu_workspace", new_workspace)
         for module in (staged, conversion):
             monkeypatch.setattr(module, "compute_event", event)
 

@@ -93,7 +93,7 @@ class ShufflePath(DataPath):
         self.shuffler = Shuffler(seed)
         self._inner = make_path(_HostView(link, self.shuffler))
         self.peer_reaches_memory = self._inner.peer_reaches_memory
-        self.asks_leave = self._inner.asks_leave
+        self.asks_access = self._inner.asks_access
         self.kinds = self._inner.kinds
         self.handlers = {
             **self._inner.handlers,

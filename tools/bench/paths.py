@@ -12,7 +12,7 @@ import numpy as np
 import typer
 
 from kvferry.engine.errors import EngineError
-from kvferry.engine.staging.thresholds import NEVER_DIRECT, Paths
+from kvferry.engine.staging.thresholds import NEVER_DIRECT, DirectThresholds
 from kvferry.engine.transfer_engine import TransferEngine
 from kvferry.engine.transports.selection import TRANSPORTS
 from kvferry.tools.bench.peers import Peer, PeerEnded
@@ -55,7 +55,7 @@ def paths(
         raise typer.Exit(1)
     if save or file is not None:
         where = f"{platform.node()}, {platform.machine()}, {platform.release()}"
-        saved = Paths(direct_from_nbytes=table, measured_on=where).save(file)
+        saved = DirectThresholds(direct_from_nbytes=table, measured_on=where).save(file)
         typer.echo(f"saved in {saved}")
 
 
@@ -110,7 +110,8 @@ def _engines(transport: str, stack: contextlib.ExitStack) -> list[TransferEngine
     return [
         stack.enter_context(
             TransferEngine(
-                transports=(transport,), paths=Paths(direct_from_nbytes={transport: limit})
+                transports=(transport,),
+                paths=DirectThresholds(direct_from_nbytes={transport: limit}),
             )
         )
         for limit in WAYS

@@ -52,10 +52,10 @@ if TYPE_CHECKING:
 # soon (flat from 2 to 32 MiB), and at least that much, because waking a copier costs 50 microseconds.
 CHUNK_NBYTES = 4 << 20
 MIN_CHUNK_NBYTES = 256 << 10
-# A copy that is no larger, of no more pieces, is an errand of the thread that begins it, if that does
-# errands: it takes 5 to 40 microseconds, and a copier needs 50 to 150 to wake and take the interpreter.
-ERRAND_NBYTES = 64 << 10
-ERRAND_PIECES = 32
+# A copy that is no larger, of no more pieces, is an inline copy of the thread that begins it, if that does
+# inline copies: one takes 5 to 40 microseconds, and a copier needs 50 to 150 to wake and take the interpreter.
+INLINE_NBYTES = 64 << 10
+INLINE_PIECES = 32
 # The addresses of so few pieces are made at once; of more, each copier makes those of its share while
 # the others copy.
 FEW_PIECES = 1024
@@ -141,7 +141,7 @@ class CmaPath(DataPath):
 
     peer_reaches_memory = True
     kinds = frozenset({"host", "cuda"})
-    asks_leave = True
+    asks_access = True
 
     def __init__(self, link: PathHost, pid: int) -> None:
         self._link = link
@@ -215,7 +215,7 @@ class CmaPath(DataPath):
             self._submit_pieces(transfer)
         elif self._announce(transfer):
             count = move.ids.num_blocks
-            if count * bound.num_rows <= ERRAND_PIECES and transfer.total_nbytes <= ERRAND_NBYTES:
+            if count * bound.num_rows <= INLINE_PIECES and transfer.total_nbytes <= INLINE_NBYTES:
                 self._start_small(transfer, *bound.few(src, dst))
                 return
             blocks = bound.blocks(src, dst)

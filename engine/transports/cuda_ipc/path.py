@@ -93,7 +93,7 @@ class CudaIpcPath(DataPath):
     """Launches kernels on streams of its own, one a GPU of this side."""
 
     peer_reaches_memory = True
-    asks_leave = True
+    asks_access = True
     kinds = frozenset({"host", "cuda"})
 
     def __init__(self, link: PathHost, pid: int) -> None:
@@ -126,7 +126,7 @@ class CudaIpcPath(DataPath):
         # Without a stream: after what the caller has enqueued, as torch's own operations are.
         device = regions[0].device
         with self._refusing(transfer):
-            if transfer.move is None and not self._link.has_leave(transfer.remote_regions):
+            if transfer.move is None and not self._link.has_access(transfer.remote_regions):
                 # What comes of it shows when the peer's memory is mapped, so not before it may be.
                 from .scratch import AnyonesEvent
 
@@ -251,7 +251,7 @@ class CudaIpcPath(DataPath):
         return raw
 
     def _submit_tokens(self, transfer: Transfer, move: TokenMove) -> None:
-        """Move tokens by one launch for each bundle of planes."""
+        """Move tokens by one launch for each copy group of planes."""
         plan = move.plan
         with self._refusing(transfer):
             self._prepare(transfer, {plan.local.kind, plan.remote_kind})

@@ -61,7 +61,7 @@ class PeerReach:
         known = self._known.get((device, id(anchor)))
         if known is not None and known[0] is anchor:
             return known[1]
-        granted = self._link.has_leave(remote)
+        granted = self._link.has_access(remote)
         reason = ""
         if any(region.device != device for region in local):
             reason = "the local regions are on several GPUs"

@@ -1,4 +1,4 @@
-"""A plan for tokens as kernel launches: one for each bundle of planes that lie alike.
+"""A plan for tokens as kernel launches: one for each copy group of planes that lie alike.
 
 Of two ordinary caches that is one launch, whatever they differ in. The tables that a launch needs
 beside the request's own block tables (where each plane of a layer begins) are made once.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from ...plan.mapping import Bundle, Step, TablePair
+    from ...plan.mapping import CopyGroup, Step, TablePair
     from ...plan.token_plan import TokenPlan
     from ...transfer.moves import TokenMove
     from ...transfer.transfer import Transfer
@@ -64,22 +64,26 @@ def compile_tokens(
     """
     found = []
     for pair in tokens.pairs:
-        for bundle in pair.bundles:
-            chosen = np.ones(len(bundle.layer), bool) if layers is None else bundle.chosen(layers)
+        for copy_group in pair.copy_groups:
+            chosen = (
+                np.ones(len(copy_group.layer), bool)
+                if layers is None
+                else copy_group.chosen(layers)
+            )
             if not chosen.any():
                 continue
-            src = src_addresses[bundle.src_region[chosen]] + bundle.src_start[chosen]
-            dst = dst_addresses[bundle.dst_region[chosen]] + bundle.dst_start[chosen]
-            factors = None if bundle.factors is None else bundle.factors[chosen]
+            src = src_addresses[copy_group.src_region[chosen]] + copy_group.src_start[chosen]
+            dst = dst_addresses[copy_group.dst_region[chosen]] + copy_group.dst_start[chosen]
+            factors = None if copy_group.factors is None else copy_group.factors[chosen]
             scales = [
                 None if held is None else addresses[held.region[chosen]] + held.start[chosen]
                 for held, addresses in (
-                    (bundle.src_scales, src_addresses),
-                    (bundle.dst_scales, dst_addresses),
+                    (copy_group.src_scales, src_addresses),
+                    (copy_group.dst_scales, dst_addresses),
                 )
             ]
-            move = _relayout(pair, bundle, src, dst, factors, scales, device)
-            found.append(TokenLaunch(pair, move, bundle.token is None))
+            move = _relayout(pair, copy_group, src, dst, factors, scales, device)
+            found.append(TokenLaunch(pair, move, copy_group.token is None))
     return tuple(found)
 
 
@@ -96,22 +100,22 @@ def span_of(launch: TokenLaunch, start: int, stop: int, num_states: int) -> Span
 
 def _relayout(
     pair: TablePair,
-    bundle: Bundle,
+    copy_group: CopyGroup,
     src: Ids,
     dst: Ids,
     factors: npt.NDArray[np.float32] | None,
     scales: Sequence[Ids | None],
     device: torch.device,
 ) -> Relayout:
-    steps = list(bundle.steps)
-    token = bundle.token
+    steps = list(copy_group.steps)
+    token = copy_group.token
     if token is not None and pair.unit > 1:
         steps.append(token._replace(size=pair.unit))
-    by_head = bundle.by_head
+    by_head = copy_group.by_head
     if factors is not None and by_head:
         heads = max([step.size for step in steps if step.name == "head"], default=1)
         factors = np.broadcast_to(factors, (len(factors), heads)).copy()
-    rest, run = _merged(bundle, steps, by_head)
+    rest, run = _merged(copy_group, steps, by_head)
     split = 1
     while len(rest) > 2:  # what two axes cannot walk becomes entries
         extra = next(step for step in reversed(rest) if step.name not in ("token", "head"))
@@ -126,8 +130,8 @@ def _relayout(
     outer = rest[1] if len(rest) > 1 else None
     axis = {step.name: 2 if step is inner else 1 for step in rest}
     walk = Walk(
-        src=_end(pair, bundle, 0, outer, inner, src),
-        dst=_end(pair, bundle, 1, outer, inner, dst),
+        src=_end(pair, copy_group, 0, outer, inner, src),
+        dst=_end(pair, copy_group, 1, outer, inner, dst),
         outer=outer.size if outer else 1,
         inner=inner.size if inner else 1,
         run=run,
@@ -141,20 +145,23 @@ def _relayout(
         torch.from_numpy(src).to(device),
         torch.from_numpy(dst).to(device),
         None if factors is None else torch.from_numpy(np.ascontiguousarray(factors)).to(device),
-        _scaling(bundle, scales, split, device),
+        _scaling(copy_group, scales, split, device),
     )
 
 
 def _scaling(
-    bundle: Bundle, scales: Sequence[Ids | None], split: int, device: torch.device
+    copy_group: CopyGroup, scales: Sequence[Ids | None], split: int, device: torch.device
 ) -> Scaling | None:
-    """Where a bundle's scales are, as a kernel reads and writes them."""
+    """Where a copy group's scales are, as a kernel reads and writes them."""
     src, dst = scales
     if src is None and dst is None:
         return None
     strides: list[int] = []
     for side, held, starts in zip(
-        ("source", "destination"), (bundle.src_scales, bundle.dst_scales), scales, strict=True
+        ("source", "destination"),
+        (copy_group.src_scales, copy_group.dst_scales),
+        scales,
+        strict=True,
     ):
         if held is None or starts is None:
             strides += [0, 0]
@@ -175,17 +182,17 @@ def _scaling(
         None if dst is None else torch.from_numpy(dst).to(device),
         strides[2],
         strides[3],
-        max(1, bundle.scales_per_block),
+        max(1, copy_group.scales_per_block),
         split,
     )
 
 
-def _merged(bundle: Bundle, steps: list[Step], by_head: bool) -> tuple[list[Step], int]:
+def _merged(copy_group: CopyGroup, steps: list[Step], by_head: bool) -> tuple[list[Step], int]:
     """The axes left to walk, innermost at the destination first, and the numbers of one run."""
-    run = bundle.elements
+    run = copy_group.elements
     steps.sort(key=lambda step: (step.dst_stride, step.src_stride))
     for number, step in enumerate(steps):
-        dense = (run * bundle.src_elem, run * bundle.dst_elem)
+        dense = (run * copy_group.src_elem, run * copy_group.dst_elem)
         if step.name == "token" or (by_head and step.name == "head"):
             return steps[number:], run
         if (step.src_stride, step.dst_stride) != dense:
@@ -203,25 +210,31 @@ def _group(pair: TablePair, token: Step | None, rest: list[Step]) -> int:
 
 
 def _end(
-    pair: TablePair, bundle: Bundle, side: int, outer: Step | None, inner: Step | None, bases: Ids
+    pair: TablePair,
+    copy_group: CopyGroup,
+    side: int,
+    outer: Step | None,
+    inner: Step | None,
+    bases: Ids,
 ) -> End:
     strides = [0 if step is None else step[2:][side] for step in (outer, inner)]
     units, unit_stride = 1, 0
-    if bundle.token is not None:
+    if copy_group.token is not None:
         units = (pair.src_tokens, pair.dst_tokens)[side] // pair.unit
-        unit_stride = pair.unit * bundle.token[2:][side]
+        unit_stride = pair.unit * copy_group.token[2:][side]
     elif pair.unit and not side:
         units = pair.src_tokens // pair.dst_tokens  # slots of one value a block may be shared
     alignment = int(np.bitwise_or.reduce(bases)) | 16
     return End(
         num_blocks=(pair.src_slots, pair.dst_slots)[side],
         units=units,
-        block_stride=(bundle.src_slot_stride, bundle.dst_slot_stride)[side],
+        block_stride=(copy_group.src_slot_stride, copy_group.dst_slot_stride)[side],
         unit_stride=unit_stride,
         outer_stride=strides[0],
         inner_stride=strides[1],
         dtype=_dtype(
-            (bundle.src_dtype, bundle.dst_dtype)[side], (bundle.src_elem, bundle.dst_elem)[side]
+            (copy_group.src_dtype, copy_group.dst_dtype)[side],
+            (copy_group.src_elem, copy_group.dst_elem)[side],
         ),
         alignment=alignment & -alignment,
     )
@@ -243,7 +256,7 @@ def launch_tokens(
     counter: int | None,
     max_programs: int | None,
 ) -> None:
-    """Enqueues a transfer of tokens on a lane: one launch for each bundle.
+    """Enqueues a transfer of tokens on a lane: one launch for each copy_group.
 
     Args:
         launches: from `compile_tokens`, for these layers.

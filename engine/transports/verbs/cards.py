@@ -92,7 +92,7 @@ class Offer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 _offer_decoder = msgspec.msgpack.Decoder(Offer)
 
 
-class Route(NamedTuple):
+class GidPair(NamedTuple):
     """How one end of a rail reaches the other.
 
     Attributes:
@@ -114,7 +114,7 @@ def gid_cards(gids: list[Gid], link_layer: str) -> tuple[GidCard, ...]:
     return tuple(GidCard(gid.number, gid.value, gid.family) for gid in usable[:MAX_GIDS])
 
 
-def route(mine: RailCard, theirs: RailCard) -> Route:
+def route(mine: RailCard, theirs: RailCard) -> GidPair:
     """How my end of a rail reaches theirs. Both ends come to the same pair of addresses.
 
     Raises:
@@ -128,7 +128,7 @@ def route(mine: RailCard, theirs: RailCard) -> Route:
             operation="connect",
         )
     if mine.link_layer != ETHERNET and mine.lid and theirs.lid:
-        return Route(theirs.lid, None, 0, mtu)
+        return GidPair(theirs.lid, None, 0, mtu)
     for family in FAMILIES:
         pairs = [
             (-_common_bits(one.value, other.value), one.index + other.index, one, other)
@@ -138,7 +138,7 @@ def route(mine: RailCard, theirs: RailCard) -> Route:
         ]
         if pairs:
             _, _, one, other = min(pairs, key=lambda pair: (pair[:2], _ordered(*pair[2:])))
-            return Route(theirs.lid, other.value, one.index, mtu)
+            return GidPair(theirs.lid, other.value, one.index, mtu)
     raise TransportUnavailable(
         f"{mine.device} and the peer's {theirs.device} have no RoCE v2 address of one kind (IPv4, "
         "IPv6) in common: give both interfaces one",

@@ -110,7 +110,7 @@ class VerbsPath(DataPath):
         loop: its thread.
     """
 
-    asks_leave = True
+    asks_access = True
     kinds = frozenset({"host", "cuda"})
 
     def __init__(self, link: PathHost, meeting: Meeting) -> None:

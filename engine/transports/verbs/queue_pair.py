@@ -28,7 +28,7 @@ from .cards import ETHERNET, QueueCard
 
 if TYPE_CHECKING:
     from ...transfer.transfer import Transfer
-    from .cards import Route
+    from .cards import GidPair
     from .device import Device
     from .work_requests import Share
 
@@ -120,7 +120,7 @@ class QueuePair:
         """What the peer's end needs."""
         return QueueCard(self.number, self.psn)
 
-    def connect(self, route: Route, peer: QueueCard) -> None:
+    def connect(self, route: GidPair, peer: QueueCard) -> None:
         """Makes it ready to receive and to send. Raises the library's error."""
         library, _enums = self._library, self._enums
         nic = self._device.nic

@@ -52,8 +52,8 @@ def test_agents_outlive_the_daemons_they_were_registered_with(
     decode = new_agent("decode-0", "decode", options=options)
     decode.agent.wait_for_member("prefill-0", WAIT_S)
     prefill.agent.wait_for_member("decode-0", WAIT_S)
-    enrolments = [agent.agent._enrolment for agent in (prefill, decode)]
-    generations = [enrolment.generation for enrolment in enrolments if enrolment is not None]
+    enrolments = [agent.agent._registrar for agent in (prefill, decode)]
+    generations = [registrar.generation for registrar in enrolments if registrar is not None]
     heard: list[str] = []
 
     def hand_over(request: str) -> None:
@@ -70,11 +70,11 @@ def test_agents_outlive_the_daemons_they_were_registered_with(
     with DaemonClient(both) as client, client.watch() as watch:
         # They have come to the second daemon when a drain asked for there is heard of.
         client.drain("decode-0")
-        enrolment = decode.agent._enrolment
-        assert enrolment is not None
-        assert enrolment.wait(lambda: decode.agent.draining, WAIT_S)
+        registrar = decode.agent._registrar
+        assert registrar is not None
+        assert registrar.wait(lambda: decode.agent.draining, WAIT_S)
         client.restore("decode-0")
-        assert enrolment.wait(lambda: not decode.agent.draining, WAIT_S)
+        assert registrar.wait(lambda: not decode.agent.draining, WAIT_S)
         assert {member.name for member in client.look().members} == {"prefill-0", "decode-0"}
         etcd.kill()
         hand_over("without a store")
@@ -96,6 +96,6 @@ def test_a_killed_agent_is_gone_for_agents_of_another_daemon(
     remote = start_agent("prefill-0", "prefill", daemon=daemons[0].address, lease_s=0.5)
     decode.agent.wait_for_member("prefill-0", WAIT_S)
     remote.kill()
-    enrolment = decode.agent._enrolment
-    assert enrolment is not None
-    assert enrolment.wait(lambda: "prefill-0" not in decode.agent.members, WAIT_S)
+    registrar = decode.agent._registrar
+    assert registrar is not None
+    assert registrar.wait(lambda: "prefill-0" not in decode.agent.members, WAIT_S)

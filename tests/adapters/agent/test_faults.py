@@ -339,10 +339,10 @@ def test_closing_beside_a_frozen_writer_keeps_its_blocks(
 def test_a_full_queue_is_an_error_not_a_drop(
     decode: Local, prefill: Remote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mailbox = decode.agent._core.mailbox
+    messaging = decode.agent._core.messaging
     full = "4096 messages wait already: the peer does not read"
     with monkeypatch.context() as patched:
-        patched.setattr(mailbox, "_hand_over", lambda route, frames: full)
+        patched.setattr(messaging, "_hand_over", lambda route, frames: full)
         handoff = decode.agent.receive("r", "prefill-0", DST)
         with pytest.raises(SendFailed, match="4096 messages wait"):
             handoff.wait(WAIT_S)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import zmq
 
-from kvferry.adapters.agent.messaging import QUEUE_MESSAGES, Mailbox, Route
+from kvferry.adapters.agent.messaging import QUEUE_MESSAGES, Messaging, ReplyTo
 from kvferry.control.handoff.messages import (
     MAX_FRAME_NBYTES,
     VERSION,
@@ -120,7 +120,7 @@ def test_nobody_can_speak_for_another_session(
     local, speaker = stranger
     here = new_agent("decode-0", "decode")
     here.agent.connect(local.agent.address)
-    (number,) = local.agent._core.acquaintances._all
+    (number,) = local.agent._core.sessions._all
     sending = local.agent.open_send("r", SRC)
     receiving = here.agent.receive("r", "prefill-0", DST)
     answer = speaker.ask(encode(Cancel(number, HandoffId("r", 1, 1), "decode")))
@@ -181,40 +181,40 @@ def test_strangers_cannot_fill_the_memory(
 
 
 def test_a_queue_without_a_reader_fills_up_and_says_so() -> None:
-    mailbox = Mailbox("tcp://127.0.0.1:*", lambda route, frame: None, "test")
-    route = mailbox.dial("tcp://127.0.0.1:1")
+    messaging = Messaging("tcp://127.0.0.1:*", lambda route, frame: None, "test")
+    route = messaging.dial("tcp://127.0.0.1:1")
     reasons: list[str] = []
 
-    def say(to: Route) -> list[str]:
-        mailbox.send(to, b"x", reasons.append)
-        mailbox.flush()
-        while mailbox.turns._calls:
-            mailbox.turns._calls.popleft()()
+    def say(to: ReplyTo) -> list[str]:
+        messaging.send(to, b"x", reasons.append)
+        messaging.flush()
+        while messaging.loop._calls:
+            messaging.loop._calls.popleft()()
         return reasons
 
     for _ in range(QUEUE_MESSAGES):
         assert say(route) == []
     assert "does not read" in say(route).pop()
-    mailbox.hang_up(route)
+    messaging.hang_up(route)
     assert "closed" in say(route).pop()
-    assert "not connected" in say(Route(0, b"nobody")).pop()
-    mailbox.start()
-    mailbox.close()
-    mailbox.call_soon(lambda: None)  # late callers are harmless
+    assert "not connected" in say(ReplyTo(0, b"nobody")).pop()
+    messaging.start()
+    messaging.close()
+    messaging.call_soon(lambda: None)  # late callers are harmless
 
 
 def test_who_hears_something_may_hang_up(caplog: pytest.LogCaptureFixture) -> None:
     heard: list[bytes] = []
     over = threading.Event()
-    server = Mailbox("tcp://127.0.0.1:*", lambda route, _: answer(route), "server")
-    client = Mailbox("tcp://127.0.0.1:*", lambda route, frame: None, "client")
+    server = Messaging("tcp://127.0.0.1:*", lambda route, _: answer(route), "server")
+    client = Messaging("tcp://127.0.0.1:*", lambda route, frame: None, "client")
 
-    def answer(route: Route) -> None:
+    def answer(route: ReplyTo) -> None:
         for number in range(3):
             server.send(route, b"answer %d" % number, lambda _: None)
             server.flush()  # a message each: two of them are still there when the first is heard
 
-    def hang_up(route: Route, frame: bytes) -> None:
+    def hang_up(route: ReplyTo, frame: bytes) -> None:
         heard.append(frame)
         client.hang_up(route)
         client.call_soon(over.set)

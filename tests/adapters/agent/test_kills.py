@@ -173,16 +173,16 @@ def test_kills(
     def start() -> Remote:
         known = local.agent.members.get("there")
         remote = start_agent("there", role, **options)
-        enrolment = local.agent._enrolment
-        assert enrolment is not None
+        registrar = local.agent._registrar
+        assert registrar is not None
 
         def is_new() -> bool:
-            member = enrolment.members.get("there")
+            member = registrar.members.get("there")
             return member is not None and (
                 known is None or member.registration.life != known.registration.life
             )
 
-        assert enrolment.wait(is_new, WAIT_S)
+        assert registrar.wait(is_new, WAIT_S)
         if side == "prefill":
             remote.call("wait_for_member", "here")
         return remote

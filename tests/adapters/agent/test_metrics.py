@@ -112,14 +112,14 @@ def test_bytes_that_were_staged_and_what_staging_takes(
 def test_health_of_an_agent(new_agent: Callable[..., Local], daemon: DaemonProcess) -> None:
     local = new_agent("a", "prefill", options=HTTP | {"daemon": daemon.address, "lease_s": 0.6})
     address = local.agent.http_address
-    enrolment = local.agent._enrolment
-    assert enrolment is not None
-    assert enrolment.wait(lambda: enrolment.registered, WAIT_S)
+    registrar = local.agent._registrar
+    assert registrar is not None
+    assert registrar.wait(lambda: registrar.registered, WAIT_S)
     assert get(address, "/healthz") == (200, "ok\n")
     assert get(address, "/readyz") == (200, "ok\n")
     with DaemonClient(daemon.address) as client:
         client.drain("a")
-    assert enrolment.wait(lambda: enrolment.draining, WAIT_S)
+    assert registrar.wait(lambda: registrar.draining, WAIT_S)
     assert get(address, "/readyz") == (503, "draining\n")
     assert get(address, "/nothing")[0] == 404
     alone = new_agent("b", "prefill", options=HTTP | {"daemon": "tcp://127.0.0.1:1"})

@@ -165,10 +165,10 @@ def test_a_partition_ends_what_is_under_way_and_heals(
         ours.blocks_free.wait(WAIT_S)
         prefill.call("cancel", theirs)
         prefill.call("wait_for_blocks", theirs)
-        enrolment = decode.agent._enrolment
-        assert enrolment is not None
+        registrar = decode.agent._registrar
+        assert registrar is not None
         if way != "here":  # nothing of it reaches the daemon: its lease ends
-            assert enrolment.wait(lambda: "prefill-0" not in decode.agent.members, WAIT_S)
+            assert registrar.wait(lambda: "prefill-0" not in decode.agent.members, WAIT_S)
         cable.mend()
         if way != "here":
             again = decode.agent.wait_for_member("prefill-0", WAIT_S)

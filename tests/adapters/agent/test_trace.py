@@ -51,7 +51,7 @@ def test_a_trace_of_two_agents(new_agent: Callable[..., Local], tmp_path: Path) 
     decode.agent.connect(prefill.agent.address)
     sending = prefill.agent.send("r", SRC)
     offered = threading.Event()
-    prefill.agent._core.mailbox.call_soon(offered.set)
+    prefill.agent._core.messaging.call_soon(offered.set)
     assert offered.wait(WAIT_S)  # else the request may come first
     nbytes = decode.agent.receive("r", "prefill-0", DST).wait(WAIT_S)
     sending.wait(WAIT_S)

@@ -48,7 +48,7 @@ from kvferry.control.handoff.messages import (
     Sent,
     pack_block_ids,
 )
-from kvferry.control.handoff.registry import DecodeDesk, PrefillDesk
+from kvferry.control.handoff.registry import DecodeHandoffs, PrefillHandoffs
 
 if TYPE_CHECKING:
     from kvferry.control.errors import ControlError
@@ -79,9 +79,9 @@ def kinds(steps: Steps) -> set[type]:
     return {type(action) for _, action in steps}
 
 
-def decoding(mode: str, **options: Any) -> tuple[DecodeDesk, int, Steps]:
-    desk = DecodeDesk()
-    desk.open_session(SESSION, "prefill-0")
+def decoding(mode: str, **options: Any) -> tuple[DecodeHandoffs, int, Steps]:
+    registry = DecodeHandoffs()
+    registry.open_session(SESSION, "prefill-0")
     fields: dict[str, Any] = {
         "attempt": 1,
         "mode": mode,
@@ -91,7 +91,7 @@ def decoding(mode: str, **options: Any) -> tuple[DecodeDesk, int, Steps]:
         "timeout_s": 30.0,
         "tables": DST,
     }
-    return desk, *desk.begin(SESSION, "r", **(fields | options))
+    return registry, *registry.begin(SESSION, "r", **(fields | options))
 
 
 def request(mode: str = "push", serial: int = 1, **options: Any) -> Request:
@@ -100,10 +100,10 @@ def request(mode: str = "push", serial: int = 1, **options: Any) -> Request:
     return Request(SESSION, HandoffId("r", 1, serial), mode, **(fields | options))  # type: ignore[arg-type]
 
 
-def prefilling() -> PrefillDesk:
-    desk = PrefillDesk()
-    desk.open_session(SESSION, "decode-0")
-    return desk
+def prefilling() -> PrefillHandoffs:
+    registry = PrefillHandoffs()
+    registry.open_session(SESSION, "decode-0")
+    return registry
 
 
 def test_decode_counts_before_it_asks() -> None:
@@ -114,34 +114,34 @@ def test_decode_counts_before_it_asks() -> None:
 
 
 def test_push_ends_when_the_counter_does() -> None:
-    desk, key, _ = decoding("push")
-    desk.receive(Accepted(SESSION, FIRST))
-    assert not sent(desk.handle(key, TimerFired("retry")))  # accepted: no repetition
-    steps = desk.handle(key, CounterEnded(64))
+    registry, key, _ = decoding("push")
+    registry.receive(Accepted(SESSION, FIRST))
+    assert not sent(registry.handle(key, TimerFired("retry")))  # accepted: no repetition
+    steps = registry.handle(key, CounterEnded(64))
     assert only(steps, Succeed).nbytes == 64
     kinds = [type(action) for _, action in steps]
     assert (kinds[0], kinds[-1]) == (ReleaseBlocks, Succeed)  # who waits finds its blocks free
-    assert not desk.machines
+    assert not registry.machines
 
 
 def test_sent_before_the_last_byte_is_counted_waits_a_little() -> None:
-    desk, key, _ = decoding("push")
-    assert not kinds(desk.receive(Sent(SESSION, FIRST, 64))) & {Fail, ReleaseBlocks}
-    steps = desk.handle(key, TimerFired("settle"))
+    registry, key, _ = decoding("push")
+    assert not kinds(registry.receive(Sent(SESSION, FIRST, 64))) & {Fail, ReleaseBlocks}
+    steps = registry.handle(key, TimerFired("settle"))
     assert isinstance(error_of(steps), HandoffTimeout)
     assert {RetireCounter, ReleaseBlocks} <= kinds(steps)  # prefill writes no more
 
 
 def test_a_wrong_total_is_an_error() -> None:
-    desk, _, _ = decoding("push")
-    steps = desk.receive(Sent(SESSION, FIRST, 65))
+    registry, _, _ = decoding("push")
+    steps = registry.receive(Sent(SESSION, FIRST, 65))
     assert isinstance(error_of(steps), BlocksMismatch)
     assert "65 bytes, 64 were asked for" in str(error_of(steps))
 
 
 def test_the_error_names_everything() -> None:
-    desk, key, _ = decoding("push")
-    error = error_of(desk.handle(key, UserCancelled("the client hung up")))
+    registry, key, _ = decoding("push")
+    error = error_of(registry.handle(key, UserCancelled("the client hung up")))
     assert isinstance(error, HandoffCancelled)
     assert (error.handoff, error.peer, error.operation) == ("r#1", "prefill-0", "receive")
     assert not error.retryable
@@ -149,43 +149,43 @@ def test_the_error_names_everything() -> None:
 
 
 def test_a_failed_push_keeps_the_blocks_until_the_peer_confirms() -> None:
-    desk, key, _ = decoding("push")
+    registry, key, _ = decoding("push")
     cause = OSError("boom")
-    steps = desk.handle(key, CounterEnded(error=cause))
+    steps = registry.handle(key, CounterEnded(error=cause))
     error = error_of(steps)
     assert isinstance(error, TransferFailed)
     assert error.__cause__ is cause
     assert ReleaseBlocks not in kinds(steps)
     (cancel,) = sent(steps)
     assert isinstance(cancel, Cancel)
-    steps = desk.receive(Cancelled(SESSION, FIRST, "prefill"))
+    steps = registry.receive(Cancelled(SESSION, FIRST, "prefill"))
     assert kinds(steps) >= {RetireCounter, ReleaseBlocks}
     assert Fail not in kinds(steps)
 
 
 def test_silence_after_cancel_tears_the_link_down_then_quarantines() -> None:
-    desk, key, _ = decoding("push")
-    desk.handle(key, UserCancelled())
-    assert only(desk.handle(key, TimerFired("recall")), TearDownLink).session == SESSION
-    steps = desk.link_down(SESSION, "torn down", quiesced=False)
+    registry, key, _ = decoding("push")
+    registry.handle(key, UserCancelled())
+    assert only(registry.handle(key, TimerFired("recall")), TearDownLink).session == SESSION
+    steps = registry.link_down(SESSION, "torn down", quiesced=False)
     assert kinds(steps) >= {Quarantine}
     assert ReleaseBlocks not in kinds(steps)
-    assert sent(desk.handle(key, TimerFired("retry")))  # in case the peer wakes up
-    assert ReleaseBlocks in kinds(desk.quiesced(SESSION))
-    assert not desk.machines
+    assert sent(registry.handle(key, TimerFired("retry")))  # in case the peer wakes up
+    assert ReleaseBlocks in kinds(registry.quiesced(SESSION))
+    assert not registry.machines
 
 
 def test_a_peer_that_wakes_up_can_still_confirm_out_of_quarantine() -> None:
-    desk, _, _ = decoding("push")
-    assert isinstance(error_of(desk.link_down(SESSION, "frozen", quiesced=False)), LinkLost)
-    assert ReleaseBlocks in kinds(desk.receive(Cancelled(SESSION, FIRST, "prefill")))
+    registry, _, _ = decoding("push")
+    assert isinstance(error_of(registry.link_down(SESSION, "frozen", quiesced=False)), LinkLost)
+    assert ReleaseBlocks in kinds(registry.receive(Cancelled(SESSION, FIRST, "prefill")))
 
 
 def test_a_link_that_is_down_begins_nothing() -> None:
-    desk, _, _ = decoding("push")
-    desk.link_down(SESSION, "gone", quiesced=True)
+    registry, _, _ = decoding("push")
+    registry.link_down(SESSION, "gone", quiesced=True)
     with pytest.raises(LinkLost, match="connect again"):
-        desk.begin(
+        registry.begin(
             SESSION, "r", attempt=2, mode="pull", imm=0, num_blocks=0, nbytes=0, timeout_s=1.0
         )
     other = prefilling()
@@ -196,47 +196,47 @@ def test_a_link_that_is_down_begins_nothing() -> None:
 
 
 def test_a_full_queue_is_an_error() -> None:
-    desk, key, _ = decoding("push")
-    assert isinstance(error_of(desk.handle(key, SendRefused("full"))), SendFailed)
+    registry, key, _ = decoding("push")
+    assert isinstance(error_of(registry.handle(key, SendRefused("full"))), SendFailed)
 
 
 def test_prefill_writes_layers_as_they_come_and_then_says_so() -> None:
-    desk = prefilling()
-    desk.receive(request())
-    key, steps = desk.offer("r", SourceOffered(SRC, 4, 30.0))
+    registry = prefilling()
+    registry.receive(request())
+    key, steps = registry.offer("r", SourceOffered(SRC, 4, 30.0))
     assert StartWrite not in kinds(steps)
-    first = only(desk.handle(key, SourceReady((0, 1))), StartWrite)
+    first = only(registry.handle(key, SourceReady((0, 1))), StartWrite)
     assert (first.layers, first.tables, first.request) == ((0, 1), SRC, request())
-    rest = only(desk.handle(key, SourceFinished()), StartWrite)
+    rest = only(registry.handle(key, SourceFinished()), StartWrite)
     assert rest.layers == (1, 4)
-    assert ReleaseBlocks not in kinds(desk.handle(key, OperationEnded(rest.op, 48)))
-    steps = desk.handle(key, OperationEnded(first.op, 16))
+    assert ReleaseBlocks not in kinds(registry.handle(key, OperationEnded(rest.op, 48)))
+    steps = registry.handle(key, OperationEnded(first.op, 16))
     assert sent(steps) == [Sent(SESSION, FIRST, 64)]
     assert {ReleaseBlocks, Succeed} <= kinds(steps)
 
 
 def test_the_layers_of_an_early_source_wait_for_the_request_and_go_at_once() -> None:
-    desk = prefilling()
-    key, _ = desk.offer("r", SourceOffered(SRC, 2, 30.0))
-    desk.handle(key, SourceReady((0, 1)))
-    desk.handle(key, SourceFinished())
-    writes = [a for _, a in desk.receive(request()) if isinstance(a, StartWrite)]
+    registry = prefilling()
+    key, _ = registry.offer("r", SourceOffered(SRC, 2, 30.0))
+    registry.handle(key, SourceReady((0, 1)))
+    registry.handle(key, SourceFinished())
+    writes = [a for _, a in registry.receive(request()) if isinstance(a, StartWrite)]
     assert [write.layers for write in writes] == [(0, 2)]
 
 
 def test_skipped_blocks_are_not_written() -> None:
-    desk = prefilling()
-    key, _ = desk.offer("r", SourceOffered(SRC, 1, 30.0))
-    desk.handle(key, SourceFinished())
+    registry = prefilling()
+    key, _ = registry.offer("r", SourceOffered(SRC, 1, 30.0))
+    registry.handle(key, SourceFinished())
     dst = (pack_block_ids([7]),)
-    steps = desk.receive(request(num_blocks=1, skip_blocks=1, tables=dst))
+    steps = registry.receive(request(num_blocks=1, skip_blocks=1, tables=dst))
     assert only(steps, StartWrite).tables == (pack_block_ids([2]),)
 
 
 def test_different_numbers_of_blocks_are_refused_before_any_byte() -> None:
-    desk = prefilling()
-    desk.offer("r", SourceOffered((pack_block_ids([1, 2, 3]),), 1, 30.0))
-    steps = desk.receive(request())
+    registry = prefilling()
+    registry.offer("r", SourceOffered((pack_block_ids([1, 2, 3]),), 1, 30.0))
+    steps = registry.receive(request())
     assert "asks for 2, prefill has 3" in str(error_of(steps))
     answer = sent(steps)[-1]
     assert isinstance(answer, Failed)
@@ -245,47 +245,47 @@ def test_different_numbers_of_blocks_are_refused_before_any_byte() -> None:
 
 
 def test_a_repeated_request_moves_bytes_once() -> None:
-    desk = prefilling()
-    key, _ = desk.offer("r", SourceOffered(SRC, 1, 30.0))
-    desk.handle(key, SourceFinished())
-    write = only(desk.receive(request()), StartWrite)
-    assert sent(desk.receive(request())) == [Accepted(SESSION, FIRST)]
-    desk.handle(key, OperationEnded(write.op, 64))
-    assert sent(desk.receive(request())) == [Sent(SESSION, FIRST, 64)]
-    assert sent(desk.receive(Cancel(SESSION, FIRST, "decode"))) == [Sent(SESSION, FIRST, 64)]
+    registry = prefilling()
+    key, _ = registry.offer("r", SourceOffered(SRC, 1, 30.0))
+    registry.handle(key, SourceFinished())
+    write = only(registry.receive(request()), StartWrite)
+    assert sent(registry.receive(request())) == [Accepted(SESSION, FIRST)]
+    registry.handle(key, OperationEnded(write.op, 64))
+    assert sent(registry.receive(request())) == [Sent(SESSION, FIRST, 64)]
+    assert sent(registry.receive(Cancel(SESSION, FIRST, "decode"))) == [Sent(SESSION, FIRST, 64)]
 
 
 def test_cancelled_is_said_after_the_last_write_ended() -> None:
-    desk = prefilling()
-    key, _ = desk.offer("r", SourceOffered(SRC, 1, 30.0))
-    desk.handle(key, SourceFinished())
-    write = only(desk.receive(request()), StartWrite)
-    steps = desk.receive(Cancel(SESSION, FIRST, "decode", "timeout"))
+    registry = prefilling()
+    key, _ = registry.offer("r", SourceOffered(SRC, 1, 30.0))
+    registry.handle(key, SourceFinished())
+    write = only(registry.receive(request()), StartWrite)
+    steps = registry.receive(Cancel(SESSION, FIRST, "decode", "timeout"))
     assert not sent(steps)
     assert not kinds(steps) & {ReleaseBlocks, Fail}
-    steps = desk.handle(key, OperationEnded(write.op, error=OSError("cancelled")))
+    steps = registry.handle(key, OperationEnded(write.op, error=OSError("cancelled")))
     assert sent(steps) == [Cancelled(SESSION, FIRST, "prefill")]
     assert "the peer cancelled: timeout" in str(error_of(steps))
 
 
 def test_one_offer_serves_one_request_and_the_newest_first() -> None:
-    desk = prefilling()
-    desk.receive(request(serial=1))
-    desk.receive(request(serial=2))
-    key, _ = desk.offer("r", SourceOffered(SRC, 1, 30.0))
-    assert only(desk.handle(key, SourceFinished()), StartWrite).request.handoff.serial == 2
-    key, _ = desk.offer("r", SourceOffered(SRC, 1, 30.0))
-    assert only(desk.handle(key, SourceFinished()), StartWrite).request.handoff.serial == 1
+    registry = prefilling()
+    registry.receive(request(serial=1))
+    registry.receive(request(serial=2))
+    key, _ = registry.offer("r", SourceOffered(SRC, 1, 30.0))
+    assert only(registry.handle(key, SourceFinished()), StartWrite).request.handoff.serial == 2
+    key, _ = registry.offer("r", SourceOffered(SRC, 1, 30.0))
+    assert only(registry.handle(key, SourceFinished()), StartWrite).request.handoff.serial == 1
 
 
 def test_an_offer_that_nobody_wants_comes_back() -> None:
-    desk = prefilling()
-    key, _ = desk.offer("r", SourceOffered(SRC, 1, 30.0))
-    steps = desk.handle(key, TimerFired("source"))
+    registry = prefilling()
+    key, _ = registry.offer("r", SourceOffered(SRC, 1, 30.0))
+    steps = registry.handle(key, TimerFired("source"))
     assert "nobody asked" in str(error_of(steps))
     assert ReleaseBlocks in kinds(steps)
-    assert sent(desk.receive(request()))  # a request begins anew
-    assert len(desk.machines) == 1
+    assert sent(registry.receive(request()))  # a request begins anew
+    assert len(registry.machines) == 1
 
 
 def test_pull_announces_reads_and_frees() -> None:
@@ -308,20 +308,22 @@ def test_pull_announces_reads_and_frees() -> None:
 
 
 def test_a_source_that_is_being_read_waits_for_the_reader() -> None:
-    desk = prefilling()
-    key, _ = desk.offer("r", SourceOffered(SRC, 1, 30.0))
-    desk.handle(key, SourceFinished())
-    desk.receive(request("pull"))
-    steps = desk.handle(key, UserCancelled())
+    registry = prefilling()
+    key, _ = registry.offer("r", SourceOffered(SRC, 1, 30.0))
+    registry.handle(key, SourceFinished())
+    registry.receive(request("pull"))
+    steps = registry.handle(key, UserCancelled())
     assert ReleaseBlocks not in kinds(steps)
     assert sent(steps) == [Cancel(SESSION, FIRST, "prefill", "cancelled")]
-    assert ReleaseBlocks in kinds(desk.receive(Failed(SESSION, FIRST, "decode", "x", "y", True)))
+    assert ReleaseBlocks in kinds(
+        registry.receive(Failed(SESSION, FIRST, "decode", "x", "y", True))
+    )
 
 
 def test_the_peers_failure_is_told_with_its_reason() -> None:
     for mode in ("push", "pull"):
-        desk, _, _ = decoding(mode)
-        steps = desk.receive(Failed(SESSION, FIRST, "prefill", "OutOfMemory", "no room", True))
+        registry, _, _ = decoding(mode)
+        steps = registry.receive(Failed(SESSION, FIRST, "prefill", "OutOfMemory", "no room", True))
         error = error_of(steps)
         assert isinstance(error, PeerFailed)
         assert error.retryable
@@ -333,19 +335,19 @@ def test_the_peers_failure_is_told_with_its_reason() -> None:
     "kind", [BlocksMismatch, HandoffCancelled, HandoffTimeout, LinkLost], ids=lambda k: k.__name__
 )
 def test_a_failure_of_the_whole_has_one_name_on_both_sides(kind: type[ControlError]) -> None:
-    desk, _, _ = decoding("push")
+    registry, _, _ = decoding("push")
     told = Failed(SESSION, FIRST, "prefill", kind.__name__, "why", kind.retryable)
-    assert type(error_of(desk.receive(told))) is kind
+    assert type(error_of(registry.receive(told))) is kind
 
 
 def test_sessions_that_are_down_are_forgotten_at_last() -> None:
-    desk = prefilling()
+    registry = prefilling()
     for session in range(10, 200):
-        desk.open_session(session, "decode-0")
-        desk.link_down(session, "gone", quiesced=True)
-    assert not desk.knows(10)
-    assert desk.knows(199)
-    assert desk.knows(SESSION)
+        registry.open_session(session, "decode-0")
+        registry.link_down(session, "gone", quiesced=True)
+    assert not registry.knows(10)
+    assert registry.knows(199)
+    assert registry.knows(SESSION)
 
 
 def test_the_ledger_forgets_in_order() -> None:

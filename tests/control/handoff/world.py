@@ -46,12 +46,12 @@ from kvferry.control.handoff.messages import (
     pack_block_ids,
     unpack_block_ids,
 )
-from kvferry.control.handoff.registry import DecodeDesk, PrefillDesk
+from kvferry.control.handoff.registry import DecodeHandoffs, PrefillHandoffs
 
 if TYPE_CHECKING:
     from kvferry.control.errors import ControlError
     from kvferry.control.handoff.events import Action, Event
-    from kvferry.control.handoff.registry import Desk, Steps
+    from kvferry.control.handoff.registry import Handoffs, Steps
 
 POOL_BLOCKS = 8
 NUM_LAYERS = 2
@@ -90,11 +90,11 @@ class Operation:
 
 
 class Side:
-    """One process: a desk, its memory, and what its engine would know."""
+    """One process: a registry, its memory, and what its engine would know."""
 
-    def __init__(self, role: str, desk: Desk) -> None:
+    def __init__(self, role: str, registry: Handoffs) -> None:
         self.role = role
-        self.desk = desk
+        self.registry = registry
         self.pool = Pool()
         self.events: list[tuple[int, Event]] = []  # of the engine, not told yet
         self.timers: set[tuple[int, str]] = set()
@@ -131,14 +131,14 @@ class World(RuleBasedStateMachine):
         self._connect()
 
     def _new_side(self, role: str) -> Side:
-        return Side(role, PrefillDesk() if role == "prefill" else DecodeDesk())
+        return Side(role, PrefillHandoffs() if role == "prefill" else DecodeHandoffs())
 
     def _connect(self) -> None:
         self.session += 1
         for side in self.sides.values():
-            side.desk.open_session(self.session, OTHER[side.role])
+            side.registry.open_session(self.session, OTHER[side.role])
             # Hardly an answer is remembered, so that forgetting is tried too.
-            side.desk._ledgers[self.session]._remembered = 1
+            side.registry._ledgers[self.session]._remembered = 1
             side.links_up.add(self.session)
 
     # What users do -------------------------------------------------------------------------------
@@ -156,8 +156,8 @@ class World(RuleBasedStateMachine):
             return
         self.attempts[request_id] += 1
         imm = next(imm for imm in range(1, 100) if imm not in side.counters)
-        assert isinstance(side.desk, DecodeDesk)
-        key, steps = side.desk.begin(
+        assert isinstance(side.registry, DecodeHandoffs)
+        key, steps = side.registry.begin(
             self.session,
             request_id,
             attempt=self.attempts[request_id],
@@ -187,8 +187,8 @@ class World(RuleBasedStateMachine):
             for layer in range(NUM_LAYERS):
                 side.pool.cells[layer, block] = ("not computed", index)
         source = SourceOffered((pack_block_ids(blocks),), NUM_LAYERS, 30.0)
-        assert isinstance(side.desk, PrefillDesk)
-        key, steps = side.desk.offer(request_id, source)
+        assert isinstance(side.registry, PrefillHandoffs)
+        key, steps = side.registry.offer(request_id, source)
         side.offers[key] = (request_id, 0)
         self._own(side, key, blocks)
         self._carry_out(side, steps)
@@ -285,8 +285,8 @@ class World(RuleBasedStateMachine):
         message = decode(frame)
         assert isinstance(message, HandoffMessage)
         side = self.sides[to]
-        if side.desk.knows(message.session):
-            self._carry_out(side, side.desk.receive(message))
+        if side.registry.knows(message.session):
+            self._carry_out(side, side.registry.receive(message))
 
     # What the engines do -------------------------------------------------------------------------
 
@@ -405,7 +405,7 @@ class World(RuleBasedStateMachine):
         side.links_up.discard(session)
         if not quiesced:
             side.not_quiesced.add(session)
-        self._carry_out(side, side.desk.link_down(session, reason, quiesced=quiesced))
+        self._carry_out(side, side.registry.link_down(session, reason, quiesced=quiesced))
 
     @precondition(lambda self: not any(side.links_up for side in self.sides.values()))
     @rule()
@@ -426,7 +426,7 @@ class World(RuleBasedStateMachine):
             survivor.links_breaking.pop(session, None)
             self._link_down(survivor, session, "the process is gone", quiesced=True)
         for session in sorted(survivor.not_quiesced):
-            self._carry_out(survivor, survivor.desk.quiesced(session))
+            self._carry_out(survivor, survivor.registry.quiesced(session))
         survivor.not_quiesced.clear()
         self._connect()
 
@@ -438,7 +438,7 @@ class World(RuleBasedStateMachine):
             side.pool.owner[block] = key
 
     def _tell(self, side: Side, key: int, event: Event) -> None:
-        self._carry_out(side, side.desk.handle(key, event))
+        self._carry_out(side, side.registry.handle(key, event))
 
     def _carry_out(self, side: Side, steps: Steps) -> None:
         for key, action in steps:
@@ -507,7 +507,7 @@ class World(RuleBasedStateMachine):
     def _check_nothing_moves(self, side: Side, message: HandoffMessage) -> None:
         for operation in self.operations:
             if operation.mover is side and operation.session == message.session:
-                machine = side.desk.machines.get(operation.key)
+                machine = side.registry.machines.get(operation.key)
                 moving = machine is not None and machine.handoff.serial == message.handoff.serial
                 assert not moving, "a final answer was given while bytes still move"
 
@@ -536,7 +536,7 @@ class World(RuleBasedStateMachine):
         operation = self.operations[-1]
         peer = self.sides[OTHER[operation.mover.role]]
         serial = message.handoff.serial
-        ledger = peer.desk._ledgers.get(message.session)
+        ledger = peer.registry._ledgers.get(message.session)
         operation.peer_key = ledger.live.get(serial, -1) if ledger is not None else -1
 
     def _release(self, side: Side, key: int) -> None:
@@ -567,7 +567,7 @@ class World(RuleBasedStateMachine):
     @invariant()
     def nobody_waits_without_a_timer(self) -> None:
         for side in self.sides.values():
-            for key, machine in side.desk.machines.items():
+            for key, machine in side.registry.machines.items():
                 told = {kind for owner, kind in side.timers if owner == key}
                 assert told == machine.timers
                 assert machine.outcome is not None or told, f"{machine} waits for ever"
@@ -580,14 +580,16 @@ class World(RuleBasedStateMachine):
             while self.late:
                 self._receive(*self.late.pop())
             self._settle_down()
-            if not any(side.desk.machines for side in self.sides.values()):
+            if not any(side.registry.machines for side in self.sides.values()):
                 break
             for side in self.sides.values():
                 for key, kind in sorted(side.timers):
                     if (key, kind) in side.timers:
                         self._fire(side, key, kind)
         for side in self.sides.values():
-            assert not side.desk.machines, f"{list(side.desk.machines.values())} never ended"
+            assert not side.registry.machines, (
+                f"{list(side.registry.machines.values())} never ended"
+            )
             assert set(side.outcomes) == set(side.blocks) == side.released & set(side.blocks)
             assert side.pool.owner == [None] * POOL_BLOCKS
             assert not side.counters

@@ -82,14 +82,14 @@ def test_a_transfer_that_is_cancelled_begins_no_further_chunk(
     src, dst = Scaled(NHD, 4, BF16, seed=3), Scaled(HND, 6, FP8)
     plan = plan_of(engine, peer, src, dst, True)
     made: list[Any] = []
-    chunk = converting.Converting
+    chunk = converting.ConvertChunk
 
     def first_then_cancel(*arguments: Any) -> Any:
         made.append(chunk(*arguments))
         ticket.cancel()
         return made[-1]
 
-    monkeypatch.setattr(conversion, "Converting", first_then_cancel)
+    monkeypatch.setattr(conversion, "ConvertChunk", first_then_cancel)
     # Both are held up until the ticket is there to be cancelled.
     run = link.core.copiers.run
     tasks: list[Any] = []

@@ -337,7 +337,7 @@ def test_a_peer_that_deregisters_waits_for_my_writes_and_then_refuses_them(
     gate = hold("write")
     ticket = link.write(mine.region, 0, theirs, 0, LARGE)
     assert gate.reached.wait(15.0)
-    if link._path.asks_leave:
+    if link._path.asks_access:
         # Whoever can reach the memory without its owner's help must be asked to stop.
         with pytest.raises(DeadlineExceeded, match="the peer may still write"):
             peer.call("deregister", theirs.region_id, timeout_s=0.05)

@@ -165,8 +165,8 @@ def test_a_descriptor_with_the_wrong_place_or_size_reaches_no_other_memory(pair:
             outcomes.append(error)
     assert (pair.peer.contents(neighbour) == SENTINEL).all()
     # tcp never looks at the address: a moved descriptor is as good as the right one there.
-    assert len(outcomes) == (2 if pair.link._path.asks_leave else 1)
-    if not pair.link._path.asks_leave:
+    assert len(outcomes) == (2 if pair.link._path.asks_access else 1)
+    if not pair.link._path.asks_access:
         pair.peer.call("poke", pair.dst.region_id, 0, bytes([SENTINEL]) * NBYTES)
     pair.unharmed()
 

@@ -1,4 +1,4 @@
-"""Numbers that a GPU converts for a transport that stages, its kernels in Triton's interpreter.
+"""ElementType that a GPU converts for a transport that stages, its kernels in Triton's interpreter.
 
 Links, chunks, staging and the peer are real; the memory is the host's. The interpreter truncates
 bf16 and rounds fp8 wrongly, so what becomes such numbers here is exact in them.
@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvferry.engine.convert import conversion
-from kvferry.engine.convert.gpu_workspace import GpuWorkplace
-from kvferry.engine.convert.workspace import HostWorkplace, Numbers
+from kvferry.engine.convert.gpu_workspace import GpuWorkspace
+from kvferry.engine.convert.workspace import ElementType, HostWorkspace
 from kvferry.engine.errors import DeviceError, EngineError, PlanError
 from kvferry.engine.layout.dtypes import QUANTISED
 from kvferry.kernels.cast import cast_reference
@@ -225,14 +225,14 @@ def test_a_link_that_goes_down_waits_for_those_who_convert(
 ) -> None:
     """What they read and write is nobody else's until they have left."""
     reached, leave = threading.Event(), threading.Event()
-    finish = GpuWorkplace.finish
+    finish = GpuWorkspace.finish
 
-    def wait(place: GpuWorkplace) -> None:
+    def wait(place: GpuWorkspace) -> None:
         reached.set()
         assert leave.wait(30)
         finish(place)
 
-    monkeypatch.setattr(GpuWorkplace, "finish", wait)
+    monkeypatch.setattr(GpuWorkspace, "finish", wait)
     src, dst = Scaled(NHD, 4, BF16, seed=3).pool, Scaled(HND, 6, FP16).pool
     local = engine.register_cache(src.layout, src.arrays())
     plan = engine.plan(local, peer.call("cache_of", dst.arrays(), dst.layout))
@@ -250,9 +250,9 @@ def test_a_link_that_goes_down_waits_for_those_who_convert(
 
 def test_a_workplace_is_made_ready_beforehand(gpus: list[InterpretedGpu]) -> None:
     gpu = InterpretedGpu()
-    place = GpuWorkplace(gpu)
+    place = GpuWorkspace(gpu)
     place.reserve(1 << 14)
-    types = Numbers("bfloat16", 2), Numbers("float8_e4m3fn", 1)
+    types = ElementType("bfloat16", 2), ElementType("float8_e4m3fn", 1)
     place.try_out(types, converts=True, scaled=True)
     place.try_out((types[0], types[0]), converts=False, scaled=False)
     place.close()
@@ -263,7 +263,7 @@ def test_a_workplace_is_made_ready_beforehand(gpus: list[InterpretedGpu]) -> Non
 def test_tables_grow_and_are_used_again() -> None:
     """More rows than the tables hold at first, in several launches before anybody waits."""
     gpu = InterpretedGpu()
-    place, host = GpuWorkplace(gpu), HostWorkplace()
+    place, host = GpuWorkspace(gpu), HostWorkspace()
     for count in (10, 70_000, 10):
         numbers = np.arange(count, dtype=np.float32)
         there = np.zeros(count, np.float32)
@@ -281,9 +281,9 @@ def test_tables_grow_and_are_used_again() -> None:
 
 def test_numbers_where_no_kernel_reads_are_refused() -> None:
     gpu = InterpretedGpu()
-    place = GpuWorkplace(gpu)
+    place = GpuWorkspace(gpu)
     place.reserve(4096)
-    types = Numbers("bfloat16", 2), Numbers("float8_e4m3fn", 1)
+    types = ElementType("bfloat16", 2), ElementType("float8_e4m3fn", 1)
     one = np.ones(1, np.float32)
     with pytest.raises(PlanError, match="source do not lie at multiples of 2 bytes"):
         place.convert(np.array([place.address + 1]), np.array([place.address]), 4, types, one)

@@ -8,7 +8,7 @@ import torch
 from kvferry.engine.errors import LayoutError
 from kvferry.engine.layout.join import join_groups, join_planes
 from kvferry.engine.layout.kv_layout import KVLayout
-from kvferry.engine.plan.block_plan import Plan
+from kvferry.engine.plan.block_plan import BlockPlan
 from kvferry.engine.plan.rank_plan import RankPlan
 from kvferry.engine.plan.token_plan import TokenPlan
 from tests.support.grouped_caches import SLICES, Grouped, filled, hybrid, latent, latent_ranks, move
@@ -72,7 +72,7 @@ def test_layers_of_other_head_counts_behind_one_table_go_by_blocks_too(
         )
         for tensors in (src, dst)
     )
-    plan = Plan(TokenPlan(here.layout, there.layout))
+    plan = BlockPlan(TokenPlan(here.layout, there.layout))
     pieces = plan.pieces([3, 8, 1], [0, 5, 7])
     move(pieces, here, there)
     assert pieces.total_nbytes == plan.nbytes(3) == 3 * sum(heads) * 2 * 4 * 8 * 2

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvferry.engine.errors import BlockOutOfRange, LayoutError, OverlappingBlocks, PlanError
 from kvferry.engine.layout.kv_layout import KVLayout
-from kvferry.engine.plan.block_plan import Plan
+from kvferry.engine.plan.block_plan import BlockPlan
 from kvferry.engine.plan.block_tables import FEW_IDS, are_few
 from kvferry.engine.plan.token_plan import TokenPlan
 
@@ -87,7 +87,7 @@ def test_any_order_to_any_order(
     src_ids = data.draw(st.lists(st.integers(0, 7), min_size=blocks, max_size=blocks))
     dst_ids = data.draw(st.lists(st.integers(0, 6), min_size=blocks, max_size=blocks, unique=True))
     chosen = data.draw(st.none() | st.sets(st.integers(0, layers - 1), min_size=1))
-    plan = Plan(TokenPlan(src_layout, dst_layout))
+    plan = BlockPlan(TokenPlan(src_layout, dst_layout))
     pieces = plan.pieces(src_ids, dst_ids, layers=None if chosen is None else sorted(chosen))
     expected = logical(dst, dst_dims).copy()
     which = list(range(layers)) if chosen is None else sorted(chosen)
@@ -106,7 +106,7 @@ def nhd(num_blocks: int = 16, heads: int = 2, **options: Any) -> KVLayout:
 
 
 def test_neighbours_on_both_sides_are_one_piece() -> None:
-    plan = Plan(TokenPlan(nhd(), nhd()))
+    plan = BlockPlan(TokenPlan(nhd(), nhd()))
     slot = 4 * 2 * 8
     pieces = plan.pieces([3, 4, 5, 9], [7, 8, 9, 10])
     assert sorted(pieces.nbytes.tolist()) == [slot, slot, 3 * slot, 3 * slot]
@@ -118,19 +118,19 @@ def test_neighbours_on_both_sides_are_one_piece() -> None:
 def test_planes_and_layers_that_are_neighbours_on_both_sides_are_one_piece() -> None:
     pool = np.zeros((5, 3, 2, 4, 2, 8), np.uint8)
     layout = KVLayout.from_tensors(pool, "block layer plane token head dim")
-    pieces = Plan(TokenPlan(layout, layout)).pieces([0, 2], [4, 1])
+    pieces = BlockPlan(TokenPlan(layout, layout)).pieces([0, 2], [4, 1])
     assert pieces.nbytes.tolist() == [pool[0].nbytes] * 2
-    assert Plan(TokenPlan(layout, layout)).pieces([0], [4], layers=[1, 2]).nbytes.tolist() == [
+    assert BlockPlan(TokenPlan(layout, layout)).pieces([0], [4], layers=[1, 2]).nbytes.tolist() == [
         pool[0, 1:].nbytes
     ]
-    assert len(Plan(TokenPlan(layout, layout)).pieces([0], [4], layers=[0, 2]).nbytes) == 2
+    assert len(BlockPlan(TokenPlan(layout, layout)).pieces([0], [4], layers=[0, 2]).nbytes) == 2
 
 
 def test_heads_that_both_sides_hold_are_moved() -> None:
     src = np.random.default_rng(3).integers(0, 256, (2, 5, 4, 6, 8), np.uint8)  # heads 0 to 5
     dst = np.full((2, 5, 4, 3, 8), 0xEE, np.uint8)  # heads 4 to 6
     dims = "plane block token head dim"
-    plan = Plan(
+    plan = BlockPlan(
         TokenPlan(
             KVLayout.from_tensors([src], dims), KVLayout.from_tensors([dst], dims, head_start=4)
         )
@@ -145,7 +145,7 @@ def test_a_hundred_thousand_ids() -> None:
     layout = nhd(num_blocks=200_000)
     rng = np.random.default_rng(0)
     src_ids, dst_ids = rng.permutation(200_000)[:100_000], rng.permutation(200_000)[:100_000]
-    pieces = Plan(TokenPlan(layout, layout)).pieces(src_ids, dst_ids)
+    pieces = BlockPlan(TokenPlan(layout, layout)).pieces(src_ids, dst_ids)
     assert pieces.total_nbytes == 100_000 * layout.block_nbytes
     order = np.argsort(dst_ids)
     first_plane = pieces.dst_offset < layout.regions[0].plane_stride
@@ -156,7 +156,7 @@ def test_a_hundred_thousand_ids() -> None:
 
 
 def test_no_blocks_are_no_pieces() -> None:
-    pieces = Plan(TokenPlan(nhd(), nhd())).pieces([], [])
+    pieces = BlockPlan(TokenPlan(nhd(), nhd())).pieces([], [])
     assert pieces.total_nbytes == 0
     assert len(pieces.nbytes) == 0
 
@@ -176,11 +176,11 @@ def test_ids_that_cannot_be_moved_are_named(
     src_ids: Any, dst_ids: Any, error: type[Exception], says: str
 ) -> None:
     with pytest.raises(error, match=says):
-        Plan(TokenPlan(nhd(), nhd())).pieces(src_ids, dst_ids)
+        BlockPlan(TokenPlan(nhd(), nhd())).pieces(src_ids, dst_ids)
 
 
 def test_layers_that_are_not_there_are_named() -> None:
-    plan = Plan(TokenPlan(nhd(), nhd()))
+    plan = BlockPlan(TokenPlan(nhd(), nhd()))
     with pytest.raises(PlanError, match="layer 1 is not held by both sides"):
         plan.pieces([0], [0], layers=[1])
 
@@ -204,7 +204,7 @@ def test_layouts_that_cannot_be_reconciled_are_refused_by_name() -> None:
     ]
     for theirs, says in pairs:
         with pytest.raises(LayoutError, match=says):
-            Plan(TokenPlan(ours, theirs))
+            BlockPlan(TokenPlan(ours, theirs))
 
 
 def test_an_opaque_axis_may_not_change() -> None:
@@ -212,15 +212,15 @@ def test_an_opaque_axis_may_not_change() -> None:
     options: dict[str, Any] = {"codec": "cpu_attn/vec", "opaque": ("token", "dim")}
     ours = nhd(**options)
     theirs = KVLayout.from_tensors([hnd], "plane block head token dim", **options)
-    Plan(TokenPlan(ours, ours))
+    BlockPlan(TokenPlan(ours, ours))
     with pytest.raises(LayoutError, match="axis 'token' is opaque in codec 'cpu_attn/vec'"):
-        Plan(TokenPlan(ours, theirs))
+        BlockPlan(TokenPlan(ours, theirs))
 
 
 @pytest.mark.parametrize("num_blocks", [100, 1_000_000], ids=["marked", "sorted"])
 def test_ids_that_need_no_order_are_checked_all_the_same(num_blocks: int) -> None:
     layout = KVLayout.from_tensors([np.zeros((num_blocks, 1), np.uint8)], "block dim")
-    plan = Plan(TokenPlan(layout, layout))
+    plan = BlockPlan(TokenPlan(layout, layout))
     src, dst = np.arange(50), np.arange(50)[::-1].copy()
     ids = plan.check_ids(src, dst, ordered=False)
     assert dict(zip(ids[1].tolist(), ids[0].tolist(), strict=True)) == {
@@ -237,7 +237,7 @@ def test_ids_that_need_no_order_are_checked_all_the_same(num_blocks: int) -> Non
 
 def test_a_few_ids_of_pythons_own_are_ordered_like_rows() -> None:
     layout = KVLayout.from_tensors([np.zeros((20, 1), np.uint8)], "block dim")
-    plan = Plan(TokenPlan(layout, layout))
+    plan = BlockPlan(TokenPlan(layout, layout))
     rng = np.random.default_rng(3)
     for _ in range(300):
         count = int(rng.integers(1, 5))

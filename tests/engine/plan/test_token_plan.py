@@ -33,17 +33,20 @@ def move(
     here, there = src.arrays(), dst.arrays()
     total = 0
     for moves in plan.moves([tables[0]], [tables[1]], *span, layers=layers):
-        bundle = moves.bundle
+        copy_group = moves.copy_group
         for row, (src_region, src_offset, dst_region, dst_offset, nbytes) in enumerate(
             zip(*moves.pieces, strict=True)
         ):
-            read = nbytes // bundle.dst_elem * bundle.src_elem
+            read = nbytes // copy_group.dst_elem * copy_group.src_elem
             part = here[src_region][src_offset : src_offset + read]
             assert len(part) == read > 0
             if moves.factor is not None:
                 factor = moves.factor[row : row + 1]
                 part = convert_bytes(
-                    np.ascontiguousarray(part)[None], factor, bundle.src_dtype, bundle.dst_dtype
+                    np.ascontiguousarray(part)[None],
+                    factor,
+                    copy_group.src_dtype,
+                    copy_group.dst_dtype,
                 )[0]
             there[dst_region][dst_offset : dst_offset + nbytes] = part
             total += int(nbytes)

@@ -18,7 +18,7 @@ from kvferry.engine.runtime.pipeline import Finisher, work_off
 from kvferry.engine.staging.mover import HostMover, gather, scatter, suits
 from kvferry.engine.staging.ring import Buffer, Ring, StagingMeter
 from kvferry.engine.staging.shared_slots import SharedSlots
-from kvferry.engine.staging.thresholds import NEVER_DIRECT, Paths, load
+from kvferry.engine.staging.thresholds import NEVER_DIRECT, DirectThresholds, load
 from kvferry.engine.transfer.compute_gate import StreamGate
 from tests import ROOT
 
@@ -254,14 +254,16 @@ def test_staging_that_is_none_is_refused(tmp_path: Path) -> None:
 
 def test_a_table_of_paths_is_saved_and_found(tmp_path: Path) -> None:
     file = tmp_path / "deep" / "paths.json"
-    table = Paths(direct_from_nbytes={"tcp": 512, "verbs": NEVER_DIRECT}, measured_on="here")
+    table = DirectThresholds(
+        direct_from_nbytes={"tcp": 512, "verbs": NEVER_DIRECT}, measured_on="here"
+    )
     assert table.save(file) == file
     assert load(file) == table
     assert not table.direct("tcp", 511.5)
     assert table.direct("tcp", 512)
     assert not table.direct("verbs", 1 << 40)
     assert table.direct("cuda_ipc", 1)  # missing: its default
-    assert load(tmp_path / "absent.json") == Paths()
+    assert load(tmp_path / "absent.json") == DirectThresholds()
     (tmp_path / "broken.json").write_text('{"direct_from_nbytes": {"tcp": -1}}')
     with pytest.raises(PlanError, match=r"broken\.json is no table of paths"):
         load(tmp_path / "broken.json")
@@ -271,7 +273,7 @@ def test_a_table_of_paths_is_saved_and_found(tmp_path: Path) -> None:
 def test_every_transport_conforms_when_everything_is_staged(tmp_path: Path) -> None:
     """The conformance suite and the faults again, in processes whose table stages every piece."""
     table = tmp_path / "paths.json"
-    Paths(direct_from_nbytes={"cma": NEVER_DIRECT, "tcp": NEVER_DIRECT}).save(table)
+    DirectThresholds(direct_from_nbytes={"cma": NEVER_DIRECT, "tcp": NEVER_DIRECT}).save(table)
     done = subprocess.run(
         [
             sys.executable,

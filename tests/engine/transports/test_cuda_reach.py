@@ -56,7 +56,7 @@ class Link:
     closed = False
     leave = True
 
-    def has_leave(self, _regions: Any) -> bool:
+    def has_access(self, _regions: Any) -> bool:
         return self.leave
 
 

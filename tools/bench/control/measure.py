@@ -109,7 +109,7 @@ class _Prefill:
         sent = [agent.send(f"r{n}", [n % NUM_BLOCKS]) for n in range(first, first + count)]
         if settled:  # else the first request waits for the last of the offers
             offered = threading.Event()
-            agent._core.mailbox.call_soon(offered.set)
+            agent._core.messaging.call_soon(offered.set)
             offered.wait(WAIT_S)
         yield
         for handoff in sent:

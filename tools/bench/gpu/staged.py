@@ -26,7 +26,7 @@ from kvferry.engine.layout.kv_layout import KVLayout
 from kvferry.engine.memory import iovec
 from kvferry.engine.staging.gpu_mover import GpuMover
 from kvferry.engine.staging.ring import Ring, StagingMeter
-from kvferry.engine.staging.thresholds import NEVER_DIRECT, Paths
+from kvferry.engine.staging.thresholds import NEVER_DIRECT, DirectThresholds
 from kvferry.engine.transfer_engine import TransferEngine
 from kvferry.tools.bench.gpu.receiver import DIMS, Receiver, WrongBytes, make_pool
 from kvferry.tools.bench.peers import Peer
@@ -99,7 +99,7 @@ class Bench:
     @contextlib.contextmanager
     def link(self, transport: str, rails: int = 2) -> Iterator[tuple[TransferEngine, Link]]:
         """A link on which GPU memory is staged."""
-        paths = Paths(direct_from_nbytes={"cuda_ipc": NEVER_DIRECT})
+        paths = DirectThresholds(direct_from_nbytes={"cuda_ipc": NEVER_DIRECT})
         with TransferEngine(name="prefill", paths=paths, rails=rails) as engine:
             # The warm-up of a link prepares the GPUs whose memory is registered by then.
             anchor = engine.register(torch.zeros(64, device="cuda:0"))

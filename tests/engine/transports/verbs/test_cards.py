@@ -10,10 +10,10 @@ import pytest
 from kvferry.engine.errors import ProtocolError, TransportUnavailable
 from kvferry.engine.transports.verbs.cards import (
     GidCard,
+    GidPair,
     Offer,
     QueueCard,
     RailCard,
-    Route,
     gid_cards,
     route,
 )
@@ -48,23 +48,23 @@ GLOBAL = GidCard(2, "2001:0db8:0000:0000:0000:0000:0000:0001", "ipv6")
 def test_ipv4_comes_before_ipv6_and_both_before_link_local() -> None:
     mine = card(LOCAL, GidCard(3, ipv4(1), "ipv4"), GLOBAL)
     theirs = card(LOCAL, GLOBAL, GidCard(5, ipv4(2), "ipv4"), mtu=3)
-    assert route(mine, theirs) == Route(0, ipv4(2), 3, 3)
-    assert route(theirs, mine) == Route(0, ipv4(1), 5, 3)
+    assert route(mine, theirs) == GidPair(0, ipv4(2), 3, 3)
+    assert route(theirs, mine) == GidPair(0, ipv4(1), 5, 3)
     only_ipv6 = card(LOCAL, GLOBAL)
-    assert route(mine, only_ipv6) == Route(0, GLOBAL.value, 2, 5)
+    assert route(mine, only_ipv6) == GidPair(0, GLOBAL.value, 2, 5)
     assert route(mine, card(LOCAL)).gid == LOCAL.value
 
 
 def test_of_several_addresses_those_of_one_subnet_are_taken_by_both_ends() -> None:
     mine = card(GidCard(1, ipv4(1, subnet=1), "ipv4"), GidCard(2, ipv4(1, subnet=2), "ipv4"))
     theirs = card(GidCard(1, ipv4(9, subnet=7), "ipv4"), GidCard(4, ipv4(9, subnet=2), "ipv4"))
-    assert route(mine, theirs) == Route(0, ipv4(9, subnet=2), 2, 5)
-    assert route(theirs, mine) == Route(0, ipv4(1, subnet=2), 4, 5)
+    assert route(mine, theirs) == GidPair(0, ipv4(9, subnet=2), 2, 5)
+    assert route(theirs, mine) == GidPair(0, ipv4(1, subnet=2), 4, 5)
 
 
 def test_infiniband_needs_no_more_than_lids() -> None:
     mine, theirs = (card(link_layer="InfiniBand", lid=lid) for lid in (3, 8))
-    assert route(mine, theirs) == Route(8, None, 0, 5)
+    assert route(mine, theirs) == GidPair(8, None, 0, 5)
 
 
 def test_ends_that_cannot_meet_say_why() -> None:

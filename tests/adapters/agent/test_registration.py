@@ -52,8 +52,8 @@ def hand_over(prefill: Local, decode: Local, request: str, **options: Any) -> No
 
 
 def wait_until(local: Local, condition: Callable[[], bool]) -> None:
-    assert local.agent._enrolment is not None
-    assert local.agent._enrolment.wait(condition, WAIT_S)
+    assert local.agent._registrar is not None
+    assert local.agent._registrar.wait(condition, WAIT_S)
 
 
 def test_agents_find_each_other_by_name(make: Callable[..., Local]) -> None:
@@ -95,12 +95,12 @@ def test_a_daemons_death_harms_nobody(daemon: DaemonProcess, make: Callable[...,
     prefill.agent.send("before", SRC)
     in_flight.wait(WAIT_S)
     hand_over(prefill, decode, "after")
-    first = decode.agent._enrolment.generation  # type: ignore[union-attr]
+    first = decode.agent._registrar.generation  # type: ignore[union-attr]
     daemon.start()
     with DaemonClient(daemon.address) as client, client.watch() as watch:
         while set(watch.view.members) != {"prefill-0", "decode-0"}:  # complete again
             watch.poll(WAIT_S)
-    wait_until(decode, lambda: decode.agent._enrolment.generation > first)  # type: ignore[union-attr]
+    wait_until(decode, lambda: decode.agent._registrar.generation > first)  # type: ignore[union-attr]
     hand_over(prefill, decode, "later")
 
 
