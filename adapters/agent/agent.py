@@ -14,7 +14,7 @@ from collections import OrderedDict
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -30,7 +30,7 @@ from ...control.errors import (
 )
 from ...control.handoff.events import SourceOffered
 from ...control.handoff.machine import Timing
-from ...control.handoff.messages import BLOCK_ID_NBYTES, count_blocks
+from ...control.handoff.messages import BLOCK_ID_NBYTES
 from ...control.keys import check_address, join_address
 from ...engine.connect.handshake import HANDSHAKE_TIMEOUT_S
 from ...engine.errors import EngineError
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from ...control.cluster.messages import Member
     from ...control.handoff.events import Event
-    from ...control.handoff.messages import Role, Side
+    from ...control.handoff.messages import Mode, Role, Side
     from ...control.http import HttpServer
     from ...control.keys import Keys
     from ...engine.layout.kv_layout import KVLayout
@@ -332,7 +332,7 @@ class Agent:
         peer: str,
         dst_block_ids: BlockIds,
         *,
-        mode: Literal["push", "pull"] = "push",
+        mode: Mode = "push",
         skip_blocks: int = 0,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Handoff:
@@ -354,16 +354,7 @@ class Agent:
         """
         self._check_role("receive", "decode")
         tables = pack_tables("destination", (dst_block_ids,), self._num_blocks)
-        fields = {
-            "mode": mode,
-            "num_blocks": len(tables[0]) // BLOCK_ID_NBYTES,
-            "timeout_s": float(timeout_s),
-            "tables": tables,
-            "skip_blocks": skip_blocks,
-            "start_token": 0,
-            "stop_token": 0,
-        }
-        return self._receive(request_id, peer, fields)
+        return self._receive(request_id, peer, mode, tables, timeout_s, skip_blocks=skip_blocks)
 
     def receive_tokens(
         self,
@@ -373,7 +364,7 @@ class Agent:
         *,
         num_tokens: int,
         start_token: int = 0,
-        mode: Literal["push", "pull"] = "push",
+        mode: Mode = "push",
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Handoff:
         """Takes tokens `[start_token, num_tokens)` of a request, whatever the peer's blocks are.
@@ -390,18 +381,30 @@ class Agent:
         """
         self._check_role("receive", "decode")
         tables = pack_tables("destination", as_tables(dst_tables))
-        fields = {
+        tokens = (start_token, num_tokens)
+        return self._receive(request_id, peer, mode, tables, timeout_s, tokens=tokens)
+
+    def _receive(
+        self,
+        request_id: str,
+        peer: str,
+        mode: Mode,
+        tables: tuple[bytes, ...],
+        timeout_s: float,
+        *,
+        skip_blocks: int = 0,
+        tokens: tuple[int, int] = (0, 0),
+    ) -> Handoff:
+        """Asks a peer, after getting acquainted with it if it is a member only."""
+        fields: dict[str, Any] = {
             "mode": mode,
-            "num_blocks": count_blocks(tables),
+            "num_blocks": sum(map(len, tables)) // BLOCK_ID_NBYTES,
             "timeout_s": float(timeout_s),
             "tables": tables,
-            "start_token": start_token,
-            "stop_token": num_tokens,
+            "skip_blocks": skip_blocks,
+            "start_token": tokens[0],
+            "stop_token": tokens[1],
         }
-        return self._receive(request_id, peer, fields)
-
-    def _receive(self, request_id: str, peer: str, fields: dict[str, Any]) -> Handoff:
-        """Asks a peer, after getting acquainted with it if it is a member only."""
         known = self._core.sessions.by_name(peer)
         handoff = Handoff(request_id, peer, "receive", partial(self._tell, "decode"))
         if known is not None and known.read_plan is not None:
@@ -512,10 +515,8 @@ class Agent:
             tables = pack_tables("source", (src_block_ids,), self._num_blocks)
         else:
             tables = pack_tables("source", as_tables(src_block_ids))
-        num_layers = self._num_layers
-        tell = partial(self._tell, "prefill")
-        device = self._cache.device
-        handoff = SendHandoff(request_id, num_layers, tell, self.engine, device)
+        tell, num_layers = partial(self._tell, "prefill"), self._num_layers
+        handoff = SendHandoff(request_id, num_layers, tell, self.engine, self._cache.device)
         handoff.on_asked = on_asked
         source = SourceOffered(tables, num_layers, float(timeout_s))
         self._soon(self._core.offer, handoff, source)
@@ -543,11 +544,11 @@ class Agent:
             self._http.close()
         if self._registrar is not None:
             self._soon(self._registrar.leave)
-        self._core.messaging.call_soon(partial(self._core.begin_close, all_back.set))
+        self._soon(self._core.begin_close, all_back.set)
         all_back.wait(timeout_s)
         if self._owns_engine:
             self.engine.close()
-        self._core.messaging.call_soon(self._core.end_close)
+        self._soon(self._core.end_close)
         self._core.close()
         if not self._owns_engine and all_back.is_set():
             self._cache.deregister()

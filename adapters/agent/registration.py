@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from ...control.cluster.messages import Member
-    from ...control.cluster.presence import PresenceAction
+    from ...control.handoff.events import Action
     from ...control.handoff.messages import Role
     from ...engine.layout.kv_layout import KVLayout
     from .executor import Executor, HandoffEnded, Work
@@ -114,7 +114,7 @@ class Registrar:
         self._routes: list[ReplyTo] = []
         self._turn = 0
         self._publisher: ReplyTo | None = None
-        self._acts: dict[type[PresenceAction], Callable[[Any], None]] = {
+        self._acts: dict[type[Action], Callable[[Any], None]] = {
             ToDaemon: self._ask,
             AskAnother: self._ask_another,
             Wake: self._wake_later,
@@ -187,7 +187,7 @@ class Registrar:
         self._presence.activity = self._activity.report(now_s, self._peers.senders(), live)
         self._carry_out(self._presence.fire(number))
 
-    def _carry_out(self, actions: list[PresenceAction]) -> None:
+    def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:
             self._acts[type(action)](action)
 
@@ -219,7 +219,7 @@ class Registrar:
             self._messaging.hang_up(self._publisher)
         endpoint, server_key = self._addresses[self._turn]
         address = join_address(publisher_endpoint(endpoint, action.publisher), server_key)
-        self._publisher = self._messaging.subscribe(address, (CHANGES_TOPIC,), self._on_publication)
+        self._publisher = self._messaging.subscribe(address, CHANGES_TOPIC, self._on_publication)
 
     def _members_changed(self, _: MembersChanged) -> None:
         for name, member in self.members.items():

@@ -12,7 +12,7 @@ Pure, like the handoff machines: events in, actions out. Layouts and addresses a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Union
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
@@ -24,13 +24,14 @@ from ..errors import (
     RoleMismatch,
     VersionMismatch,
 )
-from .events import ClearTimer, Received, Send, SetTimer, TimerFired
+from .events import Action, Event, Send
 from .machine import MAX_REASON_CHARS, StateMachine
 from .messages import VERSION, Bye, Describe, Hello, Refused, Welcome
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from .events import TimerFired
     from .machine import Reactions, Timing
     from .messages import Reason
 
@@ -44,13 +45,13 @@ REASONS: dict[str, type[HelloError]] = {
 # Events, besides `Received` and `TimerFired` ------------------------------------------------------
 
 
-class Reconciled(msgspec.Struct, frozen=True):
+class Reconciled(Event, frozen=True):
     """The peer's layout and memory can be worked with; or, with an `error`, why not."""
 
     error: str = ""
 
 
-class LinkOpened(msgspec.Struct, frozen=True):
+class LinkOpened(Event, frozen=True):
     """This side's end of the link is there; or, with an `error`, why not."""
 
     error: str = ""
@@ -59,31 +60,28 @@ class LinkOpened(msgspec.Struct, frozen=True):
 # Actions, besides `Send`, `SetTimer`, `ClearTimer` --------------------------------------------------
 
 
-class Reconcile(msgspec.Struct, frozen=True):
+class Reconcile(Action, frozen=True):
     """Find out whether the peer's cache fits ours; answer with `Reconciled`."""
 
     describe: Describe
 
 
-class OpenLink(msgspec.Struct, frozen=True):
+class OpenLink(Action, frozen=True):
     """Dial the peer's engine, or await its call; answer with `LinkOpened`."""
 
     describe: Describe
     dial: bool
 
 
-class Up(msgspec.Struct, frozen=True):
+class Up(Action, frozen=True):
     """Handoffs may begin."""
 
 
-class Ended(msgspec.Struct, frozen=True):
+class Ended(Action, frozen=True):
     """The acquaintance is over: close the link, if there is one."""
 
     error: HelloError
 
-
-SessionEvent = Union[Received, Reconciled, LinkOpened, TimerFired]  # noqa: UP007
-SessionAction = Union[Send, SetTimer, ClearTimer, Reconcile, OpenLink, Up, Ended]  # noqa: UP007
 
 HELLO, DESCRIBE, RECONCILING, LINKING, WELCOME, UP, ENDED = (
     "hello",
@@ -96,7 +94,7 @@ HELLO, DESCRIBE, RECONCILING, LINKING, WELCOME, UP, ENDED = (
 )
 
 
-class Session(StateMachine[SessionEvent, SessionAction]):
+class Session(StateMachine):
     """One acquaintance, seen from one side. Not thread-safe: one owner.
 
     Attributes:
@@ -139,14 +137,14 @@ class Session(StateMachine[SessionEvent, SessionAction]):
         """The peer's name, or "" before its `Hello`."""
         return self.peer.name if self.peer is not None else ""
 
-    def start(self) -> list[SessionAction]:
+    def start(self) -> list[Action]:
         """The first actions of either side."""
         self._set_timer("deadline", self._timeout_s)
         if self.dials:
             self._repeat(self._hello)
         return self._taken()
 
-    def refuse(self, reason: Reason, error: HelloError) -> list[SessionAction]:
+    def refuse(self, reason: Reason, error: HelloError) -> list[Action]:
         """Ends the session from this side, and tells the peer why."""
         if self.state != ENDED:
             self._refuse(reason, error)

@@ -54,14 +54,14 @@ TITLES: dict[Kind, str] = {
 KINDS: dict[str, tuple[Kind, ...]] = {
     "Agent and agent": (
         *(messages.Message, messages.HandoffMessage, messages.HandoffId),
-        *messages.MESSAGE_TYPES,
+        *get_args(messages.AnyMessage),
         *(descriptors.CacheDescriptor, descriptors.RegionDescriptor, descriptors.CudaMemory),
         *(layout.KVLayout, region.RegionLayout, region.Axis, layout.GroupLayout, layout.Scale),
     ),
     "Agent and daemon": (
         daemon_messages.Ask,
-        *daemon_messages.REQUEST_TYPES,
-        *daemon_messages.ANSWER_TYPES,
+        *get_args(daemon_messages.AnyRequest),
+        *get_args(daemon_messages.AnyAnswer),
         *(membership.Record, store.Peer),
     ),
     "Engine and engine": (
