@@ -76,7 +76,6 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 self._settings,
                 groups=self._groups,
                 tp_size=parallel.tensor_parallel_size,
-                pp_size=parallel.pipeline_parallel_size,
                 token_nbytes=self._token_nbytes_in_step(vllm_config, kv_cache_config),
             )
 
@@ -125,9 +124,8 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def get_kv_connector_stats(self) -> KVFerryStats | None:
         """What ended since the last call, on a worker."""
-        if self._worker is None or not self._worker.figures:
-            return None
-        return KVFerryStats(self._worker.figures.take())
+        figures = self._worker.figures.take() if self._worker is not None else {}
+        return KVFerryStats(figures) if any(figures.values()) else None
 
     # Scheduler side
 

@@ -67,10 +67,6 @@ class Settings:
         Raises:
             ValueError: a value makes no sense; names the key.
         """
-
-        def text(key: str, default: str = "") -> str:
-            return str(extra.get(key) or os.environ.get(f"KVFERRY_{key.upper()}") or default)
-
         mode = extra.get("mode", cls.mode)
         if mode not in ("push", "pull"):
             raise ValueError(f"kv_connector_extra_config: mode is {mode!r}: use 'push' or 'pull'")
@@ -80,22 +76,21 @@ class Settings:
                 f"kv_connector_extra_config: transports is {transports!r}: give a list out of "
                 f"{', '.join(TRANSPORTS)}"
             )
-        numbers = {}
-        for key, fallback in (
-            ("port", os.environ.get("KVFERRY_PORT", cls.port)),
-            ("timeout_s", cls.timeout_s),
-            ("lease_s", cls.lease_s),
-            ("in_step_nbytes", cls.in_step_nbytes),
-            ("max_programs", cls.max_programs),
-        ):
-            value = extra.get(key, fallback)
+        found: dict[str, Any] = {}
+        for key in ("port", "timeout_s", "lease_s", "in_step_nbytes", "max_programs"):
+            default = getattr(cls, key)
+            value = extra.get(key, os.environ.get("KVFERRY_PORT", 0) if key == "port" else default)
             try:
-                numbers[key] = float(value)
+                number = float(value)
             except (TypeError, ValueError):
-                numbers[key] = -1.0
-            if numbers[key] < 0:
+                number = -1.0
+            if not number >= 0:
                 raise ValueError(f"kv_connector_extra_config: {key} is {value!r}: give a number")
-        service, http = text("service"), text("http")
+            found[key] = type(default)(number)
+        for key in ("host", "daemon", "service", "http", "keys"):
+            given = extra.get(key) or os.environ.get(f"KVFERRY_{key.upper()}")
+            found[key] = str(given or getattr(cls, key))
+        service, http = found["service"], found["http"]
         if service and not service.startswith(("http://", "https://")):
             raise ValueError(
                 f"kv_connector_extra_config: service is {service!r}: write http://host:port"
@@ -104,16 +99,7 @@ class Settings:
             raise ValueError(f"kv_connector_extra_config: http is {http!r}: write host:port")
         return cls(
             mode=mode,
-            host=text("host", cls.host),
-            port=int(numbers["port"]),
             transports=tuple(transports),
-            timeout_s=numbers["timeout_s"],
-            lease_s=numbers["lease_s"],
             verify=bool(extra.get("verify", False)),
-            in_step_nbytes=int(numbers["in_step_nbytes"]),
-            max_programs=int(numbers["max_programs"]),
-            daemon=text("daemon"),
-            service=service,
-            http=http,
-            keys=text("keys"),
+            **found,
         )

@@ -23,14 +23,13 @@ from kvferry.adapters.vllm.orders import Figures
 
 def take(*, loads: int, sends: int = 0, failed: int = 0) -> dict[str, Any]:
     """What a worker has of one step."""
-    figures = Figures()
-    for number in range(loads):
-        figures.loaded(0.002 * (number + 1), 1000)
-    for _ in range(sends):
-        figures.sent(500)
-    for _ in range(failed):
-        figures.load_failed()
-        figures.send_failed()
+    figures = Figures(
+        [0.002 * (number + 1) for number in range(loads)],
+        [1000] * loads,
+        [500] * sends,
+        failed,
+        failed,
+    )
     return figures.take()
 
 
