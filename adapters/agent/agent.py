@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -141,44 +142,39 @@ class Agent:
         self.layout = layout
         self._num_blocks, self._num_layers = layout.num_blocks, layout.num_layers
         self._advertise_host = advertise_host
-        self._owns_engine = engine is None
-        self.engine = engine or _make_engine(
-            name,
-            bind,
-            transports,
-            verify=verify,
-            max_programs=max_programs,
-            advertise_host=advertise_host,
-        )
         self._lock = threading.Lock()
         self._closed = False
         self._attempts: OrderedDict[str, int] = OrderedDict()
-        try:
-            self._cache = self.engine.register_cache(layout, tensors)
-            try:
-                self.descriptor = msgspec.structs.replace(
-                    self._cache.descriptor, ranks=tuple(ranks), rank=rank
-                )
-                self.descriptor.check()
-                timing = timing or Timing()
-                self._core = AgentCore(
-                    name, role, self.engine, self._cache, self.descriptor, bind, timing, keys
-                )
-            except BaseException:
-                self._cache.deregister()
-                raise
-        except BaseException:
-            if self._owns_engine:
-                self.engine.close()
-            raise
         self._registrar: Registrar | None = None
         self._http: HttpServer | None = None
-        if http:
-            try:
+        self._owns_engine = engine is None
+        self.engine = engine or TransferEngine(
+            name=name,
+            host=_host_of(bind),
+            advertise_host=advertise_host,
+            transports=tuple(transports or TRANSPORTS),
+            verify=verify,
+            max_programs=max_programs,
+            require_tokens=True,
+        )
+        with ExitStack() as undo:
+            if self._owns_engine:
+                undo.callback(self.engine.close)
+            self._cache = self.engine.register_cache(layout, tensors)
+            undo.callback(self._cache.deregister)
+            self.descriptor = msgspec.structs.replace(
+                self._cache.descriptor, ranks=tuple(ranks), rank=rank
+            )
+            self.descriptor.check()
+            timing = timing or Timing()
+            self._core = AgentCore(
+                name, role, self.engine, self._cache, self.descriptor, bind, timing, keys
+            )
+            undo.pop_all()
+            undo.callback(self.close)
+            if http:
                 self._http = self._serve(http)
-            except BaseException:
-                self.close()
-                raise
+            undo.pop_all()
         if daemon:
             registration = Registration(
                 name=name,
@@ -235,7 +231,7 @@ class Agent:
     @property
     def registered(self) -> bool:
         """Whether the daemon knows this agent now."""
-        return self._registrar is not None and self._registrar.registered
+        return self._registrar is not None and self._registrar.standing.present
 
     @property
     def draining(self) -> bool:
@@ -269,7 +265,7 @@ class Agent:
                 operation="wait",
             )
         if not registrar.wait(lambda: name in registrar.members, timeout_s):
-            why = "" if registrar.registered else f" ({registrar.reason})"
+            why = "" if registrar.standing.present else f" ({registrar.standing.reason})"
             raise DaemonTimeout(
                 f"the daemon has not told of an agent {name!r} in {timeout_s} s{why}",
                 peer=name,
@@ -571,8 +567,8 @@ class Agent:
             return "closed"
         if self.draining:
             return "draining"
-        if self._registrar is not None and not self._registrar.registered:
-            return f"not registered: {self._registrar.reason}"
+        if self._registrar is not None and not self._registrar.standing.present:
+            return f"not registered: {self._registrar.standing.reason}"
         return ""
 
     def _take_role(self, role: Role) -> None:
@@ -603,26 +599,7 @@ class Agent:
         return attempt
 
 
-def _make_engine(
-    name: str,
-    bind: str,
-    transports: Sequence[str] | None,
-    *,
-    verify: bool,
-    max_programs: int | None,
-    advertise_host: str,
-) -> TransferEngine:
-    """An engine that listens where the agent does."""
-    host = "127.0.0.1"
-    if bind.startswith("tcp://"):
-        host = bind[len("tcp://") :].rpartition(":")[0] or host
-    host = "0.0.0.0" if host == "*" else host.strip("[]")
-    return TransferEngine(
-        name=name,
-        host=host,
-        advertise_host=advertise_host,
-        transports=tuple(transports or TRANSPORTS),
-        verify=verify,
-        max_programs=max_programs,
-        require_tokens=True,
-    )
+def _host_of(bind: str) -> str:
+    """Where an engine listens whose agent is bound there."""
+    host = bind.removeprefix("tcp://").rpartition(":")[0] if bind.startswith("tcp://") else ""
+    return "0.0.0.0" if host == "*" else host.strip("[]") or "127.0.0.1"

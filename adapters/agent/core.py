@@ -70,7 +70,6 @@ class AgentCore:
         described: its cache as peers see it, with its place among the ranks of its engine.
 
     Attributes:
-        role: what the agent does now.
         messaging: its sockets, and its turns.
         sessions: the peers.
         executor: what is done with the engine.
@@ -92,7 +91,6 @@ class AgentCore:
         )  # a name that no peer would take fails before sockets are there
         stream = idle_stream(cache.device)
         self.name = name
-        self.role: Role = role
         self._engine = engine
         self._timing = timing
         self._sides = sides = _sides(role, timing)
@@ -172,7 +170,8 @@ class AgentCore:
             raise AgentClosed("the agent was closed", operation="hand off")
         if side not in self._sides:
             raise AgentDraining(
-                f"{self.name} is {self.role} now: it changed its role", operation="hand off"
+                f"{self.name} is {self.sessions.role} now: it changed its role",
+                operation="hand off",
             )
 
     def count_handoffs(self) -> int:
@@ -181,7 +180,7 @@ class AgentCore:
 
     def flip(self, role: Role) -> None:
         """Takes another role: the agent is idle and all its links are down."""
-        self.role = self.sessions.role = role
+        self.sessions.role = role
         self._sides.clear()
         self._sides.update(_sides(role, self._timing))
 
@@ -205,7 +204,7 @@ class AgentCore:
         side = ADDRESSED[kind] or _other_side(message)
         registry = self._sides.get(side)
         if registry is None:
-            detail = f"{self.name} is {self.role}, it has no use for {kind.__name__}"
+            detail = f"{self.name} is {self.sessions.role}, it has no use for {kind.__name__}"
             self.messaging.refuse(route, 0, "role", detail)
             return
         steps = registry.receive(message)

@@ -77,8 +77,9 @@ class Registrar:
     Attributes:
         draining: whether the daemon wants nothing new placed here.
         report: what the engine said of its load.
+        standing: whether the daemon knows this agent, or why it does not.
 
-    `members`, `registered`, `wait` and `report` are safe from any thread; the rest lives on the
+    `members`, `standing`, `wait` and `report` are safe from any thread; the rest lives on the
     agent's.
     """
 
@@ -108,7 +109,7 @@ class Registrar:
         self._addresses = [split_address(one) for one in address.split(",")]
         self._presence = Presence(registration, lease_s, daemons=len(self._addresses))
         self._changed = threading.Condition()
-        self._standing = Standing(present=False, reason="the daemon has not answered yet")
+        self.standing = Standing(present=False, reason="the daemon has not answered yet")
         self._seen: dict[str, int] = {}
         self._busy_s = 0.0
         self._routes: list[ReplyTo] = []
@@ -129,25 +130,10 @@ class Registrar:
         """Who is there, by name, as far as is known. Not to be changed."""
         return self._presence.view.members
 
-    @property
-    def registered(self) -> bool:
-        """Whether the daemon knows this agent."""
-        return self._standing.present
-
-    @property
-    def generation(self) -> int:
-        """Of the last registration."""
-        return self._presence.generation
-
     def wait(self, condition: Callable[[], bool], timeout_s: float) -> bool:
         """Waits until what is known of the cluster makes `condition` true; False if it does not."""
         with self._changed:
             return self._changed.wait_for(condition, timeout_s)
-
-    @property
-    def reason(self) -> str:
-        """Why this agent is not registered."""
-        return self._standing.reason
 
     # On the agent's thread
 
@@ -208,10 +194,10 @@ class Registrar:
         self._notify()
 
     def _stand(self, action: Standing) -> None:
-        if action != self._standing:
+        if action != self.standing:
             level = logging.INFO if action.present else logging.WARNING
             log.log(level, "%s: %s", self._name, action.reason or "registered")
-        self._standing = action
+        self.standing = action
         self._notify()
 
     def _subscribe(self, action: Subscribe) -> None:

@@ -152,8 +152,8 @@ class Sessions:
             Send: self._send,
             SetTimer: self._set_timer,
             ClearTimer: self._clear_timer,
-            Reconcile: self._begin_reconcile,
-            OpenLink: self._begin_link,
+            Reconcile: partial(_in_background, self._reconcile),
+            OpenLink: partial(_in_background, self._open_link),
             Up: self._came_up,
             Ended: self._ended,
         }
@@ -258,15 +258,10 @@ class Sessions:
     def _clear_timer(self, known: PeerSession, action: ClearTimer) -> None:
         known.timers.stop(action.kind)
 
-    def _begin_reconcile(self, known: PeerSession, action: Reconcile) -> None:
-        _in_background(self._reconcile, known, action.describe)
-
-    def _begin_link(self, known: PeerSession, action: OpenLink) -> None:
-        _in_background(self._open_link, known, action.describe, action.dial)
-
-    def _reconcile(self, known: PeerSession, describe: Describe) -> None:
+    def _reconcile(self, known: PeerSession, action: Reconcile) -> None:
         """Makes the plans that both roles allow. In the background."""
-        engine, ours, mine = self._engine, known.session.role, self._described
+        describe, engine = action.describe, self._engine
+        ours, mine = known.session.role, self._described
         theirs = known.session.peer.role if known.session.peer is not None else "both"
         problem = ""
         try:
@@ -283,14 +278,12 @@ class Sessions:
             problem = error.message
         self._messaging.call_soon(partial(self._tell, known, Reconciled(problem)))
 
-    def _open_link(self, known: PeerSession, describe: Describe, dial: bool) -> None:
+    def _open_link(self, known: PeerSession, action: OpenLink) -> None:
         """Dials the peer's engine, or awaits its call. In the background."""
-        engine = self._engine
+        there, engine = action.describe, self._engine
         try:
-            if dial:
-                link = engine.connect(
-                    describe.engine, token=describe.token, timeout_s=LINK_TIMEOUT_S
-                )
+            if action.dial:
+                link = engine.connect(there.engine, token=there.token, timeout_s=LINK_TIMEOUT_S)
             else:
                 link = engine.accept_link(known.engine_id, LINK_TIMEOUT_S, token=known.token)
         except EngineError as error:
@@ -368,8 +361,7 @@ class Sessions:
         self._link_down(known)
 
     def _part(self, known: PeerSession, reason: Reason, detail: str) -> None:
-        error = HelloRefused(detail, peer=known.session.name, operation="link")
-        self._carry_out(known, known.session.refuse(reason, error))
+        self._carry_out(known, known.session.refuse(reason, detail))
         self._close_link(known)
 
     def _ended(self, known: PeerSession, action: Ended) -> None:

@@ -214,7 +214,7 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             caches=kv_caches,
             num_blocks=self._kv_cache_config.num_blocks,
             ranks=[each for each, _ in described] if tp_size > 1 else (),
-            model=model_name(model),
+            model=str(model.served_model_name or model.model),  # what clients call it
         )
 
     def _backend(self) -> Backend:
@@ -280,11 +280,6 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def shutdown(self) -> None:
         if self._worker is not None:
             self._worker.close()
-
-
-def model_name(model_config: Any) -> str:
-    """What clients call the model."""
-    return str(model_config.served_model_name or model_config.model)
 
 
 def register() -> None:

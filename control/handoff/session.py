@@ -144,10 +144,10 @@ class Session(StateMachine):
             self._repeat(self._hello)
         return self._taken()
 
-    def refuse(self, reason: Reason, error: HelloError) -> list[Action]:
-        """Ends the session from this side, and tells the peer why."""
+    def refuse(self, reason: Reason, detail: str) -> list[Action]:
+        """Ends the session from this side, once it has a link or had one, and tells the peer why."""
         if self.state != ENDED:
-            self._refuse(reason, error)
+            self._refuse(reason, detail, "link")
         return self._taken()
 
     def _hear_hello(self, hello: Hello) -> None:
@@ -155,13 +155,13 @@ class Session(StateMachine):
         ours = self._hello
         if hello.version != ours.version:
             detail = f"{ours.name} speaks version {ours.version}, {hello.name} {hello.version}"
-            self._refuse("version", self._error(VersionMismatch, detail))
+            self._refuse("version", detail)
         elif hello.role == ours.role != "both":
             detail = f"{ours.name} and {hello.name} both are {ours.role}: nothing to hand over"
-            self._refuse("role", self._error(RoleMismatch, detail))
+            self._refuse("role", detail)
         elif self.expected not in (None, (hello.name, hello.generation)):
             detail = f"{hello.name} answers, in another life than the one that was looked for"
-            self._refuse("session", self._error(HelloRefused, detail))
+            self._refuse("session", detail)
         else:
             self.state = DESCRIBE
             if self.dials:
@@ -187,7 +187,7 @@ class Session(StateMachine):
     def _reconciled(self, event: Reconciled) -> None:
         assert self._peer_describe is not None
         if event.error:
-            self._refuse("layout", self._error(LayoutMismatch, event.error))
+            self._refuse("layout", event.error)
             return
         self.state = LINKING
         if not self.dials:
@@ -196,7 +196,7 @@ class Session(StateMachine):
 
     def _link_opened(self, event: LinkOpened) -> None:
         if event.error:
-            self._refuse("link", self._error(HelloRefused, f"no link: {event.error}"))
+            self._refuse("link", f"no link: {event.error}")
         elif not self.dials:
             self._do(Send(Welcome(self.number)))
             self._up()
@@ -227,20 +227,14 @@ class Session(StateMachine):
         self._clear_timers()
         self._do(Up())
 
-    def _refuse(self, reason: Reason, error: HelloError) -> None:
-        self._do(Send(Refused(self.number, reason, error.message[:MAX_REASON_CHARS])))
-        self._finish(error)
+    def _refuse(self, reason: Reason, detail: str, operation: str = "connect") -> None:
+        self._do(Send(Refused(self.number, reason, detail[:MAX_REASON_CHARS])))
+        self._end(REASONS.get(reason, HelloRefused), detail, operation)
 
-    def _end(self, kind: type[HelloError], message: str) -> None:
-        self._finish(self._error(kind, message))
-
-    def _finish(self, error: HelloError) -> None:
+    def _end(self, kind: type[HelloError], message: str, operation: str = "connect") -> None:
         self.state = ENDED
         self._clear_timers()
-        self._do(Ended(error))
-
-    def _error(self, kind: type[HelloError], message: str) -> HelloError:
-        return kind(message, peer=self.name, operation="connect")
+        self._do(Ended(kind(message, peer=self.name, operation=operation)))
 
     _met: ClassVar[Reactions] = {Hello: _hello_again, Refused: _refused, Bye: _left}
     _meeting: ClassVar[Reactions] = {
