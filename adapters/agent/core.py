@@ -86,9 +86,7 @@ class AgentCore:
         timing: Timing,
         keys: Keys | None = None,
     ) -> None:
-        make_hello(
-            name, role, 0, 0
-        )  # a name that no peer would take fails before sockets are there
+        make_hello(name, role, 0, 0)  # a name that no peer takes fails before there are sockets
         stream = idle_stream(cache.device)
         self.name = name
         self._engine = engine
@@ -117,12 +115,11 @@ class AgentCore:
 
     def receive(self, handoff: Handoff, peer: PeerSession, fields: dict[str, Any]) -> None:
         """Asks `peer` for a request's blocks."""
-        registry = self._sides.get("decode")
         try:
-            self._check_open("decode")
+            registry = self._registry("decode")
+            assert isinstance(registry, DecodeHandoffs)
             if handoff._withdrawn:
                 raise HandoffCancelled(handoff._withdrawn, handoff=handoff.request_id)
-            assert isinstance(registry, DecodeHandoffs)
             key, steps = registry.begin(peer.session.number, handoff.request_id, **fields)
         except ControlError as error:
             handoff._refuse(error)
@@ -135,9 +132,8 @@ class AgentCore:
 
     def offer(self, handoff: Handoff, source: SourceOffered) -> None:
         """Has a request's blocks for whoever asks."""
-        registry = self._sides.get("prefill")
         try:
-            self._check_open("prefill")
+            registry = self._registry("prefill")
             assert isinstance(registry, PrefillHandoffs)
         except ControlError as error:
             handoff._refuse(error)
@@ -165,14 +161,13 @@ class AgentCore:
         elif isinstance(event, events.UserCancelled):
             handoff._withdrawn = event.reason or "cancelled"
 
-    def _check_open(self, side: Side) -> None:
+    def _registry(self, side: Side) -> Handoffs:
         if self._closing:
             raise AgentClosed("the agent was closed", operation="hand off")
-        if side not in self._sides:
-            raise AgentDraining(
-                f"{self.name} is {self.sessions.role} now: it changed its role",
-                operation="hand off",
-            )
+        if side in self._sides:
+            return self._sides[side]
+        what = f"{self.name} is {self.sessions.role} now: it changed its role"
+        raise AgentDraining(what, operation="hand off")
 
     def count_handoffs(self) -> int:
         """Counts those that are not over."""
