@@ -259,7 +259,7 @@ def _dims(group: CacheGroup, name: str, cache: Any, heads: Heads) -> str:
 
 
 class Tables:
-    """EventLoop vLLM's block tables into a layout's: a block of its manager may be several of the cache.
+    """Turns vLLM's block tables into a layout's: a block of its manager may be several of the cache.
 
     Args:
         layout: with a group for each table.
