@@ -103,3 +103,37 @@ class Settings:
             verify=bool(extra.get("verify", False)),
             **found,
         )
+
+
+# What the connector would move wrongly, in silence: (where in vLLM's configuration, what it may be at
+# most, how to turn it off). Attributes that a version of vLLM lacks are not set there.
+_LIMITS = (
+    ("parallel_config.pipeline_parallel_size", 1, "pipeline_parallel_size=1"),
+    # Tokens are dealt over ranks, and a block of the manager is one on each of them.
+    ("parallel_config.decode_context_parallel_size", 1, "decode_context_parallel_size=1"),
+    ("parallel_config.prefill_context_parallel_size", 1, "prefill_context_parallel_size=1"),
+    # A layer's save is called once a micro-batch: the first call would send what the second computes.
+    ("parallel_config.enable_dbo", False, "no --enable-dbo"),
+    ("parallel_config.ubatch_size", 1, "ubatch_size=0"),
+    # Scales made as the engine runs are each engine's own.
+    ("cache_config.calculate_kv_scales", False, "no --calculate-kv-scales"),
+    # vLLM does not clear blocks that a connector says it loads, and a load by tokens leaves the rest of
+    # the last one as another group's precision left it.
+    ("kv_cache_config.has_mixed_precision_kv_cache", False, "one kv_cache_dtype for all layers"),
+)
+
+
+def check_supported(**configs: Any) -> None:
+    """Refuse an engine whose KV would be moved wrongly.
+
+    Args:
+        configs: vLLM's `parallel_config`, `cache_config` and `kv_cache_config`.
+
+    Raises:
+        ValueError: names what is set, and what to set instead.
+    """
+    for path, most, fix in _LIMITS:
+        config, _, name = path.partition(".")
+        value = getattr(configs[config], name, most)
+        if value > most:
+            raise ValueError(f"KVFerryConnector does not work with {name}={value}: set {fix}")

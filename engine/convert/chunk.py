@@ -1,4 +1,4 @@
-"""ElementType that change their type on their way through staging: gathered, converted, sent; or back.
+"""Numbers that change their type on their way through staging: gathered, converted, sent; or back.
 
 Here is one chunk of a transfer; `conversion.py` cuts a transfer into them, and a workspace of the
 device that holds the cache here converts it (`workspace.py`).

@@ -1,4 +1,4 @@
-"""ElementType that change their type on the way: which types, by which factors, and the truth on a CPU.
+"""Numbers that change their type on the way: which types, by which factors, and the truth on a CPU.
 
 A stored number times its scale is the real one. So one factor a head, `source scale / destination
 scale`, is all that a conversion needs: `cast(clamp(float32(x) * factor))`. The clamp is to what the

@@ -1,4 +1,4 @@
-"""Access: a peer's leave to reach a region of its memory without its help.
+"""Access: leave to reach a region of a peer's memory without its help.
 
 Where a transport writes straight into the peer's memory (`cma`), no code of the peer's sees the
 access, so no key can be checked on arrival. There, the first transfer of a link that names a region

@@ -290,7 +290,8 @@ class RegionTable:
         """Registers the tensors that `layout` describes, in its regions' order.
 
         Raises:
-            LayoutError: a tensor is smaller than its region of the layout.
+            LayoutError: a tensor is not the one that its region describes: elements or extent of
+                another size. Tensors of bytes may be larger than their regions.
         """
         parts: Sequence[Any] = [tensors] if hasattr(tensors, "shape") else list(tensors)
         if len(parts) != len(layout.regions):
@@ -304,6 +305,14 @@ class RegionTable:
                 raise LayoutError(
                     f"tensor {number} spans {memory.nbytes} bytes but its region of the layout "
                     f"needs {shape.nbytes}",
+                    operation="register",
+                )
+            size = _element_nbytes(parts[number])
+            if size > 1 and (size != shape.elem_bytes or memory.nbytes != shape.nbytes):
+                raise LayoutError(
+                    f"tensor {number} spans {memory.nbytes} bytes of elements of {size}, its region "
+                    f"of the layout {shape.nbytes} of elements of {shape.elem_bytes}: make the layout "
+                    "from this tensor, or give its memory as bytes",
                     operation="register",
                 )
         return RegisteredCache(layout, tuple(self.register(part) for part in parts))
@@ -392,6 +401,12 @@ def check_ranges(
             f"{limit} bytes",
             operation="access",
         )
+
+
+def _element_nbytes(memory: Any) -> int:
+    """Bytes of one element of a tensor, an array or a buffer."""
+    size: int = getattr(memory, "itemsize", 0) or 1
+    return size
 
 
 class _Memory:

@@ -1,4 +1,4 @@
-"""ElementType that a GPU converts for a transport that stages, its kernels in Triton's interpreter.
+"""Numbers that a GPU converts for a transport that stages, its kernels in Triton's interpreter.
 
 Links, chunks, staging and the peer are real; the memory is the host's. The interpreter truncates
 bf16 and rounds fp8 wrongly, so what becomes such numbers here is exact in them.

@@ -37,7 +37,7 @@ def main(result_file: str) -> None:
     """Writes down what vLLM's log line and its metrics have."""
     config = KVTransferConfig(
         kv_connector="KVFerryConnector",
-        kv_connector_module_path="kvferry.adapters.vllm.connector",
+        kv_connector_module_path="kvferry.adapters.vllm",
         kv_role="kv_both",
     )
     steps = [take(loads=2), take(loads=1, sends=4, failed=1)]
