@@ -31,16 +31,17 @@ from ...control.errors import (
 )
 from ...control.handoff.events import SourceOffered
 from ...control.handoff.machine import Timing
-from ...control.handoff.messages import BLOCK_ID_NBYTES
+from ...control.handoff.messages import BLOCK_ID_NBYTES, MAX_BLOCK_IDS
 from ...control.keys import check_address, join_address
 from ...engine.connect.handshake import HANDSHAKE_TIMEOUT_S
-from ...engine.errors import EngineError
+from ...engine.errors import EngineError, PlanError
 from ...engine.transfer.moves import as_tables
 from ...engine.transfer_engine import TransferEngine
 from ...engine.transports.selection import TRANSPORTS
+from .arguments import name_of, natural, one_of, seconds
 from .core import AgentCore
 from .handoff import Handoff, SendHandoff
-from .registration import Registrar, describe_cache
+from .registration import Registrar, check_registration, describe_cache
 from .tables import expected_nbytes, pack_tables
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class Agent:
         InsecureAddress: `bind` can be reached from other machines, and there are no `keys`.
         ConfigError: `daemon` is no address, or names no key although there are `keys`.
         TransportUnavailable, LayoutError, NotRegistered: from the engine.
-        ValueError: no peer would take this name or role.
+        ValueError: no peer, or no daemon, would take this name, role, model or speed.
         zmq.ZMQError: `bind` cannot be bound.
 
     Attributes:
@@ -189,6 +190,12 @@ class Agent:
                 service=service,
                 **describe_cache(layout),
             )
+            try:
+                check_registration(registration)
+                lease_s = seconds("lease_s", lease_s)
+            except ValueError:
+                self.close()
+                raise
             self._registrar = Registrar(
                 daemon,
                 registration,
@@ -247,9 +254,17 @@ class Agent:
         return self._core.executor.recorder.write(path)
 
     def report(self, *, queued_tokens: int = 0, free_blocks: int = 0) -> None:
-        """Tells, with the next heartbeat, what placement should know of the engine's load."""
+        """Tells, with the next heartbeat, what placement should know of the engine's load.
+
+        Raises:
+            ValueError: a number is no integer from 0 up.
+        """
+        load = Load(
+            queued_tokens=natural("queued_tokens", queued_tokens),
+            free_blocks=natural("free_blocks", free_blocks),
+        )
         if self._registrar is not None:
-            self._registrar.report = Load(queued_tokens=queued_tokens, free_blocks=free_blocks)
+            self._registrar.report = load
 
     def wait_for_member(self, name: str, timeout_s: float = 5.0) -> Member:
         """The member of that name; waits until the daemon knows it.
@@ -337,15 +352,18 @@ class Agent:
         The blocks belong to the handoff until `blocks_free` is done, or `wait` returns.
 
         Args:
-            request_id: what the prefill agent calls it, too.
+            request_id: what the prefill agent calls it, too: any text. What has no short printable
+                one goes by its hash.
             peer: name of a connected agent, or of a member: it is connected to first.
             dst_block_ids: where its blocks go, in order; each of them once. In GPU memory no kernel
                 may be using them any more, nor be enqueued to.
             mode: `push`: the peer writes. `pull`: this agent reads.
             skip_blocks: blocks at the request's beginning that this side has already.
-            timeout_s: deadline, counted from here, for all of it.
+            timeout_s: deadline, counted from here, for all of it; at most seven days. One that has
+                passed ends the handoff at once.
 
         Raises:
+            ValueError: an argument is not what it has to be; names it.
             NotConnected: no such peer. BlockOutOfRange, OverlappingBlocks, PlanError: the ids.
         """
         self._check_role("receive", "decode")
@@ -377,7 +395,9 @@ class Agent:
         """
         self._check_role("receive", "decode")
         tables = pack_tables("destination", as_tables(dst_tables))
-        tokens = (start_token, num_tokens)
+        tokens = (natural("start_token", start_token), natural("num_tokens", num_tokens))
+        if not tokens[1]:
+            raise PlanError("num_tokens is 0: there is nothing to receive", operation="receive")
         return self._receive(request_id, peer, mode, tables, timeout_s, tokens=tokens)
 
     def _receive(
@@ -392,12 +412,14 @@ class Agent:
         tokens: tuple[int, int] = (0, 0),
     ) -> Handoff:
         """Asks a peer, after getting acquainted with it if it is a member only."""
+        one_of("mode", mode, ("push", "pull"))
+        request_id = name_of(request_id)
         fields: dict[str, Any] = {
             "mode": mode,
             "num_blocks": sum(map(len, tables)) // BLOCK_ID_NBYTES,
-            "timeout_s": float(timeout_s),
+            "timeout_s": seconds("timeout_s", timeout_s),
             "tables": tables,
-            "skip_blocks": skip_blocks,
+            "skip_blocks": natural("skip_blocks", skip_blocks, MAX_BLOCK_IDS),
             "start_token": tokens[0],
             "stop_token": tokens[1],
         }
@@ -512,9 +534,10 @@ class Agent:
         else:
             tables = pack_tables("source", as_tables(src_block_ids))
         tell, num_layers = partial(self._tell, "prefill"), self._num_layers
+        timeout_s, request_id = seconds("timeout_s", timeout_s), name_of(request_id)
         handoff = SendHandoff(request_id, num_layers, tell, self.engine, self._cache.device)
         handoff.on_asked = on_asked
-        source = SourceOffered(tables, num_layers, float(timeout_s))
+        source = SourceOffered(tables, num_layers, timeout_s)
         self._soon(self._core.offer, handoff, source)
         return handoff
 

@@ -182,7 +182,13 @@ class Executor:
         """Does what machines ask for, in order, and forgets the work of those that are over."""
         live = self._sides[side].machines
         for key, action in steps:
-            self._acts[type(action)](self.work[side, key], action)
+            acts_for = self.work[side, key]
+            try:
+                self._acts[type(action)](acts_for, action)
+            except Exception as error:  # it ends this handoff alone; what comes after it is done
+                log.exception("a handoff's %s failed; please report this", type(action).__name__)
+                why = f"{type(action).__name__} failed: {error}"
+                self._messaging.call_soon(partial(self._send_refused, acts_for, why))
         for key in dict(steps):
             if key not in live:
                 work = self.work.pop((side, key), None)

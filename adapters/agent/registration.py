@@ -323,6 +323,18 @@ def _short(request_id: str) -> str:
     return request_id if len(request_id) <= MAX_ID_CHARS else request_id[: MAX_ID_CHARS - 1] + "…"
 
 
+def check_registration(registration: Registration) -> None:
+    """Check that a daemon would take it.
+
+    Raises:
+        ValueError: names the field.
+    """
+    try:
+        msgspec.msgpack.decode(msgspec.msgpack.encode(registration), type=Registration)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"no daemon registers {registration.name!r}: {error}") from None
+
+
 def describe_cache(layout: KVLayout) -> dict[str, Any]:
     """A cache in the numbers that placement reckons with, as fields of `Registration`."""
     tokens = max((region.tokens_per_slot for region in layout.regions), default=0)
