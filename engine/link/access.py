@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import DeadlineExceeded, EngineError, OutOfRange
 from ..wire import messages as wire
-from ..wire.refusals import refused, region_taken_back
+from .context import refused, region_gone
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -98,10 +98,7 @@ class Access:
                 self._parked = [entry for entry in self._parked if region not in entry[1]]
         if answer.error:
             for transfer in waiting:
-                ticket, peer = transfer.ticket, self._context.peer.name
-                transfer.stop(
-                    refused(answer.error, answer.reason, ticket.operation, peer, ticket.imm)
-                )
+                transfer.stop(refused(transfer.ticket, answer.error, answer.reason))
         return ready
 
     def drop(self, region_id: int) -> None:
@@ -217,14 +214,7 @@ class Revocation:
         self._table.revoke(region_id)
         self._access.drop(region_id)
         for transfer in self._table.uses(region_id):
-            transfer.stop(
-                region_taken_back(
-                    region_id,
-                    operation=transfer.ticket.operation,
-                    peer=self._context.peer.name,
-                    imm=transfer.imm,
-                )
-            )
+            transfer.stop(region_gone(transfer.ticket, region_id))
         self._confirm(region_id)
 
     def ended(self, transfer: Transfer) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..errors import EngineError, PeerAborted
 from ..transfer.counters import check_imm
 from ..wire import messages as wire
-from ..wire.refusals import refused
+from .context import refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,7 +86,7 @@ class Host:
 
     def refusal(self, transfer: Transfer, error: str, reason: str) -> EngineError:
         """Return the error for a transfer that the peer refused with an error of this class name."""
-        return refused(error, reason, transfer.ticket.operation, self.peer.name, transfer.imm)
+        return refused(transfer.ticket, error, reason)
 
     def abort(self, imm: int, reason: str) -> None:
         """Tell the peer that this imm's counter will never reach its total."""

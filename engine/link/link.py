@@ -376,8 +376,7 @@ class Link:
         if handler is None or handler(message) is False:
             self._fail(
                 ProtocolError(
-                    f"{type(message).__name__} is no message of transport {self.transport}",
-                    operation="receive",
+                    f"{type(message).__name__} is no message of transport {self.transport}"
                 )
             )
 

@@ -22,7 +22,7 @@ from ..transfer.pieces import as_columns, bind
 from ..transfer.ticket import Ticket
 from ..transfer.transfer import Transfer
 from ..wire import messages as wire
-from ..wire.refusals import refused
+from .context import refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -231,9 +231,7 @@ class Submitter:
         """End a transfer that the peer refuses."""
         transfer = self._table.get(message.transfer)
         if transfer is not None:
-            operation = transfer.ticket.operation
-            error = refused(message.error, message.reason, operation, self._peer, transfer.imm)
-            transfer.stop(error)
+            transfer.stop(refused(transfer.ticket, message.error, message.reason))
             transfer.end(0)
 
     def _launch(self, op: Op, move: BlockMove, compiled: Any) -> Ticket:
@@ -344,14 +342,8 @@ class Submitter:
         if late_s > self._context.core.peer_timeout_s and self._table.get(transfer.id) is not None:
             # A thread is stuck in it, or the peer never acknowledged: only taking the link down
             # makes its memory safe.
-            self._context.fail(
-                PeerLost(
-                    "the peer did not take a transfer within its deadline",
-                    operation=transfer.ticket.operation,
-                    peer=self._peer,
-                    imm=transfer.imm,
-                )
-            )
+            why = "the peer did not take a transfer within its deadline"
+            self._context.fail(transfer.ticket._make_error(PeerLost, why))
 
 
 class _AskAccess:

@@ -10,8 +10,8 @@ import itertools
 import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import EngineError
-from ..wire.refusals import link_down, region_taken_back
+from ..errors import EngineError, LinkClosed, LinkError
+from .context import region_gone
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -154,8 +154,11 @@ class TransferTable:
         return True
 
     def down_error(self, operation: str, imm: int | None = None) -> EngineError:
-        """`error` again, for an operation that it ends, or that came after it."""
-        return link_down(self.error, operation=operation, peer=self._peer, imm=imm)
+        """Return `error` again, for an operation that it ends, or that came after it."""
+        error = self.error
+        if not isinstance(error, LinkError):
+            error = LinkClosed("the link is down" if error is None else error.message)
+        return error.again(operation=operation, peer=self._peer, imm=imm)
 
     def revoke(self, region_id: int) -> None:
         """Takes in nothing any more that touches this region of the peer's."""
@@ -170,9 +173,4 @@ class TransferTable:
     def _check_revoked(self, transfer: Transfer) -> None:
         for region in transfer.remote_regions:
             if region.region_id in self.revoked:
-                raise region_taken_back(
-                    region.region_id,
-                    operation=transfer.ticket.operation,
-                    peer=self._peer,
-                    imm=transfer.imm,
-                )
+                raise region_gone(transfer.ticket, region.region_id)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import LayoutError, PlanError
+from ..errors import LayoutMismatch, PlanError
 from .block_tables import FEW_IDS, as_row, check_distinct, check_ids
 from .template import Pieces, Template, join, merge, product, runs
 from .token_plan import layer_key
@@ -39,7 +39,7 @@ class BlockPlan:
 
     def __init__(self, tokens: TokenPlan) -> None:
         if tokens.unpaired:
-            raise LayoutError(tokens.unpaired, operation="plan")
+            raise LayoutMismatch(tokens.unpaired)
         self.src, self.dst = tokens.src, tokens.dst
         self._tokens = tokens
         self._templates: dict[tuple[int, ...] | None, Template] = {}

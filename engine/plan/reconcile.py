@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..errors import LayoutError
+from ..errors import LayoutMismatch
 from ..layout.block_scales import SCALE_SUFFIX
 from ..layout.kv_layout import WHOLE_KINDS
 from .mapping import CopyGroup, Step, TablePair
@@ -84,10 +84,9 @@ def reconcile(
     dst_groups = [dst_group for _, dst_group in by_tables]
     for group in dst_groups:
         if dst_groups.count(group) > 1:
-            raise LayoutError(
+            raise LayoutMismatch(
                 f"group {group} of the destination has one block table, but its layers are in "
-                "several groups of the source",
-                operation="plan",
+                "several groups of the source"
             )
     pairs = (_table_pair(src, dst, scales, *groups, found) for groups, found in by_tables.items())
     return tuple(sorted(pairs, key=lambda pair: pair.dst_group))
@@ -111,15 +110,12 @@ def _check_common(
 ) -> None:
     shared = set(src.layers) & set(dst.layers)
     if not shared:
-        raise LayoutError(
-            f"no layer is held by both: source has {src.layers}, destination has {dst.layers}",
-            operation="plan",
+        raise LayoutMismatch(
+            f"no layer is held by both: source has {src.layers}, destination has {dst.layers}"
         )
     for key in sorted(keys or ()):
         if key not in common:
-            raise LayoutError(
-                f"plane {key[1]!r} of layer {key[0]} is not held by both sides", operation="plan"
-            )
+            raise LayoutMismatch(f"plane {key[1]!r} of layer {key[0]} is not held by both sides")
     if keys is None:
         planes: list[dict[int, set[str]]] = [{}, {}]
         for side, held in enumerate(places):

@@ -66,12 +66,11 @@ def check_ids(plan: TransferPlan, src: Any, dst: Any) -> CheckedIds:
     if type(src) is UploadedIds:
         if dst is not None or src.plan is not plan:
             raise PlanError(
-                "uploaded ids stand for both lists, and for the plan they were uploaded for",
-                operation="plan",
+                "uploaded ids stand for both lists, and for the plan they were uploaded for"
             )
         return src._checked
     if dst is None:
-        raise PlanError("destination block ids are missing", operation="plan")
+        raise PlanError("destination block ids are missing")
     if not (is_on_gpu(src) or is_on_gpu(dst)):
         rows_src, rows_dst = plan.plan.check_ids(src, dst, ordered=plan.wants_order)
         return CheckedIds(rows_src, rows_dst, False, len(rows_dst))
@@ -108,8 +107,7 @@ def check_on_gpu(plan: TransferPlan, src: Any, dst: Any) -> int:
         pass  # one of them is no tensor
     raise PlanError(
         "block ids on a GPU must be two equally long contiguous rows of int32 or int64, both on "
-        f"GPU {device}, where the cache is; these are {_describe(src)} and {_describe(dst)}",
-        operation="plan",
+        f"GPU {device}, where the cache is; these are {_describe(src)} and {_describe(dst)}"
     )
 
 

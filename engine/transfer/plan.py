@@ -86,8 +86,7 @@ class TransferPlan:
         if self._plan is None:
             raise PlanError(
                 f"blocks of the two caches do not pair one to one ({self._obstacle}): move tokens "
-                "with write_tokens or read_tokens",
-                operation="plan",
+                "with write_tokens or read_tokens"
             )
         return self._plan
 
