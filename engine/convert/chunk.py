@@ -1,4 +1,4 @@
-"""ElementType that change their type on their way through staging: gathered, converted, sent; or back.
+"""Numbers that change their type on their way through staging: gathered, converted, sent; or back.
 
 Here is one chunk of a transfer; `conversion.py` cuts a transfer into them, and a workspace of the
 device that holds the cache here converts it (`workspace.py`).
@@ -18,22 +18,20 @@ import numpy as np
 
 from ..errors import EngineError, LinkError
 from ..layout.block_scales import SCALE_NBYTES, BlockScales, group_maxima
-from ..layout.dtypes import scales_for
+from ..layout.dtypes import ElementType, scales_for
 from ..transfer.pieces import NO_PIECES, BoundPieces, bind
-from .workspace import ElementType
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import numpy.typing as npt
 
-    from ..plan.mapping import CopyGroup
+    from ..plan.reconcile import CopyGroup
     from ..plan.template import Moves
     from ..runtime.copy_threads import Copiers
     from ..transfer.plan import TransferPlan
     from ..transfer.transfer import Transfer
-    from .workspace import Workspace
-    from .workspaces import Workspaces
+    from .workspace import Workspace, Workspaces
 
     Floats = npt.NDArray[np.float32]
     Ids = npt.NDArray[np.int64]

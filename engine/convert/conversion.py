@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from ..errors import EngineError, LinkError, PlanError
-from ..transfer.staged import compute_event
+from ..transfer.compute_gate import compute_event
 from ..transfer.ticket import Ticket
 from .chunk import ConvertChunk, Part, element_types_of, parts_of
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..transfer.moves import Move, Op, TokenMove
     from ..transfer.plan import TransferPlan
     from ..transfer.transfer import Transfer
-    from .workspaces import Workspaces
+    from .workspace import Workspaces
 
     Ids = npt.NDArray[np.int64]
 

@@ -16,7 +16,7 @@ from ..wire.messages import Bye, ByeToo
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..convert.workspaces import Workspaces
+    from ..convert.workspace import Workspaces
     from ..transports.base import DataPath
     from ..wire.channel import ControlChannel
     from .access import Access

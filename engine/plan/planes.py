@@ -269,7 +269,7 @@ def make_factors(
 def check_equal_scales(
     keys: list[Key], held: list[list[tuple[float, ...] | None]], num_heads: int
 ) -> None:
-    """ElementType that are moved bit for bit must mean the same at both ends."""
+    """Numbers that are moved bit for bit must mean the same at both ends."""
     for key, *sides in zip(keys, *held, strict=True):
         each = [None if v is None else v if len(v) > 1 else v * num_heads for v in sides]
         if each[0] != each[1]:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from ..layout.kv_layout import KVLayout
     from ..layout.region import RegionLayout
     from .block_tables import BlockIds
-    from .mapping import CopyGroup, TablePair
     from .planes import Key
+    from .reconcile import CopyGroup, TablePair
     from .template import Moves, Pieces, Rows
 
     Ids = npt.NDArray[np.int64]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from ..errors import PlanError
 from ..plan.block_tables import are_few
 
@@ -77,13 +79,32 @@ def check_ids(plan: TransferPlan, src: Any, dst: Any) -> CheckedIds:
     return CheckedIds(src, dst, True, check_on_gpu(plan, src, dst))
 
 
+def upload_ids(plan: TransferPlan, src: Any, dst: Any) -> UploadedIds:
+    """Check block ids, order them by destination and copy them to the plan's GPU. Waits for the copy.
+
+    Raises:
+        BlockOutOfRange, OverlappingBlocks, PlanError: as for `check_ids`.
+    """
+    import torch
+
+    ids = check_ids(plan, src, dst)
+    device = torch.device("cuda", plan.local.device)
+    if ids.on_gpu:
+        order = torch.argsort(ids.dst)
+        rows = torch.stack([ids.src[order].long(), ids.dst[order].long()])
+    else:
+        rows = torch.from_numpy(np.stack([ids.src, ids.dst])).to(device)
+    torch.cuda.current_stream(device).synchronize()
+    return UploadedIds(plan, rows)
+
+
 def is_on_gpu(ids: Any) -> bool:
     """Say whether ids, or a block table, are a tensor on a GPU."""
     return getattr(ids, "is_cuda", False)
 
 
 def check_on_gpu(plan: TransferPlan, src: Any, dst: Any) -> int:
-    """Checks everything of two tensors of ids but their values; returns how many there are.
+    """Check everything of two tensors of ids but their values; return how many there are.
 
     Raises:
         PlanError: they are not two equally long rows of integers on the GPU of the cache.

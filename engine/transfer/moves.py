@@ -2,7 +2,7 @@
 
 `BlockMove` and `TokenMove` say which blocks or tokens of one request go where; `PieceMove` is a list
 of byte ranges. A path that multiplies a move out by itself takes it as it is; others get its pieces.
-ElementType that change their type go through staging, in chunks (`engine/convert`).
+Numbers that change their type go through staging, in chunks (`engine/convert`).
 """
 
 from __future__ import annotations
