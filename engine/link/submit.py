@@ -48,7 +48,7 @@ class Submitter:
     """Begins and ends the transfers of a link. Thread-safe.
 
     Args:
-        ended: told of each transfer that has ended while the peer takes regions back.
+        ended: called with each transfer that ends while the peer takes regions back.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Submitter:
         self._table = table
         self._access = access
         self._workspaces = workspaces
-        self._tell_ended = ended
+        self._on_ended = ended
         self._peer = context.peer.name
         # The regions of plans that have been checked and granted: looked at once, not each time.
         self._passed: dict[int, Remote] = {}
@@ -355,7 +355,7 @@ class Submitter:
         if error is not None and transfer.write and transfer.imm is not None:
             self._context.send(wire.Abort(transfer.imm, error.message[:1000]))
         if self._table.revoked:
-            self._tell_ended(transfer)
+            self._on_ended(transfer)
 
     def _check_plan(self, op: Op, plan: TransferPlan) -> None:
         if plan.writes != (op.kind == "write"):

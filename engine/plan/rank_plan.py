@@ -115,9 +115,8 @@ def _held(side: tuple[KVLayout, ...]) -> _Held:
     for rank, layout in enumerate(side):
         for index, region in enumerate(layout.regions):
             heads = layout.region_heads(index) if region.axis("head") else (0, 1)
-            for layer in region.layers:
-                for plane in region.planes:
-                    found[layer, plane][rank] = heads
+            for key in region.keys:
+                found[key][rank] = heads
     return found
 
 
@@ -131,14 +130,13 @@ def _check_replicas(side: str, layouts: tuple[KVLayout, ...]) -> None:
             if region.axis("head") is None:
                 continue
             heads = layout.region_heads(index)
-            for layer in region.layers:
-                for plane in region.planes:
-                    other = seen.setdefault(((layer, plane), heads), rank)
-                    if other != rank:
-                        raise LayoutMismatch(
-                            f"axis 'head' of layer {layer}: {side} ranks {other} and {rank} both "
-                            f"hold {_text(heads)}; replicas say so with tp_mode='replicate'"
-                        )
+            for key in region.keys:
+                other = seen.setdefault((key, heads), rank)
+                if other != rank:
+                    raise LayoutMismatch(
+                        f"axis 'head' of layer {key[0]}: {side} ranks {other} and {rank} both hold "
+                        f"{_text(heads)}; replicas say so with tp_mode='replicate'"
+                    )
 
 
 def _check_sets(src: _Held, dst: _Held) -> None:
