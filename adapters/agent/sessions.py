@@ -33,8 +33,7 @@ from ...control.handoff.session import (
     Up,
     make_hello,
 )
-from ...engine.connect.admission import TOKEN_NBYTES
-from ...engine.connect.handshake import HANDSHAKE_TIMEOUT_S
+from ...engine.connect.handshake import HANDSHAKE_TIMEOUT_S, TOKEN_NBYTES
 from ...engine.errors import EngineError, LinkClosed
 from ...engine.memory.descriptors import CacheDescriptor
 from ...engine.plan.rank_plan import RankPlan

@@ -27,9 +27,8 @@ from .links import close_all
 if TYPE_CHECKING:
     from ..context import EngineContext
     from ..transports.selection import TransportSelection
-    from .admission import Admissions
+    from .handshake import Admissions, ProcessProbe
     from .links import LinkTable
-    from .probe import ProcessProbe
 
 MAX_HANDSHAKES = 256  # connections that have not proven themselves yet
 

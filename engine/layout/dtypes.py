@@ -11,7 +11,7 @@ needs none.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
 PLAIN = ("bfloat16", "float16", "float32")
 QUANTISED = ("float8_e4m3fn", "float8_e5m2", "int8")
+
+
+class ElementType(NamedTuple):
+    """What rows are made of at one end: a type's name, and the bytes of one number."""
+
+    dtype: str
+    nbytes: int
 
 
 def has_conversion(src_dtype: str, dst_dtype: str) -> bool:

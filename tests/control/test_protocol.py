@@ -119,14 +119,7 @@ FILES_WITH_LIMITS = (
             "frames",
         )
     ),
-    *(
-        f"engine/connect/{name}.py"
-        for name in (
-            "handshake",
-            "admission",
-            "listener",
-        )
-    ),
+    *(f"engine/connect/{name}.py" for name in ("handshake", "listener")),
     *(f"engine/transfer/{name}.py" for name in ("counters",)),
     *(f"engine/transports/verbs/{name}.py" for name in ("cards",)),
 )

@@ -42,7 +42,7 @@ def test_every_error_carries_its_context(kind: type[EngineError]) -> None:
     )  # fmt: skip
     assert str(error) == "the kettle is empty [operation=boil, peer=tea, imm=0]"
     assert str(kind("bare")) == {
-        "layout": "bare [operation=layout]", "plan": "bare [operation=plan]", "": "bare",
+        **{name: f"bare [operation={name}]" for name in ("layout", "plan", "receive")}, "": "bare",
     }[kind.default_operation]  # fmt: skip
     assert kind.__doc__
     assert isinstance(kind.retryable, bool)

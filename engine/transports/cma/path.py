@@ -26,8 +26,8 @@ from ...errors import (
 )
 from ...memory import iovec
 from ...runtime.copy_threads import Batch
+from ...transfer.compute_gate import note_compute
 from ...transfer.moves import BlockMove
-from ...transfer.staged import note_compute
 from ...transfer.transfer import Transfer
 from ...wire import tables
 from ...wire.messages import Arrived, Check, Checked, Refuse

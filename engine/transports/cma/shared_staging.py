@@ -19,7 +19,7 @@ from ...memory import iovec
 from ...runtime.pipeline import work_off
 from ...staging.mover import Moved, Mover, new_mover
 from ...staging.shared_slots import SharedSlots
-from ...transfer.staged import hold_until_computed
+from ...transfer.compute_gate import hold_until_computed
 from ...wire import tables
 from ...wire.messages import (
     Acknowledge,

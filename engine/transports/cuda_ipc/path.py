@@ -19,9 +19,9 @@ import numpy as np
 
 from ...errors import DeviceError, EngineError, NotRegistered, PlanError, TransportUnavailable
 from ...memory import cuda_driver as cuda
+from ...transfer.compute_gate import compute_event
 from ...transfer.device_counters import slot_offset
 from ...transfer.moves import BlockMove, TokenMove
-from ...transfer.staged import compute_event
 from ...transfer.transfer import Transfer
 from ...wire.messages import Arrived
 from ..base import Availability, DataPath

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from ...plan.mapping import CopyGroup, Step, TablePair
+    from ...plan.reconcile import CopyGroup, Step, TablePair
     from ...plan.token_plan import TokenPlan
     from ...transfer.moves import TokenMove
     from ...transfer.transfer import Transfer

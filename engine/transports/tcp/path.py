@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from ...memory import iovec
 from ...runtime.pipeline import Finisher
-from ...transfer.staged import hold_until_computed, note_compute
+from ...transfer.compute_gate import hold_until_computed, note_compute
 from ...transfer.transfer import Transfer
 from ...wire import tables
 from ...wire.messages import Acknowledge, ReadRequest, Refuse

@@ -21,7 +21,7 @@ from ...errors import (
     RailError,
     RetryExceeded,
 )
-from ...transfer.staged import hold_until_computed, note_compute
+from ...transfer.compute_gate import hold_until_computed, note_compute
 from ...wire.messages import (
     Acknowledge,
     Claim,
