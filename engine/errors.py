@@ -197,6 +197,7 @@ class ProtocolError(LinkError):
     """The peer sent bytes that are not kvferry's protocol; the link is closed."""
 
     retryable = False
+    default_operation = "receive"
 
 
 class RailError(LinkError):

@@ -57,9 +57,7 @@ class SharedSlots:
             FileNotFoundError, ProcessLookupError: the peer has closed them, or has ended.
         """
         if not (num_slots and slot_nbytes and num_slots * slot_nbytes <= MAX_NBYTES):
-            raise ProtocolError(
-                f"{num_slots} slots of {slot_nbytes} bytes are no staging", operation="receive"
-            )
+            raise ProtocolError(f"{num_slots} slots of {slot_nbytes} bytes are no staging")
         try:
             mine = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
         except (FileNotFoundError, ProcessLookupError):
@@ -73,11 +71,11 @@ class SharedSlots:
         try:
             sealed = fcntl.fcntl(mine, fcntl.F_GET_SEALS) & _SEALS == _SEALS
             if not sealed or os.fstat(mine).st_size != num_slots * slot_nbytes:
-                raise ProtocolError("the peer's staging is not what it says", operation="receive")
+                raise ProtocolError("the peer's staging is not what it says")
             return cls(mine, num_slots, slot_nbytes, owned=False)
         except OSError as error:
             raise ProtocolError(
-                f"the peer's staging is no memory file ({error.strerror})", operation="receive"
+                f"the peer's staging is no memory file ({error.strerror})"
             ) from error
         finally:
             os.close(mine)

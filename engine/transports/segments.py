@@ -250,8 +250,7 @@ def serve(link: PathHost, ask: ReadRequest, most_nbytes: int | None = None) -> R
         admitted.release()
         link.fail(
             ProtocolError(
-                f"the peer reads {admitted.nbytes} bytes at once, and a slot has {most_nbytes}",
-                operation="receive",
+                f"the peer reads {admitted.nbytes} bytes at once, and a slot has {most_nbytes}"
             )
         )
     return None
@@ -286,10 +285,7 @@ def admit_write(
         return None
     if admitted.nbytes != nbytes:
         admitted.release()
-        raise ProtocolError(
-            f"{nbytes} bytes of a write came but its pieces take {admitted.nbytes}",
-            operation="receive",
-        )
+        raise ProtocolError(f"{nbytes} bytes of a write came but its pieces take {admitted.nbytes}")
     return PeerWrite(link, transfer, first, imm, admitted, slot)
 
 
@@ -316,7 +312,7 @@ def prepare_gpus(link: PathHost, prepare: Callable[[int], object]) -> None:
 
 def answer_to_nothing() -> ProtocolError:
     """The error for a peer that acknowledges, checks or refuses what it was not asked."""
-    return ProtocolError("the peer answers something that it was not asked", operation="receive")
+    return ProtocolError("the peer answers something that it was not asked")
 
 
 def checksum_mismatch(peer: str, imm: int | None) -> ChecksumMismatch:

@@ -238,18 +238,17 @@ class SharedStaging:
         slots = self._theirs
         if slots is None or staged.slot >= slots.num_slots or staged.nbytes > slots.slot_nbytes:
             raise ProtocolError(
-                f"slot {staged.slot} with {staged.nbytes} bytes is in no staging of the peer's",
-                operation="receive",
+                f"slot {staged.slot} with {staged.nbytes} bytes is in no staging of the peer's"
             )
         return self._scatter_reply(slots, staged) if staged.reply else self._admit(slots, staged)
 
     def _scatter_reply(self, slots: SharedSlots, staged: Staged) -> _Scattered | None:
         segment = self._outstanding.take_read(staged.transfer, staged.first)
         if segment is None:
-            raise ProtocolError("staged bytes answer no read of ours", operation="receive")
+            raise ProtocolError("staged bytes answer no read of ours")
         transfer, pieces = segment.transfer, segment.transfer.local[segment.pieces]
         if staged.nbytes != int(pieces[:, 1].sum()):
-            raise ProtocolError("staged bytes are not what was asked for", operation="receive")
+            raise ProtocolError("staged bytes are not what was asked for")
         placed = functools.partial(segment.placed, staged.nbytes)
         return self._put(slots, staged, pieces, transfer.device(), placed)
 
@@ -338,7 +337,7 @@ class SharedStaging:
     def _open(self, message: OpenStaging) -> bool:
         try:
             if self._theirs is not None:
-                raise ProtocolError("the peer's staging is open already", operation="receive")
+                raise ProtocolError("the peer's staging is open already")
             self._theirs = SharedSlots.open(
                 self._pid, message.descriptor, message.num_slots, message.slot_nbytes
             )

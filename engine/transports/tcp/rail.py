@@ -231,12 +231,11 @@ class Receiver:
     def _data(self, fd: int, header: frames.Header) -> None:
         segment = self._outstanding.take_read(header.transfer, header.table)
         if segment is None:
-            raise ProtocolError("a data frame answers no read of ours", operation="receive")
+            raise ProtocolError("a data frame answers no read of ours")
         transfer = segment.transfer
         if header.nbytes != int(transfer.nbytes[segment.pieces].sum()):
             raise ProtocolError(
-                f"a data frame has {header.nbytes} bytes, which is not what was asked for",
-                operation="receive",
+                f"a data frame has {header.nbytes} bytes, which is not what was asked for"
             )
         pieces, device = transfer.local[segment.pieces], transfer.device()
         placed = functools.partial(segment.placed, header.nbytes)

@@ -264,9 +264,7 @@ class Frames:
     def arrived(self, rail: Rail, slot: int, nbytes: int) -> None:
         """A frame has come."""
         if slot >= NUM_SLOTS or not frames.HEADER_NBYTES <= nbytes <= SLOT_NBYTES:
-            self._link.fail(
-                ProtocolError(f"{nbytes} bytes came in slot {slot}", operation="receive")
-            )
+            self._link.fail(ProtocolError(f"{nbytes} bytes came in slot {slot}"))
             return
         self._scattering[rail.number] = self._scattering.get(rail.number, 0) + 1
         self._copy(functools.partial(self._take_apart, rail, slot, nbytes))
@@ -369,9 +367,7 @@ def _whole(staged: Any) -> iovec.Iovec:
 
 def _check_size(nbytes: int, announced_nbytes: int) -> None:
     if nbytes != announced_nbytes:
-        raise ProtocolError(
-            f"a frame announces {announced_nbytes} bytes but has {nbytes}", operation="receive"
-        )
+        raise ProtocolError(f"a frame announces {announced_nbytes} bytes but has {nbytes}")
 
 
 def _cut(transfer: Transfer) -> None:

@@ -79,7 +79,7 @@ class Reopener:
     def handle(self, message: RailMessage) -> None:
         """Takes a message about a rail."""
         if message.rail >= len(self._loop.rails):
-            raise ProtocolError(f"there is no rail {message.rail}", operation="receive")
+            raise ProtocolError(f"there is no rail {message.rail}")
         rail = self._loop.rails[message.rail]
         if isinstance(message, RailOpen):
             self._answer(rail, message)
@@ -128,7 +128,7 @@ class Reopener:
     def _answer(self, rail: Rail, message: RailOpen) -> None:
         theirs = _one_card(message.offer)
         if theirs.rail != rail.number or theirs.epoch <= rail.epoch or self._dialed:
-            raise ProtocolError(f"rail {rail.number} is opened out of turn", operation="receive")
+            raise ProtocolError(f"rail {rail.number} is opened out of turn")
         reason = ""
         if rail.open or self._closed_here.get(rail.number) != rail.epoch:
             reason = "the old one is not dealt with"
@@ -165,9 +165,7 @@ class Reopener:
             return
         card = self._cards.pop(rail.number, None)
         if card is None:
-            raise ProtocolError(
-                f"rail {rail.number} is answered without a question", operation="receive"
-            )
+            raise ProtocolError(f"rail {rail.number} is answered without a question")
         if message.refused:
             rail.close()
             self._plan(rail)
@@ -194,5 +192,5 @@ def _one_card(offer: bytes) -> RailCard:
     """
     cards = Offer.decode(offer).rails
     if len(cards) != 1:
-        raise ProtocolError(f"{len(cards)} rails are opened at once", operation="receive")
+        raise ProtocolError(f"{len(cards)} rails are opened at once")
     return cards[0]
