@@ -16,6 +16,8 @@ from __future__ import annotations
 import abc
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from ..transfer.staged import note_compute
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
@@ -155,9 +157,10 @@ class DataPath(abc.ABC):
         """Start a transfer: of a move that it takes, or of a list of pieces. Never blocks; errors end
         the transfer."""
 
-    def before(self, transfer: Transfer, stream: Any) -> None:  # noqa: B027 - for streams alone
+    def before(self, transfer: Transfer, stream: Any) -> None:
         """On the caller's thread, before the transfer starts there or elsewhere: notes what must
         be done first. `stream` is the caller's, or None. Never blocks."""
+        note_compute(transfer, stream)
 
     def takes(self, move: BlockMove | TokenMove) -> bool:
         """Say whether it multiplies this move out by itself, without a list of pieces."""

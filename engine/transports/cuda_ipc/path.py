@@ -22,7 +22,6 @@ from ...memory import cuda_driver as cuda
 from ...transfer.device_counters import slot_offset
 from ...transfer.moves import BlockMove, TokenMove
 from ...transfer.staged import compute_event
-from ...transfer.transfer import Transfer
 from ...wire.messages import Arrived
 from ..base import Availability, DataPath
 from ..cma.path import CmaPath

@@ -21,7 +21,7 @@ from ...errors import (
     RailError,
     RetryExceeded,
 )
-from ...transfer.staged import hold_until_computed, note_compute
+from ...transfer.staged import hold_until_computed
 from ...wire.messages import (
     Acknowledge,
     Claim,
@@ -52,8 +52,6 @@ from .work_requests import pieces_of, starts_of_requests
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    import torch
 
     from ...memory.descriptors import RegionDescriptor
     from ...transfer.plan import TransferPlan
@@ -168,11 +166,8 @@ class VerbsPath(DataPath):
             self._copy(self._frames.warm)
 
     def prepare(self, plan: TransferPlan, layers: Sequence[int] | None) -> None:
-        if plan.local.device >= 0 and self._copies.enter():
-            self._copies.run(self._frames.warm)
-
-    def before(self, transfer: Transfer, stream: torch.cuda.Stream | None) -> None:
-        note_compute(transfer, stream)
+        if plan.local.device >= 0:
+            self._copies.enter_and_run(self._frames.warm)
 
     def submit(self, transfer: Transfer) -> None:
         hold_until_computed(self._link.core.gate, transfer, self._submit)
