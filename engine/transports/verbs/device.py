@@ -146,7 +146,10 @@ class Device:
         """
         try:
             with self._lock:
-                self._check_open()
+                if self._closed:  # the library would not refuse what is closed, but crash
+                    raise NotRegistered(
+                        f"RDMA device {self.name} is closed in this engine", operation="register"
+                    )
                 return self.library.mr.MR(self.pd, nbytes, self.access, address=address)
         except self.library.error as error:
             raise NotRegistered(
@@ -185,13 +188,6 @@ class Device:
         for entry in (*regions.values(), self.pd, self.context):
             with contextlib.suppress(self.library.error):
                 entry.close()
-
-    def _check_open(self) -> None:
-        """What is closed must not be named to the library: it would not refuse, but crash."""
-        if self._closed:
-            raise NotRegistered(
-                f"RDMA device {self.name} is closed in this engine", operation="register"
-            )
 
 
 class Nics:

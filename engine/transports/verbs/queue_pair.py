@@ -122,8 +122,7 @@ class QueuePair:
 
     def connect(self, route: GidPair, peer: QueueCard) -> None:
         """Makes it ready to receive and to send. Raises the library's error."""
-        library, _enums = self._library, self._enums
-        nic = self._device.nic
+        library, nic = self._library, self._device.nic
         attributes = library.qp.QPAttr(port_num=nic.port)
         attributes.dest_qp_num = peer.number
         attributes.rq_psn, attributes.sq_psn = peer.psn, self.psn
@@ -273,30 +272,28 @@ _MEANINGS: dict[int, tuple[type[RailError], str, str]] = {
 _OTHER = (RailError, "", "the device reports an error")
 
 
-def completion_error(status: int, vendor_code: int, *, rail: str, peer: str) -> RailError:
+def completion_error(status: int, vendor_code: int, *, rail: str) -> RailError:
     """The error of a completion that went wrong."""
     kind, name, meaning = _MEANINGS.get(status, _OTHER)
     return kind(
         f"{meaning} ({name or f'status {status}'}, vendor code {vendor_code:#x}) on rail {rail}",
         operation="transfer",
-        peer=peer,
         vendor_code=vendor_code,
-        rail=rail,
     )
 
 
-def call_error(error: Exception, *, rail: str, peer: str) -> RailError:
+def call_error(error: Exception, *, rail: str) -> RailError:
     """The error of a call that the library refused."""
     kind = DeviceLost if getattr(error, "errno", 0) == 5 else RailError  # EIO: it was unplugged
-    return kind(f"{error} on rail {rail}", operation="transfer", peer=peer, rail=rail)
+    return kind(f"{error} on rail {rail}", operation="transfer")
 
 
-def same_error(error: RailError, *, operation: str, peer: str, imm: int | None) -> EngineError:
+def same_error(error: RailError, *, operation: str, imm: int | None) -> EngineError:
     """The rail's error for one of the transfers that it ends."""
     return type(error)(
         error.message,
         operation=operation,
-        peer=peer,
+        peer=error.peer,
         imm=imm,
         vendor_code=error.vendor_code,
         rail=error.rail,

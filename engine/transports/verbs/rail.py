@@ -1,4 +1,4 @@
-"""A rail: one device here, one at the peer, and the queue pairs between them.
+"""A rail: one device here, one at the peer, and the queue pairs between them; and how rails come to be.
 
 A rail is opened, used and taken out as a whole. Its epoch says how often it has been opened, so that
 a message about an earlier life is not taken for one about this.
@@ -11,14 +11,16 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from ...errors import RailError, TransportUnavailable
+from ...errors import ProtocolError, RailError, TransportUnavailable
 from . import cards as verbs_cards
-from .cards import RailCard
+from .cards import MAX_RAILS, Offer, RailCard
 from .queue_pair import RECEIVE_DEPTH, SEND_DEPTH, QueuePair
+from .slots import Slots
 
 if TYPE_CHECKING:
-    from .device import Device
-    from .slots import Slots
+    from .device import Device, Nics
+
+DEFAULT_QUEUES = 1  # one fills a device; more are for networks with several paths
 
 POLL_AT_ONCE = 64
 FLUSH_S = 0.2  # a device takes microseconds to flush a stopped queue; one that is gone never does
@@ -200,3 +202,80 @@ class Rail:
         if self.device.lost:
             self._slots.release(self.device)
         self.device.release()
+
+
+class Meeting:
+    """One end's rails of a link that is being opened, inside the handshake; its path takes them over.
+
+    There are as many rails as the end with more devices has: rail i joins device i of each end, modulo
+    how many it has. So the two ends need not have equally many, and every device has its share.
+
+    Attributes:
+        devices: this end's, in the order in which its cards and keys name them.
+        dialed: whether this end opened the link; it opens rails again, too.
+    """
+
+    def __init__(self, nics: Nics, *, dialed: bool) -> None:
+        self.dialed = dialed
+        self.devices: list[Device] = nics.devices()
+        self.slots = Slots()
+        self.rails: list[Rail] = []
+        self._mine: tuple[RailCard, ...] = ()
+
+    def offer(self, peer_nics: int, queues: int = DEFAULT_QUEUES) -> bytes:
+        """The dialing end's cards, for a peer with so many devices; `queues` for direct writes on each
+        rail.
+
+        Raises:
+            TransportUnavailable: a device does not give what it takes.
+        """
+        return self._create(min(MAX_RAILS, max(len(self.devices), peer_nics)), queues)
+
+    def answer(self, data: bytes) -> bytes:
+        """The other end's cards, connected to those that came.
+
+        Raises:
+            ProtocolError, TransportUnavailable: these are none, or they do not reach each other.
+        """
+        theirs = Offer.decode(data)
+        mine = self._create(len(theirs.rails), len(theirs.rails[0].queues) - 1)
+        self._connect(theirs)
+        return mine
+
+    def take(self, data: bytes) -> None:
+        """Connects the dialing end's rails to the answer.
+
+        Raises:
+            ProtocolError, TransportUnavailable: as for `answer`.
+        """
+        self._connect(Offer.decode(data))
+        for rail in self.rails:
+            rail.up = True
+
+    def close(self) -> None:
+        """Gives everything back: the link did not come to be, or is down."""
+        for rail in self.rails:
+            rail.stop()
+            rail.close()
+        self.slots.close()
+
+    def _create(self, num_rails: int, queues: int) -> bytes:
+        for number in range(num_rails):
+            nic = number % len(self.devices)
+            rail = Rail(number, nic, self.devices[nic], self.slots, queues)
+            self.rails.append(rail)
+            rail.create()
+        self._mine = tuple(rail.card() for rail in self.rails)
+        return Offer(self._mine).encode()
+
+    def _connect(self, theirs: Offer) -> None:
+        if [card.rail for card in theirs.rails] != [rail.number for rail in self.rails]:
+            raise ProtocolError("the peer's rails are not those of this link", operation="connect")
+        refused: list[str] = []
+        for rail, mine, card in zip(self.rails, self._mine, theirs.rails, strict=True):
+            try:
+                rail.connect(mine, card)
+            except TransportUnavailable as error:
+                refused.append(error.message)
+        if refused:
+            raise TransportUnavailable("; ".join(refused), operation="connect")

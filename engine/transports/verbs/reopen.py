@@ -177,7 +177,7 @@ class Reopener:
         try:
             rail.connect(card, theirs)
         except EngineError as error:
-            self._broke(rail, RailError(error.message, rail=rail.name))
+            self._broke(rail, RailError(error.message))
             return
         self._wait_s.pop(rail.number, None)
         self._link.send(RailReady(rail.number, rail.epoch))

@@ -46,7 +46,7 @@ class Watch:
             for pair in rail.queues:
                 why = _why_stalled(rail, pair, elapsed_s)
                 if why:
-                    error = RailStalled(why, operation="transfer", rail=rail.name)
+                    error = RailStalled(why, operation="transfer")
                     found.append(Stall(rail, pair.flying[0], error))
                     break
         return found
