@@ -99,13 +99,19 @@ class RegionError(EngineError):
 class NotRegistered(RegionError):
     """The tensor, or the peer's region, is not registered."""
 
+    default_operation = "register"
+
 
 class OutOfRange(RegionError, ValueError):
     """A range leaves its region."""
 
+    default_operation = "access"
+
 
 class RegionGone(RegionError):
     """The memory was freed, resized or deregistered while in use."""
+
+    default_operation = "access"
 
 
 class RegionRefused(RegionError):
@@ -122,6 +128,8 @@ class UnknownImmOverflow(EngineError):
 
 class TransportUnavailable(EngineError):
     """No transport that both ends have works between them."""
+
+    default_operation = "connect"
 
 
 class DeadlineExceeded(EngineError, TimeoutError):
@@ -140,6 +148,8 @@ class DeviceError(EngineError):
     Attributes:
         code: CUDA's number for the error; 0 if it did not come from CUDA.
     """
+
+    default_operation = "cuda"
 
     def __init__(
         self,

@@ -89,9 +89,6 @@ class PathHost(Protocol):
     def reject(self, transfer: int, imm: int | None, error: EngineError, *, first: int = 0) -> None:
         """Refuses part of a peer's write: both ends' tickets end."""
 
-    def refusal(self, transfer: Transfer, error: str, reason: str) -> EngineError:
-        """The error for a transfer that the peer refused."""
-
     def abort(self, imm: int, reason: str) -> None:
         """Tells the peer that this imm's counter will never reach its total."""
 

@@ -112,9 +112,7 @@ class Device:
         """
         with self._lock:
             if self._closing:
-                raise TransportUnavailable(
-                    f"RDMA device {self.name} is closed in this engine", operation="connect"
-                )
+                raise TransportUnavailable(f"RDMA device {self.name} is closed in this engine")
             self._users += 1
 
     def release(self) -> None:
@@ -147,15 +145,12 @@ class Device:
         try:
             with self._lock:
                 if self._closed:  # the library would not refuse what is closed, but crash
-                    raise NotRegistered(
-                        f"RDMA device {self.name} is closed in this engine", operation="register"
-                    )
+                    raise NotRegistered(f"RDMA device {self.name} is closed in this engine")
                 return self.library.mr.MR(self.pd, nbytes, self.access, address=address)
         except self.library.error as error:
             raise NotRegistered(
                 f"RDMA device {self.name} does not register {nbytes} bytes ({error}): is there "
-                "room under `ulimit -l`?",
-                operation="register",
+                "room under `ulimit -l`?"
             ) from error
 
     def channel(self) -> tuple[Any, int]:

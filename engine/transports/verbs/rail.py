@@ -94,7 +94,7 @@ class Rail:
         except library.error as error:
             self.close()
             raise TransportUnavailable(
-                f"RDMA device {self.device.name} gives no queue pair: {error}", operation="connect"
+                f"RDMA device {self.device.name} gives no queue pair: {error}"
             ) from error
         self.staged, *self.direct = pairs
 
@@ -124,8 +124,7 @@ class Rail:
         if len(theirs.queues) != len(self.queues):
             raise TransportUnavailable(
                 f"rail {self.number} has {len(self.queues)} queue pairs here and "
-                f"{len(theirs.queues)} at the peer",
-                operation="connect",
+                f"{len(theirs.queues)} at the peer"
             )
         way = verbs_cards.route(mine, theirs)
         try:
@@ -133,9 +132,7 @@ class Rail:
                 pair.connect(way, card)
             self._completions.req_notify()
         except self.device.library.error as error:
-            raise TransportUnavailable(
-                f"rail {self.name} does not connect: {error}", operation="connect"
-            ) from error
+            raise TransportUnavailable(f"rail {self.name} does not connect: {error}") from error
         self.mtu = way.mtu
         self.peer_nic = theirs.nic
         self.peer_slots = (theirs.slots, theirs.slots_key)
@@ -278,4 +275,4 @@ class Meeting:
             except TransportUnavailable as error:
                 refused.append(error.message)
         if refused:
-            raise TransportUnavailable("; ".join(refused), operation="connect")
+            raise TransportUnavailable("; ".join(refused))
