@@ -45,9 +45,8 @@ from .direct import Direct
 from .frames import Frames
 from .loop import LOOK_AROUND_S, Events, Loop
 from .queue_pair import REPLENISH, imm_of
-from .reopen import Reopener
+from .reopen import Reopener, Watch, why_too_small
 from .slots import SLOTS_NBYTES
-from .watchdog import Watch, why_too_small
 from .work_requests import pieces_of, starts_of_requests
 
 if TYPE_CHECKING:

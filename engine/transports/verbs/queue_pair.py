@@ -65,7 +65,7 @@ class QueuePair:
         room: work requests that may still be posted.
         credits: how many of them may carry an imm: the peer's receives that are left.
         posted: receives that are posted here.
-        oldest, waited_s: `watchdog.py`: the oldest batch at its last look, and for how long.
+        oldest, waited_s: `reopen.py`: the oldest batch at its last look, and for how long.
     """
 
     def __init__(self, device: Device, completions: Any, *, pad: tuple[int, int]) -> None:
