@@ -76,15 +76,8 @@ def yama_scope() -> int:
 def probe() -> Availability:
     """Tries the system call on this process itself, and looks at what Yama would allow."""
     word = np.arange(2, dtype=np.uint64)
-    copy = np.zeros(2, np.uint64)
     try:
-        iovec.process_vm(
-            os.getpid(),
-            iovec.one(copy.ctypes.data, 16),
-            iovec.one(word.ctypes.data, 16),
-            16,
-            write=False,
-        )
+        read_word(os.getpid(), word.ctypes.data)
     except OSError as error:
         return Availability(
             False,
@@ -113,13 +106,8 @@ def read_word(pid: int, address: int) -> bytes:
         OSError: it may not.
     """
     word = np.zeros(2, np.uint64)
-    iovec.process_vm(
-        pid,
-        iovec.one(word.ctypes.data, 16),
-        iovec.one(address, 16),
-        16,
-        write=False,
-    )
+    here, there = iovec.one(word.ctypes.data, 16), iovec.one(address, 16)
+    iovec.process_vm(pid, here, there, 16, write=False)
     return word.tobytes()
 
 

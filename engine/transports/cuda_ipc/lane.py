@@ -112,7 +112,8 @@ class Lane:
         self.device = device
         self.watch = watch
         self._cuda = driver()
-        self._raw_stream = _take_stream(device)
+        idle = _idle_streams.get(device)
+        self._raw_stream = idle.pop() if idle else self._cuda.new_stream(device)
         self.stream: torch.cuda.Stream = torch.cuda.ExternalStream(  # type: ignore[no-untyped-call]
             self._raw_stream, device=device
         )
@@ -437,8 +438,3 @@ class Lane:
 def _stop(transfer: Transfer, kind: type[EngineError], why: str) -> None:
     ticket = transfer.ticket
     transfer.stop(kind(why, operation=ticket.operation, peer=ticket.peer, imm=transfer.imm))
-
-
-def _take_stream(device: int) -> int:
-    idle = _idle_streams.get(device)
-    return idle.pop() if idle else driver().new_stream(device)

@@ -233,22 +233,18 @@ class CudaIpcPath(DataPath):
 
                 self._current_stream = torch._C._cuda_getCurrentRawStream
             raw = self._current_stream(device)
-        elif stream.device_index != device:
-            raise PlanError(
-                f"the stream is one of GPU {stream.device_index}, the cache is on GPU {device}",
-                operation=transfer.ticket.operation,
-                peer=self._link.peer.name,
-            )
         else:
             raw = stream.cuda_stream
-        if raw and cuda.driver().is_capturing(raw):
-            raise PlanError(
+        if stream is not None and stream.device_index != device:
+            why = f"the stream is one of GPU {stream.device_index}, the cache is on GPU {device}"
+        elif raw and cuda.driver().is_capturing(raw):
+            why = (
                 "a CUDA graph is being captured from this stream, and a graph repeats no ticket: "
-                "make a Link.graph_write before, and launch that",
-                operation=transfer.ticket.operation,
-                peer=self._link.peer.name,
+                "make a Link.graph_write before, and launch that"
             )
-        return raw
+        else:
+            return raw
+        raise PlanError(why, operation=transfer.ticket.operation, peer=self._link.peer.name)
 
     def _submit_tokens(self, transfer: Transfer, move: TokenMove) -> None:
         """Move tokens by one launch for each copy group of planes."""

@@ -76,6 +76,7 @@ class _Rings:
         prepare_gpus(self._link, lambda device: self.ring(device).fill())
 
     def close(self) -> None:
+        """Frees the staging."""
         for ring in self._rings.values():
             ring.close()
 
@@ -96,15 +97,12 @@ class Sender:
         self._items = items
         self._num_rails = num_rails
         self._rings = _Rings(link, SENT_AT_ONCE)
+        self.close = self._rings.close  # once the thread has ended
 
     def run(self) -> None:
         """Sends what the queue holds, until it holds a None. Raises what ends the rail."""
         self._rings.warm()
         work_off(self._items, self._begin, self._send, self._ahead, self._drop)
-
-    def close(self) -> None:
-        """Frees the staging; the thread has ended."""
-        self._rings.close()
 
     def _ahead(self, latest: _Frame, begun: int) -> bool:
         """A frame is gathered while another is sent, unless another rail would rather have it."""
@@ -187,6 +185,7 @@ class Receiver:
         self._rail = rail
         self._finisher = finisher
         self._rings = _Rings(link, RECEIVED_AT_ONCE)
+        self.close = self._rings.close  # once the thread has ended, and what it began is finished
 
     def run(self) -> None:
         """Receives until the connection ends. Raises what ends the rail."""
@@ -207,10 +206,6 @@ class Receiver:
                 landing.give_up()
                 raise
             took()
-
-    def close(self) -> None:
-        """Frees the staging; the thread has ended, and what it began is finished."""
-        self._rings.close()
 
     def _landing(self, fd: int, header: frames.Header) -> Landing | None:
         """Receives a frame's tables; returns where its bytes go, None if that is refused."""

@@ -140,7 +140,7 @@ class VerbsPath(DataPath):
         self._copies = Workers(link, "a copy")
         later = self._later
         self.handlers = {
-            Claim: later(self._claimed),
+            Claim: later(lambda claim: link.grant(claim, self._register)),
             Acknowledge: later(self._frames.acknowledged),
             SlotFree: later(self._frames.freed),
             ReadRequest: later(self._frames.serve),
@@ -207,8 +207,9 @@ class VerbsPath(DataPath):
         return not self._frames.expects_refusal(message)  # the link ends the transfer
 
     def _rail_down(self, message: RailDown) -> bool:
-        rail = self._rail(message.rail, message.epoch)
-        if rail is not None:
+        number = message.rail
+        if number < len(self.rails) and self.rails[number].epoch == message.epoch:
+            rail = self.rails[number]
             # At once, before any later message is read: who then gives memory back because the
             # peer gave up must not be written to any more.
             rail.stop()
@@ -236,9 +237,6 @@ class VerbsPath(DataPath):
         count = len(starts_of_requests(pieces, self.rails[0].device.max_sge))
         nbytes = int(pieces.nbytes.sum())
         return count >= STAGED_FROM_REQUESTS and nbytes < count * STAGED_BELOW_NBYTES
-
-    def _claimed(self, claim: Claim) -> None:
-        self._link.grant(claim, self._register)
 
     def _register(self, region: Any) -> tuple[int, ...]:
         """The keys of one of this engine's regions, for the peer: none of GPU memory, which frames
@@ -291,16 +289,13 @@ class VerbsPath(DataPath):
                     self._link.send(Credits(pair.number, REPLENISH))
             else:
                 for batch in pair.landed(number):
-                    self._landed(batch)
+                    if batch.transfer is not None:
+                        batch.transfer.end(batch.nbytes)
+                    else:
+                        self._frames.left(batch.slot)
                 self._direct.advance(rail, pair)
         if completions:
             self._frames.advance()
-
-    def _landed(self, batch: Batch) -> None:
-        if batch.transfer is not None:
-            batch.transfer.end(batch.nbytes)
-        else:
-            self._frames.left(batch.slot)
 
     def _went_wrong(self, rail: Rail, pair: QueuePair, completion: Any, receive: bool) -> None:
         if rail.error is not None:
@@ -326,12 +321,6 @@ class VerbsPath(DataPath):
         self.take_out(rail, error, culprit)
 
     # Rails that break.
-
-    def _rail(self, number: int, epoch: int) -> Rail | None:
-        """The rail of this number, in that life of it."""
-        if number < len(self.rails) and self.rails[number].epoch == epoch:
-            return self.rails[number]
-        return None
 
     def _peer_took_out(self, rail: Rail, message: RailDown) -> None:
         if rail.epoch == message.epoch and rail.open:
