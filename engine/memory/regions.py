@@ -74,7 +74,9 @@ class MemoryRegion(_Used):
     Holds its memory until `deregister()`. Usable as a context manager. Thread-safe.
 
     Attributes:
+        region_id: its number in this engine.
         address, nbytes: where it is and how large.
+        kind: `host` or `cuda`.
         device: index of its GPU in this process; -1 for host memory.
         movable: whether its owner could free or resize it while it is registered.
     """
@@ -98,6 +100,8 @@ class MemoryRegion(_Used):
         self._revoke = revoke
         self._forget = forget
         self._memory: _Memory | None = memory
+        self.region_id = region_id
+        self.kind = "host" if memory.device < 0 else "cuda"
         self.address = memory.address
         self.nbytes = memory.nbytes
         self.descriptor = RegionDescriptor(
@@ -106,11 +110,11 @@ class MemoryRegion(_Used):
             key=secrets.token_bytes(KEY_NBYTES),
             address=memory.address,
             nbytes=memory.nbytes,
-            kind="host" if memory.device < 0 else "cuda",
+            kind=self.kind,
             cuda=memory.cuda,
         )
         self.device = memory.device
-        self.movable = memory.movable
+        self.movable = memory.storage is not None  # NumPy frees nothing that is held
         self.caches: list[RegisteredCache] = []
 
     def __repr__(self) -> str:
@@ -121,16 +125,6 @@ class MemoryRegion(_Used):
 
     def __exit__(self, *_: object) -> None:
         self.deregister()
-
-    @property
-    def region_id(self) -> int:
-        """Its number in this engine."""
-        return self.descriptor.region_id
-
-    @property
-    def kind(self) -> str:
-        """`host` or `cuda`."""
-        return self.descriptor.kind
 
     def acquire(self) -> None:
         """Begins one use of the memory; `release` ends it.
@@ -387,7 +381,7 @@ class _Memory:
         self.device = -1
         self.cuda: CudaMemory | None = None
         self.exported: ExportedChunks | None = None
-        self._storage: Any = None
+        self.storage: Any = None
         if torch is not None and isinstance(memory, torch.Tensor):
             self._from_tensor(memory)
         else:
@@ -405,9 +399,9 @@ class _Memory:
             self.device = int(tensor.device.index)
         if tensor.layout is not sys.modules["torch"].strided:
             raise NotRegistered(f"a {tensor.layout} tensor cannot be registered: make it dense")
-        self._storage = tensor.untyped_storage()
-        self._storage_address = self._storage.data_ptr()
-        self._storage_nbytes = self._storage.nbytes()
+        self.storage = tensor.untyped_storage()
+        self._storage_address = self.storage.data_ptr()
+        self._storage_nbytes = self.storage.nbytes()
         self.address = int(tensor.data_ptr())
         spans = ((size - 1) * step for size, step in zip(tensor.shape, tensor.stride()))  # noqa: B905
         self.nbytes = (sum(spans) + 1) * tensor.element_size() if tensor.numel() else 0
@@ -437,14 +431,9 @@ class _Memory:
         steps = zip(array.shape, array.strides, strict=True)
         self.nbytes = sum((n - 1) * step for n, step in steps) + array.itemsize if array.size else 0
 
-    @property
-    def movable(self) -> bool:
-        """Whether its owner can free or resize it: torch can, NumPy cannot while it is held."""
-        return self._storage is not None
-
     def intact(self) -> bool:
         """Whether the memory is still where it was."""
-        return self._storage is None or (
-            self._storage.data_ptr() == self._storage_address
-            and self._storage.nbytes() >= self._storage_nbytes
+        return self.storage is None or (
+            self.storage.data_ptr() == self._storage_address
+            and self.storage.nbytes() >= self._storage_nbytes
         )

@@ -81,7 +81,8 @@ class _Flight:
             raise DeviceError(
                 f"GPU {self._mover.device} failed: {error}", operation="stage"
             ) from error
-        self._mover._back(self._table, self._event)
+        self._mover._tables.append(self._table)
+        self._mover._events.append(self._event)
 
 
 class GpuMover:
@@ -165,7 +166,3 @@ class GpuMover:
                 return table
             table.free()
         return _Table(self.device, max(_FEWEST_WORDS, 1 << (num_words - 1).bit_length()))
-
-    def _back(self, table: _Table, event: torch.cuda.Event) -> None:
-        self._tables.append(table)
-        self._events.append(event)

@@ -143,7 +143,7 @@ class Landing(NamedTuple):
         device: the GPU that holds them, -1 for host memory.
         imm: of a peer's write, if it has one.
         placed: called with the error, if they could not be put there, and whether they are staged.
-        give_up: called instead if the link fails meanwhile.
+        give_up: called instead if the link fails meanwhile, which ends the transfer of a read.
     """
 
     pieces: Iovec
@@ -215,7 +215,7 @@ class Outstanding:
         if nbytes != int(transfer.nbytes[part].sum()):
             raise ProtocolError(f"{nbytes} bytes of a read came, which is not what was asked for")
         placed = functools.partial(segment.placed, nbytes)
-        return Landing(transfer.local[part], transfer.device(), None, placed, _nothing)
+        return Landing(transfer.local[part], transfer.device(), None, placed, lambda: None)
 
     def _answered(self, transfer: int) -> bool:
         with self._lock:
@@ -333,10 +333,6 @@ def checksum_mismatch(peer: str, imm: int | None) -> ChecksumMismatch:
         peer=peer,
         imm=imm,
     )
-
-
-def _nothing() -> None:
-    """Of a read that is given up: the link ends its transfer."""
 
 
 def _refuse(link: PathHost, transfer: int, first: int, error: EngineError) -> None:

@@ -235,7 +235,9 @@ class Lane:
             if self._closed or not transfer.begin():
                 return
             flight = _Flight(self, transfer, self._some_events())
-            flight.flag = self._flags.pop() if self._flags else self._new_flag()
+            if not self._flags:
+                self._flags += Flag.several(AHEAD)
+            flight.flag = self._flags.pop()
             flight.keep = ids
             if not ids.on_gpu:
                 count = ids.num_blocks
@@ -352,10 +354,6 @@ class Lane:
         if not free:
             free += Scratch.several(self.stream, max(1, AHEAD * FEWEST_WORDS // size), size)
         return free.pop()
-
-    def _new_flag(self) -> Flag:
-        self._flags += Flag.several(AHEAD)
-        return self._flags.pop()
 
     def _work(self) -> None:
         torch.cuda.set_device(self.device)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
     from ...memory.regions import MemoryRegion
-    from .topology import Gid, Nic
+    from .topology import Nic
 
 NICS_VARIABLE = "KVFERRY_NICS"  # names of the devices to use, with commas between them
 _VERBS_CLASS = Path("/sys/class/infiniband_verbs")
@@ -40,13 +40,14 @@ class Device:
     """One port of an RDMA device, opened. Thread-safe.
 
     Attributes:
-        nic: what sysfs says of it.
+        nic, name: what sysfs says of it.
         lost: the device is gone: unplugged, or its driver removed.
         max_sge: scatter-gather entries that a work request may have.
     """
 
     def __init__(self, nic: Nic) -> None:
         self.nic = nic
+        self.name = nic.name
         self.library = verbs_library.load()
         enums = self.library.enums
         self.access = (
@@ -73,11 +74,6 @@ class Device:
         self.max_reads = min(16, int(attributes.max_qp_rd_atom))
 
     @property
-    def name(self) -> str:
-        """The device's name."""
-        return self.nic.name
-
-    @property
     def lost(self) -> bool:
         """Whether the device that was opened is there no more."""
         return _inode(self._node) != self._node_id
@@ -99,10 +95,6 @@ class Device:
                 return self._mtu
             self._mtu = int(self.context.query_port(self.nic.port).active_mtu)
         return self._mtu
-
-    def gids(self) -> list[Gid]:
-        """The port's addresses now."""
-        return topology.gids(self.nic)
 
     def acquire(self) -> None:
         """Begins one rail's use: the device stays open until it ends.

@@ -194,7 +194,9 @@ class Loop:
                     self._events.look_around()
                 continue
             idle += 1
-            if idle <= POLLS_BEFORE_SLEEP and self._in_flight():
+            if idle <= POLLS_BEFORE_SLEEP and (
+                self._events.busy() or any(p.flying for rail in self.rails for p in rail.queues)
+            ):
                 continue
             for rail in self.rails:
                 rail.arm()
@@ -212,9 +214,6 @@ class Loop:
                     found = True
                     self._events.completed(rail, completions)
         return found
-
-    def _in_flight(self) -> bool:
-        return self._events.busy() or any(p.flying for rail in self.rails for p in rail.queues)
 
     def _sleep(self) -> None:
         for fd, _ in self._epoll.poll(min(LOOK_AROUND_S, self._events.patience_s())):

@@ -58,7 +58,7 @@ class QueuePair:
     """A queue pair of one rail. Used by the rail's thread alone, but for `stop`.
 
     Attributes:
-        number, psn: what the peer needs to connect to it.
+        number, psn, card: what the peer needs to connect to it.
         peer_number: the peer's end.
         queue: shares of transfers that wait to be posted.
         flying: batches that are posted and not completed, oldest first.
@@ -93,6 +93,7 @@ class QueuePair:
         self.pair = library.qp.QPEx(device.context, attributes)
         self.number = int(self.pair.qp_num)
         self.psn = secrets.randbelow(1 << 24)
+        self.card = QueueCard(self.number, self.psn)
         self.queue: deque[Share] = deque()
         self.flying: deque[Batch] = deque()
         self.peer_number = -1
@@ -114,11 +115,6 @@ class QueuePair:
             self._receives.append(
                 library.wr.RecvWR(RECEIVE_ID, num_sge=1, sg=[nothing], next_wr=following)
             )
-
-    @property
-    def card(self) -> QueueCard:
-        """What the peer's end needs."""
-        return QueueCard(self.number, self.psn)
 
     def connect(self, route: GidPair, peer: QueueCard) -> None:
         """Makes it ready to receive and to send. Raises the library's error."""

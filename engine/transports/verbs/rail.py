@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import ProtocolError, RailError, TransportUnavailable
 from . import cards as verbs_cards
+from . import topology
 from .cards import MAX_RAILS, Offer, RailCard
 from .queue_pair import RECEIVE_DEPTH, SEND_DEPTH, QueuePair
 from .slots import Slots
@@ -33,6 +34,7 @@ class Rail:
         number: the same at both ends.
         nic: position of its device among this end's.
         device: which it is.
+        name: for people: number and device.
         up: both ends are connected.
         mtu: the verbs' code of the packets that the two ends agreed on.
         error: why it is out; None while it is not.
@@ -44,6 +46,7 @@ class Rail:
         self.number = number
         self.nic = nic
         self.device = device
+        self.name = f"{number} ({device.name})"
         self.epoch = 0
         self.up = False
         self.error: RailError | None = None
@@ -61,11 +64,6 @@ class Rail:
         self._completions: Any = None
         self.staged: QueuePair | None = None
         self.direct: list[QueuePair] = []
-
-    @property
-    def name(self) -> str:
-        """For people: number and device."""
-        return f"{self.number} ({self.device.name})"
 
     @property
     def queues(self) -> list[QueuePair]:
@@ -109,7 +107,7 @@ class Rail:
             link_layer=nic.link_layer,
             lid=nic.lid,
             mtu=self.device.mtu,
-            gids=verbs_cards.gid_cards(self.device.gids(), nic.link_layer),
+            gids=verbs_cards.gid_cards(topology.gids(nic), nic.link_layer),
             queues=tuple(pair.card for pair in self.queues),
             slots=self._slots.inbox,
             slots_key=self._slots.keys(self.device)[1],
