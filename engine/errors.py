@@ -126,13 +126,19 @@ class RegionError(EngineError):
 class NotRegistered(RegionError):
     """The tensor, or the peer's region, is not registered."""
 
+    default_operation = "register"
+
 
 class OutOfRange(RegionError, ValueError):
     """A range leaves its region."""
 
+    default_operation = "access"
+
 
 class RegionGone(RegionError):
     """The memory was freed, resized or deregistered while in use."""
+
+    default_operation = "access"
 
 
 class RegionRefused(RegionError):
@@ -149,6 +155,8 @@ class UnknownImmOverflow(EngineError):
 
 class TransportUnavailable(EngineError):
     """No transport that both ends have works between them."""
+
+    default_operation = "connect"
 
 
 class DeadlineExceeded(EngineError, TimeoutError):
@@ -167,6 +175,8 @@ class DeviceError(EngineError):
     Attributes:
         code: CUDA's number for the error; 0 if it did not come from CUDA.
     """
+
+    default_operation = "cuda"
 
     def __init__(self, message: str, *, code: int = 0, **where: Unpack[_Where]) -> None:
         super().__init__(message, **where)

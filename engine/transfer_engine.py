@@ -44,7 +44,7 @@ from .transports.selection import TRANSPORTS, TransportSelection
 from .transports.tcp import path as tcp
 from .transports.verbs.cards import MAX_QUEUES
 from .transports.verbs.device import Nics
-from .transports.verbs.meeting import DEFAULT_QUEUES
+from .transports.verbs.rail import DEFAULT_QUEUES
 from .wire.identity import EngineAddress, Identity
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..errors import EngineError, TransportUnavailable
 from ..transports.selection import LOCAL, TRANSPORTS, unsuited
 from ..transports.tcp import path as tcp
-from ..transports.verbs.meeting import Meeting
+from ..transports.verbs.rail import Meeting
 from ..wire.messages import LINK_VERSION
 from . import handshake
 from .handshake import Hello, token_id

@@ -171,8 +171,7 @@ def _scaling(
         if ragged:
             raise PlanError(
                 f"scales of the {side} do not lie at multiples of 4 bytes, where a kernel could "
-                "read them",
-                operation="plan",
+                "read them"
             )
         strides += [shape.slot_stride // 4, shape.head_stride // 4]
     return Scaling(
