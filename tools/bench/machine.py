@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from pathlib import Path
 
-from kvferry.tools.bench.transfer.report import Machine
+import msgspec
+
+from kvferry.tools.bench.figures import version
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
+class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where it ran. `load` is the load average of the last minute before it began."""
+
+    cpu: str
+    cores: int
+    memory_nbytes: int
+    system: str
+    huge_pages: str
+    load: float
+    versions: dict[str, str]
+
+
 def describe(versions: dict[str, str]) -> Machine:
     """This machine; `versions` are those of libraries in other environments."""
-    own = {name: _version(name) for name in ("kvferry", "numpy", "torch")}
+    own = {name: version(name) for name in ("kvferry", "numpy", "torch")}
     return Machine(
         cpu=_field("/proc/cpuinfo", "model name") or platform.machine(),
         cores=len(os.sched_getaffinity(0)),
@@ -46,10 +59,3 @@ def _huge_pages() -> str:
         return "unknown"
     text = HUGE_PAGES.read_text(encoding="ascii")
     return text.partition("[")[2].partition("]")[0]
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -9,7 +9,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from kvferry.tools.bench import pictures
-from kvferry.tools.bench.pictures import CEILING, COLORS, finish, line
+from kvferry.tools.bench.pictures import CEILING, COLORS, ceiling, finish, line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,7 +42,7 @@ def _direct(panel: Any, report: dict[str, Any]) -> None:
             color,
         )
     top = direct["ceiling_gb_per_s"]
-    panel.axhline(top, color=CEILING, linewidth=1.2, label=f"one contiguous copy, {top:.0f}")
+    ceiling(panel, top, f"one contiguous copy, {top:.0f}")
     finish(panel, "From GPU to GPU, scattered blocks", "block, KiB", "GB/s")
 
 
@@ -62,7 +62,7 @@ def _caps(panel: Any, report: dict[str, Any]) -> None:
     caps = report["direct"]["caps"]
     line(panel, [cap for cap, _ in caps], [speed for _, speed in caps], "cuda_ipc", COLORS[0])
     best = max(speed for _, speed in caps)
-    panel.axhline(0.9 * best, color=CEILING, linewidth=1.2, label="0.9 of the best")
+    ceiling(panel, 0.9 * best, "0.9 of the best")
     panel.set_ylim(0, 1.1 * best)
     finish(panel, "256 MiB of 32 KiB blocks, by programs at a time", "programs", "GB/s")
 

@@ -17,9 +17,15 @@ import numpy as np
 
 from kvferry.tools.bench import idle_memory, machine
 from kvferry.tools.bench.transfer.pairs import Burst, Pair, WorkerFailed
-from kvferry.tools.bench.transfer.report import IdleCpu, LeftOut, Report, Result, Settings
+from kvferry.tools.bench.transfer.report import (
+    IdleCpu,
+    LeftOut,
+    Report,
+    Result,
+    Settings,
+    judge,
+)
 from kvferry.tools.bench.transfer.roster import MEMCPY, Contender, Shapes, roster
-from kvferry.tools.bench.transfer.targets import judge
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,6 +34,7 @@ if TYPE_CHECKING:
 
     Progress = Callable[[str, float], None]
 
+DRIVERS = "kvferry.tools.bench.transfer.drivers"
 SHARES = (0.45, 0.25, 0.15, 0.15)  # of the time, in the order of `Shapes`
 REST_S = 1.0
 PROCESS_NBYTES = 100 << 20  # what a worker takes beside its pool
@@ -104,7 +111,7 @@ class _Field:
         for contender in contenders:
             self._pairs[contender] = stack.enter_context(
                 Pair(
-                    contender.driver,
+                    f"{DRIVERS}.{contender.driver}",
                     contender.options,
                     python=contender.python,
                     packages=contender.packages,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import mmap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -60,10 +60,6 @@ class Shape:
     def pool_nbytes(self) -> int:
         """Bytes of the whole pool."""
         return self.num_rows * self.pool_blocks * self.block_nbytes
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types, for a process in another environment."""
-        return dataclasses.asdict(self)
 
 
 # 128 MiB three times over, and one short prompt: 8 blocks of 16 tokens.
