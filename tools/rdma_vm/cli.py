@@ -39,7 +39,7 @@ def run(
     _check()
     started_s = time.monotonic()
     try:
-        status = machine.run(command, machine.Settings(pairs, mtu, timeout_s))
+        status = machine.run(command, pairs=pairs, mtu=mtu, timeout_s=timeout_s)
     except (machine.MachineError, image.ImageError) as error:
         _say(str(error))
         raise typer.Exit(BROKEN) from None

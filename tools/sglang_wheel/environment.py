@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 from kvferry.tools import pinned
-from kvferry.tools.pinned import CannotInstall
 
 PINS = (Path(__file__).resolve().parent / "requirements.txt",)
 VARIABLE = "KVFERRY_SGLANG_ENV"
@@ -35,13 +34,5 @@ def _make(home: Path) -> None:
     pinned.pip_install(home, Path(sys.executable), ["--no-deps", *target, "-r", str(PINS[0])])
 
 
-def main() -> None:
-    """Installs, and prints the folder."""
-    try:
-        print(ensure())
-    except CannotInstall as error:
-        sys.exit(f"kvferry: SGLang cannot be installed: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    pinned.main("SGLang", ensure)

@@ -51,13 +51,5 @@ def _make(home: Path) -> None:
     pinned.pip_install(home, python, ["--no-deps", "-r", str(PINS[1])])
 
 
-def main() -> None:
-    """Installs, and prints the environment's Python."""
-    try:
-        print(ensure())
-    except CannotInstall as error:
-        sys.exit(f"kvferry: vLLM cannot be installed: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    pinned.main("vLLM", ensure)

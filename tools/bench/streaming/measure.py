@@ -299,28 +299,29 @@ class Bench:
         total = POOL_FACTOR * case.num_blocks
         src, dst = (self._random.permutation(total)[: case.num_blocks].tolist() for _ in range(2))
         if kind == ALONE:
-            passes = self.call("prefill", "forward", None, src, kind)
-            return Sample(max(each[0] for each in passes), max(each[1] for each in passes))
+            forward_ms, tail_ms, _ = _slowest(self.call("prefill", "forward", None, src, kind))
+            return Sample(forward_ms, tail_ms)
         self._number += 1
         name = f"r{self._number}"
         tokens = case.num_tokens
         order = ReceiveOrder(name, name, "prefill", self._addresses, [dst], tokens, 0)
         self.call("decode", "begin", order)
         self.tell("decode", "received", name)
-        passes = self.call("prefill", "forward", SendOrder(name, name, [src], tokens), src, kind)
+        sending = SendOrder(name, name, [src], tokens)
+        forward_ms, tail_ms, ended_s = _slowest(self.call("prefill", "forward", sending, src, kind))
         loads = self.answers("decode")
-        ended_s = max(each[2] for each in passes)
         self.call("prefill", "finish", name)
         if check and self.call("prefill", "digest", src) != self.call("decode", "digest", dst):
             raise WrongBytes(f"{case.shape.name}, {kind}")
-        visible_s, noticed_s = (max(load[at] for load in loads) - ended_s for at in range(2))
-        return Sample(
-            max(each[0] for each in passes),
-            max(each[1] for each in passes),
-            visible_s * 1e3,
-            noticed_s * 1e3,
-            sum(load[2] for load in loads),
-        )
+        arrived_s, noticed_s, _ = _slowest(loads)
+        visible_ms, noticed_ms = ((at_s - ended_s) * 1e3 for at_s in (arrived_s, noticed_s))
+        nbytes = sum(load[2] for load in loads)
+        return Sample(forward_ms, tail_ms, visible_ms, noticed_ms, nbytes)
+
+
+def _slowest(ranks: list[Any]) -> list[float]:
+    """Of each of the ranks' figures the largest."""
+    return [max(each) for each in zip(*ranks, strict=True)]
 
 
 def measure(case: Case, wanted: Sequence[str] = KINDS) -> list[Row]:
@@ -343,27 +344,16 @@ def measure(case: Case, wanted: Sequence[str] = KINDS) -> list[Row]:
                 for kind in kinds[first:] + kinds[:first]:
                     last = turn == case.repeats - 1 and kind != ALONE
                     samples[kind].append(bench.once(kind, check=last))
-    alone_ms = _median(samples[ALONE], "forward_ms")
-    return [
-        Row(
-            case.shape.name,
-            case.ranks,
-            case.num_tokens,
-            kind,
-            samples[kind][-1].nbytes,
-            _median(samples[kind], "forward_ms"),
-            _median(samples[kind], "forward_ms") / alone_ms - 1,
-            _median(samples[kind], "visible_ms"),
-            _median(samples[kind], "noticed_ms"),
-            _median(samples[kind], "tail_ms"),
-        )
-        for kind in KINDS
-        if kind in wanted
-    ]
-
-
-def _median(samples: list[Sample], field: str) -> float:
-    return float(statistics.median(getattr(sample, field) for sample in samples))
+    found: list[Row] = []
+    for kind in (kind for kind in KINDS if kind in wanted):
+        columns = zip(*samples[kind], strict=True)
+        medians = dict(zip(Sample._fields, map(statistics.median, columns), strict=True))
+        nbytes = samples[kind][-1].nbytes
+        alone_ms = found[0].forward_ms if found else medians["forward_ms"]
+        slower = medians["forward_ms"] / alone_ms - 1
+        head = (case.shape.name, case.ranks, case.num_tokens, kind)
+        found.append(Row(*head, **medians | {"nbytes": nbytes, "slower": slower}))
+    return found
 
 
 CASES = (
