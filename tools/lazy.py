@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
@@ -48,3 +49,9 @@ def _add(app: typer.Typer, module: str, help_text: str) -> None:
     # Typer finds the context by the annotation, which must be the class and not its name here.
     run.__annotations__["ctx"] = typer.Context
     app.command(name.replace("_", "-"), help=help_text, context_settings=_FORWARD)(run)
+
+
+def fail(command: str, why: object, status: int = 1) -> NoReturn:
+    """End a command with one line on standard error."""
+    print(f"{command}: {why}", file=sys.stderr)
+    raise typer.Exit(status)

@@ -44,5 +44,4 @@ def check_plot(path: Path | None) -> None:
 
 def fail(name: str, why: object) -> NoReturn:
     """End `kvferry bench NAME` with one line on standard error."""
-    typer.echo(f"kvferry bench {name}: {why}", err=True)
-    raise typer.Exit(1)
+    lazy.fail(f"kvferry bench {name}", why)

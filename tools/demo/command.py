@@ -123,19 +123,15 @@ def demo(
     if as_json:
         typer.echo(json.dumps(collector.to_json(wall_s), indent=2))
     else:
-        _print_report(Console(), collector, wall_s)
+        stdout = Console()
+        stdout.print(collector.table())
+        for line in collector.lines(wall_s):
+            stdout.print(line, highlight=False, soft_wrap=True)
     problems = collector.problems()
     for problem in problems:
         _print_problem(console, problem)
     if problems:
         raise typer.Exit(1)
-
-
-def _print_report(console: Console, collector: Collector, wall_s: float) -> None:
-    """The table and what goes with it, on standard output."""
-    console.print(collector.table())
-    for line in collector.lines(wall_s):
-        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _print_problem(console: Console, problem: str) -> None:

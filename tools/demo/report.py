@@ -224,16 +224,10 @@ class Collector:
             padding=(0, 1, 0, 0),
         )
         table.add_column("transport", no_wrap=True)
-        for heading in (
-            "requests",
-            "tokens\ncompared",
-            "mis-\nmatches",
-            "MB",
-            "GB/s",
-            "p50\nms",
-            "p99\nms",
-            "share of\nprefill",
-        ):
+        columns = (
+            "requests|tokens\ncompared|mis-\nmatches|MB|GB/s|p50\nms|p99\nms|share of\nprefill"
+        )
+        for heading in columns.split("|"):
             table.add_column(heading, justify="right", no_wrap=True)
         for result in self.results():
             table.add_row(

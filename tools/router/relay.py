@@ -11,14 +11,14 @@ import json
 import logging
 import time
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import aiohttp
 
 from . import bodies
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from .backends import Backend, Pair
     from .bodies import Ask, Body
@@ -58,27 +58,22 @@ class Refused(Exception):
         self.body = body
 
 
-class Answer:
-    """Decode's answer. `chunks` begins with the first token, or is the whole body.
+class Answer(NamedTuple):
+    """Decode's answer.
 
-    Close it: a stream that is left open goes on at decode, and a generator that is left alone ends
-    when the garbage collector finds it.
+    Close it, which may be done again: a stream that is left open goes on at decode, and a generator
+    that is left alone ends when the garbage collector finds it.
 
     Attributes:
         status, kind: as decode gave them.
+        chunks: begins with the first token, or is the whole body.
+        close: ends the request at decode, if it has not ended.
     """
 
-    def __init__(
-        self, response: aiohttp.ClientResponse, kind: str, chunks: AsyncIterator[bytes]
-    ) -> None:
-        self.status = response.status
-        self.kind = kind
-        self.chunks = chunks
-        self._response = response
-
-    def close(self) -> None:
-        """Ends the request at decode, if it has not ended. Safe to call again."""
-        self._response.close()
+    status: int
+    kind: str
+    chunks: AsyncIterator[bytes]
+    close: Callable[[], None]
 
 
 class Relay:
@@ -180,7 +175,7 @@ class Relay:
             if not ask.body.get("stream") or answer.status != 200:
                 raw = await answer.read()
                 self._check("decode", backend, answer, raw)
-                return Answer(answer, answer.content_type, _once(raw))
+                return Answer(answer.status, answer.content_type, _once(raw), answer.close)
             first, rest = await self._first_token(backend, answer)
         except AWAY as error:
             answer.close()
@@ -188,7 +183,8 @@ class Relay:
         except BaseException:
             answer.close()
             raise
-        return Answer(answer, answer.content_type, self._events(backend, answer, first, rest))
+        events = self._events(backend, answer, first, rest)
+        return Answer(answer.status, answer.content_type, events, answer.close)
 
     def _post(self, backend: Backend, ask: Ask) -> Any:
         return self._session.post(backend.url + ask.path, json=ask.body, headers=ask.headers)

@@ -146,32 +146,32 @@ class Workload:
         run = self.operations(tuning, max_programs)
         truth = gather_reference(self.src_views, self.src_ids)
         expected = _planes([_zeros(self.shape) for _ in range(NUM_LAYERS)])
+        wrong = []
         self.staging.fill_(-1)
         run["gather"]()
-        self._require(torch.equal(self.staging, truth), "gather", tuning, max_programs)
+        wrong += ["gather"] * (not torch.equal(self.staging, truth))
         self._clear_dst()
         scatter_reference(truth, expected, self.dst_ids)
         run["scatter"]()
-        self._require(_equal(self.dst_views, expected), "scatter", tuning, max_programs)
+        wrong += ["scatter"] * (not self._dst_is(expected))
         self._clear_dst()
         push_reference(self.src_views, self.src_ids, expected, self.dst_ids)
         self.counter.zero_()
         run["push"]()
-        self._require(_equal(self.dst_views, expected), "push", tuning, max_programs)
-        self._require(int(self.counter) == self.nbytes, "push's count", tuning, max_programs)
+        wrong += ["push"] * (not self._dst_is(expected))
+        wrong += ["push's count"] * (int(self.counter) != self.nbytes)
+        if wrong:
+            raise WrongBytes(
+                f"{wrong[0]} of {self.piece_nbytes} B pieces, {tuning}, "
+                f"max_programs={max_programs}: not what the reference gives"
+            )
 
     def _clear_dst(self) -> None:
         for view in self.dst_views:
             view.zero_()
 
-    def _require(
-        self, equal: bool, what: str, tuning: Tuning | None, max_programs: int | None
-    ) -> None:
-        if not equal:
-            raise WrongBytes(
-                f"{what} of {self.piece_nbytes} B pieces, {tuning}, max_programs={max_programs}: "
-                "not what the reference gives"
-            )
+    def _dst_is(self, expected: list[torch.Tensor]) -> bool:
+        return all(map(torch.equal, self.dst_views, expected))
 
 
 class Clock:
@@ -317,10 +317,6 @@ def _random(shape: tuple[int, ...]) -> torch.Tensor:
 
 def _zeros(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.int64, device="cuda")
-
-
-def _equal(here: list[torch.Tensor], there: list[torch.Tensor]) -> bool:
-    return all(map(torch.equal, here, there))
 
 
 def main(arguments: list[str]) -> None:

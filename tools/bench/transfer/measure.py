@@ -118,10 +118,13 @@ class _Field:
                     alone=contender.alone,
                 )
             )
-        for act in (self._start, self._finish):
-            for contender in list(self._pairs):
-                with self._or_leave_out(contender):
-                    act(contender)
+        for contender, pair in list(self._pairs.items()):
+            with self._or_leave_out(contender):
+                pair.start_opening(shapes)
+        for contender, pair in list(self._pairs.items()):
+            with self._or_leave_out(contender):
+                pair.finish_opening()
+                self.versions |= pair.versions
 
     def rest(self, duration_s: float) -> tuple[IdleCpu, ...]:
         """Measures what everybody takes while nobody asks anything; then freezes the peers."""
@@ -173,13 +176,6 @@ class _Field:
             _result(shape, entry, self._bursts[entry], ceiling_ms / p50)
             for entry, p50 in p50_ms.items()
         ]
-
-    def _start(self, contender: Contender) -> None:
-        self._pairs[contender].start_opening(self._shapes)
-
-    def _finish(self, contender: Contender) -> None:
-        self._pairs[contender].finish_opening()
-        self.versions |= self._pairs[contender].versions
 
     def _burst(self, entry: Entry, shape: Shape, slot_s: float) -> None:
         pair = self._pairs.get(entry.contender)

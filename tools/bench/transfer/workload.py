@@ -84,6 +84,12 @@ def piece_numbers(shape: Shape, ids: Int64s) -> Int64s:
     return numbers
 
 
+def sides(shape: Shape, request: int, *, write: bool) -> tuple[Int64s, Int64s]:
+    """Piece numbers of a request, at the end that asks for the transfer and at the other."""
+    src, dst = (piece_numbers(shape, ids) for ids in block_ids(shape, request))
+    return (src, dst) if write else (dst, src)
+
+
 class Pool:
     """Anonymous, page-aligned host memory, as an allocator gives it to an inference engine."""
 
@@ -128,7 +134,7 @@ def _samples(shape: Shape, request: int) -> Iterator[tuple[int, int, int]]:
     Whole blocks, or parts of them where blocks are large; the first and the last byte are among
     them.
     """
-    src, dst = (piece_numbers(shape, ids) for ids in block_ids(shape, request))
+    src, dst = sides(shape, request, write=True)
     nbytes = min(shape.block_nbytes, MAX_SAMPLE_NBYTES)
     parts = -(-shape.block_nbytes // nbytes)
     count = min(NUM_SAMPLES, shape.num_pieces * parts)
