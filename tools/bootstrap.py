@@ -72,7 +72,7 @@ def output_of(python: str, code: str) -> str:
 
 
 def version_of(text: str) -> "tuple[int, ...]":
-    """'2.13.0+cpu' -> (2, 13, 0)."""
+    """'2.13.0+cpu' -> (2, 13, 0); nothing is older than all."""
     return tuple(int(part) for part in re.findall(r"\d+", text.split("+")[0])[:3])
 
 
@@ -110,9 +110,9 @@ def is_ready() -> bool:
         return False
 
 
-def torch_version(python: str) -> str:
-    """The version of the torch that `python` can import; read from metadata, torch stays unloaded."""
-    return output_of(python, "import importlib.metadata as m; print(m.version('torch'))")
+def version_in(python: str, name: str) -> str:
+    """The version of what `python` can import; read from metadata, it stays unloaded."""
+    return output_of(python, f"import importlib.metadata as m; print(m.version('{name}'))")
 
 
 def make_venv() -> None:
@@ -126,8 +126,7 @@ def make_venv() -> None:
                 "on Debian and Ubuntu: apt install python3-venv"
             )
     args = [sys.executable, "-m", "venv", "--clear"]
-    outer_torch = torch_version(sys.executable)
-    if outer_torch and version_of(outer_torch) >= OLDEST_TORCH:
+    if version_of(version_in(sys.executable, "torch")) >= OLDEST_TORCH:
         args.append("--system-site-packages")
     done = subprocess.run([*args, VENV], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode != 0:
@@ -142,12 +141,7 @@ def outer_torch() -> str:
         "import importlib.metadata as m, sys; torch = m.distribution('torch');"
         "print('' if str(torch.locate_file('')).startswith(sys.prefix) else torch.version)",
     )
-    return have if have and version_of(have) >= OLDEST_TORCH else ""
-
-
-def is_torchs(name: str, bounded: "set[str]") -> bool:
-    """Whether a kept torch decides the version of this distribution."""
-    return name in bounded or name.startswith(("nvidia-", "cuda-"))
+    return have if version_of(have) >= OLDEST_TORCH else ""
 
 
 def constraints(lock: str, torch: str, torch_requires: "list[str]", has_triton: bool) -> str:
@@ -175,7 +169,8 @@ def constraints(lock: str, torch: str, torch_requires: "list[str]", has_triton: 
         name = re.match(r"[\w-]+(?===)", line)
         if name and name.group() == "torch":
             continue
-        if name and is_torchs(name.group(), bounded):
+        # A kept torch decides the versions of its own.
+        if name and (name.group() in bounded or name.group().startswith(("nvidia-", "cuda-"))):
             bounded.add(name.group())
             continue
         lines.append(line)
@@ -190,8 +185,7 @@ def write_constraints() -> None:
         print(f"  keeping torch {torch}", flush=True)
         code = "import importlib.metadata as m; print(*m.requires('torch') or [], sep='\\n')"
         requires = output_of(VENV_PYTHON, code).splitlines()
-        code = "import importlib.metadata as m; print(m.version('triton'))"
-        has_triton = bool(output_of(VENV_PYTHON, code))
+        has_triton = bool(version_in(VENV_PYTHON, "triton"))
     with open(CONSTRAINTS, encoding="utf-8") as file:
         text = constraints(file.read(), torch, requires, has_triton)
     with open(USED_CONSTRAINTS, "w", encoding="utf-8") as file:

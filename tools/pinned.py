@@ -36,20 +36,21 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvferry"
 
 
-def make_once(home: Path, make: Callable[[Path], None]) -> None:
-    """Fills a folder unless it is filled. Processes wait for each other.
+def make_once(home: Path, make: Callable[[Path], None]) -> Path:
+    """Fills a folder unless it is filled, and returns it. Processes wait for each other.
 
     Raises:
         CannotInstall: as `make` says.
     """
     if (home / STAMP).exists():
-        return
+        return home
     home.parent.mkdir(parents=True, exist_ok=True)
     with open(home.parent / f"{home.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (home / STAMP).exists():
             make(home)
             (home / STAMP).touch()
+    return home
 
 
 def pip_install(home: Path, python: Path, arguments: Sequence[str]) -> None:

@@ -27,13 +27,14 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def describe(versions: dict[str, str]) -> Machine:
     """This machine; `versions` are those of libraries in other environments."""
+    pages = HUGE_PAGES.read_text(encoding="ascii") if HUGE_PAGES.exists() else ""
     own = {name: version(name) for name in ("kvferry", "numpy", "torch")}
     return Machine(
         cpu=_field("/proc/cpuinfo", "model name") or platform.machine(),
         cores=len(os.sched_getaffinity(0)),
         memory_nbytes=memory_nbytes("MemTotal"),
         system=f"{platform.system()} {platform.release()}",
-        huge_pages=_huge_pages(),
+        huge_pages=pages.partition("[")[2].partition("]")[0] if pages else "unknown",
         load=round(os.getloadavg()[0], 2),
         versions={"python": platform.python_version()} | own | versions,
     )
@@ -52,10 +53,3 @@ def _field(path: str, name: str) -> str:
         if key.strip() == name:
             return value.strip()
     return ""
-
-
-def _huge_pages() -> str:
-    if not HUGE_PAGES.exists():
-        return "unknown"
-    text = HUGE_PAGES.read_text(encoding="ascii")
-    return text.partition("[")[2].partition("]")[0]

@@ -22,9 +22,7 @@ def ensure() -> Path:
     Raises:
         CannotInstall: no package index, or no wheel for this Python.
     """
-    home = pinned.folder("sglang", PINS, VARIABLE)
-    pinned.make_once(home, _make)
-    return home / "packages"
+    return pinned.make_once(pinned.folder("sglang", PINS, VARIABLE), _make) / "packages"
 
 
 def _make(home: Path) -> None:

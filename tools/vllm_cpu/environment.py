@@ -28,9 +28,7 @@ def ensure() -> Path:
     Raises:
         CannotInstall: no disk, no package index, or pip failed.
     """
-    home = pinned.folder("vllm", PINS, VARIABLE)
-    pinned.make_once(home, _make)
-    return home / "bin" / "python"
+    return pinned.make_once(pinned.folder("vllm", PINS, VARIABLE), _make) / "bin" / "python"
 
 
 def environ() -> dict[str, str]:

@@ -217,11 +217,8 @@ class Bench(Sender):
         self.check(tensors, ids)
         lists, ids = ids, (link.upload_ids(plan, *ids),)
         in_flight = 8 if nbytes > 1 << 24 else 50
-        on_gpu, streamed = [], []
-        for _ in range(5):
-            streamed.append(_enqueued(link.write_blocks, plan, ids, in_flight) / in_flight)
-        for _ in range(REPEATS):
-            on_gpu.append(_enqueued(link.write_blocks, plan, ids, 1))
+        streamed = [_enqueued(link.write_blocks, plan, ids, in_flight) for _ in range(5)]
+        on_gpu = [_enqueued(link.write_blocks, plan, ids, 1) for _ in range(REPEATS)]
         alone, enqueue = [], []
         for _ in range(2 * REPEATS):
             start_s = time.perf_counter()
@@ -239,19 +236,12 @@ class Bench(Sender):
             self._show_profile(link, plan, ids)
         self.check(tensors, lists)
         read_s = self._read(engine, link, plan, tensors, lists)
-        alone_speed, speed = (nbytes / statistics.median(x) / 1e9 for x in (on_gpu, streamed))
         local.deregister()
-        micros = [statistics.median(x) * 1e6 for x in (alone, arrived, enqueue)]
-        return Row(
-            nbytes,
-            piece,
-            alone_speed,
-            alone_speed / top,
-            speed,
-            nbytes / read_s / 1e9,
-            copy_speed,
-            *micros,
-        )
+        seconds = statistics.median(on_gpu), statistics.median(streamed) / in_flight, read_s
+        speed, streamed_speed, read_speed = (nbytes / each / 1e9 for each in seconds)
+        micros = [statistics.median(each) * 1e6 for each in (alone, arrived, enqueue)]
+        speeds = (speed, speed / top, streamed_speed, read_speed, copy_speed)
+        return Row(nbytes, piece, *speeds, *micros)
 
     def _read(
         self,
@@ -426,12 +416,15 @@ def show(report: Report) -> None:
             f"p99 {cost.p99_us:.1f} us"
         )
     print(
-        f"{'bytes':>10} {'piece':>6} {'GB/s':>7} {'of top':>6} {'streamed':>8} {'read':>7} {'copy':>7} {'alone us':>9} {'arrived us':>10} {'enqueue us':>10}"
+        f"{'bytes':>10} {'piece':>6} {'GB/s':>7} {'of top':>6} {'streamed':>8} {'read':>7} "
+        f"{'copy':>7} {'alone us':>9} {'arrived us':>10} {'enqueue us':>10}"
     )
     for row in report.rows:
         print(
             f"{row.total_nbytes >> 10:>8} K {row.piece_nbytes >> 10:>4} K {row.gb_per_s:7.1f} "
-            f"{row.of_ceiling:6.3f} {row.streamed_gb_per_s:8.1f} {row.read_gb_per_s:7.1f} {row.copy_gb_per_s:7.1f} {row.alone_us:9.1f} {row.arrived_us:10.1f} {row.enqueue_us:10.1f}"
+            f"{row.of_ceiling:6.3f} {row.streamed_gb_per_s:8.1f} {row.read_gb_per_s:7.1f} "
+            f"{row.copy_gb_per_s:7.1f} {row.alone_us:9.1f} {row.arrived_us:10.1f} "
+            f"{row.enqueue_us:10.1f}"
         )
     for total, micros in report.one_way_us:
         print(f"stream to stream, {total >> 10} KiB: {micros:.1f} us one way")

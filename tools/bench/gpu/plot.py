@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 def save(report: dict[str, Any], path: Path) -> None:
     """Draw what the report (as `--json` writes it) holds, as PNG."""
-    panels = [functools.partial(draw, report=report) for key, draw in _PANELS if _has(report, key)]
+    direct, staged = (report.get(key) or {} for key in ("direct", "staged"))
+    drawn = (
+        (_direct, direct.get("rows")),
+        (_caps, direct.get("caps")),
+        (_latency, direct.get("one_way_us")),
+        (_staged, staged.get("rows")),
+    )
+    panels = [functools.partial(draw, report=report) for draw, rows in drawn if rows]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     pictures.save(path, f"{' and '.join(report['devices'])}; {versions}", panels)
-
-
-def _has(report: dict[str, Any], key: str) -> bool:
-    found: Any = report
-    for part in key.split("."):
-        found = found.get(part) if found else None
-    return bool(found)
 
 
 def _direct(panel: Any, report: dict[str, Any]) -> None:
@@ -80,11 +80,3 @@ def _latency(panel: Any, report: dict[str, Any]) -> None:
         line(panel, sizes, [row["us"] for row in nixl], "NIXL, the host's clock", COLORS[5])
     panel.set_yscale("log")
     finish(panel, "Latency of one handoff", "KiB", "µs")
-
-
-_PANELS = (
-    ("direct.rows", _direct),
-    ("direct.caps", _caps),
-    ("direct.one_way_us", _latency),
-    ("staged.rows", _staged),
-)

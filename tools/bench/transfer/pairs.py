@@ -147,13 +147,11 @@ class Pair:
         self._folder = package_root()
         self.import_root = Path(self._folder.name)
         self._children: dict[str, Child] = {}
-        if alone:
-            self._children["dst"] = Child(python, self._folder.name, None)
-            return
         here, there = socket.socketpair()
         with here, there:
-            self._children["src"] = Child(python, self._folder.name, here)
-            self._children["dst"] = Child(python, self._folder.name, there)
+            if not alone:
+                self._children["src"] = Child(python, self._folder.name, here)
+            self._children["dst"] = Child(python, self._folder.name, None if alone else there)
 
     def __enter__(self) -> Pair:
         return self

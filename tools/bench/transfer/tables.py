@@ -111,7 +111,10 @@ def _memory(memory: IdleMemory) -> str:
 
 def draw(report: Report, path: Path) -> None:
     """Draw GB/s as bars, memcpy as the line to reach, as PNG."""
-    rows = {shape: _rows(report, shape) for shape in report.shapes}
+    ours = [result for result in report.results if result.engine != MEMCPY]
+    rows = {  # bars are drawn from the bottom
+        shape: [result for result in ours if result.shape == shape][::-1] for shape in report.shapes
+    }
     inches = [0.28 * (len(each) + 1.5) for each in rows.values()]
     machine = report.machine
     pictures.save(
@@ -123,11 +126,6 @@ def draw(report: Report, path: Path) -> None:
         ],
         [*inches[:-1], inches[-1] + 0.6],
     )
-
-
-def _rows(report: Report, shape: str) -> list[Result]:
-    found = [r for r in report.results if r.shape == shape and r.engine != MEMCPY]
-    return found[::-1]  # bars are drawn from the bottom
 
 
 def _draw(panel: Any, shape: str, results: list[Result], report: Report) -> None:
