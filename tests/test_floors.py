@@ -26,7 +26,7 @@ FLOORS = {
     "control.cluster": "messages < membership, summary, view < presence, store"
     " < etcd, peer_loads, replication < client",
     "adapters": "agent < vllm, sglang, transformers",
-    "tools": "bootstrap, lazy, locked, map, pinned < agents, daemon, demo, doctor, keys, rdma_vm,"
+    "tools": "bootstrap, lazy, map, pinned < agents, daemon, demo, doctor, keys, rdma_vm,"
     " sglang_wheel, trace, vllm_cpu < bench, router, top < cli",
 }
 MOST_FILES = 16  # in one folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional, get_args
@@ -14,7 +13,7 @@ from kvferry.control.cluster.client import DEFAULT_DAEMON, DaemonClient
 from kvferry.control.errors import ControlError
 from kvferry.control.handoff.messages import Role
 from kvferry.control.keys import Keys
-from kvferry.tools.lazy import new_app
+from kvferry.tools.lazy import fail, new_app
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,8 +35,7 @@ def run(daemon: str, keys: Path | None, call: Callable[[DaemonClient], None]) ->
         with DaemonClient(daemon, Keys.load(keys) if keys is not None else None) as client:
             call(client)
     except ControlError as error:
-        print(f"kvferry: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
+        fail("kvferry", error)
 
 
 @app.command("list")
@@ -91,6 +89,5 @@ def flip(
     """Drain an agent and give it another role: prefill, decode or both."""
     known: dict[str, Role] = {role: role for role in get_args(Role)}
     if role not in known:
-        print(f"kvferry: {role!r} is no role: use {', '.join(known)}", file=sys.stderr)
-        raise typer.Exit(os.EX_USAGE)
+        fail("kvferry", f"{role!r} is no role: use {', '.join(known)}", os.EX_USAGE)
     run(daemon, keys, lambda client: client.flip(name, known[role]))

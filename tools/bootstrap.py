@@ -4,7 +4,8 @@ All that `.venv` gets is pinned in `constraints.txt`, so that a release elsewher
 `bootstrap.py lock` (`make lock`) renews that file.
 
 Standard library only, and no syntax newer than Python 3.6: it must run on whatever `python3` is, to
-say in one line what is missing. A second run compares one stamp and ends at once.
+say in one line what is missing. A second run compares one stamp and ends at once. By the Python of
+`.venv`, `bootstrap.py compare FILE` says what differs there from constraints, with pip's own parser.
 """
 
 import fcntl
@@ -14,8 +15,15 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from pip._vendor.packaging.specifiers import SpecifierSet
 
 OLDEST_PYTHON = (3, 10)
 OLDEST_TORCH = (2, 8)
@@ -33,7 +41,6 @@ PYPROJECT = os.path.join(ROOT, "pyproject.toml")
 CONSTRAINTS = os.path.join(ROOT, "constraints.txt")
 USED_CONSTRAINTS = os.path.join(VENV, "kvferry-constraints.txt")
 ADDED = os.path.join(VENV, "kvferry-added.txt")
-LOCKED = os.path.join(ROOT, "tools", "locked.py")
 
 HEADER = """\
 # Everything that `.venv` gets, at one version for each Python: written by `make lock`, not by hand.
@@ -65,8 +72,13 @@ def output_of(python: str, code: str) -> str:
 
 
 def version_of(text: str) -> "tuple[int, ...]":
-    """'2.13.0+cpu' -> (2, 13, 0)."""
+    """'2.13.0+cpu' -> (2, 13, 0); nothing is older than all."""
     return tuple(int(part) for part in re.findall(r"\d+", text.split("+")[0])[:3])
+
+
+def canonical(name: str) -> str:
+    """'Typing_Extensions' -> 'typing-extensions', as package indexes have it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def run_under_a_new_enough_python() -> None:
@@ -98,9 +110,9 @@ def is_ready() -> bool:
         return False
 
 
-def torch_version(python: str) -> str:
-    """The version of the torch that `python` can import; read from metadata, torch stays unloaded."""
-    return output_of(python, "import importlib.metadata as m; print(m.version('torch'))")
+def version_in(python: str, name: str) -> str:
+    """The version of what `python` can import; read from metadata, it stays unloaded."""
+    return output_of(python, f"import importlib.metadata as m; print(m.version('{name}'))")
 
 
 def make_venv() -> None:
@@ -114,8 +126,7 @@ def make_venv() -> None:
                 "on Debian and Ubuntu: apt install python3-venv"
             )
     args = [sys.executable, "-m", "venv", "--clear"]
-    outer_torch = torch_version(sys.executable)
-    if outer_torch and version_of(outer_torch) >= OLDEST_TORCH:
+    if version_of(version_in(sys.executable, "torch")) >= OLDEST_TORCH:
         args.append("--system-site-packages")
     done = subprocess.run([*args, VENV], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode != 0:
@@ -130,12 +141,7 @@ def outer_torch() -> str:
         "import importlib.metadata as m, sys; torch = m.distribution('torch');"
         "print('' if str(torch.locate_file('')).startswith(sys.prefix) else torch.version)",
     )
-    return have if have and version_of(have) >= OLDEST_TORCH else ""
-
-
-def is_torchs(name: str, bounded: "set[str]") -> bool:
-    """Whether a kept torch decides the version of this distribution."""
-    return name in bounded or name.startswith(("nvidia-", "cuda-"))
+    return have if version_of(have) >= OLDEST_TORCH else ""
 
 
 def constraints(lock: str, torch: str, torch_requires: "list[str]", has_triton: bool) -> str:
@@ -157,13 +163,14 @@ def constraints(lock: str, torch: str, torch_requires: "list[str]", has_triton: 
         wanted, _, marker = requirement.partition(";")
         name = re.match(r"[\w.-]+", wanted)
         if name and re.search("[=~]=|<", wanted.replace(">=", "")) and "extra" not in marker:
-            bounded.add(re.sub(r"[-_.]+", "-", name.group()).lower())
+            bounded.add(canonical(name.group()))
     lines = []
     for line in lock.splitlines():
         name = re.match(r"[\w-]+(?===)", line)
         if name and name.group() == "torch":
             continue
-        if name and is_torchs(name.group(), bounded):
+        # A kept torch decides the versions of its own.
+        if name and (name.group() in bounded or name.group().startswith(("nvidia-", "cuda-"))):
             bounded.add(name.group())
             continue
         lines.append(line)
@@ -178,21 +185,59 @@ def write_constraints() -> None:
         print(f"  keeping torch {torch}", flush=True)
         code = "import importlib.metadata as m; print(*m.requires('torch') or [], sep='\\n')"
         requires = output_of(VENV_PYTHON, code).splitlines()
-        code = "import importlib.metadata as m; print(m.version('triton'))"
-        has_triton = bool(output_of(VENV_PYTHON, code))
+        has_triton = bool(version_in(VENV_PYTHON, "triton"))
     with open(CONSTRAINTS, encoding="utf-8") as file:
         text = constraints(file.read(), torch, requires, has_triton)
     with open(USED_CONSTRAINTS, "w", encoding="utf-8") as file:
         file.write(text)
 
 
-def compare(*paths: str) -> "list[str]":
-    """What `tools/locked.py` says of `.venv` and these constraints, a line each."""
-    command = [VENV_PYTHON, "-I", LOCKED, *paths]
+def compare(path: str) -> "list[str]":
+    """What `differences` says of `.venv` and these constraints, a line each."""
+    command = [VENV_PYTHON, "-I", os.path.abspath(__file__), "compare", path]
     done = subprocess.run(command, stdout=subprocess.PIPE, universal_newlines=True)  # noqa: UP021
     if done.returncode != 0:
         fail(f"cannot compare {VENV} with constraints.txt; `make clean` and try again")
     return done.stdout.splitlines()
+
+
+def pins(text: str, environment: "Mapping[str, str] | None" = None) -> "dict[str, SpecifierSet]":
+    """Read constraints, as far as they are for this Python and platform (or for `environment`)."""
+    from pip._vendor.packaging.requirements import Requirement
+
+    found = {}
+    for line in text.splitlines():
+        line = line.partition("#")[0].strip()
+        if line:
+            pin = Requirement(line)
+            if pin.marker is None or pin.marker.evaluate(dict(environment or {})):
+                found[canonical(pin.name)] = pin.specifier
+    return found
+
+
+def installed() -> "dict[str, str]":
+    """What this environment's own folders hold: not what it sees in the Python it was made from."""
+    import importlib.metadata  # Python 3.8
+
+    folders = list({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+    return {
+        canonical(found.metadata["Name"]): found.version
+        for found in importlib.metadata.distributions(path=folders)
+    }
+
+
+def differences(have: "Mapping[str, str]", pinned: "Mapping[str, SpecifierSet]") -> "Iterator[str]":
+    """Yield `name version pin` for what is at another version, or `name version unpinned`.
+
+    A build of a pinned version (2.13.0+cpu) is that version.
+    """
+    for name, version in sorted(have.items()):
+        if name == "kvferry":
+            continue
+        if name not in pinned:
+            yield f"{name} {version} unpinned"
+        elif not pinned[name].contains(version, prereleases=True):
+            yield f"{name} {version} {str(pinned[name]).lstrip('=')}"
 
 
 def explain(log: str) -> str:
@@ -228,8 +273,7 @@ def pip(*args: str) -> None:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        assert process.stdout is not None
-        for line in process.stdout:
+        for line in process.stdout or ():
             log.write(line)
             seen.append(line)
             if re.match(r"\s*(Downloading \S+ \([\d.]+ [MG]B|Installing collected)", line):
@@ -308,6 +352,11 @@ def renew_lock() -> None:
 
 def main() -> None:
     """Leaves a `.venv` that is ready, or exits 1 with one line that says what is missing."""
+    if sys.argv[1:2] == ["compare"]:
+        with open(sys.argv[2], encoding="utf-8") as file:
+            for line in differences(installed(), pins(file.read())):
+                print(line)
+        return
     run_under_a_new_enough_python()
     if sys.argv[1:] == ["lock"]:
         try:

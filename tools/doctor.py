@@ -166,13 +166,10 @@ def check_ptrace_scope(path: Path = PTRACE_SCOPE) -> Check:
 def check_memlock() -> Check:
     """How much memory may be pinned, which RDMA registration needs."""
     limit_nbytes, _hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    detail = f"{limit_nbytes >> 10} KiB; RDMA registers no more than that (ulimit -l)"
     if limit_nbytes == resource.RLIM_INFINITY:
-        return Check("memlock limit", ok=None, detail="unlimited")
-    return Check(
-        "memlock limit",
-        ok=None,
-        detail=f"{limit_nbytes >> 10} KiB; RDMA registers no more than that (ulimit -l)",
-    )
+        detail = "unlimited"
+    return Check("memlock limit", ok=None, detail=detail)
 
 
 def check_paths() -> Check:
@@ -221,10 +218,8 @@ def show(transports: list[Check], machine: list[Check]) -> None:
 
     marks = {True: "[green]yes[/green]", False: "[red]no[/red]", None: ""}
     console = Console()
-    for title, yes, checks in (
-        ("Transports", "available", transports),
-        ("This machine", "there", machine),
-    ):
+    titles = (("Transports", "available", transports), ("This machine", "there", machine))
+    for title, yes, checks in titles:
         table = Table("name", yes, "detail", title=title, title_justify="left")
         for check in checks:
             table.add_row(check.name, marks[check.ok], escape(check.detail))
@@ -240,10 +235,8 @@ def doctor(
     """
     transports, machine = examine()
     if as_json:
-        report = {
-            "transports": [check._asdict() for check in transports],
-            "machine": [check._asdict() for check in machine],
-        }
+        lists = {"transports": transports, "machine": machine}
+        report = {name: [each._asdict() for each in found] for name, found in lists.items()}
         typer.echo(json.dumps(report, indent=2))
     else:
         show(transports, machine)

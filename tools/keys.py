@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,7 @@ import typer
 from kvferry.control.curve import new_pair
 from kvferry.control.errors import ConfigError
 from kvferry.control.keys import write_keys
-from kvferry.tools.lazy import new_app
+from kvferry.tools.lazy import fail, new_app
 
 app = new_app("Key pairs for every ZeroMQ socket, and the lists of who may connect.")
 
@@ -34,8 +33,7 @@ def new(
     try:
         write_keys(path, public, secret)
     except ConfigError as error:
-        print(f"kvferry keys: {error}", file=sys.stderr)
-        raise typer.Exit(2) from error
+        fail("kvferry keys", error, 2)
     print(
         f"wrote {path} (keep it secret) and allowed {name} in {folder / 'allowed_keys'}\n"
         f"public key: {public.hex()}\n"

@@ -3,43 +3,55 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping
 
 # The real command's parser reads everything after its name, `--help` included.
 _FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
-def new_app(help_text: str) -> typer.Typer:
-    """An application of kvferry's manner: no completion machinery, plain tracebacks."""
-    return typer.Typer(
+def new_app(help_text: str, commands: Mapping[str, str] = {}) -> typer.Typer:
+    """An application of kvferry's manner: no completion machinery, plain tracebacks.
+
+    Args:
+        commands: what each sub-command does, by its module below `kvferry.tools`. It is called as
+            the module, or as the folder of one called `command` or `cli`. The module holds `app`,
+            which takes the arguments, or a function of that name whose parameters typer reads.
+    """
+    app = typer.Typer(
         help=help_text,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         add_completion=False,
     )
+    for module, what in commands.items():
+        _add(app, module, what)
+    return app
 
 
-def add(app: typer.Typer, name: str, module: str, help_text: str) -> None:
-    """Adds the sub-command `name`; `module` is imported when it runs.
-
-    The module holds either `app`, a `typer.Typer`, or a function called `name` whose parameters
-    typer reads.
-    """
+def _add(app: typer.Typer, module: str, help_text: str) -> None:
+    name = module.removesuffix(".command").removesuffix(".cli").rpartition(".")[2]
 
     def run(ctx: typer.Context) -> None:
-        target = importlib.import_module(module)
+        target = importlib.import_module(f"kvferry.tools.{module}")
         sub: Any = getattr(target, "app", None)
         if sub is None:
             sub = new_app(help_text)
-            function: Callable[..., Any] = getattr(target, name)
+            function = getattr(target, name)
             sub.command(help=function.__doc__ or help_text)(function)
         sub(args=ctx.args, prog_name=ctx.command_path)
 
     # Typer finds the context by the annotation, which must be the class and not its name here.
     run.__annotations__["ctx"] = typer.Context
-    app.command(name, help=help_text, context_settings=_FORWARD)(run)
+    app.command(name.replace("_", "-"), help=help_text, context_settings=_FORWARD)(run)
+
+
+def fail(command: str, why: object, status: int = 1) -> NoReturn:
+    """End a command with one line on standard error."""
+    print(f"{command}: {why}", file=sys.stderr)
+    raise typer.Exit(status)

@@ -28,24 +28,29 @@ def folder(name: str, pins: Sequence[Path], variable: str) -> Path:
         return Path(named)
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in pins))
     digest.update(f"{sys.version_info[:2]}".encode())
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "kvferry" / f"{name}-{digest.hexdigest()[:12]}"
+    return cache_folder() / f"{name}-{digest.hexdigest()[:12]}"
 
 
-def make_once(home: Path, make: Callable[[Path], None]) -> None:
-    """Fills a folder unless it is filled. Processes wait for each other.
+def cache_folder() -> Path:
+    """Where kvferry keeps what is made once: `$XDG_CACHE_HOME/kvferry`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvferry"
+
+
+def make_once(home: Path, make: Callable[[Path], None]) -> Path:
+    """Fills a folder unless it is filled, and returns it. Processes wait for each other.
 
     Raises:
         CannotInstall: as `make` says.
     """
     if (home / STAMP).exists():
-        return
+        return home
     home.parent.mkdir(parents=True, exist_ok=True)
     with open(home.parent / f"{home.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (home / STAMP).exists():
             make(home)
             (home / STAMP).touch()
+    return home
 
 
 def pip_install(home: Path, python: Path, arguments: Sequence[str]) -> None:
@@ -62,3 +67,11 @@ def pip_install(home: Path, python: Path, arguments: Sequence[str]) -> None:
         lines = log.read_text(errors="replace").splitlines()
         errors = [line for line in lines if line.startswith("ERROR:")] or ["pip failed"]
         raise CannotInstall(f"{errors[-1]} (all of pip's output: {log})")
+
+
+def main(name: str, ensure: Callable[[], Path]) -> None:
+    """Installs, and prints where it is."""
+    try:
+        print(ensure())
+    except CannotInstall as error:
+        sys.exit(f"kvferry: {name} cannot be installed: {error}")

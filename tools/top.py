@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console, Group
@@ -27,7 +27,7 @@ ANSWER_S = 0.5  # of a daemon that shows what agents do; then the last is shown 
 LINKS, HANDOFFS, FAILURES = 10, 10, 5  # rows of a live view; agents have the rest of the screen
 FEWEST_AGENTS = 5
 AROUND_A_TABLE = 5  # lines of its title and its frame
-NUMBERS = (  # columns of them
+NUMBERS = [
     "handoffs",
     "in flight",
     "queued",
@@ -37,7 +37,7 @@ NUMBERS = (  # columns of them
     "bytes",
     "for",
     "ago",
-)
+]  # columns of them
 NOTHING = Shown(0, (), 0, (), (), {})
 
 
@@ -76,6 +76,7 @@ class _Picture:
         self._watch = watch
         self._shown = NOTHING
         self._trouble = ""
+        self._silence = f"the daemon at {client.address} does not answer"
 
     def look(self) -> None:
         """Asks what the agents do."""
@@ -83,7 +84,7 @@ class _Picture:
             self._shown = self._client.show(ANSWER_S)
             self._trouble = ""
         except DaemonTimeout:
-            self._trouble = f"the daemon at {self._client.address} does not answer"
+            self._trouble = self._silence
         except DaemonDenied as error:
             self._trouble = f"the daemon does not tell what the agents do: {error}"
 
@@ -94,7 +95,7 @@ class _Picture:
             try:
                 self._watch.poll(left_s)
             except DaemonTimeout:
-                self._trouble = f"the daemon at {self._client.address} does not answer"
+                self._trouble = self._silence
 
     def render(self, height: int) -> Group:
         """The picture as tables; cut to a screen of that height, or whole if it is 0."""
@@ -117,9 +118,7 @@ class _Picture:
 
 def _agents(members: list[Member], count: int, loads: dict[str, Load]) -> Table:
     title = f"{count} agents" + (f", the first {len(members)}" if len(members) < count else "")
-    table = _table(
-        title, "agent", "role", "state", "host", "handoffs", "in flight", "queued", "blocks"
-    )
+    table = _table(title, "agent|role|state|host|handoffs|in flight|queued|blocks")
     for member in members:
         load, there = loads[member.name], member.registration
         table.add_row(
@@ -139,26 +138,21 @@ def _links(shown: Shown, most: int | None) -> Iterable[Table]:
     if not shown.links:
         return
     flow = sum(link.nbytes_per_s for link in shown.links) / 1e9
-    table = _table(
-        f"{shown.num_links} links, {flow:.2f} GB/s", "from", "to", "transport", "GB/s", "at best"
-    )
+    title = f"{shown.num_links} links, {flow:.2f} GB/s"
+    table = _table(title, "from|to|transport|GB/s|at best")
     for link in shown.links[:most]:
-        table.add_row(
-            Text(link.source),
-            Text(link.target),
-            Text(link.transport),
-            f"{link.nbytes_per_s / 1e9:.2f}",
-            f"{link.measured_nbytes_per_s / 1e9:.2f}" if link.measured_nbytes_per_s else "",
-        )
+        best = f"{link.measured_nbytes_per_s / 1e9:.2f}" if link.measured_nbytes_per_s else ""
+        texts = map(Text, (link.source, link.target, link.transport))
+        table.add_row(*texts, f"{link.nbytes_per_s / 1e9:.2f}", best)
     yield table
 
 
 def _handoffs(shown: Shown, most: int | None) -> Iterable[Table]:
     if not shown.live:
         return
-    table = _table("oldest handoffs under way", "handoff", "from", "to", "bytes", "for")
+    table = _table("oldest handoffs under way", "handoff|from|to|bytes|for")
     for row in shown.live[:most]:
-        texts = (Text(row.handoff), Text(row.prefill or "?"), Text(row.decode or "?"))
+        texts = map(Text, (row.handoff, row.prefill or "?", row.decode or "?"))
         table.add_row(*texts, _mib(row.nbytes) if row.nbytes else "", f"{row.age_s:.1f} s")
     yield table
 
@@ -168,18 +162,19 @@ def _failures(shown: Shown, most: int | None) -> Iterable[Table]:
         return
     counts = ", ".join(f"{count} {error}" for error, count in shown.errors.items())
     title = "failures" + (f" since the daemon began: {counts}" if counts else "")
-    table = _table(title, "handoff", "agent", "peer", "error", "ago")
+    table = _table(title, "handoff|agent|peer|error|ago")
     for row in shown.failures[:most]:
-        texts = (Text(row.handoff), Text(row.agent), Text(row.peer), Text(row.error))
+        texts = map(Text, (row.handoff, row.agent, row.peer, row.error))
         table.add_row(*texts, f"{row.age_s:.0f} s")
     yield table
 
 
-def _table(title: str, *headings: str) -> Table:
+def _table(title: str, headings: str) -> Table:
+    """An empty table; its headings are parted by bars."""
     table = Table(title=Text(title), title_justify="left")
-    for heading in headings:
-        numeric = heading in NUMBERS
-        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
+    for heading in headings.split("|"):
+        justify: Literal["right", "left"] = "right" if heading in NUMBERS else "left"
+        table.add_column(heading, justify=justify, no_wrap=True)
     return table
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 
 from kvferry.control.errors import ConfigError
 from kvferry.control.handoff.timeline import chrome_trace, decode, read
+from kvferry.tools.lazy import fail
 
 if TYPE_CHECKING:
     from kvferry.control.handoff.timeline import Timeline
@@ -42,8 +42,7 @@ def trace(
         timelines += [timeline for address in from_ or () for timeline in _fetch(address)]
         out.write_bytes(msgspec.json.encode(chrome_trace(timelines)))
     except (ConfigError, OSError) as error:
-        print(f"kvferry trace: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
+        fail("kvferry trace", error)
     print(f"{len(timelines)} handoffs in {out}: open it in ui.perfetto.dev or chrome://tracing")
 
 

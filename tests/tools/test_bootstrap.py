@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from kvferry.tools import bootstrap, locked
+from kvferry.tools import bootstrap
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -96,7 +96,7 @@ def test_the_lock_pins_all_that_is_asked_for(python: str, system: str, platform:
         "sys_platform": platform,
     }
     text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    pinned = locked.pins(text, environment)
+    pinned = bootstrap.pins(text, environment)
     assert all(str(pin).startswith("==") for pin in pinned.values())
     for wanted in asked_for():
         if wanted.marker is None or wanted.marker.evaluate(environment):
@@ -125,11 +125,14 @@ def test_a_kept_torch_decides_its_own_triton_and_cuda_packages() -> None:
 
 
 def test_a_build_of_a_pinned_version_is_that_version() -> None:
-    pinned = locked.pins("torch==2.13.0\nnumpy==2.4.6 ; python_version < '3'\nTriton\n")
+    pinned = bootstrap.pins("torch==2.13.0\nnumpy==2.4.6 ; python_version < '3'\nTriton\n")
     have = {"torch": "2.13.0+cpu", "triton": "3.5.0", "kvferry": "0.1.0"}
-    assert list(locked.differences(have, pinned)) == []
+    assert list(bootstrap.differences(have, pinned)) == []
     have = {"torch": "2.13.1", "numpy": "2.4.6"}
-    assert list(locked.differences(have, pinned)) == ["numpy 2.4.6 unpinned", "torch 2.13.1 2.13.0"]
+    assert list(bootstrap.differences(have, pinned)) == [
+        "numpy 2.4.6 unpinned",
+        "torch 2.13.1 2.13.0",
+    ]
 
 
 @pytest.fixture
@@ -140,7 +143,7 @@ def venv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     packages = next(venv.glob("lib/python*/site-packages"))
     for name, version in (("apple", "1.0"), ("pear", "2.0+cpu")):
         distribution(packages, name, version)
-    # `locked.py` needs pip; it does not look at what comes from elsewhere.
+    # `bootstrap.py compare` needs pip; it does not look at what comes from elsewhere.
     outer = Path(pip.__file__).parent.parent
     (packages / "outer.pth").write_text(f"{outer}\n")
     for name in ("VENV", "VENV_PYTHON", "STAMP", "LOG", "USED_CONSTRAINTS", "ADDED"):

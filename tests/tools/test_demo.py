@@ -38,7 +38,7 @@ from kvferry.tools.demo.events import (
     Step,
 )
 from kvferry.tools.demo.pool import TOKENS_PER_BLOCK, FragmentedPool, PoolExhausted
-from kvferry.tools.demo.progress import DemoProgress
+from kvferry.tools.demo.report import DemoProgress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

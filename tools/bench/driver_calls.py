@@ -73,28 +73,27 @@ class LaunchByCtypes:
             raise RuntimeError(f"cuLaunchKernelEx failed: error {code}")
 
 
-def median_us(call: Callable[[], object]) -> float:
-    """Time one call, in microseconds: the median of several rounds of many."""
+def rounds_us(call: Callable[[], object], rounds: int, calls: int, rest_s: float) -> list[float]:
+    """Time rounds of so many calls each, in microseconds, with a rest before each."""
     found = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         torch.cuda.synchronize()
+        time.sleep(rest_s)
         begun_s = time.perf_counter()
-        for _ in range(CALLS):
+        for _ in range(calls):
             call()
-        found.append((time.perf_counter() - begun_s) / CALLS * 1e6)
-    return statistics.median(found)
+        found.append((time.perf_counter() - begun_s) * 1e6)
+    return found
+
+
+def median_us(call: Callable[[], object]) -> float:
+    """Time one call: the median of several rounds of many."""
+    return statistics.median(rounds_us(call, ROUNDS, CALLS, 0.0)) / CALLS
 
 
 def several_us(call: Callable[[], object]) -> str:
     """Time six calls after a rest, many times: median, mean and longest in microseconds."""
-    found = []
-    for _ in range(TIMES):
-        torch.cuda.synchronize()
-        time.sleep(REST_S)
-        begun_s = time.perf_counter()
-        for _ in range(AT_ONCE):
-            call()
-        found.append((time.perf_counter() - begun_s) * 1e6)
+    found = rounds_us(call, TIMES, AT_ONCE, REST_S)
     return f"{statistics.median(found):8.1f} {statistics.mean(found):8.1f} {max(found):8.0f}"
 
 

@@ -15,13 +15,27 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvferry.tools.bench.transfer.report import IdleMemory
+import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 SETTLE_S = 0.5  # threads have started and ticked by then
 TIMEOUT_S = 60.0
+
+
+class IdleMemory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Resident memory of an idle object, in a process that had imported torch before.
+
+    `imports_nbytes` is what importing its module added, `object_nbytes` what making it added.
+    `reason` says why there are no figures; empty if there are.
+    """
+
+    name: str
+    torch_nbytes: int
+    imports_nbytes: int
+    object_nbytes: int
+    reason: str = ""
 
 
 def start() -> Callable[[], tuple[IdleMemory, ...]]:

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from pathlib import Path
 
-from kvferry.tools.bench.transfer.report import Machine
+import msgspec
+
+from kvferry.tools.bench.figures import version
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
+class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where it ran. `load` is the load average of the last minute before it began."""
+
+    cpu: str
+    cores: int
+    memory_nbytes: int
+    system: str
+    huge_pages: str
+    load: float
+    versions: dict[str, str]
+
+
 def describe(versions: dict[str, str]) -> Machine:
     """This machine; `versions` are those of libraries in other environments."""
-    own = {name: _version(name) for name in ("kvferry", "numpy", "torch")}
+    pages = HUGE_PAGES.read_text(encoding="ascii") if HUGE_PAGES.exists() else ""
+    own = {name: version(name) for name in ("kvferry", "numpy", "torch")}
     return Machine(
         cpu=_field("/proc/cpuinfo", "model name") or platform.machine(),
         cores=len(os.sched_getaffinity(0)),
         memory_nbytes=memory_nbytes("MemTotal"),
         system=f"{platform.system()} {platform.release()}",
-        huge_pages=_huge_pages(),
+        huge_pages=pages.partition("[")[2].partition("]")[0] if pages else "unknown",
         load=round(os.getloadavg()[0], 2),
         versions={"python": platform.python_version()} | own | versions,
     )
@@ -39,17 +53,3 @@ def _field(path: str, name: str) -> str:
         if key.strip() == name:
             return value.strip()
     return ""
-
-
-def _huge_pages() -> str:
-    if not HUGE_PAGES.exists():
-        return "unknown"
-    text = HUGE_PAGES.read_text(encoding="ascii")
-    return text.partition("[")[2].partition("]")[0]
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -79,30 +79,28 @@ def measure(transport: str) -> dict[int, tuple[float, float]]:
     Raises:
         EngineError: the transport does not work here. Missing: there is no GPU for it.
     """
-    on_gpu = transport == "cuda_ipc"
-    if on_gpu:
-        _check_gpu()
+    if transport == "cuda_ipc":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise Missing("torch sees no CUDA device")
     with Peer(_Receiver, transport) as peer:
         try:
-            return _speeds(peer, transport, _pool(on_gpu, 0))
+            return _speeds(peer, transport, _pool(transport, here=True))
         except PeerEnded:
             raise Missing("the other process ended") from None
 
 
-def _check_gpu() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise Missing("torch sees no CUDA device")
-
-
-def _pool(on_gpu: bool, device: int) -> Any:
+def _pool(transport: str, *, here: bool) -> Any:
+    """Memory of the host, or for `cuda_ipc` of the first GPU; at the other end of the second."""
     nbytes = POOL_FACTOR * TOTAL_NBYTES
-    if not on_gpu:
+    if transport != "cuda_ipc":
         return np.ones(nbytes, np.uint8)
     import torch
 
-    return torch.ones(nbytes, dtype=torch.uint8, device=f"cuda:{device}")
+    if not here:
+        torch.cuda.set_device(min(1, torch.cuda.device_count() - 1))
+    return torch.ones(nbytes, dtype=torch.uint8, device="cuda")
 
 
 def _engines(transport: str, stack: contextlib.ExitStack) -> list[TransferEngine]:
@@ -127,14 +125,7 @@ class _Receiver:
 
     def open(self) -> Any:
         """Make an engine for each way; where they are and their regions, or why there are none."""
-        on_gpu = self._transport == "cuda_ipc"
-        device = 0
-        if on_gpu:
-            import torch
-
-            device = min(1, torch.cuda.device_count() - 1)
-            torch.cuda.set_device(device)
-        pool = _pool(on_gpu, device)
+        pool = _pool(self._transport, here=False)
         try:
             engines = _engines(self._transport, self._stack)
         except EngineError as error:

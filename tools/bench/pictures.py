@@ -14,15 +14,6 @@ CEILING = "#c8553d"
 PANEL_INCHES = 3.2
 
 
-def check() -> None:
-    """Import what drawing needs: better before a run than after it.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    importlib.import_module("matplotlib")
-
-
 def save(
     path: Path,
     title: str,
@@ -51,6 +42,11 @@ def line(panel: Any, x: list[float], y: list[float], label: str, color: str) -> 
     """Draw a line with its points, over powers of two."""
     panel.plot(x, y, marker="o", markersize=3, linewidth=1.4, label=label, color=color)
     panel.set_xscale("log", base=2)
+
+
+def ceiling(panel: Any, value: float, label: str) -> None:
+    """Draw the line to reach."""
+    panel.axhline(value, color=CEILING, linewidth=1.2, label=label)
 
 
 def finish(panel: Any, title: str, x: str, y: str) -> None:

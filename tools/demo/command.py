@@ -15,28 +15,17 @@ from rich.text import Text
 from kvferry.engine.errors import DeviceError
 from kvferry.engine.memory import cuda_driver as cuda
 from kvferry.tools.demo import run as demo_run
-from kvferry.tools.demo.events import Options
-from kvferry.tools.demo.progress import DemoProgress
-from kvferry.tools.demo.report import Collector
+from kvferry.tools.demo.events import Event, Options
+from kvferry.tools.demo.report import Collector, DemoProgress
 
 TRANSPORTS = ("cma", "tcp")  # between host memories; with GPUs, cuda_ipc before them
 
 
-class DeviceChoice(str, enum.Enum):
-    """What `--device` takes."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class TransportChoice(str, enum.Enum):
-    """What `--transport` takes."""
-
-    all = "all"
-    cuda_ipc = "cuda_ipc"
-    cma = "cma"
-    tcp = "tcp"
+# Enumerations, for typer, and dictionaries of literals, for mypy.
+DeviceChoice = enum.Enum("DeviceChoice", {"auto": "auto", "cpu": "cpu", "cuda": "cuda"})
+TransportChoice = enum.Enum(
+    "TransportChoice", {"all": "all", "cuda_ipc": "cuda_ipc", "cma": "cma", "tcp": "tcp"}
+)
 
 
 class NoGpu(RuntimeError):
@@ -122,9 +111,9 @@ def demo(
     try:
         with DemoProgress(console, options) as progress:
 
-            def on_event(event: object) -> None:
-                collector.add(event)  # type: ignore[arg-type]
-                progress.show(event)  # type: ignore[arg-type]
+            def on_event(event: Event) -> None:
+                collector.add(event)
+                progress.show(event)
 
             demo_run.run(options, on_event)
     except demo_run.DemoError as error:
@@ -134,19 +123,15 @@ def demo(
     if as_json:
         typer.echo(json.dumps(collector.to_json(wall_s), indent=2))
     else:
-        _print_report(Console(), collector, wall_s)
+        stdout = Console()
+        stdout.print(collector.table())
+        for line in collector.lines(wall_s):
+            stdout.print(line, highlight=False, soft_wrap=True)
     problems = collector.problems()
     for problem in problems:
         _print_problem(console, problem)
     if problems:
         raise typer.Exit(1)
-
-
-def _print_report(console: Console, collector: Collector, wall_s: float) -> None:
-    """The table and what goes with it, on standard output."""
-    console.print(collector.table())
-    for line in collector.lines(wall_s):
-        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _print_problem(console: Console, problem: str) -> None:

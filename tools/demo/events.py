@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """One run of the demo.
 
     Attributes:
@@ -29,31 +28,27 @@ class Options:
     devices: tuple[str, str] = ("cpu", "cpu")
 
 
-@dataclass(frozen=True)
-class Started:
+class Started(NamedTuple):
     """A process runs."""
 
     role: str
     pid: int
 
 
-@dataclass(frozen=True)
-class Ready:
+class Ready(NamedTuple):
     """A process has its model, its pool and its agents."""
 
     role: str
 
 
-@dataclass(frozen=True)
-class Skipped:
+class Skipped(NamedTuple):
     """A transport does not work on this machine."""
 
     transport: str
     reason: str
 
 
-@dataclass(frozen=True)
-class Prefilled:
+class Prefilled(NamedTuple):
     """The prefill process has computed a prompt and exported its cache."""
 
     prompt: int
@@ -61,8 +56,7 @@ class Prefilled:
     prefill_s: float
 
 
-@dataclass(frozen=True)
-class Received:
+class Received(NamedTuple):
     """One handoff is complete: from asking for the request to its last byte counted."""
 
     transport: str
@@ -71,24 +65,21 @@ class Received:
     latency_s: float
 
 
-@dataclass(frozen=True)
-class Step:
-    """One token more for each of `count` prompts; `path` is `reference` or a transport."""
+class Step(NamedTuple):
+    """One token more for each of some prompts; `path` is `reference` or a transport."""
 
     path: str
-    count: int
+    num_prompts: int
 
 
-@dataclass(frozen=True)
-class Generated:
+class Generated(NamedTuple):
     """All tokens of some prompts; `path` is `reference` or a transport."""
 
     path: str
     tokens: dict[int, list[int]]
 
 
-@dataclass(frozen=True)
-class Finished:
+class Finished(NamedTuple):
     """A process is done, with the state of its pool."""
 
     role: str
@@ -97,8 +88,7 @@ class Finished:
     stray_blocks: int
 
 
-@dataclass(frozen=True)
-class Failed:
+class Failed(NamedTuple):
     """A process cannot go on."""
 
     role: str
@@ -111,23 +101,20 @@ Event = Started | Ready | Skipped | Prefilled | Received | Step | Generated | Fi
 # Between the two workers.
 
 
-@dataclass(frozen=True)
-class Addresses:
+class Addresses(NamedTuple):
     """Where the prefill process's agents are, by transport, and why some are missing."""
 
     agents: dict[str, str]
     unavailable: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Connected:
+class Connected(NamedTuple):
     """The transports over which decode reached prefill."""
 
     transports: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Computed:
+class Computed(NamedTuple):
     """The KV of these prompts is in prefill's pool: ask for it."""
 
     prompts: range

@@ -1,25 +1,105 @@
-"""What the demo found: tokens compared, bytes moved, and how long it took."""
+"""What people see of the demo: its progress, then tokens compared, bytes moved, and how long it took."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kvferry.tools.demo.events import Finished, Generated, Prefilled, Received, Skipped
+from kvferry.tools.demo.events import (
+    Finished,
+    Generated,
+    Prefilled,
+    Ready,
+    Received,
+    Skipped,
+    Started,
+    Step,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from rich.console import Console
+
     from kvferry.tools.demo.events import Event, Options
 
 
-@dataclass(frozen=True)
-class TransportResult:
+class DemoProgress:
+    """Shows each event on `console`; a context manager."""
+
+    def __init__(self, console: Console, options: Options) -> None:
+        self._console = console
+        self._options = options
+        self._done: dict[str, int] = {}
+        self._bars: Progress | None = None
+        prompts, tokens = options.num_prompts, options.num_prompts * options.num_tokens
+        self._totals = {
+            "load the model twice": 2,
+            "prefill prompts": prompts,
+            **{f"{name} handoffs": prompts for name in options.transports},
+            "reference tokens": tokens,
+            **{f"{name} tokens": tokens for name in options.transports},
+        }
+        if console.is_terminal:
+            text, count = TextColumn("{task.description:22}"), MofNCompleteColumn()
+            self._bars = Progress(text, BarColumn(), count, TimeElapsedColumn(), console=console)
+            self._tasks = {
+                what: self._bars.add_task(what, total=total, start=number == 0)
+                for number, (what, total) in enumerate(self._totals.items())
+            }
+
+    def __enter__(self) -> DemoProgress:
+        if self._bars:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def show(self, event: Event) -> None:
+        """Shows one event."""
+        match event:
+            case Started(role, pid) if not self._bars:
+                self._print(f"{role} is process {pid}")
+            case Ready():
+                self._advance("load the model twice", 1)
+            case Prefilled():
+                self._advance("prefill prompts", 1)
+            case Received(transport):
+                self._advance(f"{transport} handoffs", 1)
+            case Step(path, num_prompts):
+                self._advance(f"{path} tokens", num_prompts)
+            case Generated(path) if not self._bars:
+                self._line(f"{path} tokens")
+            case Skipped(transport, reason):
+                self._print(f"{transport} is left out: {reason}")
+                for what in ("handoffs", "tokens"):
+                    if self._bars:
+                        self._bars.remove_task(self._tasks[f"{transport} {what}"])
+
+    def _advance(self, what: str, count: int) -> None:
+        self._done[what] = self._done.get(what, 0) + count
+        if self._bars:
+            self._bars.start_task(self._tasks[what])
+            self._bars.advance(self._tasks[what], count)
+        elif not what.endswith("tokens") and self._done[what] % 16 in (0, self._totals[what]):
+            self._line(what)
+
+    def _line(self, what: str) -> None:
+        self._print(f"{what}: {self._done[what]} of {self._totals[what]}")
+
+    def _print(self, line: str) -> None:
+        # A transport's reason may hold brackets, which rich would read as markup.
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class TransportResult(NamedTuple):
     """One row of the table."""
 
     transport: str
@@ -46,17 +126,18 @@ class Collector:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def add(self, event: Event) -> None:
-        if isinstance(event, Prefilled):
-            self.prefill_s[event.prompt] = event.prefill_s
-            self.prompt_tokens += event.num_tokens
-        elif isinstance(event, Received):
-            self.received.setdefault(event.transport, []).append(event)
-        elif isinstance(event, Generated):
-            self.tokens.setdefault(event.path, {}).update(event.tokens)
-        elif isinstance(event, Finished):
-            self.finished[event.role] = event
-        elif isinstance(event, Skipped):
-            self.skipped[event.transport] = event.reason
+        match event:
+            case Prefilled(prompt, num_tokens, prefill_s):
+                self.prefill_s[prompt] = prefill_s
+                self.prompt_tokens += num_tokens
+            case Received(transport):
+                self.received.setdefault(transport, []).append(event)
+            case Generated(path, tokens):
+                self.tokens.setdefault(path, {}).update(tokens)
+            case Finished(role):
+                self.finished[role] = event
+            case Skipped(transport, reason):
+                self.skipped[transport] = reason
 
     def results(self) -> list[TransportResult]:
         """One result a transport that ran, in the order of the options."""
@@ -122,13 +203,13 @@ class Collector:
     def to_json(self, wall_s: float) -> dict[str, Any]:
         """Everything in plain types, times in the units of the names."""
         return {
-            "transports": [dataclasses.asdict(result) for result in self.results()],
+            "transports": [result._asdict() for result in self.results()],
             "skipped": self.skipped,
             "prompts": self.options.num_prompts,
             "prompt_tokens": self.prompt_tokens,
             "prefill_s": sum(self.prefill_s.values()),
             "distinct_tokens_an_answer": self.distinct_tokens,
-            "pools": {role: dataclasses.asdict(pool) for role, pool in self.finished.items()},
+            "pools": {role: pool._asdict() for role, pool in self.finished.items()},
             "devices": list(self.options.devices),
             "corrupted_on_purpose": self.options.corrupt,
             "problems": self.problems(),
@@ -143,16 +224,10 @@ class Collector:
             padding=(0, 1, 0, 0),
         )
         table.add_column("transport", no_wrap=True)
-        for heading in (
-            "requests",
-            "tokens\ncompared",
-            "mis-\nmatches",
-            "MB",
-            "GB/s",
-            "p50\nms",
-            "p99\nms",
-            "share of\nprefill",
-        ):
+        columns = (
+            "requests|tokens\ncompared|mis-\nmatches|MB|GB/s|p50\nms|p99\nms|share of\nprefill"
+        )
+        for heading in columns.split("|"):
             table.add_column(heading, justify="right", no_wrap=True)
         for result in self.results():
             table.add_row(

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import multiprocessing
+import os
 import re
 import signal
+import threading
 import time
 from multiprocessing import connection
 from typing import TYPE_CHECKING, Any
 
-from kvferry.tools.demo.events import Failed, Finished
-from kvferry.tools.demo.workers import run_decode, run_prefill
+from kvferry.tools.demo.events import Failed, Finished, Started
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from multiprocessing.connection import Connection
     from multiprocessing.context import SpawnProcess
 
     from kvferry.tools.demo.events import Event, Options
@@ -58,13 +61,13 @@ def run(options: Options, on_event: Callable[[Event], None]) -> None:
     workers: dict[str, SpawnProcess] = {}
     to_decode, to_prefill = context.Pipe()
     try:
-        for role, target, peer in (
-            ("prefill", run_prefill, to_decode),
-            ("decode", run_decode, to_prefill),
-        ):
+        for role, peer in (("prefill", to_decode), ("decode", to_prefill)):
             receiver, sender = context.Pipe(duplex=False)
             worker = context.Process(
-                target=target, args=(options, sender, peer), name=f"kvferry-{role}", daemon=True
+                target=_work,
+                args=(role, options, sender, peer),
+                name=f"kvferry-{role}",
+                daemon=True,
             )
             worker.start()
             sender.close()  # so that the worker's death is the end of its pipe
@@ -127,3 +130,50 @@ def _blame(role: str, message: str, workers: dict[str, SpawnProcess]) -> str:
         return f"the {role} process failed: {message}"
     code = workers[role].exitcode
     return f"the {role} process (pid {workers[role].pid}) ended early with exit status {code}"
+
+
+def _work(role: str, options: Options, parent: Connection, peer: Connection) -> None:
+    """Is one worker, in a process of its own; every failure becomes one event, then it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before torch: the same sums every time
+    try:
+        parent.send(Started(role, os.getpid()))
+        import torch
+
+        torch.set_num_threads(1)
+        device = options.devices[role == "decode"]
+        if device != "cpu":
+            torch.cuda.set_device(device)
+            _repeat_exactly()
+        from kvferry.tools.demo import workers
+
+        body = workers.prefill if role == "prefill" else workers.decode
+        body(options, parent, peer)
+    except Exception as error:
+        with contextlib.suppress(OSError):  # the parent may be gone: then nobody is left to tell
+            parent.send(Failed(role, f"{type(error).__name__}: {error}"))
+        # Not through the interpreter's exit: a thread that waits for a dead peer must not hold it.
+        os._exit(1)
+
+
+def _repeat_exactly() -> None:
+    """Leaves torch the one attention kernel for CUDA that gives the same bits every time.
+
+    With the others, equal caches gave other tokens in one of twelve batches on an H200.
+    """
+    import torch
+
+    torch.backends.cuda.enable_flash_sdp(enabled=False)
+    torch.backends.cuda.enable_mem_efficient_sdp(enabled=False)
+    torch.backends.cuda.enable_cudnn_sdp(enabled=False)
+    torch.backends.cuda.enable_math_sdp(enabled=True)
+
+
+def _end_with_parent() -> None:
+    """Ends this process with its parent, however that one ended."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

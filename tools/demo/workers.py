@@ -11,36 +11,34 @@ Each batch of prompts goes through the same steps:
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import os
-import signal
-import threading
 import time
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
+from kvferry.adapters.agent.agent import Agent
+from kvferry.adapters.transformers import blocks_for, export_cache, import_cache
+from kvferry.control.errors import HelloRefused
+from kvferry.engine.errors import TransportUnavailable
+from kvferry.tools.demo import model as demo_model
 from kvferry.tools.demo.events import (
     Addresses,
     Computed,
     Connected,
-    Failed,
     Finished,
     Generated,
     Prefilled,
     Ready,
     Received,
     Skipped,
-    Started,
     Step,
 )
+from kvferry.tools.demo.pool import TOKENS_PER_BLOCK, FragmentedPool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from multiprocessing.connection import Connection
 
-    from kvferry.adapters.agent.agent import Agent
     from kvferry.tools.demo.events import Options
-    from kvferry.tools.demo.pool import FragmentedPool
 
     Role = Literal["prefill", "decode"]
 
@@ -53,70 +51,8 @@ class PeerGone(RuntimeError):
     """The other worker closed its pipe or stayed silent."""
 
 
-def run_prefill(options: Options, parent: Connection, peer: Connection) -> None:
-    """Entry of the prefill process."""
-    _run("prefill", _prefill, options, parent, peer)
-
-
-def run_decode(options: Options, parent: Connection, peer: Connection) -> None:
-    """Entry of the decode process."""
-    _run("decode", _decode, options, parent, peer)
-
-
-def _run(
-    role: Role,
-    body: Callable[[Options, Connection, Connection], None],
-    options: Options,
-    parent: Connection,
-    peer: Connection,
-) -> None:
-    """Runs one worker; every failure becomes one event, then the process ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before torch: the same sums every time
-    try:
-        parent.send(Started(role, os.getpid()))
-        import torch
-
-        torch.set_num_threads(1)
-        device = options.devices[role == "decode"]
-        if device != "cpu":
-            torch.cuda.set_device(device)
-            _repeat_exactly()
-        body(options, parent, peer)
-    except Exception as error:
-        with contextlib.suppress(OSError):  # the parent may be gone: then nobody is left to tell
-            parent.send(Failed(role, f"{type(error).__name__}: {error}"))
-        # Not through the interpreter's exit: a thread that waits for a dead peer must not hold it.
-        os._exit(1)
-
-
-def _repeat_exactly() -> None:
-    """Leaves torch the one attention kernel for CUDA that gives the same bits every time.
-
-    With the others, equal caches gave other tokens in one of twelve batches on an H200.
-    """
-    import torch
-
-    torch.backends.cuda.enable_flash_sdp(enabled=False)
-    torch.backends.cuda.enable_mem_efficient_sdp(enabled=False)
-    torch.backends.cuda.enable_cudnn_sdp(enabled=False)
-    torch.backends.cuda.enable_math_sdp(enabled=True)
-
-
-def _end_with_parent() -> None:
-    """Ends this process with its parent, however that one ended."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _prefill(options: Options, parent: Connection, peer: Connection) -> None:
-    from kvferry.adapters.transformers import export_cache
-    from kvferry.tools.demo import model as demo_model
-
+def prefill(options: Options, parent: Connection, peer: Connection) -> None:
+    """What the prefill process does."""
     device = options.devices[0]
     model = demo_model.make_model(device)
     prompts = demo_model.make_prompts(options.num_prompts)
@@ -160,10 +96,8 @@ def _prefill(options: Options, parent: Connection, peer: Connection) -> None:
     _finish("prefill", agents, pool, parent)
 
 
-def _decode(options: Options, parent: Connection, peer: Connection) -> None:
-    from kvferry.adapters.transformers import import_cache
-    from kvferry.tools.demo import model as demo_model
-
+def decode(options: Options, parent: Connection, peer: Connection) -> None:
+    """What the decode process does."""
     device = options.devices[1]
     model = demo_model.make_model(device)
     prompts = demo_model.make_prompts(options.num_prompts)
@@ -216,8 +150,6 @@ def _generate(
     parent: Connection,
 ) -> None:
     """Generates a batch and tells the parent, a step at a time and then the tokens."""
-    from kvferry.tools.demo import model as demo_model
-
     tokens = demo_model.generate(
         model,
         [prompts[prompt] for prompt in batch],
@@ -232,9 +164,6 @@ def _make_agents(
     role: Role, options: Options, pool: FragmentedPool
 ) -> tuple[dict[str, Agent], dict[str, str]]:
     """An agent for each transport, all of them on the one pool; and why some have none."""
-    from kvferry.adapters.agent.agent import Agent
-    from kvferry.engine.errors import TransportUnavailable
-
     agents, unavailable = {}, {}
     for name in options.transports:
         try:
@@ -265,9 +194,6 @@ def _connect(
     Raises:
         TransportUnavailable: a transport that was asked for, or every one, does not work.
     """
-    from kvferry.control.errors import HelloRefused
-    from kvferry.engine.errors import TransportUnavailable
-
     peers = {}
     for name, agent in agents.items():
         if name not in addresses.agents:
@@ -288,24 +214,17 @@ def _connect(
 
 def _make_pool(model: Any, blocks_in_use: int, *, seed: int, device: str) -> FragmentedPool:
     """A pool with room to scatter: three times the blocks that are ever held together."""
-    from kvferry.tools.demo.pool import FragmentedPool
-
     return FragmentedPool(model.config, 3 * blocks_in_use, seed=seed, device=device)
 
 
 def _synchronize(device: str) -> None:
     """Waits for what this process has enqueued on its GPU, if it has one."""
     if device != "cpu":
-        import torch
-
         torch.cuda.synchronize(device)
 
 
 def _num_blocks(prompts: list[list[int]], batch: range) -> int:
     """How many blocks the prompts of a batch fill."""
-    from kvferry.adapters.transformers import blocks_for
-    from kvferry.tools.demo.pool import TOKENS_PER_BLOCK
-
     return sum(blocks_for(len(prompts[prompt]), TOKENS_PER_BLOCK) for prompt in batch)
 
 

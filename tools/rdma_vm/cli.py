@@ -12,6 +12,7 @@ from kvferry.tools import lazy
 from kvferry.tools.rdma_vm import image, machine
 from kvferry.tools.rdma_vm.missing import PACKAGES, missing
 
+NAME = "kvferry rdma-vm"
 CANNOT = 69  # EX_UNAVAILABLE: the machine cannot run here; a command's own status is its own
 BROKEN = 70  # EX_SOFTWARE: the machine ended without the command's status
 
@@ -39,10 +40,9 @@ def run(
     _check()
     started_s = time.monotonic()
     try:
-        status = machine.run(command, machine.Settings(pairs, mtu, timeout_s))
+        status = machine.run(command, pairs=pairs, mtu=mtu, timeout_s=timeout_s)
     except (machine.MachineError, image.ImageError) as error:
-        _say(str(error))
-        raise typer.Exit(BROKEN) from None
+        lazy.fail(NAME, error, BROKEN)
     _say(f"status {status} after {time.monotonic() - started_s:.1f} s")
     raise typer.Exit(status)
 
@@ -63,9 +63,8 @@ def packages() -> None:
 def _check() -> None:
     reason = missing()
     if reason:
-        _say(reason)
-        raise typer.Exit(CANNOT)
+        lazy.fail(NAME, reason, CANNOT)
 
 
 def _say(text: str) -> None:
-    print(f"kvferry rdma-vm: {text}", file=sys.stderr, flush=True)
+    print(f"{NAME}: {text}", file=sys.stderr, flush=True)

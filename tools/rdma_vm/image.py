@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from kvferry.tools import pinned
 from kvferry.tools.rdma_vm.missing import SYSTEM_PATH
 
 HERE = Path(__file__).parent
@@ -45,8 +46,7 @@ class Image(NamedTuple):
 
 def cache_folder() -> Path:
     """Where images are kept: `$XDG_CACHE_HOME/kvferry/rdma-vm`."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "kvferry" / "rdma-vm"
+    return pinned.cache_folder() / "rdma-vm"
 
 
 def build() -> Image:

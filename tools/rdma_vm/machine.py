@@ -2,7 +2,7 @@
 
 QEMU emulates the processor: `/dev/kvm`, where there is one inside a virtual machine, may spin at
 boot, and Soft-RoCE needs no speed. The command sees this host's files as they are, may write where
-it likes (an overlay in memory), and leaves nothing behind but what it puts into `/run/kvferry`.
+it likes (an overlay in memory), and leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from kvferry.tools.rdma_vm import image
 from kvferry.tools.rdma_vm.missing import which
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
 HERE = Path(__file__).parent
 MEMORY_MIB = 4096
@@ -35,32 +35,15 @@ class MachineError(Exception):
     """The machine did not get as far as the command's exit status."""
 
 
-class Settings(NamedTuple):
-    """How the machine is made.
-
-    Attributes:
-        pairs: veth pairs, each with two rxe devices that reach each other: rxe0 and rxe1, …
-        mtu: of the veth pairs, bytes.
-        timeout_s: the machine is ended then.
-    """
-
-    pairs: int = 1
-    mtu: int = MAX_MTU
-    timeout_s: float = 600.0
-
-
 def run(
-    command: Sequence[str],
-    settings: Settings,
-    *,
-    environment: Mapping[str, str] = {},
-    out: Path | None = None,
+    command: Sequence[str], *, pairs: int = 1, mtu: int = MAX_MTU, timeout_s: float = 600.0
 ) -> int:
     """Runs `command` inside, its output on this process's; returns its exit status.
 
     Args:
-        environment: set for the command, beside what of this process's goes with it.
-        out: a folder of this host that is `/run/kvferry/out` inside.
+        pairs: veth pairs, each with two rxe devices that reach each other: rxe0 and rxe1, …
+        mtu: of the veth pairs, bytes.
+        timeout_s: the machine is ended then.
 
     Raises:
         MachineError: the deadline came first, or the machine broke; with the kernel's last words.
@@ -69,24 +52,17 @@ def run(
     booted = image.build()
     with tempfile.TemporaryDirectory(prefix="kvferry-rdma-vm-") as scratch:
         folder = Path(scratch)
-        (folder / "out").mkdir()
         shutil.copy(HERE / "guest.sh", folder)
-        (folder / "settings").write_text(f"PAIRS={settings.pairs} MTU={settings.mtu}\n")
-        (folder / "command").write_text(_script(command, environment))
-        status = _boot(booted, folder, settings.timeout_s)
-        if out is not None:
-            shutil.copytree(folder / "out", out, dirs_exist_ok=True)
-        return status
+        (folder / "settings").write_text(f"PAIRS={pairs} MTU={mtu}\n")
+        (folder / "command").write_text(_script(command))
+        return _boot(booted, folder, timeout_s)
 
 
-def _script(command: Sequence[str], environment: Mapping[str, str]) -> str:
+def _script(command: Sequence[str]) -> str:
     kept = {name: os.environ[name] for name in KEPT if name in os.environ}
     # 9p answers slowly: nothing is compiled twice, and no byte code is written to a lost overlay.
     slow = {"PYTHONDONTWRITEBYTECODE": "1", "KVFERRY_HANDSHAKE_TIMEOUT_S": "60"}
-    lines = [
-        f"export {name}={shlex.quote(value)}"
-        for name, value in {**kept, **slow, **environment}.items()
-    ]
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in (kept | slow).items()]
     lines += [f"cd {shlex.quote(os.getcwd())}", f"exec {shlex.join(command)}"]
     return "\n".join(lines) + "\n"
 

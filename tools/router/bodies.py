@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 Body = dict[str, Any]
 
 TO_PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
+TO_DECODE = {"do_remote_prefill": True, "do_remote_decode": False}
 ADDRESS_KEYS = ("remote_engine_id", "remote_host", "remote_port", "remote_agents", "tp_size")
 CHARACTERS_A_TOKEN = 4  # of English text; placement needs no better estimate
 DONE = b"data: [DONE]\n\n"
+
+
+class Ask(NamedTuple):
+    """What is asked of servers: a path of the API, a body, and the headers that are passed on."""
+
+    path: str
+    body: Body
+    headers: dict[str, str]
+
+    def with_params(self, params: Body) -> Ask:
+        """The same with what tells the server where its KV goes or comes from."""
+        return self._replace(body=self.body | {"kv_transfer_params": params})
 
 
 class BadRequest(Exception):
@@ -45,14 +58,14 @@ def one_engine_only(body: Body) -> str:
     return ""
 
 
-def for_prefill(body: Body, params: Body) -> Body:
-    """The request as prefill gets it: one token, in one answer, and its KV for another engine."""
+def for_prefill(body: Body) -> Body:
+    """The request as prefill gets it: one token, in one answer."""
     dropped = ("stream", "stream_options", "min_tokens", "best_of", "max_completion_tokens")
     short = {key: value for key, value in body.items() if key not in dropped}
     limit = "max_completion_tokens" if "messages" in body else "max_tokens"
     if "messages" in body:
         short.pop("max_tokens", None)
-    return short | {"stream": False, limit: 1, "kv_transfer_params": params}
+    return short | {"stream": False, limit: 1}
 
 
 def estimate_tokens(body: Body) -> int:

@@ -66,13 +66,8 @@ def router(
     except ControlError as error:
         raise typer.BadParameter(error.message) from error
     try:
-        asyncio.run(
-            _serve(
-                Router(backends, attempts=attempts, timeout_s=timeout_s, together=together),
-                host,
-                port,
-            )
-        )
+        server = Router(backends, attempts=attempts, timeout_s=timeout_s, together=together)
+        asyncio.run(_serve(server, host, port))
     except OSError as error:
         backends.close()
         raise typer.BadParameter(

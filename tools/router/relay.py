@@ -11,21 +11,24 @@ import json
 import logging
 import time
 import uuid
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import aiohttp
 
 from . import bodies
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from .backends import Backend, Pair
-    from .bodies import Body
+    from .bodies import Ask, Body
     from .metrics import RouterMetrics
 
 MAX_HELD_NBYTES = 64 << 10  # of a stream that has opened but has no token yet
 SERVER_FAULTS = 500  # statuses from here on may be different at another server
+
+# What a server that is not there, or falls silent, is known by.
+AWAY = (aiohttp.ClientError, asyncio.TimeoutError)
 
 log = logging.getLogger("kvferry.router")
 
@@ -55,27 +58,22 @@ class Refused(Exception):
         self.body = body
 
 
-class Answer:
-    """Decode's answer. `chunks` begins with the first token, or is the whole body.
+class Answer(NamedTuple):
+    """Decode's answer.
 
-    Close it: a stream that is left open goes on at decode, and a generator that is left alone ends
-    when the garbage collector finds it.
+    Close it, which may be done again: a stream that is left open goes on at decode, and a generator
+    that is left alone ends when the garbage collector finds it.
 
     Attributes:
         status, kind: as decode gave them.
+        chunks: begins with the first token, or is the whole body.
+        close: ends the request at decode, if it has not ended.
     """
 
-    def __init__(
-        self, response: aiohttp.ClientResponse, kind: str, chunks: AsyncIterator[bytes]
-    ) -> None:
-        self.status = response.status
-        self.kind = kind
-        self.chunks = chunks
-        self._response = response
-
-    def close(self) -> None:
-        """Ends the request at decode, if it has not ended. Safe to call again."""
-        self._response.close()
+    status: int
+    kind: str
+    chunks: AsyncIterator[bytes]
+    close: Callable[[], None]
 
 
 class Relay:
@@ -99,37 +97,32 @@ class Relay:
         """A server went away; whoever comes in its place has another address."""
         self._addresses.pop(backend.name, None)
 
-    async def begin(self, pair: Pair, path: str, body: Body, headers: dict[str, str]) -> Answer:
+    async def begin(self, pair: Pair, ask: Ask) -> Answer:
         """One attempt, up to decode's first token.
 
         Raises:
             ServerFailed: try another. Refused: nobody would do better.
         """
-        why = bodies.one_engine_only(body)
+        why = bodies.one_engine_only(ask.body)
         if why:
             log.info("decode computes the prompt of a request: %s", why)
             self._metrics.ways.labels("decode alone").inc()
-            return await self._decode(pair.decode, path, body, headers)
+            return await self._decode(pair.decode, ask)
         address = self._addresses.get(pair.prefill.name) if self._together else None
         if address:
             self._metrics.ways.labels("both at once").inc()
-            return await self._both(pair, path, body, headers, address)
+            return await self._both(pair, ask, address)
         self._metrics.ways.labels("prefill first").inc()
-        params = await self._prefill(pair.prefill, path, body, headers, bodies.TO_PREFILL)
-        return await self._decode(pair.decode, path, body | {"kv_transfer_params": params}, headers)
+        params = await self._prefill(pair.prefill, ask.with_params(bodies.TO_PREFILL))
+        return await self._decode(pair.decode, ask.with_params(params))
 
-    async def _both(
-        self, pair: Pair, path: str, body: Body, headers: dict[str, str], address: Body
-    ) -> Answer:
+    async def _both(self, pair: Pair, ask: Ask, address: Body) -> Answer:
         """Decode has its blocks while prefill computes, which streams each layer into them."""
         name = {"transfer_id": f"router-{uuid.uuid4().hex}"}
-        wanted = {"do_remote_prefill": True, "do_remote_decode": False} | address | name
-        prefill = asyncio.ensure_future(
-            self._prefill(pair.prefill, path, body, headers, bodies.TO_PREFILL | name)
-        )
-        decode = asyncio.ensure_future(
-            self._decode(pair.decode, path, body | {"kv_transfer_params": wanted}, headers)
-        )
+        to_prefill = ask.with_params(bodies.TO_PREFILL | name)
+        to_decode = ask.with_params(bodies.TO_DECODE | address | name)
+        prefill = asyncio.ensure_future(self._prefill(pair.prefill, to_prefill))
+        decode = asyncio.ensure_future(self._decode(pair.decode, to_decode))
         taken = False
         try:
             await asyncio.wait({prefill, decode}, return_when=asyncio.FIRST_COMPLETED)
@@ -151,19 +144,15 @@ class Relay:
             if isinstance(found, Answer) and not taken:
                 found.close()
 
-    async def _prefill(
-        self, backend: Backend, path: str, body: Body, headers: dict[str, str], params: Body
-    ) -> Body:
+    async def _prefill(self, backend: Backend, ask: Ask) -> Body:
         """What prefill says of where the KV is."""
         started_s = time.monotonic()
-        url = backend.url + path
+        short = bodies.for_prefill(ask.body)
         try:
-            async with self._session.post(
-                url, json=bodies.for_prefill(body, params), headers=headers
-            ) as answer:
+            async with self._post(backend, ask._replace(body=short)) as answer:
                 raw = await answer.read()
                 self._check("prefill", backend, answer, raw)
-        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+        except AWAY as error:
             raise self._gone("prefill", backend, error) from error
         self._metrics.prefill.observe(time.monotonic() - started_s)
         try:
@@ -171,36 +160,34 @@ class Relay:
         except (ValueError, AttributeError):
             found = None
         if not isinstance(found, dict):
-            raise ServerFailed(
-                "prefill",
-                backend,
-                "its answer has no kv_transfer_params: start it with --kv-transfer-config",
-            )
+            why = "its answer has no kv_transfer_params: start it with --kv-transfer-config"
+            raise ServerFailed("prefill", backend, why)
         self._addresses[backend.name] = bodies.address_in(found)
         return found
 
-    async def _decode(
-        self, backend: Backend, path: str, body: Body, headers: dict[str, str]
-    ) -> Answer:
+    async def _decode(self, backend: Backend, ask: Ask) -> Answer:
         """Decode's answer, once it has a token."""
         try:
-            answer = await self._session.post(backend.url + path, json=body, headers=headers)
-        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+            answer = await self._post(backend, ask)
+        except AWAY as error:
             raise self._gone("decode", backend, error) from error
         try:
-            if not body.get("stream") or answer.status != 200:
+            if not ask.body.get("stream") or answer.status != 200:
                 raw = await answer.read()
                 self._check("decode", backend, answer, raw)
-                return Answer(answer, answer.content_type, _once(raw))
+                return Answer(answer.status, answer.content_type, _once(raw), answer.close)
             first, rest = await self._first_token(backend, answer)
-        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+        except AWAY as error:
             answer.close()
             raise self._gone("decode", backend, error) from error
         except BaseException:
             answer.close()
             raise
         events = self._events(backend, answer, first, rest)
-        return Answer(answer, answer.content_type, events)
+        return Answer(answer.status, answer.content_type, events, answer.close)
+
+    def _post(self, backend: Backend, ask: Ask) -> Any:
+        return self._session.post(backend.url + ask.path, json=ask.body, headers=ask.headers)
 
     async def _first_token(
         self, backend: Backend, answer: aiohttp.ClientResponse
@@ -236,7 +223,7 @@ class Relay:
                 if events:
                     yield b"".join(events)
             error: Exception = ConnectionError("the stream ended before its end")
-        except (aiohttp.ClientError, asyncio.TimeoutError) as broken:
+        except AWAY as broken:
             error = broken
         if not ended:
             failed = self._gone("decode", backend, error)

@@ -17,11 +17,11 @@ from kvferry.control.errors import ControlError
 
 from . import bodies
 from .metrics import RouterMetrics
-from .relay import Refused, Relay, ServerFailed
+from .relay import AWAY, Refused, Relay, ServerFailed
 
 if TYPE_CHECKING:
     from .backends import Backend, Backends, Pair
-    from .bodies import Body
+    from .bodies import Ask, Body
     from .relay import Answer
 
 CONNECT_S = 5.0
@@ -101,14 +101,13 @@ class Router:
 
     async def _answer(self, request: web.Request, started_s: float) -> web.StreamResponse:
         name = request.headers.get("X-Request-Id") or uuid.uuid4().hex
-        headers = {key: request.headers[key] for key in PASSED_ON if key in request.headers}
-        headers["X-Request-Id"] = name
+        headers = _passed_on(request) | {"X-Request-Id": name}
         try:
             body = bodies.read_body(await request.read())
         except bodies.BadRequest as error:
             return _error(str(error), "invalid_request_error", 400)
         try:
-            answer = await self._try_pairs(request.path, body, headers)
+            answer = await self._try_pairs(bodies.Ask(request.path, body, headers))
         except Refused as refused:
             return web.Response(status=refused.status, body=refused.body, content_type=refused.kind)
         except ControlError as error:
@@ -128,7 +127,7 @@ class Router:
             answer.close()
         return response
 
-    async def _try_pairs(self, path: str, body: Body, headers: dict[str, str]) -> Answer:
+    async def _try_pairs(self, ask: Ask) -> Answer:
         """Decode's answer, by whichever pair.
 
         Raises:
@@ -138,13 +137,13 @@ class Router:
         tried: tuple[set[str], set[str]] = set(), set()
         for _ in range(self._attempts):
             try:
-                pair = await self._place(body, tried)
+                pair = await self._place(ask.body, tried)
             except ControlError as error:
                 if failed is not None:
                     raise failed from error
                 raise
             try:
-                return await self._relay.begin(pair, path, body, headers)
+                return await self._relay.begin(pair, ask)
             except ServerFailed as error:
                 failed = error
                 tried[0].add(pair.prefill.name)
@@ -152,7 +151,7 @@ class Router:
                     tried[1].add(pair.decode.name)
                 if error.gone:
                     self._look_after(error.backend)
-                log.warning("request %s: %s", headers["X-Request-Id"], error)
+                log.warning("request %s: %s", ask.headers["X-Request-Id"], error)
         assert failed is not None
         raise failed
 
@@ -192,7 +191,7 @@ class Router:
                 async with self._session.get(f"{backend.url}/health", timeout=timeout) as answer:
                     if answer.status == 200:
                         break
-            except (aiohttp.ClientError, asyncio.TimeoutError):
+            except AWAY:
                 pass  # still away: that is what is being asked
             await asyncio.sleep(PROBE_S)
         log.info("%s answers again", backend.url)
@@ -205,7 +204,7 @@ class Router:
 
     async def _models(self, request: web.Request) -> web.Response:
         """As the first decode server that answers says."""
-        headers = {key: request.headers[key] for key in PASSED_ON if key in request.headers}
+        headers = _passed_on(request)
         for backend in self._backends.known()["decode"]:
             if backend.name in self._down:
                 continue
@@ -215,7 +214,7 @@ class Router:
                     return web.Response(
                         status=answer.status, body=raw, content_type=answer.content_type
                     )
-            except (aiohttp.ClientError, asyncio.TimeoutError):
+            except AWAY:
                 self._look_after(backend)
         return _error("no decode server answers", "service_unavailable", 503)
 
@@ -233,6 +232,10 @@ class Router:
             body=generate_latest(self._metrics.registry),
             headers={"Content-Type": CONTENT_TYPE_LATEST},
         )
+
+
+def _passed_on(request: web.Request) -> dict[str, str]:
+    return {key: request.headers[key] for key in PASSED_ON if key in request.headers}
 
 
 def _error(message: str, kind: str, status: int) -> web.Response:

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 from kvferry.tools import pinned
-from kvferry.tools.pinned import CannotInstall
 
 PINS = (Path(__file__).resolve().parent / "requirements.txt",)
 VARIABLE = "KVFERRY_SGLANG_ENV"
@@ -23,9 +22,7 @@ def ensure() -> Path:
     Raises:
         CannotInstall: no package index, or no wheel for this Python.
     """
-    home = pinned.folder("sglang", PINS, VARIABLE)
-    pinned.make_once(home, _make)
-    return home / "packages"
+    return pinned.make_once(pinned.folder("sglang", PINS, VARIABLE), _make) / "packages"
 
 
 def _make(home: Path) -> None:
@@ -35,13 +32,5 @@ def _make(home: Path) -> None:
     pinned.pip_install(home, Path(sys.executable), ["--no-deps", *target, "-r", str(PINS[0])])
 
 
-def main() -> None:
-    """Installs, and prints the folder."""
-    try:
-        print(ensure())
-    except CannotInstall as error:
-        sys.exit(f"kvferry: SGLang cannot be installed: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    pinned.main("SGLang", ensure)

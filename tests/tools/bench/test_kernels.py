@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+from kvferry.tools.bench.figures import WrongBytes
 from kvferry.tools.bench.kernels import command as bench_kernels
 from kvferry.tools.bench.kernels import measure as kernels_measure
 from kvferry.tools.bench.kernels.measure import HostCost, Report, Row
@@ -30,7 +31,7 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_wrong_kernel_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(*_: object) -> Report:
-        raise kernels_measure.WrongBytes("gather of 1024 B pieces")
+        raise WrongBytes("gather of 1024 B pieces")
 
     monkeypatch.setattr(kernels_measure, "measure", measure)
     result = CliRunner().invoke(app, ["bench", "kernels"])

@@ -8,8 +8,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from kvferry.tools.bench.figures import WrongBytes
 from kvferry.tools.bench.streaming import measure as streaming_measure
-from kvferry.tools.bench.streaming.measure import Bench, Case, WrongBytes
+from kvferry.tools.bench.streaming.measure import Bench, Case
 from kvferry.tools.bench.streaming.model import Shape
 from kvferry.tools.cli import app
 

@@ -19,17 +19,18 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from kvferry.tools.bench import idle_memory, machine
+from kvferry.tools.bench.idle_memory import IdleMemory
 from kvferry.tools.bench.transfer import measure as transfer_measure
 from kvferry.tools.bench.transfer.driver import READ, WRITE
 from kvferry.tools.bench.transfer.pairs import Burst, Pair, WorkerFailed
 from kvferry.tools.bench.transfer.report import (
     SCHEMA,
-    IdleMemory,
     Report,
     Result,
     Settings,
     decode,
     encode,
+    judge,
 )
 from kvferry.tools.bench.transfer.roster import (
     MEMCPY,
@@ -39,7 +40,6 @@ from kvferry.tools.bench.transfer.roster import (
     roster,
 )
 from kvferry.tools.bench.transfer.tables import draw, name_of, show
-from kvferry.tools.bench.transfer.targets import judge
 from kvferry.tools.bench.transfer.workload import (
     CONTIGUOUS,
     LARGE_BLOCKS,

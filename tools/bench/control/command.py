@@ -33,7 +33,6 @@ def control(
     here = machine.describe({})
     print(f"{here.cpu}, {here.cores} cores, {here.system}, load {here.load} at the start\n")
     handoffs = measure_handoffs(latencies, burst, bursts)
-    spread = handoffs.latency
     daemon = DaemonProcess()
     start_s, idle_mib = daemon.start_s, daemon.memory_mib()
     try:
@@ -42,26 +41,19 @@ def control(
     finally:
         daemon.kill()
     placed = measure_placement(1000, 5000)
+    first, whole = handoffs.first_byte, handoffs.latency
+    to_first, to_last = "receive() to prefill's first byte", "receive() to all bytes there"
+    echo = "a ZeroMQ message there and back between two processes, p50"
+    copy = "a handoff's messages and copy alone, all bytes there, p50"
+    killed = f"agent killed until a watcher knows (lease {LEASE_S:g} s), median"
     rows = [
-        (
-            "one-block handoff, receive() to prefill's first byte, p50",
-            f"{handoffs.first_byte.p50_us:.0f} µs",
-            "300 µs",
-        ),
-        ("the same, p99", f"{handoffs.first_byte.p99_us:.0f} µs", "2000 µs"),
-        ("one-block handoff, receive() to all bytes there, p50", f"{spread.p50_us:.0f} µs", ""),
-        ("the same, p99", f"{spread.p99_us:.0f} µs", ""),
+        (f"one-block handoff, {to_first}, p50", f"{first.p50_us:.0f} µs", "300 µs"),
+        ("the same, p99", f"{first.p99_us:.0f} µs", "2000 µs"),
+        (f"one-block handoff, {to_last}, p50", f"{whole.p50_us:.0f} µs", ""),
+        ("the same, p99", f"{whole.p99_us:.0f} µs", ""),
         ("the same, processor time of both processes", f"{handoffs.cpu_us:.0f} µs", ""),
-        (
-            "a ZeroMQ message there and back between two processes, p50",
-            f"{handoffs.round_trip.p50_us:.0f} µs",
-            "",
-        ),
-        (
-            "a handoff's messages and copy alone, all bytes there, p50",
-            f"{handoffs.floor.p50_us:.0f} µs",
-            "",
-        ),
+        (echo, f"{handoffs.round_trip.p50_us:.0f} µs", ""),
+        (copy, f"{handoffs.floor.p50_us:.0f} µs", ""),
         (f"handoffs a second, {burst} at a time", f"{handoffs.per_s:.0f}", "2000"),
         ("processor time that the hypervisor took meanwhile", f"{handoffs.stolen:.0%}", ""),
         (f"daemon, {beats.agents} agents, 1 beat/s: cores", f"{beats.cores:.2f}", "0.5"),
@@ -71,11 +63,7 @@ def control(
         ("daemon alone: resident memory", f"{idle_mib:.0f} MiB", "60 MiB"),
         ("place over 1,000 agents, p50", f"{placed.p50_us:.0f} µs", ""),
         ("place over 1,000 agents, p99", f"{placed.p99_us:.0f} µs", "200 µs"),
-        (
-            f"agent killed until a watcher knows (lease {LEASE_S:g} s), median",
-            f"{median(deaths):.2f} s",
-            f"{LEASE_S + 0.5:g} s",
-        ),
+        (killed, f"{median(deaths):.2f} s", f"{LEASE_S + 0.5:g} s"),
         ("daemon back until its view is complete, median", f"{median(returns):.2f} s", "2 s"),
     ]
     for what, figure, target in rows:

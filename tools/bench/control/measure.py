@@ -82,10 +82,10 @@ class Handoffs(msgspec.Struct, frozen=True):
     stolen: float
 
 
-def _new_agent(name: str, role: Any) -> Agent:
-    layers = [np.zeros((2, NUM_BLOCKS, 4, 2, 16), np.uint8)]
+def _new_agent(name: str, role: Any, num_blocks: int = NUM_BLOCKS, **options: Any) -> Agent:
+    layers = [np.zeros((2, num_blocks, 4, 2, 16), np.uint8)]
     layout = KVLayout.from_tensors(layers, "plane block token head dim")
-    return Agent(name=name, role=role, layout=layout, tensors=layers)
+    return Agent(name=name, role=role, layout=layout, tensors=layers, **options)
 
 
 class _Prefill:
@@ -310,14 +310,10 @@ def measure_placement(agents: int, count: int) -> Spread:
     for number in range(agents):
         name = f"a{number}"
         role: Any = ("prefill", "decode")[number % 2]
-        fleet.put(
-            Member(
-                Registration(
-                    name, role, 1, "tcp://127.0.0.1:1", num_blocks=10_000, tokens_per_block=16
-                ),
-                number,
-            )
+        there = Registration(
+            name, role, 1, "tcp://127.0.0.1:1", num_blocks=10_000, tokens_per_block=16
         )
+        fleet.put(Member(there, number))
         fleet.load(name, Load(queued_tokens=int(rng.integers(10_000)), free_blocks=10_000))
     seconds = []
     for number in range(count):
@@ -368,11 +364,7 @@ class _Member:
     def __init__(self, daemon: str, name: str) -> None:
         # That a daemon which was killed does not know it, it would say, each time.
         logging.getLogger("kvferry.agent").setLevel(logging.ERROR)
-        layers = [np.zeros((2, 4, 4, 2, 16), np.uint8)]
-        layout = KVLayout.from_tensors(layers, "plane block token head dim")
-        self._agent = Agent(
-            name=name, role="decode", layout=layout, tensors=layers, daemon=daemon, lease_s=LEASE_S
-        )
+        self._agent = _new_agent(name, "decode", 4, daemon=daemon, lease_s=LEASE_S)
 
     def close(self) -> None:
         self._agent.close()

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
-import os
 import platform
 import subprocess
 from typing import TYPE_CHECKING, Any
 
-from kvferry.tools.bench import pictures
+from kvferry.tools.bench import figures
 from kvferry.tools.bench.peers import PeerEnded
-from kvferry.tools.bench.transfer.pairs import package_root
+from kvferry.tools.bench.transfer.pairs import environ, package_root
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,35 +39,34 @@ def measure(*, quick: bool, nixl_python: str | None) -> dict[str, Any]:
         raise GpuBenchError("torch sees no CUDA device; kvferry doctor says more")
     from kvferry.tools.bench.gpu import measure as gpu_measure
     from kvferry.tools.bench.gpu import staged as gpu_staged
-    from kvferry.tools.bench.gpu.receiver import WrongBytes
 
-    count = torch.cuda.device_count()
+    alone = "one GPU: from GPU to GPU needs two" if torch.cuda.device_count() < 2 else ""
     report: dict[str, Any] = {
         "schema": SCHEMA,
-        "devices": [torch.cuda.get_device_name(i) for i in range(min(2, count))],
+        "devices": figures.device_names(),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in VERSIONS},
+        "versions": {name: figures.version(name, "") for name in VERSIONS},
         "left_out": {},
     }
     try:
-        if count > 1:
+        if alone:
+            report["left_out"]["direct"] = alone
+        else:
             direct = gpu_measure.measure(quick=quick)
             gpu_measure.show(direct)
             report["direct"] = dataclasses.asdict(direct)
-        else:
-            report["left_out"]["direct"] = "one GPU: from GPU to GPU needs two"
         staged = gpu_staged.measure(quick=quick)
-    except WrongBytes:
+    except figures.WrongBytes:
         raise GpuBenchError("bytes arrived wrong") from None
     except PeerEnded as error:
         raise GpuBenchError(str(error)) from None
     gpu_staged.show(staged)
     report["staged"] = dataclasses.asdict(staged)
-    if nixl_python is not None and count > 1:
-        add_nixl(report, nixl_python)
+    if nixl_python is not None and alone:
+        report["left_out"]["nixl"] = alone
     elif nixl_python is not None:
-        report["left_out"]["nixl"] = "one GPU: from GPU to GPU needs two"
+        add_nixl(report, nixl_python)
     return report
 
 
@@ -90,7 +87,7 @@ def add_nixl(report: dict[str, Any], python: str) -> None:
                 text=True,
                 timeout=NIXL_TIMEOUT_S,
                 check=False,
-                env=os.environ | {"PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"},
+                env=environ(folder),
             )
         except subprocess.TimeoutExpired:
             report["left_out"]["nixl"] = f"it did not end within {NIXL_TIMEOUT_S:.0f} s"
@@ -121,21 +118,11 @@ def add_nixl(report: dict[str, Any], python: str) -> None:
 
 def run(*, quick: bool, nixl_python: str | None, json_path: Path | None, plot: Path | None) -> None:
     """Measures, prints and writes. Raises GpuBenchError."""
-    if plot is not None:
-        pictures.check()
     report = measure(quick=quick, nixl_python=nixl_python)
     for name, reason in report["left_out"].items():
         print(f"left out: {name}: {reason}")
-    if json_path is not None:
-        json_path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    figures.write_json(json_path, report)
     if plot is not None:
         from kvferry.tools.bench.gpu import plot as gpu_plot
 
         gpu_plot.save(report, plot)
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.import_module("importlib.metadata").version(name)  # type: ignore[no-any-return]
-    except ImportError:
-        return ""

@@ -7,27 +7,20 @@ Ratios are within one run: the ceiling is one contiguous copy between the two GP
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import cProfile
 import dataclasses
 import io
-import json
-import platform
 import pstats
 import statistics
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from kvferry.engine.layout.kv_layout import KVLayout
 from kvferry.engine.memory.cuda_driver import driver
-from kvferry.engine.transfer_engine import TransferEngine
-from kvferry.tools.bench.gpu.receiver import DIMS, Receiver, WrongBytes, make_pool
-from kvferry.tools.bench.peers import Peer
+from kvferry.tools.bench import figures
+from kvferry.tools.bench.gpu.ends import Receiver, Sender
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,6 +29,7 @@ if TYPE_CHECKING:
     from kvferry.engine.transfer.block_ids import UploadedIds
     from kvferry.engine.transfer.plan import TransferPlan
     from kvferry.engine.transfer.ticket import Ticket
+    from kvferry.engine.transfer_engine import TransferEngine
 
 POOL_FACTOR = 4  # the pool holds so many times the blocks that move: the L2 stays cold
 TOTALS_NBYTES = (1 << 20, 64 << 20, 256 << 20, 1 << 30)
@@ -97,22 +91,6 @@ class Report:
     one_way_us: list[tuple[int, float]]
 
 
-def _sums(tensor: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """A checksum of each of these blocks, `[plane, block]`: every word has an odd factor of its own,
-    so that no word that is wrong alone, or in another place, goes unseen."""
-    random = torch.Generator(tensor.device).manual_seed(1)
-    shape, where = tensor.shape[-1:], tensor.device
-    factors = torch.randint(-(1 << 62), 1 << 62, shape, generator=random, device=where) * 2 + 1
-    return (tensor[:, ids] * factors).sum(-1)
-
-
-def _blank_elsewhere(tensor: torch.Tensor, ids: torch.Tensor) -> bool:
-    """Whether all blocks but these are zero, as they were made."""
-    touched = tensor.any(-1)
-    touched[:, ids] = False
-    return not bool(touched.any())
-
-
 def _flush() -> None:
     """Takes everything else out of the current GPU's L2, on the current stream."""
     torch.empty(FLUSH_NBYTES, dtype=torch.uint8, device="cuda").zero_()
@@ -132,12 +110,6 @@ class DirectReceiver(Receiver):
         for ticket in tickets:
             ticket.wait(spin=True)
             yield None
-
-    def sums(self, block_ids: Any) -> tuple[bool, list[Any]]:
-        """Whether all other blocks are blank, and the sums of these."""
-        ids = torch.from_numpy(block_ids).to(self.device)
-        blank = all(_blank_elsewhere(tensor, ids) for tensor in self.tensors)
-        return blank, [_sums(tensor, ids).cpu().numpy() for tensor in self.tensors]
 
     def ping_pong(self, remote: Any, turns: Any, imms: list[int]) -> Iterator[Any]:
         """Answer with the imms to write to, then when all turns are over."""
@@ -166,13 +138,13 @@ def _ping_pong(
     """Enqueues all turns, each of blocks that no other turn touches, behind a sleeping kernel and
     out of a cold L2; microseconds of one way."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin, end = figures.events()
     last = None
     with torch.cuda.stream(stream):
         _flush()
         if first:
             # 0.1 s: both sides enqueue meanwhile.
-            torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
+            figures.sleep(200_000_000)
             begin.record()
         for ids, imm, ticket in zip(turns, imms, tickets, strict=True):
             if first:
@@ -190,17 +162,17 @@ def _ping_pong(
 def _enqueued(move: Callable[..., Ticket], plan: TransferPlan, ids: Any, count: int) -> float:
     """Seconds that transfers take on the GPU, all enqueued while it sleeps, by CUDA events."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(4_000_000 + 1_000_000 * count)  # type: ignore[no-untyped-call]
-        begin.record()
-        tickets = [move(plan, *ids, stream=stream) for _ in range(count)]
+    tickets: list[Ticket] = []
+
+    def enqueue() -> None:
+        tickets.extend(move(plan, *ids, stream=stream) for _ in range(count))
         tickets[-1].wait_on(stream)
-        end.record()
+
+    with torch.cuda.stream(stream):
+        cycles = 4_000_000 + 1_000_000 * count
+        seconds = figures.gpu_median_s(enqueue, 1, lambda: figures.sleep(cycles))
     for ticket in tickets:
         ticket.wait()
-    stream.synchronize()
-    seconds: float = begin.elapsed_time(end) / 1e3
     return seconds
 
 
@@ -208,68 +180,26 @@ def ceiling(total_nbytes: int) -> float:
     """GB/s of one contiguous copy between two GPUs in one process."""
     src = torch.empty(total_nbytes, dtype=torch.uint8, device="cuda:0").random_()
     dst = torch.empty(total_nbytes, dtype=torch.uint8, device="cuda:1")
-    seconds = []
-    for _ in range(REPEATS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        torch.cuda._sleep(1_000_000)  # type: ignore[no-untyped-call]
-        begin.record()
-        dst.copy_(src, non_blocking=True)
-        end.record()
-        torch.cuda.synchronize()
-        seconds.append(begin.elapsed_time(end) / 1e3)
-    return float(total_nbytes / statistics.median(seconds) / 1e9)
+    seconds = figures.gpu_median_s(
+        lambda: dst.copy_(src, non_blocking=True), REPEATS, figures.sleep
+    )
+    return total_nbytes / seconds / 1e9
 
 
-class Bench:
+class Bench(Sender):
     """The sending process."""
 
     def __init__(self, *, profile: bool = False) -> None:
+        super().__init__(DirectReceiver)
         self._profile = profile
-        self._peer = Peer(DirectReceiver)
-        self._address = self._peer.call("address")
 
-    def close(self) -> None:
-        self._peer.close()
-
-    @contextlib.contextmanager
     def engine(self, max_programs: int | None = None) -> Any:
-        with TransferEngine(
-            transports=("cuda_ipc",), name="prefill", max_programs=max_programs
-        ) as engine:
-            link = engine.connect(self._address, transport="cuda_ipc")
-            self._peer.call("accept", engine.engine_id)
-            yield engine, link
+        """An engine that moves blocks directly, and its link."""
+        return self.link("cuda_ipc", transports=("cuda_ipc",), max_programs=max_programs)
 
-    def shape(
-        self,
-        engine: TransferEngine,
-        total_nbytes: int,
-        piece_nbytes: int,
-        factor: int = POOL_FACTOR,
-    ) -> Any:
-        remote = self._peer.call("make_cache", total_nbytes, piece_nbytes, factor, True)
-        tensors, num_ids = make_pool(
-            total_nbytes, piece_nbytes, "cuda:0", random=True, factor=factor
-        )
-        local = engine.register_cache(KVLayout.from_tensors(tensors, DIMS), tensors)
-        random = np.random.default_rng(total_nbytes + piece_nbytes)
-        ids = tuple(random.permutation(factor * num_ids)[:num_ids] for _ in range(2))
-        return tensors, local, engine.plan(local, remote), ids
-
-    def check(self, tensors: list[torch.Tensor], ids: Any) -> None:
-        """Compares every block that moved, and looks for bytes where none belong.
-
-        Raises:
-            WrongBytes: some arrived wrong, or elsewhere.
-        """
-        src, dst = (np.ascontiguousarray(side) for side in ids)
-        blank, there = self._peer.call("sums", dst)
-        src_ids = torch.from_numpy(src).to(0)
-        for mine, theirs in zip(tensors, there, strict=True):
-            if not torch.equal(_sums(mine, src_ids).cpu(), torch.from_numpy(theirs)):
-                raise WrongBytes
-        if not blank:
-            raise WrongBytes
+    def shape(self, engine: TransferEngine, total: int, piece: int) -> Any:
+        """Caches of which a part moves; see `Sender.caches`."""
+        return self.caches(engine, (total, piece), POOL_FACTOR)
 
     def row(
         self,
@@ -287,11 +217,8 @@ class Bench:
         self.check(tensors, ids)
         lists, ids = ids, (link.upload_ids(plan, *ids),)
         in_flight = 8 if nbytes > 1 << 24 else 50
-        on_gpu, streamed = [], []
-        for _ in range(5):
-            streamed.append(_enqueued(link.write_blocks, plan, ids, in_flight) / in_flight)
-        for _ in range(REPEATS):
-            on_gpu.append(_enqueued(link.write_blocks, plan, ids, 1))
+        streamed = [_enqueued(link.write_blocks, plan, ids, in_flight) for _ in range(5)]
+        on_gpu = [_enqueued(link.write_blocks, plan, ids, 1) for _ in range(REPEATS)]
         alone, enqueue = [], []
         for _ in range(2 * REPEATS):
             start_s = time.perf_counter()
@@ -300,28 +227,21 @@ class Bench:
             ticket.wait()
             alone.append(time.perf_counter() - start_s)
         arrived = []
-        for imm in self._peer.call("expect", nbytes, REPEATS):
+        for imm in self.peer.call("expect", nbytes, REPEATS):
             start_s = time.perf_counter()
             link.write_blocks(plan, *ids, imm=imm)
-            self._peer.answer()
+            self.peer.answer()
             arrived.append(time.perf_counter() - start_s)
         if self._profile and total == 1 << 20 and piece == 32 << 10:
             self._show_profile(link, plan, ids)
         self.check(tensors, lists)
         read_s = self._read(engine, link, plan, tensors, lists)
-        alone_speed, speed = (nbytes / statistics.median(x) / 1e9 for x in (on_gpu, streamed))
         local.deregister()
-        micros = [statistics.median(x) * 1e6 for x in (alone, arrived, enqueue)]
-        return Row(
-            nbytes,
-            piece,
-            alone_speed,
-            alone_speed / top,
-            speed,
-            nbytes / read_s / 1e9,
-            copy_speed,
-            *micros,
-        )
+        seconds = statistics.median(on_gpu), statistics.median(streamed) / in_flight, read_s
+        speed, streamed_speed, read_speed = (nbytes / each / 1e9 for each in seconds)
+        micros = [statistics.median(each) * 1e6 for each in (alone, arrived, enqueue)]
+        speeds = (speed, speed / top, streamed_speed, read_speed, copy_speed)
+        return Row(nbytes, piece, *speeds, *micros)
 
     def _read(
         self,
@@ -356,7 +276,7 @@ class Bench:
 
     def one_way(self, engine: TransferEngine, link: Link, total: int, piece: int) -> float:
         """Microseconds from a stream here to one there, the median of several batches."""
-        _, local, plan, ids = self.shape(engine, total, piece, PING_PONGS)
+        _, local, plan, ids = self.caches(engine, (total, piece), PING_PONGS)
         link.prepare(plan)
         num_ids = len(ids[0])
         random = np.random.default_rng(total)
@@ -369,9 +289,9 @@ class Bench:
         for _ in range(BATCHES):
             imms = [engine.new_imm() for _ in here]
             tickets = [engine.expect(imm, nbytes=nbytes) for imm in imms]
-            theirs = self._peer.call("ping_pong", local.descriptor, there, imms)
+            theirs = self.peer.call("ping_pong", local.descriptor, there, imms)
             results.append(_ping_pong(link, plan, uploaded, theirs, tickets, first=True))
-            self._peer.answer()
+            self.peer.answer()
         local.deregister()
         return statistics.median(results[1:])
 
@@ -380,17 +300,12 @@ class Bench:
         tensors, local, plan, _ = self.shape(engine, 256 << 20, 32 << 10)
         region = plan.remote.regions[0]
         there = link._path._mappings.address(0, region)  # type: ignore[attr-defined]
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        seconds = []
-        for _ in range(REPEATS):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            begin.record(stream)
-            driver().copy(0, there, tensors[0].data_ptr(), region.nbytes, stream.cuda_stream)
-            end.record(stream)
-            stream.synchronize()
-            seconds.append(begin.elapsed_time(end) / 1e3)
+        stream = torch.cuda.current_stream().cuda_stream
+        seconds = figures.gpu_median_s(
+            lambda: driver().copy(0, there, tensors[0].data_ptr(), region.nbytes, stream), REPEATS
+        )
         local.deregister()
-        return float(region.nbytes / statistics.median(seconds) / 1e9)
+        return float(region.nbytes / seconds / 1e9)
 
     def host(self, engine: TransferEngine, link: Link) -> list[HostCost]:
         """What calls take the host, by kind of ids, and the replay of a graph."""
@@ -434,8 +349,8 @@ class Bench:
 
 
 def _cost(kind: str, count: int, seconds: list[float]) -> HostCost:
-    micros = sorted(second * 1e6 for second in seconds)
-    return HostCost(kind, count, statistics.median(micros), micros[len(micros) * 99 // 100])
+    micros = [second * 1e6 for second in seconds]
+    return HostCost(kind, count, statistics.median(micros), figures.p99(micros))
 
 
 def measure(*, quick: bool = False, profile: bool = False) -> Report:
@@ -448,34 +363,28 @@ def measure(*, quick: bool = False, profile: bool = False) -> Report:
     print(f"contiguous copy, one process: {top:.1f} GB/s", flush=True)
     torch.cuda.empty_cache()
     rows, caps, latencies = [], [], []
-    bench = Bench(profile=profile)
-    with bench.engine() as (engine, link):
-        mapped = bench.mapped(link, engine)
-        print(f"contiguous copy onto the other process's memory: {mapped:.1f} GB/s", flush=True)
-        host = bench.host(engine, link)
-        for total in TOTALS_NBYTES if not quick else (1 << 20, 256 << 20):
-            copy_speed = ceiling(total)
-            for piece in PIECES_NBYTES:
-                row = bench.row(engine, link, total, piece, top, copy_speed)
-                rows.append(row)
-                ratios = [row.of_ceiling] + [
-                    speed / copy_speed for speed in (row.gb_per_s, row.read_gb_per_s)
-                ]
-                print(total >> 20, piece >> 10, [round(ratio, 3) for ratio in ratios], flush=True)
-        for total, piece in LATENCIES:
-            latencies.append((total, bench.one_way(engine, link, total, piece)))
-            print("one way", latencies[-1], flush=True)
-    for cap in CAPS if not quick else ():
-        with bench.engine(cap) as (engine, link):
-            caps.append((cap, bench.row(engine, link, 256 << 20, 32 << 10, top, top).gb_per_s))
-            print("cap", caps[-1], flush=True)
-    bench.close()
-    versions = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cuda": str(torch.version.cuda),
-    }
-    devices = [torch.cuda.get_device_name(i) for i in range(2)]
+    with Bench(profile=profile) as bench:
+        with bench.engine() as (engine, link):
+            mapped = bench.mapped(link, engine)
+            print(f"contiguous copy onto the other process's memory: {mapped:.1f} GB/s", flush=True)
+            host = bench.host(engine, link)
+            for total in TOTALS_NBYTES if not quick else (1 << 20, 256 << 20):
+                copy_speed = ceiling(total)
+                for piece in PIECES_NBYTES:
+                    row = bench.row(engine, link, total, piece, top, copy_speed)
+                    rows.append(row)
+                    speeds = (row.gb_per_s, row.read_gb_per_s)
+                    ratios = [row.of_ceiling, *(speed / copy_speed for speed in speeds)]
+                    shown = [round(ratio, 3) for ratio in ratios]
+                    print(total >> 20, piece >> 10, shown, flush=True)
+            for total, piece in LATENCIES:
+                latencies.append((total, bench.one_way(engine, link, total, piece)))
+                print("one way", latencies[-1], flush=True)
+        for cap in CAPS if not quick else ():
+            with bench.engine(cap) as (engine, link):
+                caps.append((cap, bench.row(engine, link, 256 << 20, 32 << 10, top, top).gb_per_s))
+                print("cap", caps[-1], flush=True)
+    devices, versions = figures.device_names(), figures.gpu_versions()
     return Report(devices, versions, top, mapped, rows, host, caps, latencies)
 
 
@@ -486,8 +395,7 @@ def sweep() -> None:
 
     kernel: Any = launch
     default = kernel.default_tuning
-    bench = Bench()
-    with bench.engine() as (engine, link):
+    with Bench() as bench, bench.engine() as (engine, link):
         for total in (256 << 20, 1 << 30):
             for tile_kib, warps in SWEEP:
                 tuning = Tuning(tile_kib << 10, warps)
@@ -495,7 +403,6 @@ def sweep() -> None:
                 row = bench.row(engine, link, total, 32 << 10, 1.0, 1.0)
                 print(f"{total >> 20} MiB, tile {tile_kib} KiB, {warps} warps: {row.gb_per_s:.1f}")
     kernel.default_tuning = default
-    bench.close()
 
 
 def show(report: Report) -> None:
@@ -509,12 +416,15 @@ def show(report: Report) -> None:
             f"p99 {cost.p99_us:.1f} us"
         )
     print(
-        f"{'bytes':>10} {'piece':>6} {'GB/s':>7} {'of top':>6} {'streamed':>8} {'read':>7} {'copy':>7} {'alone us':>9} {'arrived us':>10} {'enqueue us':>10}"
+        f"{'bytes':>10} {'piece':>6} {'GB/s':>7} {'of top':>6} {'streamed':>8} {'read':>7} "
+        f"{'copy':>7} {'alone us':>9} {'arrived us':>10} {'enqueue us':>10}"
     )
     for row in report.rows:
         print(
             f"{row.total_nbytes >> 10:>8} K {row.piece_nbytes >> 10:>4} K {row.gb_per_s:7.1f} "
-            f"{row.of_ceiling:6.3f} {row.streamed_gb_per_s:8.1f} {row.read_gb_per_s:7.1f} {row.copy_gb_per_s:7.1f} {row.alone_us:9.1f} {row.arrived_us:10.1f} {row.enqueue_us:10.1f}"
+            f"{row.of_ceiling:6.3f} {row.streamed_gb_per_s:8.1f} {row.read_gb_per_s:7.1f} "
+            f"{row.copy_gb_per_s:7.1f} {row.alone_us:9.1f} {row.arrived_us:10.1f} "
+            f"{row.enqueue_us:10.1f}"
         )
     for total, micros in report.one_way_us:
         print(f"stream to stream, {total >> 10} KiB: {micros:.1f} us one way")
@@ -523,22 +433,13 @@ def show(report: Report) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--sweep", action="store_true")
-    options = parser.parse_args()
-    if torch.cuda.device_count() < 2:
-        sys.exit("two GPUs are needed")
+    options = figures.options(__doc__, gpus=2, quick=None, profile=None, sweep=None)
     if options.sweep:
         sweep()
         return
     report = measure(quick=options.quick, profile=options.profile)
     show(report)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(dataclasses.asdict(report), file, indent=1)
+    figures.write_json(options.json, report)
 
 
 if __name__ == "__main__":

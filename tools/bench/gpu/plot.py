@@ -9,7 +9,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from kvferry.tools.bench import pictures
-from kvferry.tools.bench.pictures import CEILING, COLORS, finish, line
+from kvferry.tools.bench.pictures import CEILING, COLORS, ceiling, finish, line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 def save(report: dict[str, Any], path: Path) -> None:
     """Draw what the report (as `--json` writes it) holds, as PNG."""
-    panels = [functools.partial(draw, report=report) for key, draw in _PANELS if _has(report, key)]
+    direct, staged = (report.get(key) or {} for key in ("direct", "staged"))
+    drawn = (
+        (_direct, direct.get("rows")),
+        (_caps, direct.get("caps")),
+        (_latency, direct.get("one_way_us")),
+        (_staged, staged.get("rows")),
+    )
+    panels = [functools.partial(draw, report=report) for draw, rows in drawn if rows]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     pictures.save(path, f"{' and '.join(report['devices'])}; {versions}", panels)
-
-
-def _has(report: dict[str, Any], key: str) -> bool:
-    found: Any = report
-    for part in key.split("."):
-        found = found.get(part) if found else None
-    return bool(found)
 
 
 def _direct(panel: Any, report: dict[str, Any]) -> None:
@@ -42,7 +42,7 @@ def _direct(panel: Any, report: dict[str, Any]) -> None:
             color,
         )
     top = direct["ceiling_gb_per_s"]
-    panel.axhline(top, color=CEILING, linewidth=1.2, label=f"one contiguous copy, {top:.0f}")
+    ceiling(panel, top, f"one contiguous copy, {top:.0f}")
     finish(panel, "From GPU to GPU, scattered blocks", "block, KiB", "GB/s")
 
 
@@ -62,7 +62,7 @@ def _caps(panel: Any, report: dict[str, Any]) -> None:
     caps = report["direct"]["caps"]
     line(panel, [cap for cap, _ in caps], [speed for _, speed in caps], "cuda_ipc", COLORS[0])
     best = max(speed for _, speed in caps)
-    panel.axhline(0.9 * best, color=CEILING, linewidth=1.2, label="0.9 of the best")
+    ceiling(panel, 0.9 * best, "0.9 of the best")
     panel.set_ylim(0, 1.1 * best)
     finish(panel, "256 MiB of 32 KiB blocks, by programs at a time", "programs", "GB/s")
 
@@ -80,11 +80,3 @@ def _latency(panel: Any, report: dict[str, Any]) -> None:
         line(panel, sizes, [row["us"] for row in nixl], "NIXL, the host's clock", COLORS[5])
     panel.set_yscale("log")
     finish(panel, "Latency of one handoff", "KiB", "µs")
-
-
-_PANELS = (
-    ("direct.rows", _direct),
-    ("direct.caps", _caps),
-    ("direct.one_way_us", _latency),
-    ("staged.rows", _staged),
-)

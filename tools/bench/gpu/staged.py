@@ -10,11 +10,8 @@ between host buffers.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import dataclasses
 import functools
-import json
 import statistics
 import time
 from typing import TYPE_CHECKING, Any
@@ -22,19 +19,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kvferry.engine.layout.kv_layout import KVLayout
 from kvferry.engine.memory import iovec
 from kvferry.engine.staging.gpu_mover import GpuMover
 from kvferry.engine.staging.ring import Ring, StagingMeter
 from kvferry.engine.staging.thresholds import NEVER_DIRECT, DirectThresholds
-from kvferry.engine.transfer_engine import TransferEngine
-from kvferry.tools.bench.gpu.receiver import DIMS, Receiver, WrongBytes, make_pool
-from kvferry.tools.bench.peers import Peer
+from kvferry.tools.bench import figures
+from kvferry.tools.bench.gpu.ends import Receiver, Sender
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from kvferry.engine.link.link import Link
+    from kvferry.engine.transfer_engine import TransferEngine
 
 POOL_FACTOR = 2
 GIB = 1 << 30
@@ -69,11 +65,6 @@ class Report:
 class StagedReceiver(Receiver):
     """The receiving process."""
 
-    def blocks(self, block_ids: Any) -> list[Any]:
-        """What these blocks hold, by layer."""
-        ids = torch.from_numpy(block_ids).to(self.tensors[0].device)
-        return [tensor[:, ids].cpu().numpy() for tensor in self.tensors]
-
     def write_back(self, remote: Any, src_ids: Any, dst_ids: Any, times: int) -> Iterator[None]:
         """Write as often as told while the other end does: both ways at once."""
         assert self.cache is not None
@@ -85,56 +76,37 @@ class StagedReceiver(Receiver):
         yield
 
 
-class Bench:
+class Bench(Sender):
     """The sending process."""
 
     def __init__(self) -> None:
-        self._peer = Peer(StagedReceiver, int(torch.cuda.device_count() > 1))
-        self._address = self._peer.call("address")
+        super().__init__(StagedReceiver, int(torch.cuda.device_count() > 1))
 
-    def close(self) -> None:
-        """Ends the peer."""
-        self._peer.close()
-
-    @contextlib.contextmanager
-    def link(self, transport: str, rails: int = 2) -> Iterator[tuple[TransferEngine, Link]]:
+    def staged(self, transport: str, rails: int = 2) -> Any:
         """A link on which GPU memory is staged."""
         paths = DirectThresholds(direct_from_nbytes={"cuda_ipc": NEVER_DIRECT})
-        with TransferEngine(name="prefill", paths=paths, rails=rails) as engine:
-            # The warm-up of a link prepares the GPUs whose memory is registered by then.
-            anchor = engine.register(torch.zeros(64, device="cuda:0"))
-            link = engine.connect(self._address, transport=transport)
-            self._peer.call("accept", engine.engine_id)
-            yield engine, link
-            link.close()
-            anchor.deregister()
+        return self.link(transport, paths=paths, rails=rails)
 
     def times(
         self,
         engine: TransferEngine,
         link: Link,
         shape: tuple[int, int],
-        ends: tuple[bool, bool] = (True, True),
+        on_gpu: tuple[bool, bool] = (True, True),
         *,
         both_ways: bool = False,
         in_flight: int = 1,
     ) -> list[float]:
         """Seconds of each handoff, after one that is checked; of several in flight, their share."""
-        total, piece = shape
-        remote = self._peer.call("make_cache", total, piece, POOL_FACTOR, ends[1])
-        where = "cuda:0" if ends[0] else "cpu"
-        tensors, num_ids = make_pool(total, piece, where, random=True, factor=POOL_FACTOR)
-        local = engine.register_cache(KVLayout.from_tensors(tensors, DIMS), tensors)
-        random = np.random.default_rng(total + piece)
-        ids = [random.permutation(POOL_FACTOR * num_ids)[:num_ids] for _ in range(2)]
-        plan = engine.plan(local, remote)
+        tensors, local, plan, ids = self.caches(engine, shape, POOL_FACTOR, on_gpu)
+        num_ids = len(ids[0])
         link.prepare(plan)
         link.write_blocks(plan, *ids).wait(60)
-        self._check(tensors, ids)
+        self.check(tensors, ids)
         if both_ways:
             unused = [np.setdiff1d(np.arange(POOL_FACTOR * num_ids), one)[:num_ids] for one in ids]
             times = REPEATS + 2
-            self._peer.call("write_back", local.descriptor, unused[1], unused[0], times)
+            self.peer.call("write_back", local.descriptor, unused[1], unused[0], times)
         seconds = []
         for _ in range(REPEATS):
             start_s = time.perf_counter()
@@ -142,45 +114,22 @@ class Bench:
                 ticket.wait(60)
             seconds.append((time.perf_counter() - start_s) / in_flight)
         if both_ways:
-            self._peer.answer()
+            self.peer.answer()
         local.deregister()
         return seconds
-
-    def _check(self, tensors: list[torch.Tensor], ids: Any) -> None:
-        step = max(1, len(ids[0]) // 64)
-        src, dst = (np.ascontiguousarray(side[::step]) for side in ids)
-        there = self._peer.call("blocks", dst)
-        for mine, theirs in zip(tensors, there, strict=True):
-            sent = mine[:, torch.from_numpy(src).to(mine.device)].cpu()
-            if not torch.equal(sent, torch.from_numpy(theirs)):
-                raise WrongBytes
 
 
 def pinned_copies(nbytes: int = GIB) -> dict[str, float]:
     """GB/s of one contiguous copy from a GPU to pinned memory and back."""
     here = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
     there = torch.empty(nbytes, dtype=torch.uint8, device="cuda:0").random_()
-    return {
-        "copy to pinned memory": nbytes
-        / _on_gpu(lambda: here.copy_(there, non_blocking=True))
-        / 1e9,
-        "copy from pinned memory": nbytes
-        / _on_gpu(lambda: there.copy_(here, non_blocking=True))
-        / 1e9,
+    copies = {
+        "copy to pinned memory": lambda: here.copy_(there, non_blocking=True),
+        "copy from pinned memory": lambda: there.copy_(here, non_blocking=True),
     }
-
-
-def _on_gpu(work: Callable[[], Any]) -> float:
-    seconds = []
-    for _ in range(REPEATS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        seconds.append(begin.elapsed_time(end) / 1e3)
-    median_s: float = statistics.median(seconds)
-    return median_s
+    return {
+        name: nbytes / figures.gpu_median_s(copy, REPEATS) / 1e9 for name, copy in copies.items()
+    }
 
 
 def movers(
@@ -220,42 +169,32 @@ def measure(*, quick: bool = False) -> Report:
     for name, piece, programs, speed in kernels:
         print(f"{name} of {piece} B pieces, {programs} programs: {speed:.1f} GB/s", flush=True)
     rows: list[Row] = []
-    bench = Bench()
-
-    def note(path: str, shape: tuple[int, int], seconds: list[float], ceiling: str) -> None:
-        median_s = statistics.median(seconds)
-        speed = shape[0] / median_s / 1e9
-        of = speed / ceilings[ceiling] if ceiling else 0.0
-        rows.append(Row(path, *shape, speed, median_s * 1e3, ceiling, of))
-        print(rows[-1], flush=True)
-
     to_pinned = "copy to pinned memory"
-    large = (GIB, 32 << 10)
-    with bench.link("cuda_ipc") as (engine, link):
-        shapes = [(GIB, 4 << 10), (256 << 20, 32 << 10), (64 << 20, 32 << 10), (1 << 20, 32 << 10)]
-        for shape in [large, *([] if quick else shapes)]:
-            note("shared staging", shape, bench.times(engine, link, shape), to_pinned)
-        seconds = bench.times(engine, link, large, in_flight=4)
-        note("shared staging, 4 in flight", large, seconds, to_pinned)
-        seconds = bench.times(engine, link, large, both_ways=True)
-        note("shared staging, both ways, each", large, seconds, to_pinned)
-        seconds = bench.times(engine, link, (256 << 20, 32 << 10), (True, False))
-        note("shared staging, GPU to host memory", (256 << 20, 32 << 10), seconds, "")
-        seconds = bench.times(engine, link, (256 << 20, 32 << 10), (False, True))
-        note("shared staging, host memory to GPU", (256 << 20, 32 << 10), seconds, "")
-    for rails in (2,) if quick else (2, 4):
-        with bench.link("tcp", rails) as (engine, link):
-            name = f"tcp, {rails} rails"
-            seconds = bench.times(engine, link, large, (False, False))
-            ceilings[f"{name}, host memory"] = GIB / statistics.median(seconds) / 1e9
-            note(f"{name}, host memory", large, seconds, f"{name}, host memory")
-            for shape in [large, *([] if quick else [(GIB, 4 << 10), (64 << 20, 32 << 10)])]:
-                seconds = bench.times(engine, link, shape)
-                note(f"{name}, GPU memory", shape, seconds, f"{name}, host memory")
-    bench.close()
-    count = torch.cuda.device_count()
-    devices = [torch.cuda.get_device_name(i) for i in range(min(2, count))]
-    return Report(devices, ceilings, rows, kernels)
+    large, middle = (GIB, 32 << 10), (256 << 20, 32 << 10)
+    more = [] if quick else [(GIB, 4 << 10), (64 << 20, 32 << 10)]
+    with Bench() as bench:
+
+        def note(path: str, ends: Any, shape: tuple[int, int], ceiling: str, **how: Any) -> None:
+            median_s = statistics.median(bench.times(*ends, shape, **how))
+            speed = shape[0] / median_s / 1e9
+            of = speed / ceilings.setdefault(ceiling, speed) if ceiling else 0.0
+            rows.append(Row(path, *shape, speed, median_s * 1e3, ceiling, of))
+            print(rows[-1], flush=True)
+
+        with bench.staged("cuda_ipc") as ends:
+            for shape in [large, *more, *([] if quick else [middle, (1 << 20, 32 << 10)])]:
+                note("shared staging", ends, shape, to_pinned)
+            note("shared staging, 4 in flight", ends, large, to_pinned, in_flight=4)
+            note("shared staging, both ways, each", ends, large, to_pinned, both_ways=True)
+            note("shared staging, GPU to host memory", ends, middle, "", on_gpu=(True, False))
+            note("shared staging, host memory to GPU", ends, middle, "", on_gpu=(False, True))
+        for rails in (2,) if quick else (2, 4):
+            with bench.staged("tcp", rails) as ends:
+                host = f"tcp, {rails} rails, host memory"
+                note(host, ends, large, host, on_gpu=(False, False))
+                for shape in [large, *more]:
+                    note(f"tcp, {rails} rails, GPU memory", ends, shape, host)
+    return Report(figures.device_names(), ceilings, rows, kernels)
 
 
 def show(report: Report) -> None:
@@ -272,15 +211,10 @@ def show(report: Report) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json")
-    parser.add_argument("--quick", action="store_true")
-    options = parser.parse_args()
+    options = figures.options(__doc__, quick=None)
     report = measure(quick=options.quick)
     show(report)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(dataclasses.asdict(report), file, indent=1)
+    figures.write_json(options.json, report)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
-from pathlib import Path  # noqa: TC003 - typer reads it at run time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,10 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from kvferry.tools.bench import pictures
+from kvferry.tools.bench.cli import JsonPath, PlotPath, check_plot, fail
+from kvferry.tools.bench.figures import WrongBytes, write_json
 from kvferry.tools.bench.kernels import measure as kernels_measure
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
 
     from kvferry.tools.bench.kernels.measure import Report, Row
 
@@ -29,42 +29,32 @@ def kernels(
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Also every tile size and number of warps.")
     ] = False,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write a JSON report.")
-    ] = None,
-    plot_path: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE.png", help="Also draw a picture.")
-    ] = None,
+    json_path: JsonPath = None,
+    plot_path: PlotPath = None,
 ) -> None:
     """Gather, scatter and push blocks on one GPU, beside a device-to-device copy.
 
     Blocks are random and scattered, layers are allocations of their own, L2 is cold. Every result is
     compared with its reference first. Exits 1 if one is wrong.
     """
-    console = Console(stderr=True)
-    if plot_path is not None:
-        try:
-            pictures.check()
-        except ImportError as error:
-            raise typer.BadParameter(f"{error}; pip install kvferry[plot]") from error
+    check_plot(plot_path)
     options = kernels_measure.Options(total_mib << 20, repeats, sweep)
     try:
-        with console.status("measuring") as status:
+        with Console(stderr=True).status("measuring") as status:
             report = kernels_measure.measure(options, status.update)
-    except (RuntimeError, kernels_measure.WrongBytes) as error:
-        console.print(f"kvferry bench kernels: {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+    except (RuntimeError, WrongBytes) as error:
+        fail("kernels", error)
     show(Console(), report)
-    if json_path is not None:
-        json_path.write_text(json.dumps(dataclasses.asdict(report), indent=1), encoding="utf-8")
+    write_json(json_path, report)
     if plot_path is not None:
         draw(report, plot_path)
 
 
 def show(console: Console, report: Report) -> None:
     """Prints the report as tables."""
-    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    console.print(f"{report.device}, {report.num_multiprocessors} multiprocessors; {versions}")
+    console.print(
+        f"{report.device}, {report.num_multiprocessors} multiprocessors; {_versions(report)}"
+    )
     console.print(f"device-to-device memcpy: {report.memcpy_gb_per_s:.0f} GB/s of payload")
     console.print(_table("scattered pieces, the whole GPU", report.rows))
     if report.curves:
@@ -114,35 +104,38 @@ def _best(sweep: Iterable[Row]) -> list[Row]:
 
 def draw(report: Report, path: Path) -> None:
     """Draw GB/s by size of a piece, and by programs if that was measured, as PNG."""
-    panels = [_by_pieces, _by_programs] if report.curves else [_by_pieces]
-    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    pictures.save(
-        path,
-        f"{report.device}; {versions}",
-        [functools.partial(panel, report=report) for panel in panels],
+    sizes = functools.partial(
+        _draw,
+        report,
+        report.rows,
+        lambda row: row.piece_nbytes / 1024,
+        ("Scattered pieces, the whole GPU", "piece, KiB", "GB/s"),
     )
+    programs = functools.partial(
+        _draw,
+        report,
+        report.curves,
+        lambda row: float(row.max_programs or 0),
+        ("A bounded number of programs", "programs", "GB/s"),
+    )
+    panels = [sizes, programs] if report.curves else [sizes]
+    pictures.save(path, f"{report.device}; {_versions(report)}", panels)
 
 
-def _by_pieces(panel: Any, report: Report) -> None:
-    for color, (operation, rows) in zip(pictures.COLORS, _by_operation(report.rows), strict=False):
-        sizes = [row.piece_nbytes / 1024 for row in rows]
-        pictures.line(panel, sizes, [row.gb_per_s for row in rows], operation, color)
+def _draw(
+    report: Report, rows: list[Row], x: Callable[[Row], float], words: tuple[str, ...], panel: Any
+) -> None:
+    for color, (operation, part) in zip(pictures.COLORS, _by_operation(rows), strict=False):
+        speeds = [row.gb_per_s for row in part]
+        pictures.line(panel, [x(row) for row in part], speeds, operation, color)
     top = report.memcpy_gb_per_s
-    panel.axhline(top, color=pictures.CEILING, linewidth=1.2, label=f"memcpy, {top:.0f}")
+    pictures.ceiling(panel, top, f"memcpy, {top:.0f}")
     panel.set_ylim(0, 1.1 * top)
-    pictures.finish(panel, "Scattered pieces, the whole GPU", "piece, KiB", "GB/s")
+    pictures.finish(panel, *words)
 
 
-def _by_programs(panel: Any, report: Report) -> None:
-    for color, (operation, rows) in zip(
-        pictures.COLORS, _by_operation(report.curves), strict=False
-    ):
-        programs = [float(row.max_programs or 0) for row in rows]
-        pictures.line(panel, programs, [row.gb_per_s for row in rows], operation, color)
-    top = report.memcpy_gb_per_s
-    panel.axhline(top, color=pictures.CEILING, linewidth=1.2, label=f"memcpy, {top:.0f}")
-    panel.set_ylim(0, 1.1 * top)
-    pictures.finish(panel, "A bounded number of programs", "programs", "GB/s")
+def _versions(report: Report) -> str:
+    return ", ".join(f"{name} {version}" for name, version in report.versions.items())
 
 
 def _by_operation(rows: list[Row]) -> list[tuple[str, list[Row]]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import statistics
 import sys
 import time
@@ -18,6 +17,8 @@ import torch
 from kvferry.kernels.paged import Geometry, PagedCache
 from kvferry.kernels.signal import Signal
 from kvferry.kernels.tiles import Tuning
+from kvferry.tools.bench import figures
+from kvferry.tools.bench.figures import WrongBytes
 from kvferry.tools.bench.kernels.operations import (
     Side,
     copy_blocks,
@@ -92,10 +93,6 @@ class Report:
     host: list[HostCost]
 
 
-class WrongBytes(Exception):
-    """A kernel did not do what its reference does: no figure of it is worth printing."""
-
-
 class Options(NamedTuple):
     """What to measure."""
 
@@ -149,32 +146,32 @@ class Workload:
         run = self.operations(tuning, max_programs)
         truth = gather_reference(self.src_views, self.src_ids)
         expected = _planes([_zeros(self.shape) for _ in range(NUM_LAYERS)])
+        wrong = []
         self.staging.fill_(-1)
         run["gather"]()
-        self._require(torch.equal(self.staging, truth), "gather", tuning, max_programs)
+        wrong += ["gather"] * (not torch.equal(self.staging, truth))
         self._clear_dst()
         scatter_reference(truth, expected, self.dst_ids)
         run["scatter"]()
-        self._require(_equal(self.dst_views, expected), "scatter", tuning, max_programs)
+        wrong += ["scatter"] * (not self._dst_is(expected))
         self._clear_dst()
         push_reference(self.src_views, self.src_ids, expected, self.dst_ids)
         self.counter.zero_()
         run["push"]()
-        self._require(_equal(self.dst_views, expected), "push", tuning, max_programs)
-        self._require(int(self.counter) == self.nbytes, "push's count", tuning, max_programs)
+        wrong += ["push"] * (not self._dst_is(expected))
+        wrong += ["push's count"] * (int(self.counter) != self.nbytes)
+        if wrong:
+            raise WrongBytes(
+                f"{wrong[0]} of {self.piece_nbytes} B pieces, {tuning}, "
+                f"max_programs={max_programs}: not what the reference gives"
+            )
 
     def _clear_dst(self) -> None:
         for view in self.dst_views:
             view.zero_()
 
-    def _require(
-        self, equal: bool, what: str, tuning: Tuning | None, max_programs: int | None
-    ) -> None:
-        if not equal:
-            raise WrongBytes(
-                f"{what} of {self.piece_nbytes} B pieces, {tuning}, max_programs={max_programs}: "
-                "not what the reference gives"
-            )
+    def _dst_is(self, expected: list[torch.Tensor]) -> bool:
+        return all(map(torch.equal, self.dst_views, expected))
 
 
 class Clock:
@@ -188,17 +185,7 @@ class Clock:
         """The median over the repetitions, after two that are not counted."""
         for _ in range(2):
             run()
-        event: Any = torch.cuda.Event
-        events = []
-        for _ in range(self.repeats):
-            begin, end = (event(enable_timing=True) for _ in range(2))
-            self.flush.zero_()
-            begin.record()
-            run()
-            end.record()
-            events.append((begin, end))
-        torch.cuda.synchronize()
-        return statistics.median(float(begin.elapsed_time(end)) for begin, end in events) * 1000
+        return figures.gpu_median_s(run, self.repeats, self.flush.zero_) * 1e6
 
 
 def measure(options: Options, progress: Callable[[str], None]) -> Report:
@@ -235,7 +222,7 @@ def measure(options: Options, progress: Callable[[str], None]) -> Report:
     return Report(
         device=torch.cuda.get_device_name(),
         num_multiprocessors=torch.cuda.get_device_properties(0).multi_processor_count,
-        versions=_versions(),
+        versions=figures.gpu_versions(),
         memcpy_gb_per_s=memcpy,
         rows=rows,
         curves=curves,
@@ -266,7 +253,7 @@ def host_costs() -> list[HostCost]:
             HostCost(
                 operation=name,
                 eager_p50_us=statistics.median(eager),
-                eager_p99_us=sorted(eager)[int(0.99 * LAUNCHES)],
+                eager_p99_us=figures.p99(eager),
                 graph_p50_us=statistics.median(replay),
             )
         )
@@ -330,21 +317,6 @@ def _random(shape: tuple[int, ...]) -> torch.Tensor:
 
 def _zeros(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.int64, device="cuda")
-
-
-def _equal(here: list[torch.Tensor], there: list[torch.Tensor]) -> bool:
-    return all(map(torch.equal, here, there))
-
-
-def _versions() -> dict[str, str]:
-    import triton
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": str(triton.__version__),
-        "cuda": str(torch.version.cuda),
-    }
 
 
 def main(arguments: list[str]) -> None:

@@ -10,7 +10,6 @@ first; every figure is the median of several launches, by CUDA events.
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -19,46 +18,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from kvferry.engine.layout.join import join_planes
 from kvferry.engine.layout.kv_layout import KVLayout
 from kvferry.engine.plan.token_plan import TokenPlan
 from kvferry.engine.transports.cuda_ipc.tokens import compile_tokens, span_of
-from kvferry.kernels.cast import LIMITS, cast_reference
 from kvferry.kernels.paged import Geometry, PagedCache
 from kvferry.kernels.relayout import relayout
+from kvferry.tools.bench import figures
 from kvferry.tools.bench.kernels.operations import Side, copy_blocks
+from kvferry.tools.bench.layouts.caches import HND, NHD, Cache, Shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-NHD, HND = "plane block token head dim", "plane block head token dim"
+    Int64s = np.ndarray[tuple[int], np.dtype[np.int64]]
+
 NUM_LAYERS = 16
 REPEATS = 11
 PLAN_TOKENS, PLAN_LAYERS = 131072, 80
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """One rank's cache.
-
-    Attributes:
-        heads: range of the model's heads.
-        scales: numbers a plane of a layer has: 0, 1, or one a head.
-        by_block: these lie beside the cache, as many for each block, and a transfer makes them.
-    """
-
-    order: str
-    tokens: int
-    heads: tuple[int, int]
-    dim: int
-    dtype: torch.dtype = torch.bfloat16
-    scales: int = 0
-    by_block: bool = False
-
-    @property
-    def token_nbytes(self) -> int:
-        """Bytes of one token of one plane."""
-        return (self.heads[1] - self.heads[0]) * self.dim * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,90 +60,31 @@ class Report:
     plan_cached_ms: float
 
 
-class WrongBytes(Exception):
-    """Bytes arrived wrong: no figure is worth printing."""
+def on_gpu(shape: Shape, num_tokens: int, device: int) -> Cache:
+    """A cache of twice the blocks of its request; on GPU 0 it holds random numbers."""
+    cache = Cache(shape, num_tokens, layers=NUM_LAYERS, spare=2, device=device)
+    for pool in cache.pools if device == 0 else ():
+        pool.copy_(torch.randn(pool.shape, device=pool.device, dtype=torch.float16))
+    return cache
 
 
-class Cache:
-    """One rank's cache on one GPU, a tensor a layer."""
-
-    def __init__(self, shape: Shape, num_tokens: int, device: int, *, random: bool) -> None:
-        num_blocks = 2 * -(-num_tokens // shape.tokens)
-        sizes = {
-            "plane": 2,
-            "block": num_blocks,
-            "token": shape.tokens,
-            "head": shape.heads[1] - shape.heads[0],
-            "dim": shape.dim,
-        }
-        self.shape = shape
-        size = [sizes[name] for name in shape.order.split()]
-        self.tensors = []
-        for _ in range(NUM_LAYERS):
-            tensor = torch.zeros(size, dtype=shape.dtype, device=f"cuda:{device}")
-            if random:
-                tensor.copy_(torch.randn(size, device=f"cuda:{device}", dtype=torch.float16))
-            self.tensors.append(tensor)
-        drawn = np.random.default_rng(1).uniform(0.01, 0.05, (NUM_LAYERS, max(1, shape.scales)))
-        self.scales = drawn.astype(np.float32)
-        fixed = shape.scales and not shape.by_block
-        self.layout = KVLayout.from_tensors(
-            self.tensors,
-            shape.order,
-            head_start=shape.heads[0],
-            scales={"k": self.scales, "v": self.scales} if fixed else None,
-        )
-        self.block_scales = []
-        if shape.by_block:
-            self.block_scales = [
-                torch.zeros(2, num_blocks, shape.scales, 1, device=f"cuda:{device}")
-                for _ in range(NUM_LAYERS)
-            ]
-            beside = KVLayout.from_tensors(
-                self.block_scales,
-                "plane block head dim",
-                planes=["k_scale", "v_scale"],
-                tokens_per_block=shape.tokens,
-                head_start=shape.heads[0],
-            )
-            self.layout = join_planes(self.layout, beside)
-        regions = self.tensors + self.block_scales
-        self.addresses = np.array([tensor.data_ptr() for tensor in regions], np.int64)
-        random_ids = np.random.default_rng(device + shape.tokens).permutation(num_blocks)
-        self.table = random_ids[: -(-num_tokens // shape.tokens)].astype(np.int64)
-
-    def logical(self, layer: int) -> torch.Tensor:
-        """A view `[plane, block, token, head, dim]`."""
-        view = self.tensors[layer]
-        return view if self.shape.order == NHD else view.transpose(2, 3)
-
-    def request(self, layer: int) -> torch.Tensor:
-        """The request's numbers, `[plane, token, head, dim]`: a copy."""
-        ids = torch.from_numpy(self.table).to(self.tensors[layer].device)
-        return self.logical(layer)[:, ids].flatten(1, 2)
+def addresses(cache: Cache) -> Int64s:
+    """Where each tensor of a cache lies."""
+    return np.array([tensor.data_ptr() for tensor in cache.tensors], np.int64)
 
 
 def timed(launch: Callable[[], object]) -> float:
-    """Seconds of one launch on GPU 0, with everything that GPU 1 still does for it."""
+    """Seconds of one launch on the current GPU, with everything that the other still does for it."""
     launch()
-    seconds = []
-    for _ in range(REPEATS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        torch.cuda._sleep(1_000_000)  # type: ignore[no-untyped-call]
-        begin.record()
-        launch()
-        end.record()
-        torch.cuda.synchronize()
-        seconds.append(begin.elapsed_time(end) / 1e3)
-    return float(statistics.median(seconds))
+    return figures.gpu_median_s(launch, REPEATS, figures.sleep)
 
 
 def mover(src: Cache, dst: Cache, num_tokens: int) -> Callable[[], object]:
     """A launch that moves the request; checks it once."""
     plan = TokenPlan(src.layout, dst.layout)
     device = torch.device("cuda", 0)
-    launches = compile_tokens(plan, None, src.addresses, dst.addresses, device)
-    tables = [torch.from_numpy(cache.table).to(device) for cache in (src, dst)]
+    launches = compile_tokens(plan, None, addresses(src), addresses(dst), device)
+    tables = src.ids, dst.ids.to(device)
 
     def run() -> None:
         for launch in launches:
@@ -176,36 +93,22 @@ def mover(src: Cache, dst: Cache, num_tokens: int) -> Callable[[], object]:
 
     run()
     torch.cuda.synchronize()
-    check(src, dst, num_tokens)
+    check(src, dst)
     return run
 
 
-def check(src: Cache, dst: Cache, num_tokens: int) -> None:
+def check(src: Cache, dst: Cache) -> None:
     """Raises WrongBytes unless the heads that both hold are the source's, cast as PyTorch does."""
-    low, high = max(src.shape.heads[0], dst.shape.heads[0]), min(src.shape.heads[1], dst.shape.heads[1])  # fmt: skip
+    low, high = _common_heads(src.shape, dst.shape)
+    mine, theirs = (
+        slice(low - cache.shape.heads[0], high - cache.shape.heads[0]) for cache in (src, dst)
+    )
     for layer in (0, NUM_LAYERS - 1):
-        sent = src.request(layer)[:, :num_tokens, low - src.shape.heads[0] : high - src.shape.heads[0]]  # fmt: skip
-        came = dst.request(layer)[:, :num_tokens, low - dst.shape.heads[0] : high - dst.shape.heads[0]]  # fmt: skip
-        if dst.shape.by_block:
-            sent = by_block(sent, dst, layer)
-        elif dst.shape.dtype != src.shape.dtype:
-            factor = torch.from_numpy(np.float32(1.0) / dst.scales[layer]).to(sent.device)[:, None]
-            sent = cast_reference(sent, factor, dst.shape.dtype)
-        if not torch.equal(
-            sent.contiguous().view(torch.uint8).cpu(), came.contiguous().view(torch.uint8).cpu()
-        ):
-            raise WrongBytes
+        dst.check(layer, src.request(layer)[:, :, mine], theirs)
 
 
-def by_block(sent: torch.Tensor, dst: Cache, layer: int) -> torch.Tensor:
-    """Numbers `[plane, token, head, dim]` as `dst` should hold them; checks the scales it made."""
-    planes, _, heads, dim = sent.shape
-    blocks = sent.to(torch.float32).reshape(planes, -1, dst.shape.tokens, heads, dim)
-    scales = blocks.abs().amax((2, 4)) * torch.tensor(1 / LIMITS[dst.shape.dtype])
-    ids = torch.from_numpy(dst.table).to("cuda:1")
-    if not torch.equal(dst.block_scales[layer][:, ids, :, 0].cpu(), scales.cpu()):
-        raise WrongBytes
-    return cast_reference(blocks, (1 / scales)[:, :, None, :, None], dst.shape.dtype).flatten(1, 2)
+def _common_heads(src: Shape, dst: Shape) -> tuple[int, int]:
+    return max(src.heads[0], dst.heads[0]), min(src.heads[1], dst.heads[1])
 
 
 def plain_push(src: Cache, dst: Cache) -> Callable[[], object]:
@@ -215,12 +118,9 @@ def plain_push(src: Cache, dst: Cache) -> Callable[[], object]:
     device = torch.device("cuda", 0)
     sides = []
     for cache in (src, dst):
-        plane = cache.tensors[0].stride(0) * shape.dtype.itemsize
-        addresses = [int(base) + p * plane for base in cache.addresses for p in range(2)]
-        geometry = Geometry(
-            cache.tensors[0].shape[1], 1, 1, block_nbytes, block_nbytes, block_nbytes, block_nbytes, 1
-        )  # fmt: skip
-        sides.append(PagedCache.from_addresses(addresses, geometry, device))
+        planes = [plane.data_ptr() for pool in cache.pools for plane in pool]
+        geometry = Geometry(cache.pools[0].shape[1], 1, 1, *(block_nbytes,) * 4, 1)
+        sides.append(PagedCache.from_addresses(planes, geometry, device))
     order = np.argsort(dst.table)  # as a plan of blocks orders them
     ids = [torch.from_numpy(cache.table[order]).to(device) for cache in (src, dst)]
     ends = [Side(side, each) for side, each in zip(sides, ids, strict=True)]
@@ -229,30 +129,23 @@ def plain_push(src: Cache, dst: Cache) -> Callable[[], object]:
 
 def permute(temporary: Cache, dst: Cache) -> Callable[[], object]:
     """What a receiver does that got the source's layout: gather, permute and scatter in PyTorch."""
-    ids = [torch.from_numpy(cache.table).to("cuda:1") for cache in (temporary, dst)]
     low = temporary.shape.heads[0] - dst.shape.heads[0]
-    heads = slice(low, low + temporary.shape.heads[1] - temporary.shape.heads[0])
+    heads = slice(low, low + temporary.shape.num_heads)
     tokens = dst.shape.tokens
 
     def run() -> None:
         for layer in range(NUM_LAYERS):
-            got = temporary.tensors[layer][:, ids[0]].flatten(1, 2)
+            got = temporary.pools[layer][:, temporary.ids].flatten(1, 2)
             blocks = got.reshape(2, -1, tokens, *got.shape[2:]).transpose(2, 3)
-            dst.tensors[layer][:, ids[1], heads] = blocks
+            dst.pools[layer][:, dst.ids, heads] = blocks
 
     return run
 
 
-def timed_on_1(launch: Callable[[], object]) -> float:
-    """As `timed`, for work of GPU 1."""
-    with torch.cuda.device(1):
-        return timed(launch)
-
-
 def plan_ms() -> tuple[float, float]:
     """Host milliseconds for a long request: the first plan of a pair, and a cached one."""
-    src = _imaginary(NHD, 16, 20_000)
-    dst = _imaginary(HND, 64, 5_000)
+    src = _imaginary(Shape(NHD, 16), 20_000)
+    dst = _imaginary(Shape(HND, 64), 5_000)
     random = np.random.default_rng(0)
     tables = [[random.permutation(20_000)[:8192]], [random.permutation(5_000)[:2048]]]
     begin_s = time.perf_counter()
@@ -270,12 +163,11 @@ def plan_ms() -> tuple[float, float]:
     return first_s * 1e3, statistics.median(cached) * 1e3
 
 
-def _imaginary(dims: str, tokens: int, num_blocks: int) -> KVLayout:
-    """A large cache that nobody allocates: 80 layers of 8 heads of 128."""
-    sizes = {"plane": 2, "block": num_blocks, "token": tokens, "head": 8, "dim": 128}
-    shape = [sizes[name] for name in dims.split()]
-    tensors = [torch.empty(shape, dtype=torch.bfloat16, device="meta")] * PLAN_LAYERS
-    return KVLayout.from_tensors(tensors, dims)
+def _imaginary(shape: Shape, num_blocks: int) -> KVLayout:
+    """A large cache that nobody allocates: 80 layers."""
+    size = shape.sizes(num_blocks)
+    tensors = [torch.empty(size, dtype=shape.dtype, device="meta")] * PLAN_LAYERS
+    return KVLayout.from_tensors(tensors, shape.order)
 
 
 def measure(*, total_nbytes: int = 1 << 30) -> Report:
@@ -287,14 +179,14 @@ def measure(*, total_nbytes: int = 1 << 30) -> Report:
     first, cached = plan_ms()
     print(f"planning 131072 tokens: first {first:.2f} ms, then {cached:.3f} ms", flush=True)
     torch.empty(1, device="cuda:1").copy_(torch.empty(1, device="cuda:0"))  # enables peer access
-    bf16 = Shape(NHD, 16, (0, 8), 128)
+    bf16 = Shape(NHD, 16)
     rows: list[Row] = []
 
     def row(name: str, src: Shape, dst: Shape, plain_s_per_byte: float) -> None:
         num_tokens = total_nbytes // (2 * NUM_LAYERS * src.token_nbytes)
-        both = max(src.heads[0], dst.heads[0]), min(src.heads[1], dst.heads[1])
-        share = (both[1] - both[0]) / (src.heads[1] - src.heads[0])
-        caches = Cache(src, num_tokens, 0, random=True), Cache(dst, num_tokens, 1, random=False)
+        low, high = _common_heads(src, dst)
+        share = (high - low) / src.num_heads
+        caches = on_gpu(src, num_tokens, 0), on_gpu(dst, num_tokens, 1)
         seconds = timed(mover(*caches, num_tokens))
         moved = int(2 * NUM_LAYERS * src.token_nbytes * num_tokens * share)
         speed = moved / seconds
@@ -302,18 +194,19 @@ def measure(*, total_nbytes: int = 1 << 30) -> Report:
         print(f"{name}: {speed / 1e9:.1f} GB/s, {rows[-1].of_plain:.2f} of plain", flush=True)
 
     num_tokens = total_nbytes // (2 * NUM_LAYERS * bf16.token_nbytes)
-    equal = Cache(bf16, num_tokens, 0, random=True), Cache(bf16, num_tokens, 1, random=False)
+    equal = on_gpu(bf16, num_tokens, 0), on_gpu(bf16, num_tokens, 1)
     seconds = timed(plain_push(*equal))
-    check(*equal, num_tokens)
+    check(*equal)
     unit = seconds / total_nbytes
     rows.append(Row("plain push, NHD 16, 8 heads", total_nbytes, 1e-9 / unit, 1.0))
     print(f"plain push {1e-9 / unit:.1f} GB/s", flush=True)
-    wide = Cache(Shape(HND, 64, (0, 16), 128), num_tokens, 1, random=False)
+    wide = on_gpu(Shape(HND, 64, (0, 16)), num_tokens, 1)
     permuting = permute(equal[1], wide)
     permuting()
     torch.cuda.synchronize()
-    check(equal[0], wide, num_tokens)
-    permuted_s = seconds + timed_on_1(permuting)
+    check(equal[0], wide)
+    with torch.cuda.device(1):
+        permuted_s = seconds + timed(permuting)
     print(f"push, then permute: {total_nbytes / permuted_s / 1e9:.1f} GB/s", flush=True)
     del equal, wide, permuting
     torch.cuda.empty_cache()
@@ -335,7 +228,7 @@ def measure(*, total_nbytes: int = 1 << 30) -> Report:
     ):  # fmt: skip
         row(name, src, dst, unit)
         torch.cuda.empty_cache()
-    versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    versions = figures.gpu_versions()
     permute_speed = total_nbytes / permuted_s / 1e9
     name = torch.cuda.get_device_name(0)
     return Report(name, versions, rows, permute_speed, total_nbytes, first, cached)
@@ -362,9 +255,7 @@ def main() -> None:
         sys.exit("two GPUs are needed")
     report = measure()
     show(report)
-    if len(sys.argv) > 1:
-        with open(sys.argv[1], "w") as file:
-            json.dump(dataclasses.asdict(report), file, indent=1)
+    figures.write_json(sys.argv[1] if len(sys.argv) > 1 else None, report)
 
 
 if __name__ == "__main__":

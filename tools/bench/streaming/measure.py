@@ -9,13 +9,10 @@ caches as vLLM registers them. Only prefill computes.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
-import json
 import socket
 import statistics
-import sys
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +23,8 @@ from kvferry.adapters.vllm.cache import Backend, CacheGroup, Heads, describe_cac
 from kvferry.adapters.vllm.orders import Orders, ReceiveOrder, SendOrder
 from kvferry.adapters.vllm.settings import Settings
 from kvferry.adapters.vllm.worker import WorkerSide
+from kvferry.tools.bench import figures
+from kvferry.tools.bench.figures import WrongBytes
 from kvferry.tools.bench.peers import Peer, close_all
 from kvferry.tools.bench.streaming.model import DEEPSEEK_V3, LLAMA_70B, Shape, StandIn
 
@@ -36,7 +35,7 @@ TOKENS_A_BLOCK = 16
 POOL_FACTOR = 2
 BACKEND = Backend("FLASH_ATTN", "", "0.32.0")
 ALONE, STREAMED, AFTER, PULLED = "alone", "streamed", "after", "pulled"
-KINDS = (ALONE, STREAMED, AFTER, PULLED)
+KINDS: tuple[str, ...] = (ALONE, STREAMED, AFTER, PULLED)
 WAIT_S = 60.0
 
 
@@ -91,10 +90,6 @@ class Sample(NamedTuple):
     visible_ms: float = 0.0
     noticed_ms: float = 0.0
     nbytes: int = 0
-
-
-class WrongBytes(Exception):
-    """Bytes arrived wrong: no figure is worth printing."""
 
 
 class Rank:
@@ -248,7 +243,7 @@ class _Clock:
 
     def mark(self) -> None:
         if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event, _ = figures.events()
             event.record()
             self._marks.append(event)
         else:
@@ -304,28 +299,29 @@ class Bench:
         total = POOL_FACTOR * case.num_blocks
         src, dst = (self._random.permutation(total)[: case.num_blocks].tolist() for _ in range(2))
         if kind == ALONE:
-            passes = self.call("prefill", "forward", None, src, kind)
-            return Sample(max(each[0] for each in passes), max(each[1] for each in passes))
+            forward_ms, tail_ms, _ = _slowest(self.call("prefill", "forward", None, src, kind))
+            return Sample(forward_ms, tail_ms)
         self._number += 1
         name = f"r{self._number}"
         tokens = case.num_tokens
         order = ReceiveOrder(name, name, "prefill", self._addresses, [dst], tokens, 0)
         self.call("decode", "begin", order)
         self.tell("decode", "received", name)
-        passes = self.call("prefill", "forward", SendOrder(name, name, [src], tokens), src, kind)
+        sending = SendOrder(name, name, [src], tokens)
+        forward_ms, tail_ms, ended_s = _slowest(self.call("prefill", "forward", sending, src, kind))
         loads = self.answers("decode")
-        ended_s = max(each[2] for each in passes)
         self.call("prefill", "finish", name)
         if check and self.call("prefill", "digest", src) != self.call("decode", "digest", dst):
             raise WrongBytes(f"{case.shape.name}, {kind}")
-        visible_s, noticed_s = (max(load[at] for load in loads) - ended_s for at in range(2))
-        return Sample(
-            max(each[0] for each in passes),
-            max(each[1] for each in passes),
-            visible_s * 1e3,
-            noticed_s * 1e3,
-            sum(load[2] for load in loads),
-        )
+        arrived_s, noticed_s, _ = _slowest(loads)
+        visible_ms, noticed_ms = ((at_s - ended_s) * 1e3 for at_s in (arrived_s, noticed_s))
+        nbytes = sum(load[2] for load in loads)
+        return Sample(forward_ms, tail_ms, visible_ms, noticed_ms, nbytes)
+
+
+def _slowest(ranks: list[Any]) -> list[float]:
+    """Of each of the ranks' figures the largest."""
+    return [max(each) for each in zip(*ranks, strict=True)]
 
 
 def measure(case: Case, wanted: Sequence[str] = KINDS) -> list[Row]:
@@ -348,27 +344,16 @@ def measure(case: Case, wanted: Sequence[str] = KINDS) -> list[Row]:
                 for kind in kinds[first:] + kinds[:first]:
                     last = turn == case.repeats - 1 and kind != ALONE
                     samples[kind].append(bench.once(kind, check=last))
-    alone_ms = _median(samples[ALONE], "forward_ms")
-    return [
-        Row(
-            case.shape.name,
-            case.ranks,
-            case.num_tokens,
-            kind,
-            samples[kind][-1].nbytes,
-            _median(samples[kind], "forward_ms"),
-            _median(samples[kind], "forward_ms") / alone_ms - 1,
-            _median(samples[kind], "visible_ms"),
-            _median(samples[kind], "noticed_ms"),
-            _median(samples[kind], "tail_ms"),
-        )
-        for kind in KINDS
-        if kind in wanted
-    ]
-
-
-def _median(samples: list[Sample], field: str) -> float:
-    return float(statistics.median(getattr(sample, field) for sample in samples))
+    found: list[Row] = []
+    for kind in (kind for kind in KINDS if kind in wanted):
+        columns = zip(*samples[kind], strict=True)
+        medians = dict(zip(Sample._fields, map(statistics.median, columns), strict=True))
+        nbytes = samples[kind][-1].nbytes
+        alone_ms = found[0].forward_ms if found else medians["forward_ms"]
+        slower = medians["forward_ms"] / alone_ms - 1
+        head = (case.shape.name, case.ranks, case.num_tokens, kind)
+        found.append(Row(*head, **medians | {"nbytes": nbytes, "slower": slower}))
+    return found
 
 
 CASES = (
@@ -395,7 +380,8 @@ def show(rows: Sequence[Row]) -> None:
         print(
             f"{row.model:<12} {row.ranks:>2} {row.num_tokens:>6} {row.kind:<9} "
             f"{row.nbytes / (1 << 20):6.0f} {row.forward_ms:10.2f} {row.slower:7.1%} "
-            f"{row.visible_ms:10.3f} {row.noticed_ms:10.3f} {row.tail_ms:8.3f}"
+            f"{row.visible_ms:10.3f} {row.noticed_ms:10.3f} {row.tail_ms:8.3f}",
+            flush=True,
         )
 
 
@@ -405,29 +391,28 @@ def _free_port() -> int:
         return int(chosen.getsockname()[1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--caps", action="store_true", help="Try limits of programs instead.")
-    options = parser.parse_args()
-    if torch.cuda.device_count() < 2:
-        sys.exit("two GPUs are needed")
-    rows: list[Row] = []
-    chosen = cases(torch.cuda.device_count())
-    if options.caps:
-        chosen = [
-            dataclasses.replace(CASES[0], max_programs=cap, repeats=30)
-            for cap in (0, 8, 16, 24, 48, 0)
-        ]
+def measure_all(chosen: Sequence[Case], wanted: Sequence[str] = KINDS) -> list[Row]:
+    """Measure cases one after the other, and print each. Raises WrongBytes."""
+    rows = []
     for case in chosen:
-        print(f"at most {case.max_programs or 'any number of'} programs")
-        found = measure(case, (ALONE, STREAMED) if options.caps else KINDS)
+        found = measure(case, wanted)
         show(found)
-        sys.stdout.flush()
         rows += found
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump([dataclasses.asdict(row) for row in rows], file, indent=1)
+    return rows
+
+
+def main() -> None:
+    options = figures.options(__doc__, gpus=2, caps="Try limits of programs instead.")
+    chosen, wanted = cases(torch.cuda.device_count()), KINDS
+    if options.caps:
+        caps = (0, 8, 16, 24, 48, 0)
+        chosen = [dataclasses.replace(CASES[0], max_programs=cap, repeats=30) for cap in caps]
+        wanted = (ALONE, STREAMED)
+    rows = []
+    for case in chosen:
+        print(f"at most {case.max_programs or 'any number of'} programs", flush=True)
+        rows += measure_all([case], wanted)
+    figures.write_json(options.json, rows)
 
 
 if __name__ == "__main__":

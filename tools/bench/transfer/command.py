@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kvferry.tools.bench import pictures
+from kvferry.tools.bench.cli import JsonPath, PlotPath, check_plot, fail
 from kvferry.tools.bench.transfer import measure as transfer_measure
 from kvferry.tools.bench.transfer import report as transfer_report
 from kvferry.tools.bench.transfer import tables as transfer_tables
@@ -45,12 +45,8 @@ def transfer(
         float | None,
         typer.Option(min=1.0, help="How long to measure.", show_default=f"{SECONDS:g}"),
     ] = None,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write a JSON report.")
-    ] = None,
-    plot_path: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE.png", help="Also draw a picture.")
-    ] = None,
+    json_path: JsonPath = None,
+    plot_path: PlotPath = None,
 ) -> None:
     """Move a request's blocks between two processes over every transport, beside the baselines.
 
@@ -58,9 +54,9 @@ def transfer(
     same pieces within one process, a plain Python socket, and NIXL and Mooncake where they are
     installed. Exits 1 if bytes arrived wrong.
     """
-    console = Console(stderr=True)
+    check_plot(plot_path)
     if gpu:
-        _between_gpus(console, quick, compare, peer_python, json_path, plot_path)
+        _between_gpus(quick, compare, peer_python, json_path, plot_path)
         return
     options = transfer_measure.Options(
         settings=Settings(
@@ -71,58 +67,38 @@ def transfer(
         ),
         peer_python=str(peer_python),
     )
-    if plot_path is not None:
-        try:
-            pictures.check()
-        except ImportError as error:
-            raise typer.BadParameter(f"{error}; pip install kvferry[plot]") from error
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     try:
-        with Progress(*columns, console=console, transient=True) as bar:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("", total=1.0)
             report = transfer_measure.measure(
                 options, lambda text, done: bar.update(task, description=text, completed=done)
             )
     except transfer_measure.BenchError as error:
-        console.print(f"kvferry bench transfer: {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+        fail("transfer", error)
     transfer_tables.show(Console(), report)
     if json_path is not None:
         json_path.write_bytes(transfer_report.encode(report))
     if plot_path is not None:
         transfer_tables.draw(report, plot_path)
-    for result in report.wrong:
-        console.print(
-            f"kvferry bench transfer: bytes arrived wrong: {result.shape}, "
-            f"{transfer_tables.name_of(result)}",
-            highlight=False,
-            soft_wrap=True,
-        )
     if report.wrong:
-        raise typer.Exit(1)
+        where = (f"{each.shape}, {transfer_tables.name_of(each)}" for each in report.wrong)
+        fail("transfer", f"bytes arrived wrong: {'; '.join(where)}")
 
 
 def _between_gpus(
-    console: Console,
-    quick: bool,
-    compare: str,
-    peer_python: Path,
-    json_path: Path | None,
-    plot_path: Path | None,
+    quick: bool, compare: str, python: Path, json_path: Path | None, plot_path: Path | None
 ) -> None:
     from kvferry.tools.bench.gpu import command as gpu
 
-    peers = _peers(compare, peer_python)
+    peers = _peers(compare, python)
     if "mooncake" in peers and compare:
         raise typer.BadParameter("--compare mooncake: between GPUs there is nixl alone")
-    nixl_python = str(peer_python) if "nixl" in peers else None
+    nixl_python = str(python) if "nixl" in peers else None
     try:
         gpu.run(quick=quick, nixl_python=nixl_python, json_path=json_path, plot=plot_path)
-    except ImportError as error:
-        raise typer.BadParameter(f"{error}; pip install kvferry[plot]") from error
     except gpu.GpuBenchError as error:
-        console.print(f"kvferry bench transfer --gpu: {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+        fail("transfer --gpu", error)
 
 
 def _rails(text: str) -> tuple[int, ...]:

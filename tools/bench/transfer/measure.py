@@ -17,9 +17,15 @@ import numpy as np
 
 from kvferry.tools.bench import idle_memory, machine
 from kvferry.tools.bench.transfer.pairs import Burst, Pair, WorkerFailed
-from kvferry.tools.bench.transfer.report import IdleCpu, LeftOut, Report, Result, Settings
+from kvferry.tools.bench.transfer.report import (
+    IdleCpu,
+    LeftOut,
+    Report,
+    Result,
+    Settings,
+    judge,
+)
 from kvferry.tools.bench.transfer.roster import MEMCPY, Contender, Shapes, roster
-from kvferry.tools.bench.transfer.targets import judge
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,6 +34,7 @@ if TYPE_CHECKING:
 
     Progress = Callable[[str, float], None]
 
+DRIVERS = "kvferry.tools.bench.transfer.drivers"
 SHARES = (0.45, 0.25, 0.15, 0.15)  # of the time, in the order of `Shapes`
 REST_S = 1.0
 PROCESS_NBYTES = 100 << 20  # what a worker takes beside its pool
@@ -104,17 +111,20 @@ class _Field:
         for contender in contenders:
             self._pairs[contender] = stack.enter_context(
                 Pair(
-                    contender.driver,
+                    f"{DRIVERS}.{contender.driver}",
                     contender.options,
                     python=contender.python,
                     packages=contender.packages,
                     alone=contender.alone,
                 )
             )
-        for act in (self._start, self._finish):
-            for contender in list(self._pairs):
-                with self._or_leave_out(contender):
-                    act(contender)
+        for contender, pair in list(self._pairs.items()):
+            with self._or_leave_out(contender):
+                pair.start_opening(shapes)
+        for contender, pair in list(self._pairs.items()):
+            with self._or_leave_out(contender):
+                pair.finish_opening()
+                self.versions |= pair.versions
 
     def rest(self, duration_s: float) -> tuple[IdleCpu, ...]:
         """Measures what everybody takes while nobody asks anything; then freezes the peers."""
@@ -166,13 +176,6 @@ class _Field:
             _result(shape, entry, self._bursts[entry], ceiling_ms / p50)
             for entry, p50 in p50_ms.items()
         ]
-
-    def _start(self, contender: Contender) -> None:
-        self._pairs[contender].start_opening(self._shapes)
-
-    def _finish(self, contender: Contender) -> None:
-        self._pairs[contender].finish_opening()
-        self.versions |= self._pairs[contender].versions
 
     def _burst(self, entry: Entry, shape: Shape, slot_s: float) -> None:
         pair = self._pairs.get(entry.contender)

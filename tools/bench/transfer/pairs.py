@@ -26,7 +26,6 @@ from kvferry.tools.bench.transfer.driver import TIMEOUT_S, WRITE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import TracebackType
 
     from kvferry.tools.bench.transfer.workload import Shape
 
@@ -60,18 +59,13 @@ class Child:
     def __init__(self, python: str, package_root: str, talk: socket.socket | None) -> None:
         mine, its = socket.socketpair()
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
-        talk_fd = talk.fileno() if talk is not None else -1
+        talks = [talk.fileno()] if talk is not None else []
+        command = [python, "-m", "kvferry.tools.bench.transfer.worker", str(its.fileno())]
         with its:
             self.process = subprocess.Popen(
-                [
-                    python,
-                    "-m",
-                    "kvferry.tools.bench.transfer.worker",
-                    str(its.fileno()),
-                    str(talk_fd),
-                ],
-                pass_fds=[its.fileno(), *([talk_fd] if talk is not None else [])],
-                env=os.environ | {"PYTHONPATH": package_root, "PYTHONDONTWRITEBYTECODE": "1"},
+                command + [str(fd) for fd in talks],
+                pass_fds=[its.fileno(), *talks],
+                env=environ(package_root),
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
@@ -147,30 +141,22 @@ class Pair:
         alone: bool = False,
     ) -> None:
         self.driver = driver
-        self.options = options
-        self.packages = list(packages)
         self.versions: dict[str, str] = {}
+        self._opening = {"driver": driver, "options": options, "packages": list(packages)}
         self._requests = 0
         self._folder = package_root()
         self.import_root = Path(self._folder.name)
         self._children: dict[str, Child] = {}
-        if alone:
-            self._children["dst"] = Child(python, self._folder.name, None)
-            return
         here, there = socket.socketpair()
         with here, there:
-            self._children["src"] = Child(python, self._folder.name, here)
-            self._children["dst"] = Child(python, self._folder.name, there)
+            if not alone:
+                self._children["src"] = Child(python, self._folder.name, here)
+            self._children["dst"] = Child(python, self._folder.name, None if alone else there)
 
     def __enter__(self) -> Pair:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -180,15 +166,9 @@ class Pair:
 
     def start_opening(self, shapes: Sequence[Shape]) -> None:
         """Tells both ends to make their pools; `finish_opening` waits for them."""
+        plain = [dataclasses.asdict(shape) for shape in shapes]
         for end, child in self._children.items():
-            child.send(
-                "open",
-                driver=self.driver,
-                options=self.options,
-                end=end,
-                shapes=[shape.to_dict() for shape in shapes],
-                packages=self.packages,
-            )
+            child.send("open", end=end, shapes=plain, **self._opening)
 
     def finish_opening(self) -> None:
         """Connects the two ends.
@@ -259,14 +239,8 @@ class Pair:
         active = children[0] if operation == WRITE else children[-1]
         for child in children:
             if child is active:
-                child.send(
-                    "drive",
-                    shape=shape.name,
-                    operation=operation,
-                    first=self._requests,
-                    count=count,
-                    limit_s=limit_s,
-                )
+                bounds = {"first": self._requests, "count": count, "limit_s": limit_s}
+                child.send("drive", shape=shape.name, operation=operation, **bounds)
             else:
                 child.send("serve", shape=shape.name, operation=operation)
         self._requests += count
@@ -282,11 +256,8 @@ class Pair:
             raise WorkerFailed("; ".join(failures), usable=usable)
         drove = next(reply for reply in replies if "latencies_ns" in reply)
         self._requests += len(drove["latencies_ns"]) - count
-        return Burst(
-            latencies_ns=drove["latencies_ns"],
-            cpu_s=sum(reply["cpu_s"] for reply in replies),
-            verified=False,
-        )
+        cpu_s = sum(reply["cpu_s"] for reply in replies)
+        return Burst(drove["latencies_ns"], cpu_s, verified=False)
 
 
 def package_root() -> tempfile.TemporaryDirectory[str]:
@@ -295,3 +266,8 @@ def package_root() -> tempfile.TemporaryDirectory[str]:
     folder = tempfile.TemporaryDirectory(prefix="kvferry-bench-")
     (Path(folder.name) / "kvferry").symlink_to(Path(kvferry.__path__[0]).resolve())
     return folder
+
+
+def environ(folder: str) -> dict[str, str]:
+    """What such an interpreter's process is given, so that it imports kvferry and writes nothing."""
+    return os.environ | {"PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}

@@ -1,26 +1,40 @@
-"""What `kvferry bench transfer` found, as types: `--json` writes a `Report`, and reads back as one."""
+"""What `kvferry bench transfer` found, as types, judged by what the project has set itself.
+
+`--json` writes a `Report`, and reads back as one.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
+
+from kvferry.tools.bench.idle_memory import IdleMemory  # noqa: TC001 - msgspec reads it
+from kvferry.tools.bench.machine import Machine  # noqa: TC001
+from kvferry.tools.bench.transfer.driver import WRITE
+from kvferry.tools.bench.transfer.roster import (
+    CMA,
+    MEMCPY,
+    MOONCAKE,
+    NIXL,
+    NIXL_TCP,
+    SOCKET,
+    tcp_key,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from kvferry.tools.bench.transfer.roster import Shapes
+    from kvferry.tools.bench.transfer.workload import Shape
+
+MIB = 1 << 20
 
 SCHEMA = "kvferry.bench.transfer/1"
 
 
 class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pass
-
-
-class Machine(_Part, frozen=True):
-    """Where it ran. `load` is the load average of the last minute before it began."""
-
-    cpu: str
-    cores: int
-    memory_nbytes: int
-    system: str
-    huge_pages: str
-    load: float
-    versions: dict[str, str]
 
 
 class Settings(_Part, frozen=True):
@@ -71,20 +85,6 @@ class IdleCpu(_Part, frozen=True):
     engine: str
     label: str
     percent: float
-
-
-class IdleMemory(_Part, frozen=True):
-    """Resident memory of an idle object, in a process that had imported torch before.
-
-    `imports_nbytes` is what importing its module added, `object_nbytes` what making it added.
-    `reason` says why there are no figures; empty if there are.
-    """
-
-    name: str
-    torch_nbytes: int
-    imports_nbytes: int
-    object_nbytes: int
-    reason: str = ""
 
 
 class Target(_Part, frozen=True):
@@ -139,3 +139,59 @@ def decode(data: bytes) -> Report:
         msgspec.ValidationError: it is not a report.
     """
     return msgspec.json.decode(data, type=Report)
+
+
+def judge(report: Report, shapes: Shapes) -> Report:
+    """The report with its targets."""
+    large = shapes.large_blocks
+
+    def written(engine: str, shape: Shape = large) -> Result | None:
+        return report.find(shape.name, engine, WRITE)
+
+    def tcp_on(shape: Shape) -> Result | None:
+        return _fastest(written(tcp_key(rails), shape) for rails in report.settings.rails)
+
+    memcpy = _fastest(r for r in report.results if (r.shape, r.engine) == (large.name, MEMCPY))
+    cma, tcp, small = written(CMA), tcp_on(large), written(CMA, shapes.small_handoff)
+    peers = nixl, nixl_tcp, mooncake = [written(key) for key in (NIXL, NIXL_TCP, MOONCAKE)]
+    thriftiest = min((each.cpu_s_per_gib for each in peers if each), default=None)
+    agent = next((m for m in report.idle_memory if m.name == "Agent" and not m.reason), None)
+    targets = [
+        _target("cma / scattered memcpy", ">=", 0.8, _speed_up(cma, memcpy)),
+        _target("cma / NIXL over CMA", ">=", 1.6, _speed_up(cma, nixl)),
+        _target("tcp / plain Python socket", ">=", 1.0, _speed_up(tcp, written(SOCKET))),
+        _target("tcp / NIXL over TCP", ">=", 3.0, _speed_up(tcp, nixl_tcp)),
+        _target("tcp / Mooncake over TCP", ">=", 3.0, _speed_up(tcp, mooncake)),
+    ]
+    for name, few, many in (
+        ("cma", written(CMA, shapes.small_blocks), cma),
+        ("tcp", tcp_on(shapes.small_blocks), tcp),
+    ):
+        value = _speed_up(few, many)
+        targets.append(_target(f"{name}: small blocks / large blocks", ">=", 0.8, value))
+    for name, ours in (("cma", cma), ("tcp", tcp)):
+        value = ours.cpu_s_per_gib / thriftiest if ours and thriftiest is not None else None
+        targets.append(_target(f"{name}: CPU / the thriftiest peer's", "<=", 1.0, value))
+    value = small.p50_ms if small else None
+    targets.append(_target("cma: small handoff, p50 ms", "<=", 1.0, value))
+    value = (agent.imports_nbytes + agent.object_nbytes) / MIB if agent else None
+    targets.append(_target("idle agent beside torch, MiB", "<=", 30.0, value))
+    return msgspec.structs.replace(report, targets=tuple(targets))
+
+
+def _fastest(results: Iterable[Result | None]) -> Result | None:
+    return min((each for each in results if each), key=lambda each: each.p50_ms, default=None)
+
+
+def _speed_up(ours: Result | None, theirs: Result | None) -> float | None:
+    """How much faster ours is, by medians."""
+    if ours is None or theirs is None:
+        return None
+    return (ours.nbytes / ours.p50_ms) / (theirs.nbytes / theirs.p50_ms)
+
+
+def _target(name: str, sign: str, wanted: float, value: float | None) -> Target:
+    if value is None:
+        return Target(name, f"{sign} {wanted:g}", None, None)
+    met = value >= wanted if sign == ">=" else value <= wanted
+    return Target(name, f"{sign} {wanted:g}", round(value, 3), met)

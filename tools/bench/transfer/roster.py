@@ -17,14 +17,11 @@ from kvferry.tools.bench.transfer.workload import (
     Shape,
 )
 
-PEERS = ("nixl", "mooncake")
+PEERS = ("nixl", "mooncake")  # as they are imported
 MEMCPY, SOCKET, CMA, CMA_VERIFIED = "memcpy", "socket", "cma", "cma-verify"
 VM = "process_vm"
 NIXL, NIXL_TCP, MOONCAKE = "nixl", "nixl-tcp", "mooncake-tcp"
 VERIFIED_RAILS = 2
-
-_HERE = "kvferry.tools.bench.transfer.drivers"
-_MODULES = {"nixl": "nixl", "mooncake": "mooncake"}
 
 
 class Shapes(NamedTuple):
@@ -43,6 +40,7 @@ class Contender:
     Attributes:
         key: its name in results.
         label: its name for people.
+        driver: `file:class` in `drivers/`.
         operations: what it does with the large blocks.
         elsewhere: what it does with the other shapes.
         peer: whether it is another library; those are frozen while others are measured.
@@ -67,52 +65,34 @@ def tcp_key(rails: int, *, verify: bool = False) -> str:
 
 def roster(rails: tuple[int, ...], peers: tuple[str, ...], peer_python: str) -> list[Contender]:
     """Everybody, in the order of the tables."""
-    ways = (INDEX, TAKE, LIBC)
-    return [
-        Contender(
-            MEMCPY,
-            "memcpy",
-            f"{_HERE}.memcpy:MemcpyDriver",
-            operations=ways,
-            elsewhere=ways,
-            alone=True,
-        ),
-        Contender(
-            SOCKET,
-            "plain Python socket",
-            f"{_HERE}.plain_socket:SocketDriver",
-            operations=(WRITE,),
-        ),
-        *(
-            Contender(
-                f"{VM}-{threads}",
-                f"process_vm, {threads} thread{'s' if threads > 1 else ''}",
-                f"{_HERE}.process_vm:VmDriver",
-                options={"threads": threads},
-                operations=(WRITE,),
-            )
-            for threads in (1, 2)
-        ),
-        _ours(CMA, "kvferry cma", transport="cma"),
-        *(
-            _ours(
-                tcp_key(number),
-                f"kvferry tcp, {number} rail{'s' if number > 1 else ''}",
-                transport="tcp",
-                rails=number,
-            )
-            for number in rails
-        ),
-        _ours(CMA_VERIFIED, "kvferry cma, verify", transport="cma", verify=True),
-        _ours(
-            tcp_key(VERIFIED_RAILS, verify=True),
-            "kvferry tcp, verify",
-            transport="tcp",
-            rails=VERIFIED_RAILS,
-            verify=True,
-        ),
-        *(each for each in _peers(peer_python) if each.key.split("-")[0] in peers),
+    ways, write = (INDEX, TAKE, LIBC), (WRITE,)
+    found = [
+        Contender(MEMCPY, "memcpy", "memcpy:MemcpyDriver", {}, ways, ways, alone=True),
+        Contender(SOCKET, "plain Python socket", "plain_socket:SocketDriver", {}, write),
     ]
+    for number in (1, 2):
+        name, options = f"process_vm, {_many(number, 'thread')}", {"threads": number}
+        found.append(Contender(f"{VM}-{number}", name, "process_vm:VmDriver", options, write))
+    found.append(_ours(CMA, "cma", transport="cma"))
+    for number in rails:
+        name = f"tcp, {_many(number, 'rail')}"
+        found.append(_ours(tcp_key(number), name, transport="tcp", rails=number))
+    tcp = {"transport": "tcp", "rails": VERIFIED_RAILS}
+    found += [
+        _ours(CMA_VERIFIED, "cma, verify", verify=True, transport="cma"),
+        _ours(tcp_key(VERIFIED_RAILS, verify=True), "tcp, verify", verify=True, **tcp),
+    ]
+    for package, key, label, driver, tls in (
+        ("nixl", NIXL, "NIXL, default (CMA)", "nixl:NixlDriver", {}),
+        ("nixl", NIXL_TCP, "NIXL, tcp", "nixl:NixlDriver", {"ucx_tls": "tcp,self"}),
+        ("mooncake", MOONCAKE, "Mooncake, tcp", "mooncake:MooncakeDriver", {}),
+    ):
+        if package in peers:
+            packages = (package,)
+            found.append(
+                Contender(key, label, driver, tls, python=peer_python, packages=packages, peer=True)
+            )
+    return found
 
 
 def installed_peers(python: str) -> tuple[str, ...]:
@@ -123,41 +103,21 @@ def installed_peers(python: str) -> tuple[str, ...]:
     """
     code = "import importlib.util as u, sys\nprint(*(p for p in sys.argv[1:] if u.find_spec(p)))"
     found = subprocess.run(
-        [python, "-I", "-c", code, *_MODULES.values()], capture_output=True, text=True, check=False
+        [python, "-I", "-c", code, *PEERS], capture_output=True, text=True, check=False
     )
-    return tuple(peer for peer in PEERS if _MODULES[peer] in found.stdout.split())
+    return tuple(peer for peer in PEERS if peer in found.stdout.split())
 
 
 def _ours(key: str, label: str, *, verify: bool = False, **options: Any) -> Contender:
     return Contender(
         key,
-        label,
-        f"{_HERE}.kvferry:KvferryDriver",
-        options={"verify": verify} | options,
+        f"kvferry {label}",
+        "kvferry:KvferryDriver",
+        {"verify": verify} | options,
         operations=(WRITE,) if verify else (WRITE, READ),
         elsewhere=() if verify else (WRITE,),
     )
 
 
-def _peers(python: str) -> list[Contender]:
-    nixl, mooncake = f"{_HERE}.nixl:NixlDriver", f"{_HERE}.mooncake:MooncakeDriver"
-    return [
-        Contender(NIXL, "NIXL, default (CMA)", nixl, python=python, packages=("nixl",), peer=True),
-        Contender(
-            NIXL_TCP,
-            "NIXL, tcp",
-            nixl,
-            options={"ucx_tls": "tcp,self"},
-            python=python,
-            packages=("nixl",),
-            peer=True,
-        ),
-        Contender(
-            MOONCAKE,
-            "Mooncake, tcp",
-            mooncake,
-            python=python,
-            packages=("mooncake",),
-            peer=True,
-        ),
-    ]
+def _many(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number > 1)}"

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from kvferry.tools.bench.transfer.report import IdleMemory, Machine, Report, Result
+    from kvferry.tools.bench.idle_memory import IdleMemory
+    from kvferry.tools.bench.machine import Machine
+    from kvferry.tools.bench.transfer.report import Report, Result
 
 MIB = 1 << 20
 OTHERS = "#b0b7bf"
@@ -27,27 +29,39 @@ _MARKS = {True: "[green]met[/]", False: "[bold red]missed[/]", None: "not measur
 
 def show(console: Console, report: Report) -> None:
     """Prints everything."""
+    say = functools.partial(console.print, highlight=False, soft_wrap=True)
     for line in _head(report.machine):
-        console.print(line, highlight=False, soft_wrap=True)
+        say(line)
     for shape in report.shapes:
-        console.print(_results(report, shape))
-    console.print(_idle(report))
+        say(_results(report, shape))
+    idle = _table("Connected and idle", "", "CPU of both ends, % of a core")
+    for each in report.idle_cpu:
+        idle.add_row(each.label, f"{each.percent:.1f}")
+    say(idle)
     for memory in report.idle_memory:
-        console.print(_memory(memory), highlight=False, soft_wrap=True)
-    console.print(_targets(report))
+        say(_memory(memory))
+    targets = _table("Targets", "", "wanted", "here", "")
+    for target in report.targets:
+        value = "" if target.value is None else f"{target.value:.2f}"
+        targets.add_row(target.name, target.wanted, value, _MARKS[target.met])
+    say(targets)
     for left in report.left_out:
         where = f" ({left.shape})" if left.shape else ""
-        console.print(
-            f"left out: {left.engine}{where}: {escape(left.reason)}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        say(f"left out: {left.engine}{where}: {escape(left.reason)}")
     console.print(
         f"latency: from before the request is built until the receiver has it; one request in "
         f"flight; {report.settings.rounds} rounds of bursts in turn; medians; "
         f"{report.wall_s:.0f} s in all",
         highlight=False,
     )
+
+
+def _table(title: str, *headings: str, **options: Any) -> Table:
+    """A table whose first column is text, all others figures."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, **options)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    return table
 
 
 def _head(machine: Machine) -> list[str]:
@@ -69,17 +83,9 @@ def name_of(result: Result) -> str:
 def _results(report: Report, shape: str) -> Table:
     results = [result for result in report.results if result.shape == shape]
     one = results[0]
-    table = Table(
-        title=f"{shape}: {one.num_pieces:,} pieces of {one.piece_nbytes:,} bytes, "
-        f"{one.nbytes / MIB:g} MiB",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    table.add_column("", no_wrap=True)
-    for heading in ("GB/s", "p50 ms", "p99 ms", "CPU\ns/GiB", "of\nmem-\ncpy", "veri-\nfied", "n"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    title = f"{shape}: {one.num_pieces:,} pieces of {one.piece_nbytes:,} bytes, {one.nbytes / MIB:g} MiB"
+    headings = ("", "GB/s", "p50 ms", "p99 ms", "CPU\ns/GiB", "of\nmem-\ncpy", "veri-\nfied", "n")
+    table = _table(title, *headings, padding=(0, 1, 0, 0), pad_edge=False)
     for result in results:
         table.add_row(
             name_of(result),
@@ -94,15 +100,6 @@ def _results(report: Report, shape: str) -> Table:
     return table
 
 
-def _idle(report: Report) -> Table:
-    table = Table(title="Connected and idle", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("", no_wrap=True)
-    table.add_column("CPU of both ends, % of a core", justify="right")
-    for idle in report.idle_cpu:
-        table.add_row(idle.label, f"{idle.percent:.1f}")
-    return table
-
-
 def _memory(memory: IdleMemory) -> str:
     if memory.reason:
         return f"idle {memory.name}: not measured: {escape(memory.reason)}"
@@ -112,20 +109,12 @@ def _memory(memory: IdleMemory) -> str:
     )
 
 
-def _targets(report: Report) -> Table:
-    table = Table(title="Targets", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("")
-    for heading in ("wanted", "here", ""):
-        table.add_column(heading, justify="right")
-    for target in report.targets:
-        value = "" if target.value is None else f"{target.value:.2f}"
-        table.add_row(target.name, target.wanted, value, _MARKS[target.met])
-    return table
-
-
 def draw(report: Report, path: Path) -> None:
     """Draw GB/s as bars, memcpy as the line to reach, as PNG."""
-    rows = {shape: _rows(report, shape) for shape in report.shapes}
+    ours = [result for result in report.results if result.engine != MEMCPY]
+    rows = {  # bars are drawn from the bottom
+        shape: [result for result in ours if result.shape == shape][::-1] for shape in report.shapes
+    }
     inches = [0.28 * (len(each) + 1.5) for each in rows.values()]
     machine = report.machine
     pictures.save(
@@ -137,11 +126,6 @@ def draw(report: Report, path: Path) -> None:
         ],
         [*inches[:-1], inches[-1] + 0.6],
     )
-
-
-def _rows(report: Report, shape: str) -> list[Result]:
-    found = [r for r in report.results if r.shape == shape and r.engine != MEMCPY]
-    return found[::-1]  # bars are drawn from the bottom
 
 
 def _draw(panel: Any, shape: str, results: list[Result], report: Report) -> None:

@@ -182,11 +182,11 @@ def serve_parent(parent: Connection, worker: Worker) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`worker PARENT_FD TALK_FD`: runs until the parent closes its end; -1 for no other end."""
+    """`worker PARENT_FD [TALK_FD]`: runs until the parent closes its end."""
     # A frozen worker would outlive a parent that is killed: the kernel ends it with its parent.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    parent_fd, talk_fd = (int(argument) for argument in arguments)
-    talk = socket.socket(fileno=talk_fd) if talk_fd >= 0 else None
+    parent_fd, *talk_fds = map(int, arguments)
+    talk = socket.socket(fileno=talk_fds[0]) if talk_fds else None
     serve_parent(Connection(parent_fd), Worker(talk))
     # Libraries are not torn down: some crash in their destructors at interpreter exit.
     sys.stdout.flush()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import mmap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -61,10 +61,6 @@ class Shape:
         """Bytes of the whole pool."""
         return self.num_rows * self.pool_blocks * self.block_nbytes
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types, for a process in another environment."""
-        return dataclasses.asdict(self)
-
 
 # 128 MiB three times over, and one short prompt: 8 blocks of 16 tokens.
 LARGE_BLOCKS = Shape("32 KiB blocks", 2, 32, 128, 64, 32 << 10)
@@ -86,6 +82,12 @@ def piece_numbers(shape: Shape, ids: Int64s) -> Int64s:
     rows = np.arange(shape.num_rows, dtype=np.int64) * shape.pool_blocks
     numbers: Int64s = (rows[:, None] + ids).reshape(-1)
     return numbers
+
+
+def sides(shape: Shape, request: int, *, write: bool) -> tuple[Int64s, Int64s]:
+    """Piece numbers of a request, at the end that asks for the transfer and at the other."""
+    src, dst = (piece_numbers(shape, ids) for ids in block_ids(shape, request))
+    return (src, dst) if write else (dst, src)
 
 
 class Pool:
@@ -132,7 +134,7 @@ def _samples(shape: Shape, request: int) -> Iterator[tuple[int, int, int]]:
     Whole blocks, or parts of them where blocks are large; the first and the last byte are among
     them.
     """
-    src, dst = (piece_numbers(shape, ids) for ids in block_ids(shape, request))
+    src, dst = sides(shape, request, write=True)
     nbytes = min(shape.block_nbytes, MAX_SAMPLE_NBYTES)
     parts = -(-shape.block_nbytes // nbytes)
     count = min(NUM_SAMPLES, shape.num_pieces * parts)

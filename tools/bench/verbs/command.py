@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path  # noqa: TC003 - typer reads it
 from typing import Annotated
 
 import typer
 
+from kvferry.tools.bench.cli import JsonPath, fail
+from kvferry.tools.bench.figures import write_json
 from kvferry.tools.bench.verbs import measure as verbs_measure
 
 
@@ -17,9 +17,7 @@ def verbs(
     rounds: Annotated[
         int, typer.Option(min=1, help="Measurements of each; the median counts.")
     ] = 5,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write a JSON report.")
-    ] = None,
+    json_path: JsonPath = None,
 ) -> None:
     """Write blocks from device to device, direct and staged, beside perftest and single writes.
 
@@ -30,9 +28,7 @@ def verbs(
     try:
         report = verbs_measure.measure(near, far, rounds)
     except verbs_measure.BenchError as error:
-        typer.echo(f"kvferry bench verbs: {error}", err=True)
-        raise typer.Exit(1) from None
+        fail("verbs", error)
     for line in verbs_measure.lines(report):
         typer.echo(line)
-    if json_path is not None:
-        json_path.write_text(json.dumps(report._asdict(), indent=2) + "\n")
+    write_json(json_path, report._asdict())

@@ -95,7 +95,7 @@ def measure(near: str, far: str, rounds: int) -> Report:
                 size: (sender.run(size, staged_below=0), sender.run(size, staged_below=MIB))
                 for size in (4096, 8192, 16384, 32768, 65536)
             }
-            sender.end()
+            sender.link.close()
     except (EngineError, PeerEnded) as error:
         raise BenchError(str(error)) from error
     finally:
@@ -144,7 +144,7 @@ class _Sender:
     def __init__(self, engine: TransferEngine, peer: Peer) -> None:
         self._peer = peer
         address, self._there = peer.call("where")
-        self._link = engine.connect(address, transport="verbs", timeout_s=PATIENCE_S)
+        self.link = engine.connect(address, transport="verbs", timeout_s=PATIENCE_S)
         content = np.random.default_rng(1).integers(0, 256, TOTAL_NBYTES, np.uint8)
         self._content = content
         self._here = engine.register(content)
@@ -162,7 +162,7 @@ class _Sender:
         before, verbs.STAGED_BELOW_NBYTES = verbs.STAGED_BELOW_NBYTES, staged_below
         gc.collect()
         started_s = time.perf_counter()
-        ticket = self._link.write(
+        ticket = self.link.write(
             self._here, here, self._there, there, piece, imm=self._round, timeout_s=PATIENCE_S
         )
         ticket.wait()
@@ -171,9 +171,6 @@ class _Sender:
         if self._peer.call("check", there, here, piece) is not True:
             raise BenchError(f"bytes arrived wrong in pieces of {piece}")
         return TOTAL_NBYTES / took_s / 1e6
-
-    def end(self) -> None:
-        self._link.close()
 
 
 class _Receiver:
@@ -324,15 +321,14 @@ def _chain(rows: list[list[int]]) -> None:
         thing.close()
 
 
-def _best_us(work: Callable[[], None], count: int) -> float:
-    best_s = min(_timed(work) for _ in range(30))
+def _best_us(work: Callable[[], None], count: int, rounds: int = 30) -> float:
+    """Microseconds of one of the `count` steps of `work`, at best."""
+    best_s = float("inf")
+    for _ in range(rounds):
+        started_s = time.perf_counter()
+        work()
+        best_s = min(best_s, time.perf_counter() - started_s)
     return best_s / count * 1e6
-
-
-def _timed(work: Callable[[], None]) -> float:
-    started_s = time.perf_counter()
-    work()
-    return time.perf_counter() - started_s
 
 
 def _loop_ns() -> float:
@@ -340,4 +336,4 @@ def _loop_ns() -> float:
         for _ in range(LOOP_STEPS):
             pass
 
-    return min(_timed(loop) for _ in range(5)) / LOOP_STEPS * 1e9
+    return _best_us(loop, LOOP_STEPS, 5) * 1e3

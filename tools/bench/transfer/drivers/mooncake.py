@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from kvferry.tools.bench.transfer.driver import WRITE, Driver
-from kvferry.tools.bench.transfer.workload import block_ids, piece_numbers
+from kvferry.tools.bench.transfer.workload import sides
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,18 +49,11 @@ class MooncakeDriver(Driver):
         self._peer, self._peer_address = other["name"], other["address"]
 
     def transfer(self, shape: Shape, request: int, operation: str, token: int) -> None:
-        ids = block_ids(shape, request)
-        src, dst = (piece_numbers(shape, side) * shape.block_nbytes for side in ids)
-        here, there = (src, dst) if operation == WRITE else (dst, src)
-        call = (
-            self._engine.batch_transfer_sync_write
-            if operation == WRITE
-            else self._engine.batch_transfer_sync_read
-        )
-        status = call(
+        here, there = sides(shape, request, write=operation == WRITE)
+        status = getattr(self._engine, f"batch_transfer_sync_{operation}")(
             self._peer,
-            (self.pool.address + here).tolist(),
-            (self._peer_address + there).tolist(),
+            (self.pool.address + here * shape.block_nbytes).tolist(),
+            (self._peer_address + there * shape.block_nbytes).tolist(),
             [shape.block_nbytes] * shape.num_pieces,
         )
         _check(status, f"batch_transfer_sync_{operation}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvferry.tools.bench.transfer.driver import TIMEOUT_S, WRITE, Driver, poll_s
-from kvferry.tools.bench.transfer.workload import block_ids, piece_numbers
+from kvferry.tools.bench.transfer.workload import sides
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,9 +58,8 @@ class NixlDriver(Driver):
             )
 
     def transfer(self, shape: Shape, request: int, operation: str, token: int) -> None:
-        ids = block_ids(shape, request)
-        src, dst = (piece_numbers(shape, side).astype(np.int32) for side in ids)
-        here, there = (src, dst) if operation == WRITE else (dst, src)
+        numbers = sides(shape, request, write=operation == WRITE)
+        here, there = (each.astype(np.int32) for each in numbers)
         local, remote = self._lists[shape]
         note = b"done" if operation == WRITE else b""
         handle = self._agent.make_prepped_xfer(operation.upper(), local, here, remote, there, note)
