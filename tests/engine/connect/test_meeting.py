@@ -282,7 +282,7 @@ def test_accepting_waits_until_the_link_is_there(
 
 def test_a_half_open_link_does_not_outlive_the_engine() -> None:
     """A client that greets, or opens the control channel, and then nothing."""
-    before = (threading.active_count(), len(os.listdir("/proc/self/fd")))
+    threads, num_fds = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
     engine = TransferEngine(name="server")
     socks = [dial(engine.address, "tcp"), dial(engine.address, "cma")]
     socks.append(dial(engine.address, "tcp"))
@@ -297,7 +297,9 @@ def test_a_half_open_link_does_not_outlive_the_engine() -> None:
         sock.settimeout(15.0)
         assert sock.recv(1) == b""
         sock.close()
-    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+    # Threads of earlier tests may end meanwhile.
+    assert not set(threading.enumerate()) - threads
+    assert len(os.listdir("/proc/self/fd")) <= num_fds
 
 
 def test_an_engine_without_descriptors_does_not_spin_and_recovers(
@@ -319,7 +321,9 @@ def test_an_engine_that_cannot_start_leaves_nothing_behind() -> None:
     for _ in range(3):
         with pytest.raises(TransportUnavailable, match="cannot listen on"):
             TransferEngine(host="256.256.256.256")
-    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+    # Threads of earlier tests may end meanwhile.
+    assert not set(threading.enumerate()) - threads
+    assert len(os.listdir("/proc/self/fd")) <= num_fds
 
 
 def test_engines_come_and_go_without_a_trace(
