@@ -85,15 +85,13 @@ class Codec(Generic[_M]):
         except ProtocolError as error:
             error.peer = peer
             raise
-        except msgspec.ValidationError as error:
-            unknown = "`$.type`" in str(error) or "required field `type`" in str(error)
-            fault = "unknown message" if unknown else "wrong type"
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            fault = "malformed"
+            if isinstance(error, msgspec.ValidationError):
+                unknown = "`$.type`" in str(error) or "required field `type`" in str(error)
+                fault = "unknown message" if unknown else "wrong type"
             raise ProtocolError(
                 f"not a kvferry message: {error}", fault=fault, peer=peer
-            ) from error
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ProtocolError(
-                f"not a kvferry message: {error}", fault="malformed", peer=peer
             ) from error
 
 

@@ -1,7 +1,8 @@
 """Every error of the engine wing.
 
     EngineError
-    ├── LayoutError            a layout contradicts itself, its tensors, or the peer's layout
+    ├── LayoutError            a layout contradicts itself or its tensors
+    │   └── LayoutMismatch     two layouts cannot be reconciled, and what differs
     ├── PlanError              block ids that no plan can move
     │   ├── BlockOutOfRange
     │   └── OverlappingBlocks
@@ -37,6 +38,20 @@
 
 from __future__ import annotations
 
+import copy
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+
+class _Where(TypedDict, total=False):
+    """What every error may say of where it happened; see `EngineError`."""
+
+    operation: str
+    peer: str
+    imm: int | None
+
 
 class EngineError(Exception):
     """An engine operation failed.
@@ -71,11 +86,23 @@ class EngineError(Exception):
             where.append(f"imm={self.imm}")
         return f"{self.message} [{', '.join(where)}]" if where else self.message
 
+    def again(self, **where: Unpack[_Where]) -> Self:
+        """Copy it for another operation that it ends, or that came after it."""
+        other = copy.copy(self)
+        vars(other).update(where)
+        return other
+
 
 class LayoutError(EngineError, ValueError):
     """A layout contradicts itself, its tensors, or the peer's layout; names the axis."""
 
     default_operation = "layout"
+
+
+class LayoutMismatch(LayoutError):
+    """Two layouts cannot be reconciled; names what differs and both values."""
+
+    default_operation = "plan"
 
 
 class PlanError(EngineError, ValueError):
@@ -99,13 +126,19 @@ class RegionError(EngineError):
 class NotRegistered(RegionError):
     """The tensor, or the peer's region, is not registered."""
 
+    default_operation = "register"
+
 
 class OutOfRange(RegionError, ValueError):
     """A range leaves its region."""
 
+    default_operation = "access"
+
 
 class RegionGone(RegionError):
     """The memory was freed, resized or deregistered while in use."""
+
+    default_operation = "access"
 
 
 class RegionRefused(RegionError):
@@ -122,6 +155,8 @@ class UnknownImmOverflow(EngineError):
 
 class TransportUnavailable(EngineError):
     """No transport that both ends have works between them."""
+
+    default_operation = "connect"
 
 
 class DeadlineExceeded(EngineError, TimeoutError):
@@ -141,16 +176,10 @@ class DeviceError(EngineError):
         code: CUDA's number for the error; 0 if it did not come from CUDA.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        operation: str = "",
-        peer: str = "",
-        imm: int | None = None,
-        code: int = 0,
-    ) -> None:
-        super().__init__(message, operation=operation, peer=peer, imm=imm)
+    default_operation = "cuda"
+
+    def __init__(self, message: str, *, code: int = 0, **where: Unpack[_Where]) -> None:
+        super().__init__(message, **where)
         self.code = code
 
 
@@ -173,15 +202,9 @@ class PeerLost(LinkError):
     """
 
     def __init__(
-        self,
-        message: str,
-        *,
-        operation: str = "",
-        peer: str = "",
-        imm: int | None = None,
-        process_gone: bool = False,
+        self, message: str, *, process_gone: bool = False, **where: Unpack[_Where]
     ) -> None:
-        super().__init__(message, operation=operation, peer=peer, imm=imm)
+        super().__init__(message, **where)
         self.process_gone = process_gone
 
 
@@ -197,6 +220,7 @@ class ProtocolError(LinkError):
     """The peer sent bytes that are not kvferry's protocol; the link is closed."""
 
     retryable = False
+    default_operation = "receive"
 
 
 class RailError(LinkError):
@@ -208,16 +232,9 @@ class RailError(LinkError):
     """
 
     def __init__(
-        self,
-        message: str,
-        *,
-        operation: str = "",
-        peer: str = "",
-        imm: int | None = None,
-        vendor_code: int = 0,
-        rail: str = "",
+        self, message: str, *, vendor_code: int = 0, rail: str = "", **where: Unpack[_Where]
     ) -> None:
-        super().__init__(message, operation=operation, peer=peer, imm=imm)
+        super().__init__(message, **where)
         self.vendor_code = vendor_code
         self.rail = rail
 

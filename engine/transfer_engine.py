@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from .connect import handshake
-from .connect.admission import Admissions, token_id
 from .connect.dialer import Dialer
-from .connect.handshake import HANDSHAKE_TIMEOUT_S
+from .connect.handshake import HANDSHAKE_TIMEOUT_S, Admissions, ProcessProbe, token_id
 from .connect.links import LinkTable
 from .connect.listener import Listener, listen
-from .connect.probe import ProcessProbe
 from .context import EngineContext
 from .errors import (
     DeadlineExceeded,
@@ -46,7 +44,7 @@ from .transports.selection import TRANSPORTS, TransportSelection
 from .transports.tcp import path as tcp
 from .transports.verbs.cards import MAX_QUEUES
 from .transports.verbs.device import Nics
-from .transports.verbs.meeting import DEFAULT_QUEUES
+from .transports.verbs.rail import DEFAULT_QUEUES
 from .wire.identity import EngineAddress, Identity
 
 if TYPE_CHECKING:

@@ -52,69 +52,6 @@ def _base_of(bases: tl.tensor, ids: tl.tensor, entry: tl.tensor, dense_nbytes: t
 
 
 @jit()
-def _copy_tile(
-    entry: tl.tensor,
-    tile: tl.tensor,
-    src_bases: tl.tensor,
-    src_ids: tl.tensor,
-    dst_bases: tl.tensor,
-    dst_ids: tl.tensor,
-    num_ids: tl.tensor,
-    src_blocks: tl.tensor,
-    dst_blocks: tl.tensor,
-    SRC_BLOCK: tl.constexpr,
-    SRC_OUTER: tl.constexpr,
-    SRC_INNER: tl.constexpr,
-    DST_BLOCK: tl.constexpr,
-    DST_OUTER: tl.constexpr,
-    DST_INNER: tl.constexpr,
-    OUTER: tl.constexpr,
-    INNER: tl.constexpr,
-    PIECE_WORDS: tl.constexpr,
-    PIECE_CHUNKS: tl.constexpr,
-    WORDS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    UNIT: tl.constexpr,
-    WORD: tl.constexpr,
-) -> Any:
-    """Moves one tile of one layer and plane; 1 if it met an id out of range, else 0."""
-    UNIT_WORDS: tl.constexpr = UNIT * 8 // WORD.primitive_bitwidth
-    # Which block, outer, inner and part of a piece each chunk is. Shapes: [CHUNKS].
-    chunk = tile * CHUNKS + tl.arange(0, CHUNKS).to(tl.int64)
-    piece = chunk // PIECE_CHUNKS
-    first_word = chunk % PIECE_CHUNKS * WORDS
-    inner = piece % INNER
-    outer = piece // INNER % OUTER
-    place = piece // (INNER * OUTER)
-    exists = place < num_ids
-    src_block, src_good = _block_of(src_ids, place, exists, src_blocks)
-    dst_block, dst_good = _block_of(dst_ids, place, exists, dst_blocks)
-    src_units = src_block * SRC_BLOCK + outer * SRC_OUTER + inner * SRC_INNER
-    dst_units = dst_block * DST_BLOCK + outer * DST_OUTER + inner * DST_INNER
-    # An address out of a table says nothing of its alignment: the hint makes 16-byte accesses of it.
-    plane_nbytes = num_ids * (OUTER * INNER * PIECE_WORDS * (WORD.primitive_bitwidth // 8))
-    src_base = _base_of(src_bases, src_ids, entry, plane_nbytes)
-    dst_base = _base_of(dst_bases, dst_ids, entry, plane_nbytes)
-    src_start = tl.multiple_of(src_base.to(tl.pointer_type(WORD)), UNIT)
-    dst_start = tl.multiple_of(dst_base.to(tl.pointer_type(WORD)), UNIT)
-    # Shapes: [CHUNKS, WORDS].
-    word = tl.arange(0, WORDS)[None, :]
-    src = src_start + (src_units * UNIT_WORDS + first_word)[:, None] + word
-    dst = dst_start + (dst_units * UNIT_WORDS + first_word)[:, None] + word
-    src_mask = src_good[:, None]
-    # A bad id in the source leaves zeros in staging, which is ours, and nothing in a cache.
-    dst_mask = dst_good[:, None]
-    if dst_ids is not None:
-        dst_mask = dst_mask & src_mask
-    if PIECE_WORDS % WORDS != 0:
-        inside = first_word[:, None] + word < PIECE_WORDS
-        src_mask = src_mask & inside
-        dst_mask = dst_mask & inside
-    tl.store(dst, tl.load(src, mask=src_mask, other=0), mask=dst_mask)
-    return tl.reduce((exists & ((src_good & dst_good) == 0)).to(tl.int64), 0, _either)
-
-
-@jit()
 def _signal(
     finished: tl.tensor,
     bad: tl.tensor,
@@ -133,8 +70,9 @@ def _signal(
 
     The barrier puts this program's stores before its increment, the increments are acquire and
     release on this GPU, and causality is transitive: the last program's release to the whole system
-    covers the stores of all (bytes are visible before they are counted). Programs that met a bad id count in the upper half of the word: with one of them
-    the counter stays, since what was named was not all moved.
+    covers the stores of all (bytes are visible before they are counted). Programs that met a bad id
+    count in the upper half of the word: with one of them the counter stays, since what was named was
+    not all moved.
     """
     tl.debug_barrier()
     programs = (tl.num_programs(0) * tl.num_programs(1)).to(tl.int64)
@@ -212,7 +150,9 @@ def copy_kernel(
     `order`, an imm and a number of ids on the device, `num_ids` is the most that number may be,
     `nbytes` what one id takes, and `counter` where the array of `SLOTS` counters begins.
     """
-    program = tl.program_id(0).to(tl.int64)
+    UNIT_WORDS: tl.constexpr = UNIT * 8 // WORD.primitive_bitwidth
+    tile = tl.program_id(0).to(tl.int64)
+    entry = tl.program_id(1).to(tl.int64)
     imm = counter * 0
     count = num_ids
     bad = imm
@@ -224,76 +164,55 @@ def copy_kernel(
         if (tl.load(gate, volatile=True) != 0) | (fits == 0):
             count = counter * 0
             bad = count + 1
+    # One tile; with LOOP every so many of all planes. Of the loop of one turn the compiler leaves nothing.
+    step = 1
+    last = tile + 1
     if LOOP:
         plane_tiles = (count * (OUTER * INNER * PIECE_CHUNKS) + CHUNKS - 1) // CHUNKS
-        tile = program
-        while tile < plane_tiles * num_entries:
-            bad |= _copy_tile(
-                tile // plane_tiles,
-                tile % plane_tiles,
-                src_bases,
-                src_ids,
-                dst_bases,
-                dst_ids,
-                count,
-                src_blocks,
-                dst_blocks,
-                SRC_BLOCK,
-                SRC_OUTER,
-                SRC_INNER,
-                DST_BLOCK,
-                DST_OUTER,
-                DST_INNER,
-                OUTER,
-                INNER,
-                PIECE_WORDS,
-                PIECE_CHUNKS,
-                WORDS,
-                CHUNKS,
-                UNIT,
-                WORD,
-            )
-            tile += tl.num_programs(0)
-    else:
-        bad |= _copy_tile(
-            tl.program_id(1).to(tl.int64),
-            program,
-            src_bases,
-            src_ids,
-            dst_bases,
-            dst_ids,
-            count,
-            src_blocks,
-            dst_blocks,
-            SRC_BLOCK,
-            SRC_OUTER,
-            SRC_INNER,
-            DST_BLOCK,
-            DST_OUTER,
-            DST_INNER,
-            OUTER,
-            INNER,
-            PIECE_WORDS,
-            PIECE_CHUNKS,
-            WORDS,
-            CHUNKS,
-            UNIT,
-            WORD,
-        )
+        step = tl.num_programs(0)
+        last = plane_tiles * num_entries
+    while tile < last:
+        of_plane = tile
+        if LOOP:
+            entry = tile // plane_tiles
+            of_plane = tile % plane_tiles
+        # Which block, outer, inner and part of a piece each chunk is. Shapes: [CHUNKS].
+        chunk = of_plane * CHUNKS + tl.arange(0, CHUNKS).to(tl.int64)
+        piece = chunk // PIECE_CHUNKS
+        first_word = chunk % PIECE_CHUNKS * WORDS
+        inner = piece % INNER
+        outer = piece // INNER % OUTER
+        place = piece // (INNER * OUTER)
+        exists = place < count
+        src_block, src_good = _block_of(src_ids, place, exists, src_blocks)
+        dst_block, dst_good = _block_of(dst_ids, place, exists, dst_blocks)
+        src_units = src_block * SRC_BLOCK + outer * SRC_OUTER + inner * SRC_INNER
+        dst_units = dst_block * DST_BLOCK + outer * DST_OUTER + inner * DST_INNER
+        # An address out of a table says nothing of its alignment: the hint makes 16-byte accesses of it.
+        plane_nbytes = count * (OUTER * INNER * PIECE_WORDS * (WORD.primitive_bitwidth // 8))
+        src_base = _base_of(src_bases, src_ids, entry, plane_nbytes)
+        dst_base = _base_of(dst_bases, dst_ids, entry, plane_nbytes)
+        src_start = tl.multiple_of(src_base.to(tl.pointer_type(WORD)), UNIT)
+        dst_start = tl.multiple_of(dst_base.to(tl.pointer_type(WORD)), UNIT)
+        # Shapes: [CHUNKS, WORDS].
+        word = tl.arange(0, WORDS)[None, :]
+        src = src_start + (src_units * UNIT_WORDS + first_word)[:, None] + word
+        dst = dst_start + (dst_units * UNIT_WORDS + first_word)[:, None] + word
+        src_mask = src_good[:, None]
+        # A bad id in the source leaves zeros in staging, which is ours, and nothing in a cache.
+        dst_mask = dst_good[:, None]
+        if dst_ids is not None:
+            dst_mask = dst_mask & src_mask
+        if PIECE_WORDS % WORDS != 0:
+            inside = first_word[:, None] + word < PIECE_WORDS
+            src_mask = src_mask & inside
+            dst_mask = dst_mask & inside
+        tl.store(dst, tl.load(src, mask=src_mask, other=0), mask=dst_mask)
+        bad |= tl.reduce((exists & ((src_good & dst_good) == 0)).to(tl.int64), 0, _either)
+        tile += step
     if finished is not None:
         _signal(
-            finished,
-            bad,
-            bad_ids,
-            order,
-            gate,
-            log,
-            counter,
-            nbytes,
-            imm,
-            count,
-            SLOTS,
-            LOG_ROWS,
+            finished, bad, bad_ids, order, gate, log, counter, nbytes, imm, count, SLOTS, LOG_ROWS
         )
     elif bad_ids is not None:
         tl.store(bad_ids, 1, mask=bad != 0)

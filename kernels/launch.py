@@ -108,6 +108,9 @@ class LoadedCopy:
         max_programs: upper bound on the programs that run at a time; none if None.
         num_slots: counters of a receiver; that of an imm is number `imm % num_slots`.
 
+    Attributes:
+        id_nbytes: bytes that one id moves.
+
     Raises:
         ShapeError: the two do not fit; names the dimension.
     """
@@ -121,7 +124,7 @@ class LoadedCopy:
         self._bases = (src.bases.data_ptr(), dst.bases.data_ptr())
         self._device = src.bases.device
         self._entries = src.num_entries
-        self._id_nbytes = src.nbytes(1)
+        self.id_nbytes = src.nbytes(1)
         self._blocks = (src.geometry.num_blocks, dst.geometry.num_blocks)
         if max_programs is None and self._entries > MOST_GRID_Y:
             max_programs = MOST_PROGRAMS
@@ -130,11 +133,6 @@ class LoadedCopy:
         self._lock = threading.Lock()
         self._kernels: dict[tuple[object, ...], LoadedKernel] = {}
         self._last: tuple[Any, ...] = ()  # layers follow each other with the same ids
-
-    @property
-    def id_nbytes(self) -> int:
-        """Bytes that one id moves."""
-        return self._id_nbytes
 
     def load(
         self, src_dtype: torch.dtype, dst_dtype: torch.dtype, num_ids: int, *, graph: bool = False
@@ -173,7 +171,7 @@ class LoadedCopy:
         words[4] = bad_ids
         words[5] = state
         words[6] = counter
-        words[7] = num_ids * self._id_nbytes
+        words[7] = num_ids * self.id_nbytes
         words[9] = num_ids
         kernel.launch(stream, x, y)
 
@@ -204,7 +202,7 @@ class LoadedCopy:
             state,
             *words,
             counters,
-            self._id_nbytes,
+            self.id_nbytes,
         ]
         kernel.words[1:10] = arguments
         kernel.words[11] = most_ids
@@ -214,7 +212,7 @@ class LoadedCopy:
         self, num_ids: int, src_dtype: torch.dtype, dst_dtype: torch.dtype, graph: bool
     ) -> tuple[LoadedKernel, int, int]:
         """The kernel for so many ids, and its grid."""
-        small = num_ids * self._id_nbytes < SMALL_BELOW_NBYTES
+        small = num_ids * self.id_nbytes < SMALL_BELOW_NBYTES
         key = (small, src_dtype, dst_dtype, graph)
         kernel = self._kernels.get(key)
         if kernel is None:

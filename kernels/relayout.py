@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .cast import cast_reference
+from .copy import MOST_GRID_Y, MOST_PROGRAMS
 from .errors import ShapeError
 from .runtime import jit
 from .scaling import larger, saturated, signal_end, write_scales
@@ -26,8 +26,6 @@ from .tiles import default_tuning
 from .walk import Walk, walk_constants
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import triton.language as tl
 
     from .scaling import Scaling
@@ -35,9 +33,6 @@ if TYPE_CHECKING:
     from .tiles import Tuning
 else:
     from .runtime import tl
-
-_MOST_GRID_Y = 65535
-_MOST_PROGRAMS = (1 << 31) - 1
 
 
 class Relayout(NamedTuple):
@@ -55,25 +50,6 @@ class Relayout(NamedTuple):
     dst_bases: torch.Tensor
     factors: torch.Tensor | None
     scaling: Scaling | None = None
-
-
-def relayout_reference(
-    src: Sequence[torch.Tensor],
-    src_table: torch.Tensor,
-    dst: Sequence[torch.Tensor],
-    dst_table: torch.Tensor,
-    start: int,
-    stop: int,
-    factors: torch.Tensor | None = None,
-) -> None:
-    """The truth in plain PyTorch: views `[block, token, head, dim]`, one an entry."""
-    tokens = torch.arange(start, stop)
-    for number, (here, there) in enumerate(zip(src, dst, strict=True)):
-        block, place = src_table[tokens // here.shape[1]].long(), tokens % here.shape[1]
-        moved = here[block, place]
-        if factors is not None:
-            moved = cast_reference(moved, factors[number][:, None], there.dtype)
-        there[dst_table[tokens // there.shape[1]].long(), tokens % there.shape[1]] = moved
 
 
 @jit()
@@ -374,8 +350,8 @@ def _launch(
     num_entries = move.src_bases.numel()
     constants = walk_constants(walk, move.factors is not None, span.tuning)
     entry_tiles = -(-span.num_units * constants.unit_chunks // constants.chunks)
-    if num_entries > _MOST_GRID_Y and max_programs is None:
-        max_programs = _MOST_PROGRAMS
+    if num_entries > MOST_GRID_Y and max_programs is None:
+        max_programs = MOST_PROGRAMS
     loop = max_programs is not None and max_programs < entry_tiles * num_entries
     grid = (max_programs, 1) if loop else (entry_tiles, num_entries)
     block = walk.tokens * walk.dst.units

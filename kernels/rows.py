@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from .cast import LIMITS, cast_reference
+from .cast import LIMITS
 from .errors import ShapeError
 from .paged import WIDEST_NBYTES
 from .runtime import jit
@@ -72,13 +72,6 @@ def row_types(
         wide = (every | elements * dtype.itemsize) % WIDEST_NBYTES == 0
         units.append(WIDEST_NBYTES if wide else dtype.itemsize)
     return RowTypes(src_dtype, dst_dtype, *units)
-
-
-def rows_reference(
-    src: torch.Tensor, dtype: torch.dtype, factors: torch.Tensor | None
-) -> torch.Tensor:
-    """The truth in plain PyTorch: rows `[row, element]` as rows of another type."""
-    return src if factors is None else cast_reference(src, factors[:, None], dtype)
 
 
 @jit(fixed=("src_table", "dst_table", "factors", "num_rows", "elements", "row_chunks"))

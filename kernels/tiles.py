@@ -119,8 +119,7 @@ def plan_tiles(
     )
     word_nbytes = min(8, unit_nbytes)
     piece_words = piece_nbytes // word_nbytes
-    tile_words = min(_MOST_WORDS, tuning.tile_nbytes // word_nbytes)
-    tile_words = max(tuning.num_warps * 32, 1 << (tile_words.bit_length() - 1))
+    tile_words = words_of_tile(tuning, word_nbytes)
     words = chunk_words(piece_words, tile_words)
     return TilePlan(
         unit_nbytes=unit_nbytes,
@@ -134,6 +133,12 @@ def plan_tiles(
         src=Strides(*(stride // unit_nbytes for stride in strides_nbytes[0])),
         dst=Strides(*(stride // unit_nbytes for stride in strides_nbytes[1])),
     )
+
+
+def words_of_tile(tuning: Tuning, word_nbytes: int) -> int:
+    """Count the words of a tile: a power of two, and no fewer than one for each thread."""
+    words = min(_MOST_WORDS, tuning.tile_nbytes // word_nbytes)
+    return max(tuning.num_warps * 32, 1 << (words.bit_length() - 1))
 
 
 def chunk_words(piece_words: int, tile_words: int) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from .cast import LIMITS
 from .paged import WIDEST_NBYTES
-from .tiles import chunk_words
+from .tiles import chunk_words, words_of_tile
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from .tiles import Tuning
 else:
     from .runtime import tl
-
-_MOST_WORDS = 8192  # a program's words live in registers
 
 
 class End(NamedTuple):
@@ -101,8 +99,7 @@ def walk_constants(walk: Walk, converts: bool, tuning: Tuning) -> WalkConstants:
         word_nbytes = min(8, *units)
         words = [{8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}[word_nbytes]] * 2
         run_words = walk.run * walk.src.dtype.itemsize // word_nbytes
-    tile_words = min(_MOST_WORDS, tuning.tile_nbytes // word_nbytes)
-    tile_words = max(tuning.num_warps * 32, 1 << (tile_words.bit_length() - 1))
+    tile_words = words_of_tile(tuning, word_nbytes)
     width = chunk_words(run_words, tile_words)
     run_chunks = -(-run_words // width)
     per_unit = [

@@ -24,7 +24,7 @@ FLOORS = {
     "engine.transports": "base < segments, workers < cma, tcp, verbs < cuda_ipc < selection",
     "control": "errors < wire, keys < curve, http < handoff < cluster < placement < daemon < __main__",
     "control.cluster": "messages < membership, summary, view < presence, store"
-    " < etcd, peer_loads, replication < stores, client",
+    " < etcd, peer_loads, replication < client",
     "adapters": "agent < vllm, sglang, transformers",
     "tools": "bootstrap, lazy, map, pinned < agents, daemon, demo, doctor, keys, rdma_vm,"
     " sglang_wheel, trace, vllm_cpu < bench, router, top < cli",

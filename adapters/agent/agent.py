@@ -13,8 +13,9 @@ import time
 from collections import OrderedDict
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -30,16 +31,17 @@ from ...control.errors import (
 )
 from ...control.handoff.events import SourceOffered
 from ...control.handoff.machine import Timing
-from ...control.handoff.messages import BLOCK_ID_NBYTES, count_blocks
+from ...control.handoff.messages import BLOCK_ID_NBYTES, MAX_BLOCK_IDS
 from ...control.keys import check_address, join_address
 from ...engine.connect.handshake import HANDSHAKE_TIMEOUT_S
-from ...engine.errors import EngineError
+from ...engine.errors import EngineError, PlanError
 from ...engine.transfer.moves import as_tables
 from ...engine.transfer_engine import TransferEngine
 from ...engine.transports.selection import TRANSPORTS
+from .arguments import name_of, natural, one_of, seconds
 from .core import AgentCore
 from .handoff import Handoff, SendHandoff
-from .registration import Registrar, describe_cache
+from .registration import Registrar, check_registration, describe_cache
 from .tables import expected_nbytes, pack_tables
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
 
     from ...control.cluster.messages import Member
     from ...control.handoff.events import Event
-    from ...control.handoff.messages import Role, Side
+    from ...control.handoff.messages import Mode, Role, Side
     from ...control.http import HttpServer
     from ...control.keys import Keys
     from ...engine.layout.kv_layout import KVLayout
@@ -97,7 +99,7 @@ class Agent:
         InsecureAddress: `bind` can be reached from other machines, and there are no `keys`.
         ConfigError: `daemon` is no address, or names no key although there are `keys`.
         TransportUnavailable, LayoutError, NotRegistered: from the engine.
-        ValueError: no peer would take this name or role.
+        ValueError: no peer, or no daemon, would take this name, role, model or speed.
         zmq.ZMQError: `bind` cannot be bound.
 
     Attributes:
@@ -141,44 +143,39 @@ class Agent:
         self.layout = layout
         self._num_blocks, self._num_layers = layout.num_blocks, layout.num_layers
         self._advertise_host = advertise_host
-        self._owns_engine = engine is None
-        self.engine = engine or _make_engine(
-            name,
-            bind,
-            transports,
-            verify=verify,
-            max_programs=max_programs,
-            advertise_host=advertise_host,
-        )
         self._lock = threading.Lock()
         self._closed = False
         self._attempts: OrderedDict[str, int] = OrderedDict()
-        try:
-            self._cache = self.engine.register_cache(layout, tensors)
-            try:
-                self.descriptor = msgspec.structs.replace(
-                    self._cache.descriptor, ranks=tuple(ranks), rank=rank
-                )
-                self.descriptor.check()
-                timing = timing or Timing()
-                self._core = AgentCore(
-                    name, role, self.engine, self._cache, self.descriptor, bind, timing, keys
-                )
-            except BaseException:
-                self._cache.deregister()
-                raise
-        except BaseException:
-            if self._owns_engine:
-                self.engine.close()
-            raise
         self._registrar: Registrar | None = None
         self._http: HttpServer | None = None
-        if http:
-            try:
+        self._owns_engine = engine is None
+        self.engine = engine or TransferEngine(
+            name=name,
+            host=_host_of(bind),
+            advertise_host=advertise_host,
+            transports=tuple(transports or TRANSPORTS),
+            verify=verify,
+            max_programs=max_programs,
+            require_tokens=True,
+        )
+        with ExitStack() as undo:
+            if self._owns_engine:
+                undo.callback(self.engine.close)
+            self._cache = self.engine.register_cache(layout, tensors)
+            undo.callback(self._cache.deregister)
+            self.descriptor = msgspec.structs.replace(
+                self._cache.descriptor, ranks=tuple(ranks), rank=rank
+            )
+            self.descriptor.check()
+            timing = timing or Timing()
+            self._core = AgentCore(
+                name, role, self.engine, self._cache, self.descriptor, bind, timing, keys
+            )
+            undo.pop_all()
+            undo.callback(self.close)
+            if http:
                 self._http = self._serve(http)
-            except BaseException:
-                self.close()
-                raise
+            undo.pop_all()
         if daemon:
             registration = Registration(
                 name=name,
@@ -193,6 +190,12 @@ class Agent:
                 service=service,
                 **describe_cache(layout),
             )
+            try:
+                check_registration(registration)
+                lease_s = seconds("lease_s", lease_s)
+            except ValueError:
+                self.close()
+                raise
             self._registrar = Registrar(
                 daemon,
                 registration,
@@ -235,7 +238,7 @@ class Agent:
     @property
     def registered(self) -> bool:
         """Whether the daemon knows this agent now."""
-        return self._registrar is not None and self._registrar.registered
+        return self._registrar is not None and self._registrar.standing.present
 
     @property
     def draining(self) -> bool:
@@ -251,9 +254,17 @@ class Agent:
         return self._core.executor.recorder.write(path)
 
     def report(self, *, queued_tokens: int = 0, free_blocks: int = 0) -> None:
-        """Tells, with the next heartbeat, what placement should know of the engine's load."""
+        """Tells, with the next heartbeat, what placement should know of the engine's load.
+
+        Raises:
+            ValueError: a number is no integer from 0 up.
+        """
+        load = Load(
+            queued_tokens=natural("queued_tokens", queued_tokens),
+            free_blocks=natural("free_blocks", free_blocks),
+        )
         if self._registrar is not None:
-            self._registrar.report = Load(queued_tokens=queued_tokens, free_blocks=free_blocks)
+            self._registrar.report = load
 
     def wait_for_member(self, name: str, timeout_s: float = 5.0) -> Member:
         """The member of that name; waits until the daemon knows it.
@@ -269,7 +280,7 @@ class Agent:
                 operation="wait",
             )
         if not registrar.wait(lambda: name in registrar.members, timeout_s):
-            why = "" if registrar.registered else f" ({registrar.reason})"
+            why = "" if registrar.standing.present else f" ({registrar.standing.reason})"
             raise DaemonTimeout(
                 f"the daemon has not told of an agent {name!r} in {timeout_s} s{why}",
                 peer=name,
@@ -332,7 +343,7 @@ class Agent:
         peer: str,
         dst_block_ids: BlockIds,
         *,
-        mode: Literal["push", "pull"] = "push",
+        mode: Mode = "push",
         skip_blocks: int = 0,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Handoff:
@@ -341,29 +352,23 @@ class Agent:
         The blocks belong to the handoff until `blocks_free` is done, or `wait` returns.
 
         Args:
-            request_id: what the prefill agent calls it, too.
+            request_id: what the prefill agent calls it, too: any text. What has no short printable
+                one goes by its hash.
             peer: name of a connected agent, or of a member: it is connected to first.
             dst_block_ids: where its blocks go, in order; each of them once. In GPU memory no kernel
                 may be using them any more, nor be enqueued to.
             mode: `push`: the peer writes. `pull`: this agent reads.
             skip_blocks: blocks at the request's beginning that this side has already.
-            timeout_s: deadline, counted from here, for all of it.
+            timeout_s: deadline, counted from here, for all of it; at most seven days. One that has
+                passed ends the handoff at once.
 
         Raises:
+            ValueError: an argument is not what it has to be; names it.
             NotConnected: no such peer. BlockOutOfRange, OverlappingBlocks, PlanError: the ids.
         """
         self._check_role("receive", "decode")
         tables = pack_tables("destination", (dst_block_ids,), self._num_blocks)
-        fields = {
-            "mode": mode,
-            "num_blocks": len(tables[0]) // BLOCK_ID_NBYTES,
-            "timeout_s": float(timeout_s),
-            "tables": tables,
-            "skip_blocks": skip_blocks,
-            "start_token": 0,
-            "stop_token": 0,
-        }
-        return self._receive(request_id, peer, fields)
+        return self._receive(request_id, peer, mode, tables, timeout_s, skip_blocks=skip_blocks)
 
     def receive_tokens(
         self,
@@ -373,7 +378,7 @@ class Agent:
         *,
         num_tokens: int,
         start_token: int = 0,
-        mode: Literal["push", "pull"] = "push",
+        mode: Mode = "push",
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Handoff:
         """Takes tokens `[start_token, num_tokens)` of a request, whatever the peer's blocks are.
@@ -390,18 +395,34 @@ class Agent:
         """
         self._check_role("receive", "decode")
         tables = pack_tables("destination", as_tables(dst_tables))
-        fields = {
-            "mode": mode,
-            "num_blocks": count_blocks(tables),
-            "timeout_s": float(timeout_s),
-            "tables": tables,
-            "start_token": start_token,
-            "stop_token": num_tokens,
-        }
-        return self._receive(request_id, peer, fields)
+        tokens = (natural("start_token", start_token), natural("num_tokens", num_tokens))
+        if not tokens[1]:
+            raise PlanError("num_tokens is 0: there is nothing to receive", operation="receive")
+        return self._receive(request_id, peer, mode, tables, timeout_s, tokens=tokens)
 
-    def _receive(self, request_id: str, peer: str, fields: dict[str, Any]) -> Handoff:
+    def _receive(
+        self,
+        request_id: str,
+        peer: str,
+        mode: Mode,
+        tables: tuple[bytes, ...],
+        timeout_s: float,
+        *,
+        skip_blocks: int = 0,
+        tokens: tuple[int, int] = (0, 0),
+    ) -> Handoff:
         """Asks a peer, after getting acquainted with it if it is a member only."""
+        one_of("mode", mode, ("push", "pull"))
+        request_id = name_of(request_id)
+        fields: dict[str, Any] = {
+            "mode": mode,
+            "num_blocks": sum(map(len, tables)) // BLOCK_ID_NBYTES,
+            "timeout_s": seconds("timeout_s", timeout_s),
+            "tables": tables,
+            "skip_blocks": natural("skip_blocks", skip_blocks, MAX_BLOCK_IDS),
+            "start_token": tokens[0],
+            "stop_token": tokens[1],
+        }
         known = self._core.sessions.by_name(peer)
         handoff = Handoff(request_id, peer, "receive", partial(self._tell, "decode"))
         if known is not None and known.read_plan is not None:
@@ -512,12 +533,11 @@ class Agent:
             tables = pack_tables("source", (src_block_ids,), self._num_blocks)
         else:
             tables = pack_tables("source", as_tables(src_block_ids))
-        num_layers = self._num_layers
-        tell = partial(self._tell, "prefill")
-        device = self._cache.device
-        handoff = SendHandoff(request_id, num_layers, tell, self.engine, device)
+        tell, num_layers = partial(self._tell, "prefill"), self._num_layers
+        timeout_s, request_id = seconds("timeout_s", timeout_s), name_of(request_id)
+        handoff = SendHandoff(request_id, num_layers, tell, self.engine, self._cache.device)
         handoff.on_asked = on_asked
-        source = SourceOffered(tables, num_layers, float(timeout_s))
+        source = SourceOffered(tables, num_layers, timeout_s)
         self._soon(self._core.offer, handoff, source)
         return handoff
 
@@ -543,11 +563,11 @@ class Agent:
             self._http.close()
         if self._registrar is not None:
             self._soon(self._registrar.leave)
-        self._core.messaging.call_soon(partial(self._core.begin_close, all_back.set))
+        self._soon(self._core.begin_close, all_back.set)
         all_back.wait(timeout_s)
         if self._owns_engine:
             self.engine.close()
-        self._core.messaging.call_soon(self._core.end_close)
+        self._soon(self._core.end_close)
         self._core.close()
         if not self._owns_engine and all_back.is_set():
             self._cache.deregister()
@@ -570,8 +590,8 @@ class Agent:
             return "closed"
         if self.draining:
             return "draining"
-        if self._registrar is not None and not self._registrar.registered:
-            return f"not registered: {self._registrar.reason}"
+        if self._registrar is not None and not self._registrar.standing.present:
+            return f"not registered: {self._registrar.standing.reason}"
         return ""
 
     def _take_role(self, role: Role) -> None:
@@ -602,26 +622,7 @@ class Agent:
         return attempt
 
 
-def _make_engine(
-    name: str,
-    bind: str,
-    transports: Sequence[str] | None,
-    *,
-    verify: bool,
-    max_programs: int | None,
-    advertise_host: str,
-) -> TransferEngine:
-    """An engine that listens where the agent does."""
-    host = "127.0.0.1"
-    if bind.startswith("tcp://"):
-        host = bind[len("tcp://") :].rpartition(":")[0] or host
-    host = "0.0.0.0" if host == "*" else host.strip("[]")
-    return TransferEngine(
-        name=name,
-        host=host,
-        advertise_host=advertise_host,
-        transports=tuple(transports or TRANSPORTS),
-        verify=verify,
-        max_programs=max_programs,
-        require_tokens=True,
-    )
+def _host_of(bind: str) -> str:
+    """Where an engine listens whose agent is bound there."""
+    host = bind.removeprefix("tcp://").rpartition(":")[0] if bind.startswith("tcp://") else ""
+    return "0.0.0.0" if host == "*" else host.strip("[]") or "127.0.0.1"

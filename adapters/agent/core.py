@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ...control.handoff.events import Event, SourceOffered
     from ...control.handoff.machine import Timing
     from ...control.handoff.messages import Message, Role, Side
-    from ...control.handoff.registry import Handoffs, Steps
+    from ...control.handoff.registry import Handoffs
     from ...control.keys import Keys
     from ...engine.memory.descriptors import CacheDescriptor
     from ...engine.memory.regions import RegisteredCache
@@ -70,7 +70,6 @@ class AgentCore:
         described: its cache as peers see it, with its place among the ranks of its engine.
 
     Attributes:
-        role: what the agent does now.
         messaging: its sockets, and its turns.
         sessions: the peers.
         executor: what is done with the engine.
@@ -87,21 +86,27 @@ class AgentCore:
         timing: Timing,
         keys: Keys | None = None,
     ) -> None:
-        make_hello(
-            name, role, 0, 0
-        )  # a name that no peer would take fails before sockets are there
+        make_hello(name, role, 0, 0)  # a name that no peer takes fails before there are sockets
         stream = idle_stream(cache.device)
         self.name = name
-        self.role: Role = role
         self._engine = engine
         self._timing = timing
-        self._sides = _sides(role, timing)
+        self._sides = sides = _sides(role, timing)
         self._closing = False
         self._all_back: Callable[[], None] = lambda: None
         self.messaging = messaging = Messaging(bind, self._on_frame, name, keys)
-        self.sessions = peers = Sessions(name, role, engine, cache, described, messaging, timing)
-        self.executor = Executor(name, engine, cache, stream, peers, messaging, self._tell)
-        peers.listen(self)
+        self.sessions = peers = Sessions(
+            name,
+            role,
+            engine,
+            cache,
+            described,
+            messaging,
+            timing,
+            sides,
+            take_steps=lambda side, steps: self.executor.carry_out(side, steps),
+        )
+        self.executor = Executor(name, engine, cache, stream, sides, peers, messaging)
         loop = messaging.loop
         loop.inline_copies = engine.take_inline_copies(loop.replace_thread)
         messaging.start()
@@ -110,12 +115,11 @@ class AgentCore:
 
     def receive(self, handoff: Handoff, peer: PeerSession, fields: dict[str, Any]) -> None:
         """Asks `peer` for a request's blocks."""
-        registry = self._sides.get("decode")
         try:
-            self._check_open("decode")
+            registry = self._registry("decode")
+            assert isinstance(registry, DecodeHandoffs)
             if handoff._withdrawn:
                 raise HandoffCancelled(handoff._withdrawn, handoff=handoff.request_id)
-            assert isinstance(registry, DecodeHandoffs)
             key, steps = registry.begin(peer.session.number, handoff.request_id, **fields)
         except ControlError as error:
             handoff._refuse(error)
@@ -124,13 +128,12 @@ class AgentCore:
         work.session = peer.session.number
         work.nbytes = fields["nbytes"]
         work.request = fields
-        self._carry_out("decode", steps)
+        self.executor.carry_out("decode", steps)
 
     def offer(self, handoff: Handoff, source: SourceOffered) -> None:
         """Has a request's blocks for whoever asks."""
-        registry = self._sides.get("prefill")
         try:
-            self._check_open("prefill")
+            registry = self._registry("prefill")
             assert isinstance(registry, PrefillHandoffs)
         except ControlError as error:
             handoff._refuse(error)
@@ -138,7 +141,7 @@ class AgentCore:
         key, steps = registry.offer(handoff.request_id, source)
         self.executor.begin("prefill", key, handoff)
         self._say_who_asked(key)
-        self._carry_out("prefill", steps)
+        self.executor.carry_out("prefill", steps)
 
     def _say_who_asked(self, key: int) -> None:
         """Tells the user of a handoff who asked for it, as soon as both are known."""
@@ -153,28 +156,18 @@ class AgentCore:
 
     def tell(self, side: Side, handoff: Handoff, event: Event) -> None:
         """Something happened to a handoff."""
-        if handoff._key and side in self._sides:
-            self._tell(side, handoff._key, event)
-        elif not handoff._key and isinstance(event, events.UserCancelled):
+        if handoff._key:
+            self.executor.tell(side, handoff._key, event)
+        elif isinstance(event, events.UserCancelled):
             handoff._withdrawn = event.reason or "cancelled"
 
-    def _check_open(self, side: Side) -> None:
+    def _registry(self, side: Side) -> Handoffs:
         if self._closing:
             raise AgentClosed("the agent was closed", operation="hand off")
-        if side not in self._sides:
-            raise AgentDraining(
-                f"{self.name} is {self.role} now: it changed its role", operation="hand off"
-            )
-
-    def _tell(self, side: Side, key: int, event: Event) -> None:
-        registry = self._sides.get(side)
-        if registry is not None:  # else the agent has another role by now, and the handoff is over
-            self._carry_out(side, registry.handle(key, event))
-
-    def _carry_out(self, side: Side, steps: Steps) -> None:
-        self.executor.carry_out(side, steps, self._sides[side].machines)
-        if self._closing:
-            self._report_if_all_back()
+        if side in self._sides:
+            return self._sides[side]
+        what = f"{self.name} is {self.sessions.role} now: it changed its role"
+        raise AgentDraining(what, operation="hand off")
 
     def count_handoffs(self) -> int:
         """Counts those that are not over."""
@@ -182,8 +175,9 @@ class AgentCore:
 
     def flip(self, role: Role) -> None:
         """Takes another role: the agent is idle and all its links are down."""
-        self.role = self.sessions.role = role
-        self._sides = _sides(role, self._timing)
+        self.sessions.role = role
+        self._sides.clear()
+        self._sides.update(_sides(role, self._timing))
 
     # Messages
 
@@ -205,7 +199,7 @@ class AgentCore:
         side = ADDRESSED[kind] or _other_side(message)
         registry = self._sides.get(side)
         if registry is None:
-            detail = f"{self.name} is {self.role}, it has no use for {kind.__name__}"
+            detail = f"{self.name} is {self.sessions.role}, it has no use for {kind.__name__}"
             self.messaging.refuse(route, 0, "role", detail)
             return
         steps = registry.receive(message)
@@ -214,39 +208,7 @@ class AgentCore:
         if kind is Request:
             for key in dict(steps):
                 self._say_who_asked(key)
-        self._carry_out(side, steps)
-
-    # Links, as a `SessionListener`
-
-    def came_up(self, peer: PeerSession) -> None:
-        """Handoffs with this peer may begin."""
-        for registry in self._sides.values():
-            registry.open_session(peer.session.number, peer.session.name)
-
-    def went_down(self, peer: PeerSession, reason: str) -> None:
-        """The link to this peer is down."""
-        for side, registry in self._sides.items():
-            number, quiesced = peer.session.number, peer.quiesced
-            self._carry_out(side, registry.link_down(number, reason, quiesced=quiesced))
-        self._report_if_all_back()
-
-    def quiesced(self, peer: PeerSession) -> None:
-        """This peer, whose link is down, can reach nothing any more."""
-        for side, registry in self._sides.items():
-            self._carry_out(side, registry.quiesced(peer.session.number))
-
-    def is_busy(self, peer: PeerSession) -> bool:
-        """Whether a handoff with this peer is under way."""
-        return any(registry.busy(peer.session.number) for registry in self._sides.values())
-
-    def is_needed(self, peer: PeerSession) -> bool:
-        """Whether a registry may still have something to say to this peer."""
-        return any(registry.knows(peer.session.number) for registry in self._sides.values())
-
-    def forget(self, peer: PeerSession) -> None:
-        """This peer is down for so long that it asks about no handoff any more."""
-        for registry in self._sides.values():
-            registry.forget(peer.session.number)
+        self.executor.carry_out(side, steps)
 
     # The end
 
@@ -257,6 +219,7 @@ class AgentCore:
         """
         self._closing = True
         self._all_back = all_back
+        self.executor.after_steps = self._report_if_all_back
         for (side, key), work in list(self.executor.work.items()):
             if work.handoff is not None:
                 work.handoff._outcome._fail(
@@ -266,7 +229,7 @@ class AgentCore:
                         operation="close",
                     )
                 )
-            self._tell(side, key, events.UserCancelled("the agent was closed"))
+            self.executor.tell(side, key, events.UserCancelled("the agent was closed"))
         self.sessions.say_goodbye("the agent was closed")
         self._report_if_all_back()
 
@@ -291,7 +254,7 @@ class AgentCore:
             self._engine.return_inline_copies(inline_copies)
 
     def _report_if_all_back(self) -> None:
-        if self._closing and not self.count_handoffs() and not self.sessions.any_link:
+        if not self.count_handoffs() and not self.sessions.any_link:
             self._all_back()
 
 

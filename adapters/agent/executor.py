@@ -22,13 +22,13 @@ from .event_loop import Timers
 from .tables import unpack_table, unpack_tables
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container
+    from collections.abc import Callable, Mapping
 
     import torch
 
     from ...control.handoff.events import Action, Event, Layers
     from ...control.handoff.messages import Side
-    from ...control.handoff.registry import Steps
+    from ...control.handoff.registry import Handoffs, Steps
     from ...control.handoff.timeline import Timeline
     from ...engine.memory.regions import RegisteredCache
     from ...engine.transfer.plan import TransferPlan
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from .handoff import Handoff
     from .messaging import Messaging
     from .sessions import Sessions
-
-    Tell = Callable[[Side, int, Event], None]
 
 NEVER_S = 1e9  # the machines keep the time of a counter
 ENGINE_MARGIN_S = 10.0  # beyond a handoff's deadline, which the machines keep
@@ -106,14 +104,15 @@ class Executor:
     Args:
         name: of the agent.
         stream: for GPU memory, one on which nothing runs; see `idle_stream`.
+        sides: the registries of the handoffs.
         peers: where their links, plans and routes are.
-        tell: takes what happens to a handoff, by side and its machine's key.
 
     Attributes:
         work: by side of the handoff and its machine's key.
         rates: bytes a second, as measured with each peer.
         recorder: the last handoffs' timelines.
         observers: called with each `HandoffEnded`; they must be quick.
+        after_steps: called after whatever was carried out, if it is set.
     """
 
     def __init__(
@@ -122,21 +121,22 @@ class Executor:
         engine: TransferEngine,
         cache: RegisteredCache,
         stream: torch.cuda.Stream | None,
+        sides: Mapping[Side, Handoffs],
         peers: Sessions,
         messaging: Messaging,
-        tell: Tell,
     ) -> None:
         self.work = _AllWork()
         self.rates: dict[str, float] = {}
         self.recorder = Recorder(TIMELINES)
         self.observers: list[Callable[[HandoffEnded], None]] = []
+        self.after_steps: Callable[[], None] | None = None
         self._name = name
         self._engine = engine
         self._held = cache.layout.layers
         self._stream = stream
+        self._sides = sides
         self._peers = peers
         self._messaging = messaging
-        self._tell = tell
         # Looked up by type, because matching one class after the other takes longer than most acts.
         self._acts: dict[type[Action], Callable[[Work, Any], None]] = {
             events.Send: self._send,
@@ -172,15 +172,34 @@ class Executor:
         work.timeline.mark("asked" if side == "decode" else "offered")
         return work
 
-    def carry_out(self, side: Side, steps: Steps, live: Container[int]) -> None:
-        """Does what machines ask for, in order; `live` has the keys of those that go on."""
+    def tell(self, side: Side, key: int, event: Event) -> None:
+        """Something happened to a handoff: does what its machine asks for then."""
+        registry = self._sides.get(side)
+        if registry is not None:  # else the agent has another role by now, and the handoff is over
+            self.carry_out(side, registry.handle(key, event))
+
+    def carry_out(self, side: Side, steps: Steps) -> None:
+        """Does what machines ask for, in order, and forgets the work of those that are over."""
+        live = self._sides[side].machines
         for key, action in steps:
-            self._acts[type(action)](self.work[side, key], action)
+            acts_for = self.work[side, key]
+            try:
+                self._acts[type(action)](acts_for, action)
+            except Exception as error:  # it ends this handoff alone; what comes after it is done
+                log.exception("a handoff's %s failed; please report this", type(action).__name__)
+                why = f"{type(action).__name__} failed: {error}"
+                self._messaging.call_soon(partial(self._send_refused, acts_for, why))
         for key in dict(steps):
             if key not in live:
                 work = self.work.pop((side, key), None)
                 if work is not None and work.timers:
                     work.timers.stop_all()
+        if self.after_steps is not None:
+            self.after_steps()
+
+    def _tell_soon(self, work: Work, event: Event) -> None:
+        """As `tell`, in another turn: what a machine asks for must not come back to it at once."""
+        self._messaging.call_soon(partial(self.tell, work.side, work.key, event))
 
     def _send(self, work: Work, action: events.Send) -> None:
         message = action.message
@@ -195,7 +214,7 @@ class Executor:
 
     def _send_refused(self, work: Work, reason: str) -> None:
         if work.key:
-            self._tell(work.side, work.key, events.SendRefused(reason))
+            self.tell(work.side, work.key, events.SendRefused(reason))
 
     def _note_request(self, work: Work, session: int, peer: str) -> None:
         """Prefill's side has a request, of this peer."""
@@ -206,7 +225,7 @@ class Executor:
             work.timeline.take({"placed": work.placed_ns})
 
     def _set_timer(self, work: Work, action: events.SetTimer) -> None:
-        fired = partial(self._tell, work.side, work.key, events.TimerFired(action.kind))
+        fired = partial(self.tell, work.side, work.key, events.TimerFired(action.kind))
         work.timers.start(action.kind, self._messaging.call_later(action.seconds, fired))
 
     def _clear_timer(self, work: Work, action: events.ClearTimer) -> None:
@@ -224,8 +243,7 @@ class Executor:
                 timeout_s=NEVER_S,
             )
         except EngineError as error:
-            ended = events.CounterEnded(0, error)
-            self._messaging.call_soon(partial(self._tell, work.side, work.key, ended))
+            self._tell_soon(work, events.CounterEnded(0, error))
             return
         work.counter.add_done_callback(partial(self._counter_ended, work.key))
 
@@ -297,12 +315,10 @@ class Executor:
         try:
             ticket = begin()
         except (EngineError, ControlError) as error:
-            ended: Event = events.OperationEnded(op, 0, error)
-            self._messaging.call_soon(partial(self._tell, work.side, work.key, ended))
+            self._tell_soon(work, events.OperationEnded(op, 0, error))
             return
         if ticket is None:
-            nothing = events.OperationEnded(op)
-            self._messaging.call_soon(partial(self._tell, work.side, work.key, nothing))
+            self._tell_soon(work, events.OperationEnded(op))
             return
         work.tickets[op] = ticket
         ticket.add_done_callback(
@@ -335,27 +351,14 @@ class Executor:
         layers = self._layers_of(plan, action.layers)
         if layers is not None and not layers:
             return None
+        how: dict[str, Any] = {"layers": layers, "stream": self._stream, "timeout_s": timeout_s}
         if move is not None:
+            tables = move.src_tables, move.dst_tables
             return link.write_tokens(
-                plan,
-                move.src_tables,
-                move.dst_tables,
-                start=move.start,
-                stop=move.stop,
-                imm=request.imm,
-                layers=layers,
-                stream=self._stream,
-                timeout_s=timeout_s,
+                plan, *tables, start=move.start, stop=move.stop, imm=request.imm, **how
             )
-        return link.write_blocks(
-            plan,
-            unpack_table(action.tables[0]),
-            unpack_table(request.tables[0]),
-            imm=request.imm,
-            layers=layers,
-            stream=self._stream,
-            timeout_s=timeout_s,
-        )
+        src, dst = unpack_table(action.tables[0]), unpack_table(request.tables[0])
+        return link.write_blocks(plan, src, dst, imm=request.imm, **how)
 
     def _layers_of(self, plan: TransferPlan, positions: Layers) -> tuple[int, ...] | None:
         """The layers at these positions that a plan moves; None if these are all that it does."""
@@ -370,26 +373,16 @@ class Executor:
         peer = self._peers.get(work.session)
         if peer is None or peer.link is None or peer.read_plan is None:
             raise LinkError("there is no link to read over", operation="read")
-        asked, tables = work.request, action.ready.tables
+        link, plan, asked, tables = peer.link, peer.read_plan, work.request, action.ready.tables
+        how: dict[str, Any] = {"stream": self._stream, "timeout_s": NEVER_S}
         if asked is not None and asked["stop_token"]:
-            return peer.link.read_tokens(
-                peer.read_plan,
-                unpack_tables(tables),
-                unpack_tables(asked["tables"]),
-                start=asked["start_token"],
-                stop=asked["stop_token"],
-                stream=self._stream,
-                timeout_s=NEVER_S,
-            )
+            src_tables, dst_tables = unpack_tables(tables), unpack_tables(asked["tables"])
+            start, stop = asked["start_token"], asked["stop_token"]
+            return link.read_tokens(plan, src_tables, dst_tables, start=start, stop=stop, **how)
         if not action.ready.num_blocks or asked is None:
             return None
-        return peer.link.read_blocks(
-            peer.read_plan,
-            unpack_table(tables[0]),
-            unpack_table(asked["tables"][0]),
-            stream=self._stream,
-            timeout_s=NEVER_S,
-        )
+        src, dst = unpack_table(tables[0]), unpack_table(asked["tables"][0])
+        return link.read_blocks(plan, src, dst, **how)
 
     def _operation_ended(
         self, side: Side, key: int, op: int, session: int, began_s: float, ticket: Ticket
@@ -418,7 +411,7 @@ class Executor:
             known = self.rates.get(name, rate)
             if name in self.rates or len(self.rates) < MAX_RATES:
                 self.rates[name] = known + RATE_WEIGHT * (rate - known)
-        self._tell(side, key, ended)
+        self.tell(side, key, ended)
 
     def _counter_ended(self, key: int, ticket: Ticket) -> None:
         """On an engine thread."""
@@ -436,7 +429,7 @@ class Executor:
             _learn(work, ticket)
         if error is not None and peer is not None and peer.link is not None and peer.link.closed:
             return  # `LinkDown` is on its way, and says more
-        self._tell("decode", key, events.CounterEnded(ticket.nbytes, error))
+        self.tell("decode", key, events.CounterEnded(ticket.nbytes, error))
 
 
 def _learn(work: Work, ticket: Ticket) -> None:

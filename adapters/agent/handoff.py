@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ...control.handoff.events import Event
-    from ...engine.errors import EngineError
     from ...engine.transfer_engine import TransferEngine
 
 Part = TypeVar("Part", bound="Pending")
@@ -137,8 +136,17 @@ class Handoff(Pending):
         self.blocks_free._finish(0)
 
 
+@dataclass
+class _Step:
+    event: SourceReady | SourceFinished
+    computed: bool = False
+
+
 class SendHandoff(Handoff):
     """A handoff whose layers go out while later ones are being computed. One writer.
+
+    In GPU memory each is told of once the stream behind it has got there, in the order in which they
+    were named. The host waits for nothing: the engine watches the events.
 
     Attributes:
         on_asked: called once with the name of the agent that asked for it, on the agent's thread,
@@ -155,7 +163,10 @@ class SendHandoff(Handoff):
         device: int,
     ) -> None:
         super().__init__(request_id, "", "send", tell)
-        self._order = ComputeOrder(engine, device, lambda error: self.cancel(error.message))
+        self._engine = engine
+        self._device = device  # the GPU of the cache, or -1: then what is named is computed
+        self._lock = threading.Lock()
+        self._uncomputed: deque[_Step] = deque()
         self._num_layers = num_layers
         self._next_layer = 0
         self._complete = False
@@ -181,8 +192,7 @@ class SendHandoff(Handoff):
             raise ValueError(f"{layers} ends after the last of {self._num_layers} layers")
         if len(layers):
             self._next_layer = layers.stop
-            ready = SourceReady((layers.start, layers.stop))
-            self._order.after(stream, partial(self._tell, self, ready))
+            self._tell_after(stream, SourceReady((layers.start, layers.stop)))
 
     def finish(self, *, stream: torch.cuda.Stream | None = None) -> None:
         """All layers are computed; those that were not named yet go now. Does not block.
@@ -191,7 +201,31 @@ class SendHandoff(Handoff):
         """
         if not self._complete:
             self._complete = True
-            self._order.after(stream, partial(self._tell, self, SourceFinished()))
+            self._tell_after(stream, SourceFinished())
+
+    def _tell_after(
+        self, stream: torch.cuda.Stream | None, event: SourceReady | SourceFinished
+    ) -> None:
+        """Tells of `event` when `stream` has done what it has been given so far."""
+        if self._device < 0:
+            self._tell(self, event)
+            return
+        import torch
+
+        step = _Step(event)
+        with self._lock:
+            self._uncomputed.append(step)
+        reached = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        reached.record(stream or torch.cuda.current_stream(self._device))
+        self._engine.when_computed(
+            reached, partial(self._computed, step), lambda error: self.cancel(error.message)
+        )
+
+    def _computed(self, step: _Step) -> None:
+        with self._lock:
+            step.computed = True
+            while self._uncomputed and self._uncomputed[0].computed:
+                self._tell(self, self._uncomputed.popleft().event)
 
 
 class HandoffSet(Pending, Generic[Part]):
@@ -263,47 +297,3 @@ class HandoffSet(Pending, Generic[Part]):
             self.blocks_free._fail(self._never_free)
         elif last:
             self.blocks_free._finish(0)
-
-
-@dataclass
-class _Step:
-    tell: Callable[[], None]
-    computed: bool = False
-
-
-class ComputeOrder:
-    """One handoff's steps, each told once the stream behind it has got there: in the order in which
-    they were asked for, and no sooner. Thread-safe.
-
-    The host waits for nothing: the engine watches the events.
-    """
-
-    def __init__(
-        self, engine: TransferEngine, device: int, failed: Callable[[EngineError], None]
-    ) -> None:
-        """`device` is the GPU of the cache, or -1: then every step is told at once."""
-        self._engine = engine
-        self._device = device
-        self._failed = failed
-        self._lock = threading.Lock()
-        self._steps: deque[_Step] = deque()
-
-    def after(self, stream: torch.cuda.Stream | None, tell: Callable[[], None]) -> None:
-        """Calls `tell` after what `stream` has been given so far; the device's current one if None."""
-        if self._device < 0:
-            tell()
-            return
-        import torch
-
-        step = _Step(tell)
-        with self._lock:
-            self._steps.append(step)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(stream or torch.cuda.current_stream(self._device))
-        self._engine.when_computed(event, partial(self._computed, step), self._failed)
-
-    def _computed(self, step: _Step) -> None:
-        with self._lock:
-            step.computed = True
-            while self._steps and self._steps[0].computed:
-                self._steps.popleft().tell()

@@ -23,6 +23,7 @@ import zmq
 
 from ...control.cluster.client import CONNECT_MS, daemon_address
 from ...control.curve import Gatekeeper, protect_client, protect_server
+from ...control.errors import ConfigError
 from ...control.handoff.machine import MAX_REASON_CHARS
 from ...control.handoff.messages import MAX_FRAME_NBYTES, Refused, encode
 from .event_loop import EventLoop
@@ -121,32 +122,21 @@ class Messaging:
         Raises:
             zmq.ZMQError, ConfigError: this is no address.
         """
-        endpoint, server_key = daemon_address(address, self._keys)
         dealer = self._socket(zmq.DEALER)
         dealer.setsockopt(zmq.ROUTING_ID, b"k" + secrets.token_bytes(15))
         dealer.setsockopt(zmq.IMMEDIATE, not queue)
-        self._connect(dealer, endpoint, server_key)
-        route = ReplyTo(next(self._numbers), b"")
-        self._dealers[route.dealer] = dealer
-        self._read(dealer, route.dealer, on_frame or self._on_frame)
-        return route
+        return self._connect(dealer, address, on_frame or self._on_frame)
 
-    def subscribe(self, address: str, topics: tuple[bytes, ...], on_frame: OnFrame) -> ReplyTo:
+    def subscribe(self, address: str, topic: bytes, on_frame: OnFrame) -> ReplyTo:
         """Follows the publisher at this address; `hang_up` ends it.
 
         Raises:
             zmq.ZMQError, ConfigError: this is no address.
         """
-        endpoint, server_key = daemon_address(address, self._keys)
         subscriber = self._socket(zmq.SUB)
-        for topic in topics:
-            subscriber.subscribe(topic)
+        subscriber.subscribe(topic)
         subscriber.setsockopt(zmq.MAXMSGSIZE, -1)  # a daemon's picture of 10,000 agents is 6 MB
-        self._connect(subscriber, endpoint, server_key)
-        route = ReplyTo(next(self._numbers), b"")
-        self._dealers[route.dealer] = subscriber
-        self._read(subscriber, route.dealer, on_frame)
-        return route
+        return self._connect(subscriber, address, on_frame)
 
     def hang_up(self, route: ReplyTo) -> None:
         """Closes the socket of a route that this side dialled; others close by themselves."""
@@ -222,13 +212,18 @@ class Messaging:
         """Stops the thread and closes the sockets. Not from the thread itself. Once."""
         self.loop.stop(lambda: self._context.destroy(linger=LINGER_MS))
 
-    def _connect(self, socket: zmq.Socket[bytes], endpoint: str, server_key: bytes) -> None:
-        protect_client(socket, self._keys, server_key)
+    def _connect(self, socket: zmq.Socket[bytes], address: str, on_frame: OnFrame) -> ReplyTo:
         try:
+            endpoint, server_key = daemon_address(address, self._keys)
+            protect_client(socket, self._keys, server_key)
             socket.connect(endpoint)
-        except zmq.ZMQError:
+        except (ConfigError, zmq.ZMQError):
             socket.close(0)
             raise
+        route = ReplyTo(next(self._numbers), b"")
+        self._dealers[route.dealer] = socket
+        self._read(socket, route.dealer, on_frame)
+        return route
 
     def _read(self, socket: zmq.Socket[bytes], number: int, on_frame: OnFrame) -> None:
         take = partial(self._take, socket, number, on_frame)

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from ...control.cluster.messages import Member
-    from ...control.cluster.presence import PresenceAction
+    from ...control.handoff.events import Action
     from ...control.handoff.messages import Role
     from ...engine.layout.kv_layout import KVLayout
     from .executor import Executor, HandoffEnded, Work
@@ -77,8 +77,9 @@ class Registrar:
     Attributes:
         draining: whether the daemon wants nothing new placed here.
         report: what the engine said of its load.
+        standing: whether the daemon knows this agent, or why it does not.
 
-    `members`, `registered`, `wait` and `report` are safe from any thread; the rest lives on the
+    `members`, `standing`, `wait` and `report` are safe from any thread; the rest lives on the
     agent's.
     """
 
@@ -108,13 +109,13 @@ class Registrar:
         self._addresses = [split_address(one) for one in address.split(",")]
         self._presence = Presence(registration, lease_s, daemons=len(self._addresses))
         self._changed = threading.Condition()
-        self._standing = Standing(present=False, reason="the daemon has not answered yet")
+        self.standing = Standing(present=False, reason="the daemon has not answered yet")
         self._seen: dict[str, int] = {}
         self._busy_s = 0.0
         self._routes: list[ReplyTo] = []
         self._turn = 0
         self._publisher: ReplyTo | None = None
-        self._acts: dict[type[PresenceAction], Callable[[Any], None]] = {
+        self._acts: dict[type[Action], Callable[[Any], None]] = {
             ToDaemon: self._ask,
             AskAnother: self._ask_another,
             Wake: self._wake_later,
@@ -129,25 +130,10 @@ class Registrar:
         """Who is there, by name, as far as is known. Not to be changed."""
         return self._presence.view.members
 
-    @property
-    def registered(self) -> bool:
-        """Whether the daemon knows this agent."""
-        return self._standing.present
-
-    @property
-    def generation(self) -> int:
-        """Of the last registration."""
-        return self._presence.generation
-
     def wait(self, condition: Callable[[], bool], timeout_s: float) -> bool:
         """Waits until what is known of the cluster makes `condition` true; False if it does not."""
         with self._changed:
             return self._changed.wait_for(condition, timeout_s)
-
-    @property
-    def reason(self) -> str:
-        """Why this agent is not registered."""
-        return self._standing.reason
 
     # On the agent's thread
 
@@ -187,7 +173,7 @@ class Registrar:
         self._presence.activity = self._activity.report(now_s, self._peers.senders(), live)
         self._carry_out(self._presence.fire(number))
 
-    def _carry_out(self, actions: list[PresenceAction]) -> None:
+    def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:
             self._acts[type(action)](action)
 
@@ -208,10 +194,10 @@ class Registrar:
         self._notify()
 
     def _stand(self, action: Standing) -> None:
-        if action != self._standing:
+        if action != self.standing:
             level = logging.INFO if action.present else logging.WARNING
             log.log(level, "%s: %s", self._name, action.reason or "registered")
-        self._standing = action
+        self.standing = action
         self._notify()
 
     def _subscribe(self, action: Subscribe) -> None:
@@ -219,7 +205,7 @@ class Registrar:
             self._messaging.hang_up(self._publisher)
         endpoint, server_key = self._addresses[self._turn]
         address = join_address(publisher_endpoint(endpoint, action.publisher), server_key)
-        self._publisher = self._messaging.subscribe(address, (CHANGES_TOPIC,), self._on_publication)
+        self._publisher = self._messaging.subscribe(address, CHANGES_TOPIC, self._on_publication)
 
     def _members_changed(self, _: MembersChanged) -> None:
         for name, member in self.members.items():
@@ -335,6 +321,18 @@ def _live_handoffs(works: Iterable[Work], now_s: float) -> tuple[LiveHandoff, ..
 def _short(request_id: str) -> str:
     """A request's id as it is shown."""
     return request_id if len(request_id) <= MAX_ID_CHARS else request_id[: MAX_ID_CHARS - 1] + "…"
+
+
+def check_registration(registration: Registration) -> None:
+    """Check that a daemon would take it.
+
+    Raises:
+        ValueError: names the field.
+    """
+    try:
+        msgspec.msgpack.decode(msgspec.msgpack.encode(registration), type=Registration)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"no daemon registers {registration.name!r}: {error}") from None
 
 
 def describe_cache(layout: KVLayout) -> dict[str, Any]:

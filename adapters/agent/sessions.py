@@ -16,7 +16,7 @@ import logging
 import secrets
 import threading
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ...control.errors import AgentClosed, ControlError, HelloRefused
 from ...control.handoff.events import ClearTimer, Received, Send, SetTimer, TimerFired
@@ -33,8 +33,7 @@ from ...control.handoff.session import (
     Up,
     make_hello,
 )
-from ...engine.connect.admission import TOKEN_NBYTES
-from ...engine.connect.handshake import HANDSHAKE_TIMEOUT_S
+from ...engine.connect.handshake import HANDSHAKE_TIMEOUT_S, TOKEN_NBYTES
 from ...engine.errors import EngineError, LinkClosed
 from ...engine.memory.descriptors import CacheDescriptor
 from ...engine.plan.rank_plan import RankPlan
@@ -42,12 +41,13 @@ from ...engine.wire.identity import EngineAddress
 from .event_loop import Timers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from concurrent.futures import Future
 
+    from ...control.handoff.events import Action, Event
     from ...control.handoff.machine import Timing
-    from ...control.handoff.messages import Message, Reason, Role
-    from ...control.handoff.session import SessionAction, SessionEvent
+    from ...control.handoff.messages import Message, Reason, Role, Side
+    from ...control.handoff.registry import Handoffs, Steps
     from ...engine.layout.kv_layout import KVLayout
     from ...engine.link.link import Link
     from ...engine.memory.regions import RegisteredCache
@@ -107,33 +107,13 @@ class PeerSession:
         return self.session.state == UP and not self.down
 
 
-class SessionListener(Protocol):
-    """What is told of an agent's peers, and asked about them. Called on the agent's thread."""
-
-    def came_up(self, peer: PeerSession) -> None:
-        """Handoffs with this peer may begin."""
-
-    def went_down(self, peer: PeerSession, reason: str) -> None:
-        """The link to this peer is down."""
-
-    def quiesced(self, peer: PeerSession) -> None:
-        """This peer, whose link is down, can reach nothing any more."""
-
-    def is_busy(self, peer: PeerSession) -> bool:
-        """Whether a handoff with this peer is under way."""
-
-    def is_needed(self, peer: PeerSession) -> bool:
-        """Whether there may still be something to say to this peer."""
-
-    def forget(self, peer: PeerSession) -> None:
-        """This peer is down for so long that it asks about no handoff any more."""
-
-
 class Sessions:
     """All peers of one agent, met or being met. Lives on the agent's thread.
 
     Args:
         described: the cache as peers see it.
+        sides: the registries of this agent's handoffs, which learn whose link is up, or down.
+        take_steps: carries out what a registry of them asks for then.
 
     Attributes:
         role: what the agent does now; the next peers are told of this one.
@@ -149,6 +129,8 @@ class Sessions:
         described: CacheDescriptor,
         messaging: Messaging,
         timing: Timing,
+        sides: Mapping[Side, Handoffs],
+        take_steps: Callable[[Side, Steps], None],
     ) -> None:
         self.role: Role = role
         self.life = secrets.randbits(62)
@@ -158,25 +140,22 @@ class Sessions:
         self._described = described
         self._messaging = messaging
         self._timing = timing
-        self._listener: SessionListener
+        self._sides = sides
+        self._take_steps = take_steps
         self._numbers = itertools.count(secrets.randbits(61) + 1)
         self._all: dict[int, PeerSession] = {}
         self._by_name: dict[str, PeerSession] = {}
         self._digest = cache.layout.digest()
         self._encoded = described.encode()
-        self._acts: dict[type[SessionAction], Callable[[PeerSession, Any], None]] = {
+        self._acts: dict[type[Action], Callable[[PeerSession, Any], None]] = {
             Send: self._send,
             SetTimer: self._set_timer,
             ClearTimer: self._clear_timer,
-            Reconcile: self._begin_reconcile,
-            OpenLink: self._begin_link,
+            Reconcile: partial(_in_background, self._reconcile),
+            OpenLink: partial(_in_background, self._open_link),
             Up: self._came_up,
             Ended: self._ended,
         }
-
-    def listen(self, listener: SessionListener) -> None:
-        """Tells `listener` of peers from now on; before the first one is met."""
-        self._listener = listener
 
     def get(self, number: int) -> PeerSession | None:
         """The acquaintance of this session number; one that is down may still be known."""
@@ -220,7 +199,9 @@ class Sessions:
         if known is None and isinstance(message, Hello) and not route.dealer:
             known = self._stranger(message.session, route)
         if known is not None and known.route == route:
-            known.patient = isinstance(message, Bye) and self._listener.is_busy(known)
+            known.patient = isinstance(message, Bye) and any(
+                registry.busy(message.session) for registry in self._sides.values()
+            )
             self._tell(known, Received(message))
         elif not isinstance(message, Refused | Bye):
             self._messaging.refuse(
@@ -259,10 +240,10 @@ class Sessions:
 
     # What sessions ask for
 
-    def _tell(self, known: PeerSession, event: SessionEvent) -> None:
+    def _tell(self, known: PeerSession, event: Event) -> None:
         self._carry_out(known, known.session.handle(event))
 
-    def _carry_out(self, known: PeerSession, actions: list[SessionAction]) -> None:
+    def _carry_out(self, known: PeerSession, actions: list[Action]) -> None:
         for action in actions:
             self._acts[type(action)](known, action)
 
@@ -276,15 +257,10 @@ class Sessions:
     def _clear_timer(self, known: PeerSession, action: ClearTimer) -> None:
         known.timers.stop(action.kind)
 
-    def _begin_reconcile(self, known: PeerSession, action: Reconcile) -> None:
-        _in_background(self._reconcile, known, action.describe)
-
-    def _begin_link(self, known: PeerSession, action: OpenLink) -> None:
-        _in_background(self._open_link, known, action.describe, action.dial)
-
-    def _reconcile(self, known: PeerSession, describe: Describe) -> None:
+    def _reconcile(self, known: PeerSession, action: Reconcile) -> None:
         """Makes the plans that both roles allow. In the background."""
-        engine, ours, mine = self._engine, known.session.role, self._described
+        describe, engine = action.describe, self._engine
+        ours, mine = known.session.role, self._described
         theirs = known.session.peer.role if known.session.peer is not None else "both"
         problem = ""
         try:
@@ -301,14 +277,12 @@ class Sessions:
             problem = error.message
         self._messaging.call_soon(partial(self._tell, known, Reconciled(problem)))
 
-    def _open_link(self, known: PeerSession, describe: Describe, dial: bool) -> None:
+    def _open_link(self, known: PeerSession, action: OpenLink) -> None:
         """Dials the peer's engine, or awaits its call. In the background."""
-        engine = self._engine
+        there, engine = action.describe, self._engine
         try:
-            if dial:
-                link = engine.connect(
-                    describe.engine, token=describe.token, timeout_s=LINK_TIMEOUT_S
-                )
+            if action.dial:
+                link = engine.connect(there.engine, token=there.token, timeout_s=LINK_TIMEOUT_S)
             else:
                 link = engine.accept_link(known.engine_id, LINK_TIMEOUT_S, token=known.token)
         except EngineError as error:
@@ -333,7 +307,8 @@ class Sessions:
             same_name = other is not known and other.up and other.session.name == name
             if same_name and other.session.peer.generation != peer.generation:  # type: ignore[union-attr]
                 self._depose(other, f"{name} was restarted")
-        self._listener.came_up(known)
+        for registry in self._sides.values():
+            registry.open_session(known.session.number, name)
         self._by_name[name] = known
         if known.waiter is not None and not known.waiter.done():
             known.waiter.set_result(name)
@@ -385,8 +360,7 @@ class Sessions:
         self._link_down(known)
 
     def _part(self, known: PeerSession, reason: Reason, detail: str) -> None:
-        error = HelloRefused(detail, peer=known.session.name, operation="link")
-        self._carry_out(known, known.session.refuse(reason, error))
+        self._carry_out(known, known.session.refuse(reason, detail))
         self._close_link(known)
 
     def _ended(self, known: PeerSession, action: Ended) -> None:
@@ -417,7 +391,9 @@ class Sessions:
             del self._by_name[name]
         self._close_link(known)
         known.quiesced = _at_rest(known.link.quiesced)
-        self._listener.went_down(known, reason)
+        for side, registry in self._sides.items():
+            number, quiesced = known.session.number, known.quiesced
+            self._take_steps(side, registry.link_down(number, reason, quiesced=quiesced))
         self._part(known, "link", reason)
         if not known.quiesced:
             known.link.quiesced.add_done_callback(
@@ -430,7 +406,8 @@ class Sessions:
 
     def _fade(self, known: PeerSession) -> None:
         """It has been down for a while: its route is closed, unless blocks wait for it."""
-        self._listener.forget(known)
+        for registry in self._sides.values():
+            registry.forget(known.session.number)
         self._forget_old()
         if known.session.number in self._all:
             self._messaging.call_later(self._timing.remember_s, partial(self._fade, known))
@@ -439,13 +416,16 @@ class Sessions:
         if not _at_rest(ticket):
             return  # the engine was closed first: nobody knows any more
         known.quiesced = True
-        self._listener.quiesced(known)
+        for side, registry in self._sides.items():
+            self._take_steps(side, registry.quiesced(known.session.number))
         self._forget_old()
 
     def _forget_old(self) -> None:
         """Sessions that are down stay as long as a registry still answers for them."""
         for known in list(self._all.values()):
-            if known.down and known.quiesced and not self._listener.is_needed(known):
+            number = known.session.number
+            needed = any(registry.knows(number) for registry in self._sides.values())
+            if known.down and known.quiesced and not needed:
                 self._forget(known)
 
     def _forget(self, known: PeerSession) -> None:

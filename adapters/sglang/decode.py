@@ -14,7 +14,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from ...engine.connect.admission import TOKEN_NBYTES
+from ...engine.connect.handshake import TOKEN_NBYTES
 from ...engine.errors import EngineError
 from .messages import VERSION, Ended, Meet, Refused, Register
 

@@ -127,6 +127,11 @@ def check_geometries(mine: Geometry, theirs: Geometry) -> None:
     ):
         if one != other:
             raise _differs(what, one, other)
+    # fp8_e4m3 and fp8_e5m2 are other numbers in equal bytes. What `auto` stands for is the model's type,
+    # or what its checkpoint says: of the first an item has two bytes a number, as of bfloat16.
+    plain = {mine.numbers, theirs.numbers} <= {"auto", "bf16", "bfloat16"}
+    if mine.numbers != theirs.numbers and not plain:
+        raise _differs("kv_cache_dtype", mine.numbers, theirs.numbers)
     if max(mine.tp_size, theirs.tp_size) % min(mine.tp_size, theirs.tp_size):
         raise _differs(
             "attention TP size, and neither divides the other: it", mine.tp_size, theirs.tp_size

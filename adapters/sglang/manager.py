@@ -84,6 +84,7 @@ class KVFerryKVManager(CommonKVManager):  # type: ignore[misc]
             mla=bool(is_mla_backend),
             hybrid_mla=bool(self.is_hybrid_mla_backend),
             swa_layout=getattr(args, "swa_kv_cache_layout", None) or "",
+            numbers=str(getattr(server_args, "kv_cache_dtype", "auto")),
             components=held.components,
         )
         self.prefill: PrefillSide | None = None

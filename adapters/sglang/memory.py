@@ -39,6 +39,7 @@ def register_buffers(engine: TransferEngine, args: Any) -> Held:
         NotRegistered: a state type, or a buffer, that this backend does not move.
     """
     components, regions = [], []
+    gpu = int(getattr(args, "gpu_id", 0) or 0)
     for kind, pointers, lengths, items, layers in _parts(args):
         if kind not in (KV, AUX, *STATE_TYPES):
             raise NotRegistered(
@@ -54,7 +55,7 @@ def register_buffers(engine: TransferEngine, args: Any) -> Held:
                 entries.append(None)
                 held.append(None)
                 continue
-            region = engine.register(memory_at(int(pointer), int(nbytes), _gpu(args)))
+            region = engine.register(memory_at(int(pointer), int(nbytes), gpu))
             entries.append(Entry(region.descriptor, int(item), int(nbytes) // int(item)))
             held.append(region)
         components.append(Component(kind, tuple(entries), tuple(int(layer) for layer in layers)))
@@ -87,10 +88,6 @@ def _on_gpu(pointer: int, gpu: int) -> bool:
     except DeviceError:
         return False
     return True
-
-
-def _gpu(args: Any) -> int:
-    return int(getattr(args, "gpu_id", 0) or 0)
 
 
 def _parts(

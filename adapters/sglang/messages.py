@@ -22,7 +22,7 @@ from ...engine.memory.descriptors import RegionDescriptor  # noqa: TC001 - msgsp
 from ...engine.memory.fields import DECODE_ERRORS
 
 TAG = b"KVFERRY"
-VERSION = 1
+VERSION = 2
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -53,6 +53,7 @@ class Geometry(msgspec.Struct, frozen=True):
     Attributes:
         total_heads: KV heads of the model; 0 where heads do not matter (MLA).
         swa_layout: of the sliding-window pages, such as `nhd`; "" if there are none.
+        numbers: SGLang's `kv_cache_dtype`; its bytes alone do not say what they are.
     """
 
     page_size: int
@@ -66,6 +67,7 @@ class Geometry(msgspec.Struct, frozen=True):
     mla: bool
     hybrid_mla: bool
     swa_layout: str
+    numbers: str
     components: tuple[Component, ...]
 
 

@@ -107,6 +107,11 @@ def _window(spec: Any) -> int:
     return int(spec.sliding_window) - 1 + int(getattr(spec, "extra_retained_tokens", 0))
 
 
+# Types that say how many bytes a number has, and not what it is.
+STORAGE_TYPES = frozenset({"torch.uint8", "torch.int8"})
+SYNONYMS = {"fp8": "fp8_e4m3"}  # on the GPUs and CPUs that vLLM's CUDA and CPU builds serve
+
+
 class Backend(NamedTuple):
     """What fills the cache.
 
@@ -114,11 +119,13 @@ class Backend(NamedTuple):
         name: of vLLM's attention backend, such as `CPU_ATTN`; of all of them where layers differ.
         isa: of the CPU backend, such as `vec` or `amx`; "" elsewhere.
         version: vLLM's; what is opaque may change with it.
+        numbers: vLLM's `cache_dtype`: what the numbers are, where torch's type does not say.
     """
 
     name: str
     isa: str
     version: str
+    numbers: str = "auto"
 
 
 class Heads(NamedTuple):
@@ -222,9 +229,26 @@ def _describe_alike(
         kind=group.kind,
         window=group.window,
         null_slot=NULL_BLOCK if group.window else None,
-        codec=f"vllm/{backend.name}/{backend.isa}/{backend.version}",
+        codec=_codec(backend, names[0], caches[names[0]]),
         opaque=() if of_rows else INTERIOR,
     )
+
+
+def _codec(backend: Backend, name: str, cache: Any) -> str:
+    """Say what fills a cache and, where torch knows it as bytes, what its numbers are.
+
+    vLLM stores several formats as uint8: `fp8_e4m3` and `fp8_e5m2` are other numbers in equal bytes.
+    """
+    codec = f"vllm/{backend.name}/{backend.isa}/{backend.version}"
+    if str(cache.dtype) not in STORAGE_TYPES:
+        return codec
+    if backend.numbers in ("", "auto"):
+        raise LayoutError(
+            f"layer {name!r} keeps its numbers as {cache.dtype}, and kv_cache_dtype is "
+            f"{backend.numbers!r}: what they are is not known, so set kv_cache_dtype",
+            operation="layout",
+        )
+    return f"{codec}/{SYNONYMS.get(backend.numbers, backend.numbers)}"
 
 
 def _check_members(caches: Mapping[str, Any], groups: Sequence[CacheGroup]) -> None:
@@ -259,7 +283,7 @@ def _dims(group: CacheGroup, name: str, cache: Any, heads: Heads) -> str:
 
 
 class Tables:
-    """EventLoop vLLM's block tables into a layout's: a block of its manager may be several of the cache.
+    """Turns vLLM's block tables into a layout's: a block of its manager may be several of the cache.
 
     Args:
         layout: with a group for each table.

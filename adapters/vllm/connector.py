@@ -1,7 +1,7 @@
 """vLLM's KV connector: prefill in one engine, decode in another, by one line of configuration.
 
     --kv-transfer-config '{"kv_connector": "KVFerryConnector",
-                           "kv_connector_module_path": "kvferry.adapters.vllm.connector",
+                           "kv_connector_module_path": "kvferry.adapters.vllm",
                            "kv_role": "kv_both"}'
 
 vLLM makes it twice, once for its scheduler and once in every worker; this file is the thin end that
@@ -28,7 +28,7 @@ from vllm.v1.request import RequestStatus
 from .cache import Backend, Heads, describe_caches, read_groups
 from .orders import Orders
 from .scheduler import SchedulerSide
-from .settings import Settings
+from .settings import Settings, check_supported
 from .stats import KVFerryPromMetrics, KVFerryStats
 from .worker import WorkerSide
 
@@ -65,8 +65,11 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         parallel = vllm_config.parallel_config
         self._settings = Settings.read(transfer.kv_connector_extra_config)
         self._engine_id = str(transfer.engine_id)
-        if parallel.pipeline_parallel_size > 1:
-            raise ValueError("KVFerryConnector needs pipeline_parallel_size=1")
+        check_supported(
+            parallel_config=parallel,
+            cache_config=vllm_config.cache_config,
+            kv_cache_config=kv_cache_config,
+        )
         self._groups = read_groups(kv_cache_config)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
@@ -76,7 +79,6 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 self._settings,
                 groups=self._groups,
                 tp_size=parallel.tensor_parallel_size,
-                pp_size=parallel.pipeline_parallel_size,
                 token_nbytes=self._token_nbytes_in_step(vllm_config, kv_cache_config),
             )
 
@@ -125,9 +127,8 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def get_kv_connector_stats(self) -> KVFerryStats | None:
         """What ended since the last call, on a worker."""
-        if self._worker is None or not self._worker.figures:
-            return None
-        return KVFerryStats(self._worker.figures.take())
+        figures = self._worker.figures.take() if self._worker is not None else {}
+        return KVFerryStats(figures) if any(figures.values()) else None
 
     # Scheduler side
 
@@ -216,7 +217,7 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             caches=kv_caches,
             num_blocks=self._kv_cache_config.num_blocks,
             ranks=[each for each, _ in described] if tp_size > 1 else (),
-            model=model_name(model),
+            model=str(model.served_model_name or model.model),  # what clients call it
         )
 
     def _backend(self) -> Backend:
@@ -225,7 +226,8 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         layers = [context[group.layers[0]] for group in self._groups]
         names = dict.fromkeys(layer.get_attn_backend().get_name() for layer in layers)
         isas = dict.fromkeys(str(getattr(layer, "isa", "")) for layer in layers)
-        return Backend("+".join(names), "+".join(isas), vllm.__version__)
+        numbers = str(self._vllm_config.cache_config.cache_dtype)
+        return Backend("+".join(names), "+".join(isas), vllm.__version__, numbers)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return KVFerryHandshake(self._worker.agent.address) if self._worker else None
@@ -282,11 +284,6 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def shutdown(self) -> None:
         if self._worker is not None:
             self._worker.close()
-
-
-def model_name(model_config: Any) -> str:
-    """What clients call the model."""
-    return str(model_config.served_model_name or model_config.model)
 
 
 def register() -> None:

@@ -90,44 +90,24 @@ class Results:
         self.failed: set[str] = set()
 
 
-def no_figures() -> dict[str, Any]:
-    """What `Figures` counts, before anything ended: plain data, which vLLM carries on."""
-    return {
-        "load_seconds": [],
-        "load_nbytes": [],
-        "sent_nbytes": [],
-        "loads_failed": 0,
-        "sends_failed": 0,
-    }
-
-
+@dataclass
 class Figures:
-    """Handoffs since the last `take`, as `stats.KVFerryStats` has them. Not thread-safe."""
+    """Handoffs since the last `take`, as `stats.KVFerryStats` has them. Not thread-safe.
 
-    def __init__(self) -> None:
-        self._data = no_figures()
+    Attributes:
+        load_seconds, load_nbytes: of the loads that are here.
+        sent_nbytes: of the sends that were handed over.
+        loads_failed, sends_failed: how many are not, and were not.
+    """
 
-    def __bool__(self) -> bool:
-        return any(self._data.values())
+    load_seconds: list[float] = field(default_factory=list)
+    load_nbytes: list[int] = field(default_factory=list)
+    sent_nbytes: list[int] = field(default_factory=list)
+    loads_failed: int = 0
+    sends_failed: int = 0
 
     def take(self) -> dict[str, Any]:
-        """All of them, once."""
-        data, self._data = self._data, no_figures()
-        return data
-
-    def sent(self, nbytes: int) -> None:
-        """Counts a send that was handed over."""
-        self._data["sent_nbytes"].append(nbytes)
-
-    def send_failed(self) -> None:
-        """Counts a send that was not."""
-        self._data["sends_failed"] += 1
-
-    def loaded(self, seconds: float, nbytes: int) -> None:
-        """Counts a load that is here."""
-        self._data["load_seconds"].append(seconds)
-        self._data["load_nbytes"].append(nbytes)
-
-    def load_failed(self) -> None:
-        """Counts a load that is not."""
-        self._data["loads_failed"] += 1
+        """All of them, once: plain data, which vLLM carries on."""
+        found = {**vars(self)}
+        vars(self).update(vars(Figures()))
+        return found

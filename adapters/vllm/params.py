@@ -65,33 +65,18 @@ def find_remote(params: Params, num_tokens: int = 0) -> Remote | str:
     return Remote(str(name), str(params["remote_engine_id"]), addresses)
 
 
-def describe(
-    *,
-    engine_id: str,
-    handoff: str,
-    addresses: list[str],
-    block_ids: tuple[list[int], ...],
-    num_tokens: int,
-    tp_size: int,
-    pp_size: int,
-    mode: str,
-) -> Params:
-    """What prefill tells decode, by way of the router."""
+def describe(addresses: list[str], **known: Any) -> Params:
+    """What prefill tells decode, by way of the router: where its agents are, and what else is known."""
     endpoint, _ = split_address(addresses[0])
     host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
     return {
         "do_remote_prefill": True,
         "do_remote_decode": False,
-        "remote_block_ids": block_ids,
-        "remote_engine_id": engine_id,
-        "remote_request_id": handoff,
         "remote_host": host,
         "remote_port": int(port),
         "remote_agents": addresses,
-        "tp_size": tp_size,
         "dcp_size": 1,
-        "pp_size": pp_size,
-        "remote_num_tokens": num_tokens,
+        "pp_size": 1,
         "remote_blocks_expiry_time": None,
-        "transfer_mode": mode,
+        **known,
     }

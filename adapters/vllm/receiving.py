@@ -264,9 +264,10 @@ class Receiving:
         results.received.add(req_id)
         done = receive.handoffs
         if receive.error is None and done is not None:
-            self._figures.loaded(done.finished_s - receive.started_s, done.nbytes)
+            self._figures.load_seconds.append(done.finished_s - receive.started_s)
+            self._figures.load_nbytes.append(done.nbytes)
             return
         results.failed.add(req_id)
         if not receive.cancelled:
-            self._figures.load_failed()
+            self._figures.loads_failed += 1
             log.warning("KV of request %s was not loaded: %s", req_id, receive.error)

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import params as vllm_params
-from .block_holds import Holds
 from .cache import NULL_BLOCK
 from .orders import Orders, ReceiveOrder, SendOrder
-from .steps import PromptQueue, StepLoads
+from .steps import Holds, PromptQueue, StepLoads
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Sequence
@@ -47,7 +46,7 @@ class SchedulerSide:
         engine_id: what decode engines know this one by.
         settings: see there.
         groups: the cache groups that are moved.
-        tp_size, pp_size: of this engine.
+        tp_size: of this engine.
         token_nbytes: of a token's KV on one rank, if a step may wait for a load; see `StepLoads`.
 
     Attributes:
@@ -62,7 +61,6 @@ class SchedulerSide:
         *,
         groups: Sequence[CacheGroup],
         tp_size: int,
-        pp_size: int,
         token_nbytes: int = 0,
     ) -> None:
         self.engine_id = engine_id
@@ -74,7 +72,6 @@ class SchedulerSide:
         self._groups = tuple(groups)
         self._windowed = any(group.window for group in groups)
         self._tp_size = tp_size
-        self._pp_size = pp_size
         self._prefilling: dict[str, _Prefilling] = {}
         self._receiving: dict[str, str] = {}  # from which engine
         self._sending: set[str] = set()
@@ -270,14 +267,13 @@ class SchedulerSide:
             return True, None
         self._orders.finished_sends.append(req_id)
         return True, vllm_params.describe(
-            engine_id=self.engine_id,
-            handoff=prefilling.handoff_id,
-            addresses=self.addresses,
-            block_ids=tables,
-            num_tokens=prefilling.num_tokens,
+            self.addresses,
+            remote_block_ids=tables,
+            remote_engine_id=self.engine_id,
+            remote_request_id=prefilling.handoff_id,
+            remote_num_tokens=prefilling.num_tokens,
             tp_size=self._tp_size,
-            pp_size=self._pp_size,
-            mode=self._settings.mode,
+            transfer_mode=self._settings.mode,
         )
 
     # Helpers

@@ -206,8 +206,8 @@ class Sending:
     def _note(self, send: _Send) -> None:
         error = send.handoffs.error
         if error is None:
-            self._figures.sent(send.handoffs.nbytes)
+            self._figures.sent_nbytes.append(send.handoffs.nbytes)
             return
         if not send.cancelled:
-            self._figures.send_failed()
+            self._figures.sends_failed += 1
         log.warning("KV of request %s was not handed over: %s", send.order.req_id, error)

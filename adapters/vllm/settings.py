@@ -67,10 +67,6 @@ class Settings:
         Raises:
             ValueError: a value makes no sense; names the key.
         """
-
-        def text(key: str, default: str = "") -> str:
-            return str(extra.get(key) or os.environ.get(f"KVFERRY_{key.upper()}") or default)
-
         mode = extra.get("mode", cls.mode)
         if mode not in ("push", "pull"):
             raise ValueError(f"kv_connector_extra_config: mode is {mode!r}: use 'push' or 'pull'")
@@ -80,22 +76,21 @@ class Settings:
                 f"kv_connector_extra_config: transports is {transports!r}: give a list out of "
                 f"{', '.join(TRANSPORTS)}"
             )
-        numbers = {}
-        for key, fallback in (
-            ("port", os.environ.get("KVFERRY_PORT", cls.port)),
-            ("timeout_s", cls.timeout_s),
-            ("lease_s", cls.lease_s),
-            ("in_step_nbytes", cls.in_step_nbytes),
-            ("max_programs", cls.max_programs),
-        ):
-            value = extra.get(key, fallback)
+        found: dict[str, Any] = {}
+        for key in ("port", "timeout_s", "lease_s", "in_step_nbytes", "max_programs"):
+            default = getattr(cls, key)
+            value = extra.get(key, os.environ.get("KVFERRY_PORT", 0) if key == "port" else default)
             try:
-                numbers[key] = float(value)
+                number = float(value)
             except (TypeError, ValueError):
-                numbers[key] = -1.0
-            if numbers[key] < 0:
+                number = -1.0
+            if not number >= 0:
                 raise ValueError(f"kv_connector_extra_config: {key} is {value!r}: give a number")
-        service, http = text("service"), text("http")
+            found[key] = type(default)(number)
+        for key in ("host", "daemon", "service", "http", "keys"):
+            given = extra.get(key) or os.environ.get(f"KVFERRY_{key.upper()}")
+            found[key] = str(given or getattr(cls, key))
+        service, http = found["service"], found["http"]
         if service and not service.startswith(("http://", "https://")):
             raise ValueError(
                 f"kv_connector_extra_config: service is {service!r}: write http://host:port"
@@ -104,16 +99,41 @@ class Settings:
             raise ValueError(f"kv_connector_extra_config: http is {http!r}: write host:port")
         return cls(
             mode=mode,
-            host=text("host", cls.host),
-            port=int(numbers["port"]),
             transports=tuple(transports),
-            timeout_s=numbers["timeout_s"],
-            lease_s=numbers["lease_s"],
             verify=bool(extra.get("verify", False)),
-            in_step_nbytes=int(numbers["in_step_nbytes"]),
-            max_programs=int(numbers["max_programs"]),
-            daemon=text("daemon"),
-            service=service,
-            http=http,
-            keys=text("keys"),
+            **found,
         )
+
+
+# What the connector would move wrongly, in silence: (where in vLLM's configuration, what it may be at
+# most, how to turn it off). Attributes that a version of vLLM lacks are not set there.
+_LIMITS = (
+    ("parallel_config.pipeline_parallel_size", 1, "pipeline_parallel_size=1"),
+    # Tokens are dealt over ranks, and a block of the manager is one on each of them.
+    ("parallel_config.decode_context_parallel_size", 1, "decode_context_parallel_size=1"),
+    ("parallel_config.prefill_context_parallel_size", 1, "prefill_context_parallel_size=1"),
+    # A layer's save is called once a micro-batch: the first call would send what the second computes.
+    ("parallel_config.enable_dbo", False, "no --enable-dbo"),
+    ("parallel_config.ubatch_size", 1, "ubatch_size=0"),
+    # Scales made as the engine runs are each engine's own.
+    ("cache_config.calculate_kv_scales", False, "no --calculate-kv-scales"),
+    # vLLM does not clear blocks that a connector says it loads, and a load by tokens leaves the rest of
+    # the last one as another group's precision left it.
+    ("kv_cache_config.has_mixed_precision_kv_cache", False, "one kv_cache_dtype for all layers"),
+)
+
+
+def check_supported(**configs: Any) -> None:
+    """Refuse an engine whose KV would be moved wrongly.
+
+    Args:
+        configs: vLLM's `parallel_config`, `cache_config` and `kv_cache_config`.
+
+    Raises:
+        ValueError: names what is set, and what to set instead.
+    """
+    for path, most, fix in _LIMITS:
+        config, _, name = path.partition(".")
+        value = getattr(configs[config], name, most)
+        if value > most:
+            raise ValueError(f"KVFerryConnector does not work with {name}={value}: set {fix}")

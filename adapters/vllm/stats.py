@@ -12,7 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 
 from ..agent.metrics import SECONDS_BUCKETS
-from .orders import no_figures
+from .orders import Figures
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -50,7 +50,7 @@ class KVFerryStats(KVConnectorStats):  # type: ignore[misc]
             self.reset()
 
     def reset(self) -> None:
-        self.data: dict[str, Any] = no_figures()
+        self.data: dict[str, Any] = Figures().take()
 
     def is_empty(self) -> bool:
         return not any(self.data.values())

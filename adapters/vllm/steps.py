@@ -1,4 +1,5 @@
-"""What the scheduler side follows vLLM's steps for: prompts that wait, and loads that a step waits for.
+"""What the scheduler side follows vLLM's steps for: prompts that wait, loads that a step waits for, and
+blocks that are kept while they are handed over, though vLLM needs them no more.
 
 A load that vLLM is told about later costs a step without a forward pass, a sleep of 1 ms and one more
 step. One that the step waits for costs what it takes, but nobody else's request is begun meanwhile. So
@@ -11,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from .params import Params
 
@@ -124,3 +125,47 @@ class PromptQueue:
             self._left[req_id] = left
         else:
             self.end(req_id)
+
+
+class Holds:
+    """Keep references to blocks of vLLM's block pool, by request. Called by vLLM's scheduler alone.
+
+    A request lets go of a sliding window's blocks as the window moves on: with the prompt's last token
+    the block may go that only this token still attended to, and decode computes that token again.
+    """
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+        self._held: dict[str, list[Any]] = {}
+
+    def bind(self, pool: Any) -> None:
+        """Take vLLM's `BlockPool`."""
+        self._pool = pool
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Count the pool's free blocks; 0 before there is a pool."""
+        return int(self._pool.get_num_free_blocks()) if self._pool is not None else 0
+
+    def hold(self, req_id: str, block_ids: Sequence[int]) -> None:
+        """Keep blocks that the request has, until `release`.
+
+        Raises:
+            RuntimeError: this vLLM told nothing of its block pool.
+        """
+        if not block_ids:
+            return
+        if self._pool is None:
+            raise RuntimeError(
+                "vLLM did not call bind_gpu_block_pool: blocks of sliding windows cannot be kept "
+                "while they are handed over; use vLLM 0.30 or later"
+            )
+        blocks = [self._pool.blocks[block_id] for block_id in block_ids]
+        self._pool.touch(blocks)
+        self._held[req_id] = blocks
+
+    def release(self, req_id: str) -> None:
+        """Let go of a request's blocks; the last ones are to be reused first."""
+        blocks = self._held.pop(req_id, None)
+        if blocks:
+            self._pool.free_blocks(reversed(blocks))

@@ -276,9 +276,11 @@ def daemon_address(address: str, keys: Keys | None) -> tuple[str, bytes]:
     """The endpoint and the key of a daemon (or an agent).
 
     Raises:
-        ConfigError: there is a key on one side only.
+        ConfigError: it is no address, or there is a key on one side only.
     """
     endpoint, server_key = split_address(address)
+    if "://" not in endpoint:
+        raise ConfigError(f"{address!r} is no address of a daemon: write tcp://HOST:PORT")
     if keys is not None and not server_key:
         raise ConfigError(
             f"{address!r} names no public key: append `#` and the key of whoever answers there"

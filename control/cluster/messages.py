@@ -22,7 +22,7 @@ Version history:
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, Literal, Union
 
 import msgspec
 from msgspec import Meta
@@ -402,8 +402,6 @@ AnyRequest = Union[  # noqa: UP007 - `get_args` of it works alike on every Pytho
 AnyAnswer = Union[  # noqa: UP007
     Registered, Beat, Snapshot, Placed, Shown, Done, Denied, Changes, Tick, Loads
 ]
-REQUEST_TYPES: tuple[type[Ask], ...] = get_args(AnyRequest)
-ANSWER_TYPES: tuple[type[msgspec.Struct], ...] = get_args(AnyAnswer)
 
 requests: Codec[Any] = Codec(AnyRequest, max_nbytes=MAX_REQUEST_NBYTES, max_items=MAX_REQUEST_ITEMS)
 answers: Codec[Any] = Codec(AnyAnswer, max_nbytes=MAX_REPLY_NBYTES, max_items=MAX_REPLY_ITEMS)

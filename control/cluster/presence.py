@@ -8,10 +8,9 @@ for ever, and the agent works on without it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Union
+from typing import TYPE_CHECKING, ClassVar
 
-import msgspec
-
+from ..handoff.events import Action
 from .messages import (
     VERSION,
     Activity,
@@ -37,57 +36,51 @@ if TYPE_CHECKING:
 RETRY_S = 0.25  # between registrations that nobody answers
 SUPERSEDED_RETRY_S = 1.0
 BEATS_A_LEASE = 3  # two may be lost
-BEATS_UNTIL_LOST = 2  # unanswered heartbeats after which the daemon counts as away
 ANSWER_S = 0.5  # for a heartbeat, where there is another daemon to ask
 REGISTRATIONS_A_DAEMON = 4  # unanswered ones after which another is asked
 
 REGISTERING, PRESENT = "registering", "present"
 
 
-class ToDaemon(msgspec.Struct, frozen=True):
+class ToDaemon(Action, frozen=True):
     """Send this request."""
 
     ask: Ask
 
 
-class AskAnother(msgspec.Struct, frozen=True):
+class AskAnother(Action, frozen=True):
     """Send what follows to the next daemon of the cluster."""
 
 
-class Wake(msgspec.Struct, frozen=True):
+class Wake(Action, frozen=True):
     """Call `fire` in so many seconds, with this number: only the latest number counts."""
 
     number: int
     seconds: float
 
 
-class Subscribe(msgspec.Struct, frozen=True):
+class Subscribe(Action, frozen=True):
     """Follow this publisher, from now on and instead of any other."""
 
     publisher: str
 
 
-class MembersChanged(msgspec.Struct, frozen=True):
+class MembersChanged(Action, frozen=True):
     """The members of `Presence.view` are others than before."""
 
 
-class Wanted(msgspec.Struct, frozen=True):
+class Wanted(Action, frozen=True):
     """The daemon wants this agent drained or not, and in another role or not ("")."""
 
     draining: bool
     role: str
 
 
-class Standing(msgspec.Struct, frozen=True):
+class Standing(Action, frozen=True):
     """The agent is registered now; or no longer, and why."""
 
     present: bool
     reason: str = ""
-
-
-PresenceAction = Union[  # noqa: UP007 - a type alias that every Python can evaluate
-    ToDaemon, AskAnother, Wake, Subscribe, MembersChanged, Wanted, Standing
-]
 
 
 class Presence:
@@ -98,26 +91,16 @@ class Presence:
         generation: of the last registration; 0 before the first.
         view: who else is there.
         state: `registering` or `present`.
-        daemon_answers: whether the daemon answered lately.
     """
 
-    def __init__(
-        self,
-        registration: Registration,
-        lease_s: float,
-        *,
-        watch: bool = True,
-        daemons: int = 1,
-    ) -> None:
+    def __init__(self, registration: Registration, lease_s: float, *, daemons: int = 1) -> None:
         self.registration = registration
         self.generation = 0
         self.view = View()
         self.state = REGISTERING
-        self.daemon_answers = False
         self.load = Load(free_blocks=registration.num_blocks)
         self.activity = Activity()
         self._lease_s = lease_s
-        self._watch = watch
         self._others = daemons > 1
         self._awaiting = False  # the next wake looks for the answer to a heartbeat
         self._publisher = ""
@@ -127,27 +110,27 @@ class Presence:
         self._register_request = 0
         self._look_request = 0
         self._unanswered = 0
-        self._actions: list[PresenceAction] = []
+        self._actions: list[Action] = []
 
-    def start(self) -> list[PresenceAction]:
+    def start(self) -> list[Action]:
         """The first actions."""
         self._register()
         return self._taken()
 
-    def change(self, registration: Registration) -> list[PresenceAction]:
+    def change(self, registration: Registration) -> list[Action]:
         """The agent is another now (its role has changed): it registers again."""
         self.registration = registration
         self._register()
         return self._taken()
 
-    def leave(self) -> list[PresenceAction]:
+    def leave(self) -> list[Action]:
         """The agent goes; nobody waits for an answer."""
         if self.state == PRESENT:
             self._do(ToDaemon(Deregister(self._number(), self.registration.name, self.generation)))
         self._wake += 1
         return self._taken()
 
-    def fire(self, number: int) -> list[PresenceAction]:
+    def fire(self, number: int) -> list[Action]:
         """A `Wake` is due."""
         if number == self._wake:
             if self.state != PRESENT:
@@ -165,7 +148,7 @@ class Presence:
                 self._sleep(self._lease_s / BEATS_A_LEASE - self._patience_s)
         return self._taken()
 
-    def hear(self, message: AnyAnswer) -> list[PresenceAction]:
+    def hear(self, message: AnyAnswer) -> list[Action]:
         """An answer or a publication of the daemon."""
         heard = self._heard.get(type(message))
         if heard is not None:
@@ -173,12 +156,12 @@ class Presence:
         return self._taken()
 
     def _beaten(self, answer: Beat) -> None:
-        self._answered()
+        self._unanswered = 0
         self._want(Wanted(answer.state == "draining", answer.wanted_role))
 
     def _looked(self, snapshot: Snapshot) -> None:
         if snapshot.request == self._look_request:
-            self._answered()
+            self._unanswered = 0
             self._look_request = 0
             self._follow(snapshot.publisher)
             self._picture(snapshot)
@@ -189,17 +172,16 @@ class Presence:
         self.state = PRESENT
         self.generation = answer.generation
         self._lease_s = answer.lease_s
-        self._answered()
+        self._unanswered = 0
         self._want(Wanted(draining=False, role=""))
         self._do(Standing(present=True))
-        if self._watch:
-            self._follow(answer.publisher)
-            self._look()
+        self._follow(answer.publisher)
+        self._look()
         self._awaiting = False
         self._sleep(self._lease_s / BEATS_A_LEASE)
 
     def _denied(self, denial: Denied) -> None:
-        self._answered()
+        self._unanswered = 0
         if denial.reason == "store":
             self._ask_another()  # it may be that only this daemon cannot reach it
         if denial.reason == "superseded":
@@ -234,10 +216,6 @@ class Presence:
             self.view.stale = True
             self._do(AskAnother())
 
-    def _answered(self) -> None:
-        self._unanswered = 0
-        self.daemon_answers = True
-
     def _lose(self, reason: str) -> None:
         if self.state == PRESENT:
             self.state = REGISTERING
@@ -259,13 +237,11 @@ class Presence:
 
     def _beat(self) -> None:
         self._unanswered += 1
-        if self._unanswered > BEATS_UNTIL_LOST:
-            self.daemon_answers = False
         name, generation = self.registration.name, self.generation
         beat = Heartbeat(self._number(), name, generation, self.load, self.activity)
         self._do(ToDaemon(beat))
         self._look_request = 0  # an answer that has not come by now was lost
-        if self._watch and self.view.stale:
+        if self.view.stale:
             self._look()
         self._awaiting = self._others
         self._sleep(self._patience_s if self._others else self._lease_s / BEATS_A_LEASE)
@@ -282,10 +258,10 @@ class Presence:
         self._request += 1
         return self._request
 
-    def _do(self, action: PresenceAction) -> None:
+    def _do(self, action: Action) -> None:
         self._actions.append(action)
 
-    def _taken(self) -> list[PresenceAction]:
+    def _taken(self) -> list[Action]:
         actions, self._actions = self._actions, []
         return actions
 

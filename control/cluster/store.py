@@ -1,15 +1,24 @@
-"""A store that several daemons share: where it is, what it is asked for, and what it tells."""
+"""A store that several daemons share: where it is, what it is asked for, and what it tells.
+
+--store etcd://HOST[:PORT][,HOST[:PORT]…][/CLUSTER][?ca=FILE&cert=FILE&key=FILE]
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, Union
+from urllib.parse import parse_qsl, urlsplit
 
 import msgspec
 
+from ..errors import ConfigError
 from .membership import Proposal, Record  # noqa: TC001 - msgspec reads them
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+ETCD_PORT = 2379
+EXAMPLE = "etcd://10.0.0.1:2379,10.0.0.2:2379/cluster"
+FILES = ("ca", "cert", "key")
 
 
 class StoreAddress(msgspec.Struct, frozen=True):
@@ -26,6 +35,30 @@ class StoreAddress(msgspec.Struct, frozen=True):
     ca: str = ""
     cert: str = ""
     key: str = ""
+
+
+def parse_store(text: str) -> StoreAddress:
+    """The address of a store.
+
+    Raises:
+        ConfigError: it is none; says what one looks like.
+    """
+    parts = urlsplit(text)
+    if parts.scheme != "etcd" or not parts.netloc or "/" in parts.path[1:]:
+        raise ConfigError(f"the store {text!r} is none that is known: use {EXAMPLE}, or nothing")
+    endpoints = []
+    for endpoint in parts.netloc.split(","):
+        host, colon, port = endpoint.rpartition(":")
+        if not colon or endpoint.endswith("]"):
+            host, port = endpoint, str(ETCD_PORT)
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ConfigError(f"the store {text!r} names no server by {endpoint!r}: use {EXAMPLE}")
+        endpoints.append((host.strip("[]"), int(port)))
+    files = dict(parse_qsl(parts.query))
+    for name in files:
+        if name not in FILES:
+            raise ConfigError(f"the store {text!r} sets {name!r}: use {', '.join(FILES)}")
+    return StoreAddress(tuple(endpoints), parts.path[1:] or "kvferry", **files)
 
 
 class Peer(msgspec.Struct, frozen=True, omit_defaults=True):

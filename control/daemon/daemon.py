@@ -36,7 +36,6 @@ from ..cluster.messages import (
 from ..cluster.peer_loads import PeerLoads
 from ..cluster.replication import Cluster
 from ..cluster.store import Peer
-from ..cluster.stores import open_store
 from ..cluster.summary import summarize
 from ..curve import Gatekeeper, protect_server, sender_key
 from ..errors import ConfigError, PlacementError, ProtocolError
@@ -44,6 +43,7 @@ from ..keys import is_local
 from ..placement.fleet import Fleet
 from ..placement.policy import place
 from .figures import DaemonFigures, History
+from .settings import open_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -77,7 +77,7 @@ class Daemon:
     """
 
     def __init__(self, settings: Settings, keys: Keys | None) -> None:
-        store = open_store(settings.store) if settings.store else None
+        store = open_store(settings)
         self._context: zmq.Context[Any] = zmq.Context()
         self._keys = keys
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)

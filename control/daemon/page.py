@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ..cluster.messages import FailureRow, HandoffRow, LinkRow, Load
+from ..cluster.messages import Load
 from ..cluster.summary import summarize
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ..cluster.messages import Member
     from ..http import Page
-    from .figures import DaemonFigures, Point
+    from .figures import DaemonFigures
 
 WEB = Path(__file__).resolve().parent / "web"
 KINDS = {
@@ -32,81 +32,45 @@ KINDS = {
 JSON = "application/json"
 
 
-class Agent(msgspec.Struct, frozen=True):
-    """An agent as the page shows it."""
-
-    name: str
-    role: str
-    state: str
-    wanted_role: str
-    host: str
-    zone: str
-    model: str
-    transports: tuple[str, ...]
-    generation: int
-    num_blocks: int
-    free_blocks: int
-    queued_tokens: int
-    handoffs: int
-    inflight_nbytes: int
-
-
-class Picture(msgspec.Struct, frozen=True):
-    """What `/api/state` answers."""
-
-    epoch: str
-    sequence: int
-    draining: bool
-    secured: bool
-    served: int
-    denied: int
-    agents: list[Agent]
-    links: tuple[LinkRow, ...]
-    num_links: int
-    live: tuple[HandoffRow, ...]
-    failures: tuple[FailureRow, ...]
-    errors: dict[str, int]
-    points: tuple[Point, ...]
-
-
-def picture(now: DaemonFigures) -> Picture:
-    """The figures as the page wants them."""
+def picture(now: DaemonFigures) -> dict[str, Any]:
+    """What `/api/state` answers: the figures as the page wants them."""
     shown = summarize(0, now.members, now.loads, now.activities, now.errors)
-    return Picture(
-        epoch=str(now.epoch),  # more digits than JavaScript's numbers have
-        sequence=now.sequence,
-        draining=now.draining,
-        secured=now.secured,
-        served=now.served,
-        denied=now.denied,
-        agents=[_agent(member, now.loads.get(member.name, Load())) for member in now.members],
-        links=shown.links,
-        num_links=shown.num_links,
-        live=shown.live,
-        failures=shown.failures,
-        errors=shown.errors,
-        points=now.points,
-    )
+    return {
+        "epoch": str(now.epoch),  # more digits than JavaScript's numbers have
+        "sequence": now.sequence,
+        "draining": now.draining,
+        "secured": now.secured,
+        "served": now.served,
+        "denied": now.denied,
+        "agents": [_agent(member, now.loads.get(member.name, Load())) for member in now.members],
+        "links": shown.links,
+        "num_links": shown.num_links,
+        "live": shown.live,
+        "failures": shown.failures,
+        "errors": shown.errors,
+        "points": now.points,
+    }
 
 
-def _agent(member: Member, load: Load) -> Agent:
+def _agent(member: Member, load: Load) -> dict[str, Any]:
+    """An agent as the page shows it."""
     there = member.registration
-    return Agent(
-        name=member.name,
-        role=member.role,
-        state=member.state,
-        wanted_role=member.wanted_role,
-        host=there.topology.host,
-        zone=there.topology.zone,
-        model=there.model,
-        transports=there.transports,
-        generation=member.generation,
-        num_blocks=there.num_blocks,
-        free_blocks=load.free_blocks,
-        queued_tokens=load.queued_tokens,
-        handoffs=load.handoffs,
-        inflight_nbytes=load.inflight_nbytes,
-    )
+    return {
+        "name": member.name,
+        "role": member.role,
+        "state": member.state,
+        "wanted_role": member.wanted_role,
+        "host": there.topology.host,
+        "zone": there.topology.zone,
+        "model": there.model,
+        "transports": there.transports,
+        "generation": member.generation,
+        "num_blocks": there.num_blocks,
+        "free_blocks": load.free_blocks,
+        "queued_tokens": load.queued_tokens,
+        "handoffs": load.handoffs,
+        "inflight_nbytes": load.inflight_nbytes,
+    }
 
 
 class StatePage:

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from ..cluster.store import parse_store
 from ..errors import ConfigError
 from ..keys import Keys, check_address, read_toml
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from ..cluster.store import Store
 
 ENVIRONMENT = "KVFERRY_DAEMON_"
 
@@ -84,6 +87,26 @@ def load_keys(settings: Settings) -> Keys | None:
     check_address(settings.bind, keys, "the daemon")
     check_address(settings.publish, keys, "the daemon's publisher")
     return keys
+
+
+def open_store(settings: Settings) -> Store | None:
+    """The store that the settings name, if any; nothing is connected yet.
+
+    Raises:
+        ConfigError: it is none, or its client library is not installed.
+    """
+    if not settings.store:
+        return None
+    address = parse_store(settings.store)
+    try:
+        # Imported here: the client library takes 20 MiB and 0.2 s, which a daemon without it saves.
+        from ..cluster.etcd import EtcdStore
+    except ImportError as error:
+        raise ConfigError(
+            f"the store {settings.store!r} needs a library that is not installed ({error.name}): "
+            "pip install 'kvferry[etcd]'"
+        ) from error
+    return EtcdStore(address)
 
 
 def _checked(table: dict[str, Any], where: str) -> dict[str, Any]:

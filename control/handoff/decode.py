@@ -17,7 +17,6 @@ from .events import (
     Expect,
     LinkDown,
     OperationEnded,
-    Quiesced,
     RetireCounter,
     SendRefused,
     Settle,
@@ -25,7 +24,7 @@ from .events import (
     UserCancelled,
 )
 from .machine import Machine
-from .messages import Accepted, Cancel, Cancelled, Done, Failed, Ready, Sent
+from .messages import Accepted, Done, Ready, Sent
 from .recall import Recalling
 
 if TYPE_CHECKING:
@@ -119,17 +118,10 @@ class DecodePush(Asking, Recalling):
 
     _exposed: ClassVar[Reactions] = {
         **Asking.waiting,
-        SendRefused: Machine._send_refused,
+        **Recalling.exposed,
         CounterEnded: _counted,
-        Failed: Recalling._peer_ended,
-        Cancelled: Recalling._peer_ended,
-        Quiesced: Recalling._peer_gone,
     }
-    _unsent: ClassVar[Reactions] = {
-        **_exposed,
-        Sent: _sent,
-        LinkDown: Recalling._link_down,
-    }
+    _unsent: ClassVar[Reactions] = {**_exposed, Sent: _sent}
     reactions: ClassVar[Mapping[str, Reactions]] = {
         **Recalling.reactions,
         REQUESTED: {**_unsent, Accepted: Asking._accepted},
@@ -162,13 +154,7 @@ class DecodePull(Asking, Draining):
         self._do(Settle(Done(self.session, self.handoff, event.nbytes)))
         self._succeed(event.nbytes)
 
-    _moving: ClassVar[Reactions] = {
-        **Asking.waiting,
-        Cancel: Draining._peer_cancelled,
-        Failed: Draining._peer_gave_up,
-        Cancelled: Draining._peer_gave_up,
-        LinkDown: Machine._link_lost,
-    }
+    _moving: ClassVar[Reactions] = {**Asking.waiting, **Draining.moving}
     _unready: ClassVar[Reactions] = {
         **_moving,
         SendRefused: Machine._send_refused,

@@ -9,9 +9,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import HandoffCancelled
-from .events import CancelOperations, OperationEnded, Quarantine, Settle, TearDownLink
+from .events import (
+    CancelOperations,
+    LinkDown,
+    OperationEnded,
+    Quarantine,
+    Settle,
+    TearDownLink,
+    UserCancelled,
+)
 from .machine import Machine
-from .messages import Cancel
+from .messages import Cancel, Cancelled, Failed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,7 +27,7 @@ if TYPE_CHECKING:
     from ..errors import HandoffError
     from .events import TimerFired
     from .machine import Reactions, Timing
-    from .messages import Cancelled, Failed, HandoffId, HandoffMessage
+    from .messages import HandoffId, HandoffMessage
 
 DRAINING = "draining"
 
@@ -59,6 +67,14 @@ class Draining(Machine):
 
     def _peer_gave_up(self, message: Failed | Cancelled) -> None:
         self._give_up(self._error_of_peer(message))
+
+    moving: ClassVar[Reactions] = {
+        Cancel: _peer_cancelled,
+        Failed: _peer_gave_up,
+        Cancelled: _peer_gave_up,
+        UserCancelled: Machine._user_cancelled,
+        LinkDown: Machine._link_lost,
+    }
 
     # While it drains
 

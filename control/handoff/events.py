@@ -6,7 +6,7 @@ tells it what happened and carries out, in order, what it asks for.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Union
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -20,13 +20,17 @@ Layers = tuple[int, int]  # first, and one past the last
 # Events ------------------------------------------------------------------------------------------
 
 
-class Received(msgspec.Struct, frozen=True, gc=False):
+class Event(msgspec.Struct, frozen=True):
+    """What happened: told to one machine."""
+
+
+class Received(Event, frozen=True, gc=False):
     """A message of the peer arrived that concerns this machine."""
 
     message: Message
 
 
-class OperationEnded(msgspec.Struct, frozen=True):
+class OperationEnded(Event, frozen=True):
     """A write or a read *is over and drained*: it touches neither side's memory any more."""
 
     op: int
@@ -34,20 +38,20 @@ class OperationEnded(msgspec.Struct, frozen=True):
     error: Exception | None = None
 
 
-class CounterEnded(msgspec.Struct, frozen=True):
+class CounterEnded(Event, frozen=True):
     """The counter of this handoff's imm reached its total; or, with an error, never will."""
 
     nbytes: int = 0
     error: Exception | None = None
 
 
-class TimerFired(msgspec.Struct, frozen=True, gc=False):
+class TimerFired(Event, frozen=True, gc=False):
     """A timer that the machine set ran out."""
 
     kind: TimerKind
 
 
-class LinkDown(msgspec.Struct, frozen=True):
+class LinkDown(Event, frozen=True):
     """The link to the peer is down.
 
     `quiesced` says that the peer can reach no memory of this process any more: its sockets are
@@ -58,23 +62,23 @@ class LinkDown(msgspec.Struct, frozen=True):
     quiesced: bool
 
 
-class Quiesced(msgspec.Struct, frozen=True):
+class Quiesced(Event, frozen=True):
     """The peer of a link that is down can reach no memory of this process any more."""
 
 
-class SendRefused(msgspec.Struct, frozen=True):
+class SendRefused(Event, frozen=True):
     """A message could not be queued for the peer."""
 
     reason: str
 
 
-class UserCancelled(msgspec.Struct, frozen=True):
+class UserCancelled(Event, frozen=True):
     """The owner of this side's handoff wants no more of it."""
 
     reason: str = "cancelled"
 
 
-class SourceOffered(msgspec.Struct, frozen=True, gc=False):
+class SourceOffered(Event, frozen=True, gc=False):
     """Prefill has, or is computing, the source blocks of a request: a table for each group."""
 
     tables: tuple[bytes, ...]
@@ -82,60 +86,49 @@ class SourceOffered(msgspec.Struct, frozen=True, gc=False):
     timeout_s: float
 
 
-class SourceReady(msgspec.Struct, frozen=True, gc=False):
+class SourceReady(Event, frozen=True, gc=False):
     """These layers of the source blocks are computed."""
 
     layers: Layers
 
 
-class SourceFinished(msgspec.Struct, frozen=True, gc=False):
+class SourceFinished(Event, frozen=True, gc=False):
     """All layers are computed."""
-
-
-Event = Union[  # noqa: UP007 - a type alias that every Python can evaluate
-    Received,
-    OperationEnded,
-    CounterEnded,
-    TimerFired,
-    LinkDown,
-    Quiesced,
-    SendRefused,
-    UserCancelled,
-    SourceOffered,
-    SourceReady,
-    SourceFinished,
-]
 
 
 # Actions -----------------------------------------------------------------------------------------
 
 
-class Send(msgspec.Struct, frozen=True, gc=False):
+class Action(msgspec.Struct, frozen=True):
+    """What a machine asks for."""
+
+
+class Send(Action, frozen=True, gc=False):
     """Send this message, now."""
 
     message: Message
 
 
-class Settle(msgspec.Struct, frozen=True, gc=False):
+class Settle(Action, frozen=True, gc=False):
     """Send this final answer, and give it again whenever the peer asks about its serial."""
 
     message: HandoffMessage
 
 
-class Expect(msgspec.Struct, frozen=True, gc=False):
+class Expect(Action, frozen=True, gc=False):
     """Start a counter for `imm`: it ends when `nbytes` bytes have arrived."""
 
     imm: int
     nbytes: int
 
 
-class RetireCounter(msgspec.Struct, frozen=True, gc=False):
+class RetireCounter(Action, frozen=True, gc=False):
     """Stop counting for `imm`: whatever still arrives completes nothing."""
 
     imm: int
 
 
-class StartWrite(msgspec.Struct, frozen=True, gc=False):
+class StartWrite(Action, frozen=True, gc=False):
     """Write these layers of the source blocks, `tables`, into the request's."""
 
     op: int
@@ -144,72 +137,54 @@ class StartWrite(msgspec.Struct, frozen=True, gc=False):
     layers: Layers
 
 
-class StartRead(msgspec.Struct, frozen=True, gc=False):
+class StartRead(Action, frozen=True, gc=False):
     """Read the source blocks that `ready` names into the destination blocks."""
 
     op: int
     ready: Ready
 
 
-class CancelOperations(msgspec.Struct, frozen=True, gc=False):
+class CancelOperations(Action, frozen=True, gc=False):
     """Stop this handoff's writes or reads soon; each still ends with `OperationEnded`."""
 
 
-class ReleaseBlocks(msgspec.Struct, frozen=True, gc=False):
+class ReleaseBlocks(Action, frozen=True, gc=False):
     """This side's blocks may be given back: nobody reads or writes them for this handoff."""
 
 
-class Quarantine(msgspec.Struct, frozen=True):
+class Quarantine(Action, frozen=True):
     """The link is down and yet the peer may still touch the blocks: keep them."""
 
     reason: str
 
 
-class TearDownLink(msgspec.Struct, frozen=True):
+class TearDownLink(Action, frozen=True):
     """Take the link of this session down: the peer does not answer."""
 
     session: int
     reason: str
 
 
-class SetTimer(msgspec.Struct, frozen=True, gc=False):
+class SetTimer(Action, frozen=True, gc=False):
     """Start, or start again, the timer of this kind."""
 
     kind: TimerKind
     seconds: float
 
 
-class ClearTimer(msgspec.Struct, frozen=True, gc=False):
+class ClearTimer(Action, frozen=True, gc=False):
     """Stop the timer of this kind."""
 
     kind: TimerKind
 
 
-class Succeed(msgspec.Struct, frozen=True, gc=False):
+class Succeed(Action, frozen=True, gc=False):
     """The handoff is complete on this side."""
 
     nbytes: int
 
 
-class Fail(msgspec.Struct, frozen=True):
+class Fail(Action, frozen=True):
     """The handoff failed on this side. Its blocks come back with `ReleaseBlocks`, now or later."""
 
     error: Exception
-
-
-Action = Union[  # noqa: UP007 - a type alias that every Python can evaluate
-    Send,
-    Settle,
-    Expect,
-    RetireCounter,
-    StartWrite,
-    StartRead,
-    CancelOperations,
-    ReleaseBlocks,
-    Quarantine,
-    TearDownLink,
-    SetTimer,
-    ClearTimer,
-    Succeed,
-    Fail,
-]

@@ -23,7 +23,7 @@ Every machine obeys four rules:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
@@ -37,22 +37,11 @@ from ..errors import (
     SendFailed,
     TransferFailed,
 )
-from .events import (
-    Action,
-    ClearTimer,
-    Event,
-    Fail,
-    Received,
-    ReleaseBlocks,
-    Send,
-    SetTimer,
-    Succeed,
-    TimerFired,
-)
+from .events import ClearTimer, Fail, Received, ReleaseBlocks, Send, SetTimer, Succeed, TimerFired
 from .messages import Cancelled, Failed, HandoffId
 
 if TYPE_CHECKING:
-    from .events import LinkDown, SendRefused, TimerKind, UserCancelled
+    from .events import Action, Event, LinkDown, SendRefused, TimerKind, UserCancelled
     from .messages import Message, Side
 
 FINISHED = "finished"
@@ -76,14 +65,12 @@ class Timing(msgspec.Struct, frozen=True):
     remember_s: float = 30.0  # a session that is down; a peer repeats itself for recall_s at most
 
 
-_Event = TypeVar("_Event")
-_Action = TypeVar("_Action")
 Reaction = Callable[..., None]  # a method; takes the event, or the message that came with it
 Reactions = Mapping[object, Reaction]  # by an event's type, its message's type or its timer's kind
 NOTHING: Reactions = {}
 
 
-class StateMachine(Generic[_Event, _Action]):
+class StateMachine:
     """Takes events, returns actions; `reactions` say what each state reacts to.
 
     An event that the table of the present state does not name changes nothing.
@@ -109,9 +96,9 @@ class StateMachine(Generic[_Event, _Action]):
         self.timers: set[TimerKind] = set()
         self._repeated: Message | None = None
         self._retry_s = timing.retry_s
-        self._actions: list[Any] = []
+        self._actions: list[Action] = []
 
-    def handle(self, event: _Event) -> list[_Action]:
+    def handle(self, event: Event) -> list[Action]:
         """Takes one event; returns what to do, in this order. A timer that was stopped is none."""
         cause: object = type(event)
         about: object = event
@@ -130,10 +117,10 @@ class StateMachine(Generic[_Event, _Action]):
         actions, self._actions = self._actions, []
         return actions
 
-    def _do(self, action: _Action | Send | SetTimer | ClearTimer) -> None:
+    def _do(self, action: Action) -> None:
         self._actions.append(action)
 
-    def _taken(self) -> list[_Action]:
+    def _taken(self) -> list[Action]:
         actions, self._actions = self._actions, []
         return actions
 
@@ -160,7 +147,7 @@ class StateMachine(Generic[_Event, _Action]):
             self._retry_s = min(2 * self._retry_s, self.timing.retry_max_s)
 
 
-class Machine(StateMachine[Event, Action]):
+class Machine(StateMachine):
     """One side of one handoff. Not thread-safe: one owner tells it events, one at a time.
 
     Attributes:

@@ -30,15 +30,12 @@ from __future__ import annotations
 
 from array import array
 from sys import byteorder
-from typing import TYPE_CHECKING, Annotated, Literal, Union, get_args
+from typing import Annotated, Literal, Union
 
 import msgspec
 from msgspec import Meta
 
 from ..wire import Codec
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 VERSION = 4
 
@@ -227,7 +224,6 @@ AnyMessage = Union[  # noqa: UP007 - `get_args` of it works alike on every Pytho
     Cancel,
     Cancelled,
 ]
-MESSAGE_TYPES: tuple[type[Message], ...] = get_args(AnyMessage)
 FINAL_ANSWERS = (Done, Sent, Failed, Cancelled)
 
 _codec: Codec[AnyMessage] = Codec(AnyMessage, max_nbytes=MAX_FRAME_NBYTES, max_items=MAX_ITEMS)
@@ -250,18 +246,6 @@ def check_tables(tables: tuple[bytes, ...], num_blocks: int | None) -> None:
     total = count_blocks(tables)
     if num_blocks is not None and total != num_blocks:
         raise ValueError(f"tables hold {total} block ids, num_blocks is {num_blocks}")
-
-
-def pack_block_ids(block_ids: Iterable[int]) -> bytes:
-    """One table: block ids as little-endian int32.
-
-    Raises:
-        OverflowError: an id does not fit.
-    """
-    ids = array("i", block_ids)
-    if byteorder == "big":
-        ids.byteswap()
-    return ids.tobytes()
 
 
 def unpack_block_ids(table: bytes) -> list[int]:

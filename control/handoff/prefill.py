@@ -19,11 +19,8 @@ from typing import TYPE_CHECKING, ClassVar
 from ..errors import BlocksMismatch, HandoffTimeout
 from .drain import Draining
 from .events import (
-    LinkDown,
     OperationEnded,
-    Quiesced,
     Send,
-    SendRefused,
     Settle,
     SourceFinished,
     SourceOffered,
@@ -34,10 +31,7 @@ from .events import (
 from .machine import Machine
 from .messages import (
     Accepted,
-    Cancel,
-    Cancelled,
     Done,
-    Failed,
     HandoffId,
     Ready,
     Request,
@@ -202,14 +196,10 @@ class PrefillHandoff(Draining, Recalling):
 
     _computing: ClassVar[Reactions] = {SourceReady: _layers_ready, SourceFinished: _all_ready}
     _wanted: ClassVar[Reactions] = {
+        **Draining.moving,
         Request: _asked_again,
-        Cancel: Draining._peer_cancelled,
-        Failed: Draining._peer_gave_up,
-        Cancelled: Draining._peer_gave_up,
         "source": _too_late,
         "deadline": _too_late,
-        UserCancelled: Machine._user_cancelled,
-        LinkDown: Machine._link_lost,
     }
     reactions: ClassVar[Mapping[str, Reactions]] = {
         **Draining.reactions,
@@ -223,15 +213,9 @@ class PrefillHandoff(Draining, Recalling):
         WRITING: {**_wanted, **_computing, OperationEnded: _write_ended},
         PREPARING: {**_wanted, **_computing},
         READY: {
+            **Recalling.exposed,
             Done: _read,
-            Failed: Recalling._peer_ended,
-            Cancelled: Recalling._peer_ended,
-            "retry": Machine._send_again,
             "source": _not_read,
             "deadline": _not_read,
-            UserCancelled: Machine._user_cancelled,
-            SendRefused: Machine._send_refused,
-            LinkDown: Recalling._link_down,
-            Quiesced: Recalling._peer_gone,
         },
     }

@@ -15,9 +15,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import LinkLost
-from .events import CounterEnded, LinkDown, Quarantine, Quiesced, TearDownLink
+from .events import (
+    CounterEnded,
+    LinkDown,
+    Quarantine,
+    Quiesced,
+    SendRefused,
+    TearDownLink,
+    UserCancelled,
+)
 from .machine import MAX_REASON_CHARS, Machine
-from .messages import FINAL_ANSWERS, Cancel
+from .messages import FINAL_ANSWERS, Cancel, Cancelled, Failed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +33,7 @@ if TYPE_CHECKING:
     from ..errors import HandoffError
     from .events import TimerFired
     from .machine import Reactions
-    from .messages import Cancelled, Failed, HandoffMessage
+    from .messages import HandoffMessage
 
 RECALLING = "recalling"
 TEARING = "tearing"
@@ -61,6 +69,16 @@ class Recalling(Machine):
 
     def _peer_gone(self, _: Quiesced) -> None:
         self._link_down(LinkDown("the peer is gone", quiesced=True))
+
+    exposed: ClassVar[Reactions] = {
+        Failed: _peer_ended,
+        Cancelled: _peer_ended,
+        "retry": Machine._send_again,
+        UserCancelled: Machine._user_cancelled,
+        SendRefused: Machine._send_refused,
+        LinkDown: _link_down,
+        Quiesced: _peer_gone,
+    }
 
     # While it is recalled
 

@@ -8,7 +8,7 @@ steps, `(key, action)`, where the key names the handoff on this side (0: none).
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import HandoffError, LinkLost
 from .decode import DecodePull, DecodePush
@@ -99,11 +99,6 @@ class Handoffs:
         keys = list(ledger.live.values()) if ledger is not None else []
         return [step for key in keys for step in self.handle(key, event)]
 
-    def _add(self, machine: Machine) -> int:
-        key = next(self._keys)
-        self.machines[key] = machine
-        return key
-
     def _carry(self, key: int, machine: Machine, actions: list[Action]) -> Steps:
         """Notes final answers, and forgets machines that are finished."""
         steps: Steps = []
@@ -148,15 +143,12 @@ class DecodeHandoffs(Handoffs):
         attempt: int,
         mode: Mode,
         imm: int,
-        num_blocks: int,
-        nbytes: int,
-        timeout_s: float,
         tables: tuple[bytes, ...] = (),
-        skip_blocks: int = 0,
-        start_token: int = 0,
-        stop_token: int = 0,
+        **fields: Any,
     ) -> tuple[int, Steps]:
         """Asks for a request's blocks; returns the handoff's key and the first steps.
+
+        `tables` name the destination, in either mode; the other `fields` are those of `Request`.
 
         Raises:
             LinkLost: the session's link is down.
@@ -171,22 +163,15 @@ class DecodeHandoffs(Handoffs):
                 peer=ledger.peer if ledger is not None else "",
                 operation="receive",
             )
-        request = Request(
-            session,
-            handoff,
-            mode,
-            num_blocks,
-            nbytes,
-            timeout_s,
-            imm=imm if mode == "push" else 0,
-            skip_blocks=skip_blocks,
-            tables=tables if mode == "push" else (),
-            start_token=start_token,
-            stop_token=stop_token,
-        )
-        make = DecodePush if mode == "push" else DecodePull
-        machine: DecodePush | DecodePull = make(request, ledger.peer, self.timing)
-        key = self._add(machine)
+        machine: DecodePush | DecodePull
+        if mode == "push":
+            request = Request(session, handoff, mode, imm=imm, tables=tables, **fields)
+            machine = DecodePush(request, ledger.peer, self.timing)
+        else:
+            request = Request(session, handoff, mode, **fields)
+            machine = DecodePull(request, ledger.peer, self.timing)
+        key = next(self._keys)
+        self.machines[key] = machine
         ledger.begin(handoff.serial, key)
         return key, self._carry(key, machine, machine.start())
 
@@ -205,8 +190,8 @@ class PrefillHandoffs(Handoffs):
 
     def __init__(self, timing: Timing | None = None) -> None:
         super().__init__(timing)
-        self._offered: dict[str, dict[int, PrefillHandoff]] = {}
-        self._wanted: dict[str, dict[int, PrefillHandoff]] = {}
+        # By request id and key: of one id either all are offers, or nobody has offered it.
+        self._waiting: dict[str, dict[int, PrefillHandoff]] = {}
         self._num_wanted = 0
 
     def offer(self, request_id: str, source: SourceOffered) -> tuple[int, Steps]:
@@ -214,18 +199,14 @@ class PrefillHandoffs(Handoffs):
 
         Returns the handoff's key and the first steps. Each offer serves one request.
         """
-        waiting = self._wanted.get(request_id)
-        if waiting:
-            key = max(waiting)
-            machine = waiting[key]
-            _discard(self._wanted, request_id, key)
+        waiting = self._waiting.get(request_id, {})
+        key = max(waiting, default=0)
+        if key and waiting[key].request is not None:
+            machine = self._take(waiting, request_id, key)
             self._num_wanted -= 1
         else:
-            machine = PrefillHandoff(request_id, self.timing)
-            key = self._add(machine)
-            self._offered.setdefault(request_id, {})[key] = machine
-        actions = machine.offered(source)
-        return key, self._carry(key, machine, actions)
+            key, machine = self._wait(request_id)
+        return key, self._carry(key, machine, machine.offered(source))
 
     def _cancelled(self, ledger: Ledger, message: Cancel) -> Steps:
         serial = message.handoff.serial
@@ -245,25 +226,33 @@ class PrefillHandoffs(Handoffs):
         if self._num_wanted >= MAX_WANTED:
             busy = HandoffError(f"{MAX_WANTED} requests wait for their source", retryable=True)
             return self._refuse(ledger, request, busy)
-        return self._begin(ledger, request)
+        request_id = request.handoff.request_id
+        waiting = self._waiting.get(request_id, {})
+        key = min(waiting, default=0)
+        if key and waiting[key].request is None:
+            machine = self._take(waiting, request_id, key)
+        else:
+            key, machine = self._wait(request_id)
+            self._num_wanted += 1
+        ledger.begin(serial, key)
+        return self._carry(key, machine, machine.wanted(request, ledger.peer))
 
     unknown = {Cancel: _cancelled, Request: _requested}  # noqa: RUF012
 
-    def _begin(self, ledger: Ledger, request: Request) -> Steps:
-        request_id = request.handoff.request_id
-        offers = self._offered.get(request_id)
-        if offers:
-            key = min(offers)
-            machine = offers[key]
-            _discard(self._offered, request_id, key)
-        else:
-            machine = PrefillHandoff(request_id, self.timing)
-            key = self._add(machine)
-            self._wanted.setdefault(request_id, {})[key] = machine
-            self._num_wanted += 1
-        ledger.begin(request.handoff.serial, key)
-        actions = machine.wanted(request, ledger.peer)
-        return self._carry(key, machine, actions)
+    def _wait(self, request_id: str) -> tuple[int, PrefillHandoff]:
+        """A new handoff, whose other half has not come."""
+        machine, key = PrefillHandoff(request_id, self.timing), next(self._keys)
+        self.machines[key] = self._waiting.setdefault(request_id, {})[key] = machine
+        return key, machine
+
+    def _take(
+        self, waiting: dict[int, PrefillHandoff], request_id: str, key: int
+    ) -> PrefillHandoff:
+        """Takes one off those that wait for the other half of this request."""
+        machine = waiting.pop(key)
+        if not waiting:
+            del self._waiting[request_id]
+        return machine
 
     def _refuse(self, ledger: Ledger, request: Request, error: HandoffError) -> Steps:
         answer = Failed(
@@ -281,17 +270,7 @@ class PrefillHandoffs(Handoffs):
         """Also takes a handoff that is over off the waiting lists."""
         if machine.finished:
             request_id = machine.handoff.request_id
-            _discard(self._offered, request_id, key)
-            self._num_wanted -= _discard(self._wanted, request_id, key)
+            waiting = self._waiting.get(request_id, {})
+            if key in waiting:
+                self._num_wanted -= self._take(waiting, request_id, key).request is not None
         return super()._carry(key, machine, actions)
-
-
-def _discard(waiting: dict[str, dict[int, PrefillHandoff]], request_id: str, key: int) -> bool:
-    """Takes one handoff off a waiting list; False when it is not there."""
-    machines = waiting.get(request_id)
-    if machines is None or key not in machines:
-        return False
-    del machines[key]
-    if not machines:
-        del waiting[request_id]
-    return True

@@ -12,7 +12,7 @@ Pure, like the handoff machines: events in, actions out. Layouts and addresses a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Union
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
@@ -24,13 +24,14 @@ from ..errors import (
     RoleMismatch,
     VersionMismatch,
 )
-from .events import ClearTimer, Received, Send, SetTimer, TimerFired
+from .events import Action, Event, Send
 from .machine import MAX_REASON_CHARS, StateMachine
 from .messages import VERSION, Bye, Describe, Hello, Refused, Welcome
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from .events import TimerFired
     from .machine import Reactions, Timing
     from .messages import Reason
 
@@ -44,13 +45,13 @@ REASONS: dict[str, type[HelloError]] = {
 # Events, besides `Received` and `TimerFired` ------------------------------------------------------
 
 
-class Reconciled(msgspec.Struct, frozen=True):
+class Reconciled(Event, frozen=True):
     """The peer's layout and memory can be worked with; or, with an `error`, why not."""
 
     error: str = ""
 
 
-class LinkOpened(msgspec.Struct, frozen=True):
+class LinkOpened(Event, frozen=True):
     """This side's end of the link is there; or, with an `error`, why not."""
 
     error: str = ""
@@ -59,31 +60,28 @@ class LinkOpened(msgspec.Struct, frozen=True):
 # Actions, besides `Send`, `SetTimer`, `ClearTimer` --------------------------------------------------
 
 
-class Reconcile(msgspec.Struct, frozen=True):
+class Reconcile(Action, frozen=True):
     """Find out whether the peer's cache fits ours; answer with `Reconciled`."""
 
     describe: Describe
 
 
-class OpenLink(msgspec.Struct, frozen=True):
+class OpenLink(Action, frozen=True):
     """Dial the peer's engine, or await its call; answer with `LinkOpened`."""
 
     describe: Describe
     dial: bool
 
 
-class Up(msgspec.Struct, frozen=True):
+class Up(Action, frozen=True):
     """Handoffs may begin."""
 
 
-class Ended(msgspec.Struct, frozen=True):
+class Ended(Action, frozen=True):
     """The acquaintance is over: close the link, if there is one."""
 
     error: HelloError
 
-
-SessionEvent = Union[Received, Reconciled, LinkOpened, TimerFired]  # noqa: UP007
-SessionAction = Union[Send, SetTimer, ClearTimer, Reconcile, OpenLink, Up, Ended]  # noqa: UP007
 
 HELLO, DESCRIBE, RECONCILING, LINKING, WELCOME, UP, ENDED = (
     "hello",
@@ -96,7 +94,7 @@ HELLO, DESCRIBE, RECONCILING, LINKING, WELCOME, UP, ENDED = (
 )
 
 
-class Session(StateMachine[SessionEvent, SessionAction]):
+class Session(StateMachine):
     """One acquaintance, seen from one side. Not thread-safe: one owner.
 
     Attributes:
@@ -139,17 +137,17 @@ class Session(StateMachine[SessionEvent, SessionAction]):
         """The peer's name, or "" before its `Hello`."""
         return self.peer.name if self.peer is not None else ""
 
-    def start(self) -> list[SessionAction]:
+    def start(self) -> list[Action]:
         """The first actions of either side."""
         self._set_timer("deadline", self._timeout_s)
         if self.dials:
             self._repeat(self._hello)
         return self._taken()
 
-    def refuse(self, reason: Reason, error: HelloError) -> list[SessionAction]:
-        """Ends the session from this side, and tells the peer why."""
+    def refuse(self, reason: Reason, detail: str) -> list[Action]:
+        """Ends the session from this side, once it has a link or had one, and tells the peer why."""
         if self.state != ENDED:
-            self._refuse(reason, error)
+            self._refuse(reason, detail, "link")
         return self._taken()
 
     def _hear_hello(self, hello: Hello) -> None:
@@ -157,13 +155,13 @@ class Session(StateMachine[SessionEvent, SessionAction]):
         ours = self._hello
         if hello.version != ours.version:
             detail = f"{ours.name} speaks version {ours.version}, {hello.name} {hello.version}"
-            self._refuse("version", self._error(VersionMismatch, detail))
+            self._refuse("version", detail)
         elif hello.role == ours.role != "both":
             detail = f"{ours.name} and {hello.name} both are {ours.role}: nothing to hand over"
-            self._refuse("role", self._error(RoleMismatch, detail))
+            self._refuse("role", detail)
         elif self.expected not in (None, (hello.name, hello.generation)):
             detail = f"{hello.name} answers, in another life than the one that was looked for"
-            self._refuse("session", self._error(HelloRefused, detail))
+            self._refuse("session", detail)
         else:
             self.state = DESCRIBE
             if self.dials:
@@ -189,7 +187,7 @@ class Session(StateMachine[SessionEvent, SessionAction]):
     def _reconciled(self, event: Reconciled) -> None:
         assert self._peer_describe is not None
         if event.error:
-            self._refuse("layout", self._error(LayoutMismatch, event.error))
+            self._refuse("layout", event.error)
             return
         self.state = LINKING
         if not self.dials:
@@ -198,7 +196,7 @@ class Session(StateMachine[SessionEvent, SessionAction]):
 
     def _link_opened(self, event: LinkOpened) -> None:
         if event.error:
-            self._refuse("link", self._error(HelloRefused, f"no link: {event.error}"))
+            self._refuse("link", f"no link: {event.error}")
         elif not self.dials:
             self._do(Send(Welcome(self.number)))
             self._up()
@@ -229,20 +227,14 @@ class Session(StateMachine[SessionEvent, SessionAction]):
         self._clear_timers()
         self._do(Up())
 
-    def _refuse(self, reason: Reason, error: HelloError) -> None:
-        self._do(Send(Refused(self.number, reason, error.message[:MAX_REASON_CHARS])))
-        self._finish(error)
+    def _refuse(self, reason: Reason, detail: str, operation: str = "connect") -> None:
+        self._do(Send(Refused(self.number, reason, detail[:MAX_REASON_CHARS])))
+        self._end(REASONS.get(reason, HelloRefused), detail, operation)
 
-    def _end(self, kind: type[HelloError], message: str) -> None:
-        self._finish(self._error(kind, message))
-
-    def _finish(self, error: HelloError) -> None:
+    def _end(self, kind: type[HelloError], message: str, operation: str = "connect") -> None:
         self.state = ENDED
         self._clear_timers()
-        self._do(Ended(error))
-
-    def _error(self, kind: type[HelloError], message: str) -> HelloError:
-        return kind(message, peer=self.name, operation="connect")
+        self._do(Ended(kind(message, peer=self.name, operation=operation)))
 
     _met: ClassVar[Reactions] = {Hello: _hello_again, Refused: _refused, Bye: _left}
     _meeting: ClassVar[Reactions] = {

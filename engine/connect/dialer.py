@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 from ..errors import EngineError, TransportUnavailable
 from ..transports.selection import LOCAL, TRANSPORTS, unsuited
 from ..transports.tcp import path as tcp
-from ..transports.verbs.meeting import Meeting
+from ..transports.verbs.rail import Meeting
 from ..wire.messages import LINK_VERSION
 from . import handshake
-from .admission import token_id
-from .handshake import Hello
+from .handshake import Hello, token_id
 from .links import close_all
 
 if TYPE_CHECKING:
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
     from ..link.link import Link
     from ..transports.selection import TransportSelection
     from ..wire.identity import EngineAddress
+    from .handshake import ProcessProbe
     from .links import LinkTable
-    from .probe import ProcessProbe
 
 
 class Dialer:

@@ -7,8 +7,9 @@
                                 ◀──────      Welcome (or a refusal in words)
 
 Both prove that they know the server's secret, which travels in its `EngineAddress` over the control
-plane and never over this socket; and, where the client names one, a one-time token (`admission.py`). For `cma` each end also reads a random word from the other's
-memory: permission is tried, not guessed.
+plane and never over this socket; and, where the client names one, a one-time token (`Admissions`). For
+`cma` each end also reads a random word from the other's memory (`ProcessProbe`): permission is tried,
+not guessed.
 """
 
 from __future__ import annotations
@@ -19,13 +20,24 @@ import os
 import secrets
 import socket
 import struct
+import threading
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
+import numpy as np
 
-from ..errors import EngineError, LinkError, PeerLost, ProtocolError, TransportUnavailable
+from ..errors import (
+    EngineError,
+    LinkError,
+    OutOfRange,
+    PeerLost,
+    ProtocolError,
+    TransportUnavailable,
+)
 from ..memory.fields import DECODE_ERRORS, Nonce, Uint63
+from ..transports.cma import path as cma
+from ..transports.selection import LOCAL
 from ..wire.identity import EngineAddress, Identity
 from ..wire.messages import LINK_VERSION
 
@@ -36,6 +48,9 @@ if TYPE_CHECKING:
 HANDSHAKE_TIMEOUT_S = float(os.environ.get("KVFERRY_HANDSHAKE_TIMEOUT_S", "5"))
 MAX_HELLO_NBYTES = 65_536  # the cards of 64 rails
 NONCE_NBYTES = 32
+TOKEN_NBYTES = 32
+MAX_TOKENS = 4096  # waiting at once; the oldest goes first
+RAIL_TIMEOUT_S = 10.0  # for a link's rails to follow its control channel
 
 _T = TypeVar("_T")
 
@@ -203,12 +218,6 @@ def accept(
     return hello
 
 
-def peer_pid(sock: socket.socket) -> int:
-    """The process at the other end of a Unix socket, as this process's namespace numbers it."""
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    return int(struct.unpack("3i", credentials)[0])
-
-
 def _deadline_s(sock: socket.socket) -> float:
     return time.monotonic() + (sock.gettimeout() or 0.0)
 
@@ -271,3 +280,121 @@ def _exactly(sock: socket.socket, nbytes: int, deadline_s: float) -> bytes:
             raise EOFError
         parts += part
     return bytes(parts)
+
+
+class _Entry:
+    __slots__ = ("deadline_s", "engine_id", "link_id", "token")
+
+    def __init__(self, token: bytes, engine_id: str, deadline_s: float) -> None:
+        self.token = token
+        self.engine_id = engine_id
+        self.deadline_s = deadline_s
+        self.link_id = ""
+
+
+def token_id(token: bytes) -> bytes:
+    """Names a token to whoever has it, and tells nobody else anything."""
+    return hashlib.sha256(b"kvferry token" + token).digest()[:16] if token else b""
+
+
+class Admissions:
+    """The one-time tokens of one engine: who may open a link to it. Thread-safe.
+
+    An engine's address holds a secret that admits whoever has it, for as long as the engine lives. A
+    token narrows that to one link of one peer: whoever meets the peer elsewhere, and knows it, gives
+    the same token to both engines. What it proves about the peer is not the engine's business.
+
+    Args:
+        required: whether a link without a token is refused.
+    """
+
+    def __init__(self, *, required: bool) -> None:
+        self._required = required
+        self._lock = threading.Lock()
+        self._entries: dict[bytes, _Entry] = {}
+
+    def expect(self, token: bytes, engine_id: str, timeout_s: float) -> None:
+        """Lets that engine open one link with that token, within `timeout_s`.
+
+        Raises:
+            OutOfRange: the token is not of 32 bytes.
+        """
+        if len(token) != TOKEN_NBYTES:
+            raise OutOfRange(
+                f"a token has {TOKEN_NBYTES} bytes, not {len(token)}", operation="admit"
+            )
+        with self._lock:
+            self._forget_late(time.monotonic())
+            while len(self._entries) >= MAX_TOKENS:
+                del self._entries[next(iter(self._entries))]
+            deadline_s = time.monotonic() + timeout_s
+            self._entries[token_id(token)] = _Entry(token, engine_id, deadline_s)
+
+    def token_of(self, hello: Hello) -> tuple[bytes, str]:
+        """The token that a client has to prove, and why it is refused even so ("" if it is not)."""
+        if not hello.token_id:
+            return b"", "this engine admits links with a one-time token only" * self._required
+        with self._lock:
+            self._forget_late(time.monotonic())
+            entry = self._entries.get(hello.token_id)
+            if entry is None or not hmac.compare_digest(
+                entry.engine_id.encode(), hello.identity.engine_id.encode()
+            ):
+                return b"", "this token is used, late or another engine's: meet again"
+            return entry.token, ""
+
+    def use(self, hello: Hello) -> str:
+        """A client has proven its token: it is used up. Returns why it is refused even so, or ""."""
+        if not hello.token_id:
+            return ""
+        with self._lock:
+            entry = self._entries.get(hello.token_id)
+            first = hello.rail < 0
+            if entry is None or entry.link_id != ("" if first else hello.link_id):
+                return "this token has been used: meet again"
+            if first:
+                entry.link_id = hello.link_id  # its rails may still come; another link may not
+                entry.deadline_s = time.monotonic() + RAIL_TIMEOUT_S
+        return ""
+
+    def _forget_late(self, now_s: float) -> None:
+        for number in [n for n, e in self._entries.items() if e.deadline_s < now_s]:
+            del self._entries[number]
+
+
+class ProcessProbe:
+    """This process's word, and a look at those of others.
+
+    Attributes:
+        address: of the word, in this process.
+        word: its content.
+    """
+
+    def __init__(self) -> None:
+        self._array = np.frombuffer(bytearray(secrets.token_bytes(16)), np.uint64)
+        self.address = int(self._array.ctypes.data)
+        self.word = self._array.tobytes()
+
+    def refusal(self, sock: socket.socket, transport: str, peer: Hello | Challenge) -> str:
+        """Tries to read the word of whoever is at the other end; a reason to refuse it, or "".
+
+        Args:
+            peer: what it has sent (`Hello` or `Challenge`): who it is, and where its word lies.
+        """
+        if transport not in LOCAL:
+            return ""
+        pid = _peer_pid(sock)
+        if transport == "cuda_ipc" and peer.identity.pid == pid:
+            return ""  # no need to reach its host memory
+        try:
+            if peer.identity.pid == pid and cma.read_word(pid, peer.probe) == peer.probe_word:
+                return ""
+        except OSError as error:
+            return cma.refusal(error)
+        return "the engine at the other end of the socket is not the process that it seems to be"
+
+
+def _peer_pid(sock: socket.socket) -> int:
+    """Return the process at the other end of a Unix socket, as this process's namespace numbers it."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return int(struct.unpack("3i", credentials)[0])

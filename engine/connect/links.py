@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ..context import EngineContext
     from ..transfer.ticket import Ticket
-    from ..transports.verbs.meeting import Meeting
+    from ..transports.verbs.rail import Meeting
     from ..wire.identity import Identity
 
 

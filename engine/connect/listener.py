@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..errors import EngineError, ProtocolError, TransportUnavailable
 from ..transports.selection import LOCAL
 from ..transports.tcp import path as tcp
-from ..transports.verbs.meeting import Meeting
+from ..transports.verbs.rail import Meeting
 from . import handshake
 from .handshake import HANDSHAKE_TIMEOUT_S, Hello
 from .links import close_all
@@ -27,9 +27,8 @@ from .links import close_all
 if TYPE_CHECKING:
     from ..context import EngineContext
     from ..transports.selection import TransportSelection
-    from .admission import Admissions
+    from .handshake import Admissions, ProcessProbe
     from .links import LinkTable
-    from .probe import ProcessProbe
 
 MAX_HANDSHAKES = 256  # connections that have not proven themselves yet
 

@@ -1,4 +1,4 @@
-"""ElementType that change their type on their way through staging: gathered, converted, sent; or back.
+"""Numbers that change their type on their way through staging: gathered, converted, sent; or back.
 
 Here is one chunk of a transfer; `conversion.py` cuts a transfer into them, and a workspace of the
 device that holds the cache here converts it (`workspace.py`).
@@ -18,22 +18,20 @@ import numpy as np
 
 from ..errors import EngineError, LinkError
 from ..layout.block_scales import SCALE_NBYTES, BlockScales, group_maxima
-from ..layout.dtypes import scales_for
+from ..layout.dtypes import ElementType, scales_for
 from ..transfer.pieces import NO_PIECES, BoundPieces, bind
-from .workspace import ElementType
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import numpy.typing as npt
 
-    from ..plan.mapping import CopyGroup
+    from ..plan.reconcile import CopyGroup
     from ..plan.template import Moves
     from ..runtime.copy_threads import Copiers
     from ..transfer.plan import TransferPlan
     from ..transfer.transfer import Transfer
-    from .workspace import Workspace
-    from .workspaces import Workspaces
+    from .workspace import Workspace, Workspaces
 
     Floats = npt.NDArray[np.float32]
     Ids = npt.NDArray[np.int64]
@@ -92,8 +90,8 @@ class ConvertChunk:
             place.reserve(self._staging_nbytes)
             pieces = self._stage(place)
         except Exception as error:
-            self._settle()
-            transfer.stop(error if isinstance(error, EngineError) else _failed(error))
+            self._wait_for_begun()
+            transfer.stop(failure(error))
         else:
             transfer.take(pieces, scratch=True)
             if not self._plan.writes:
@@ -145,13 +143,13 @@ class ConvertChunk:
                 place.put_floats(self._here(table), table.values)
             place.finish()
         except Exception as error:
-            self._settle()
+            self._wait_for_begun()
             if isinstance(error, EngineError):
                 raise
-            raise _failed(error) from error
+            raise failure(error) from error
 
-    def _settle(self) -> None:
-        """Something failed: what was begun before it ends before anybody believes that it has."""
+    def _wait_for_begun(self) -> None:
+        """Wait for what was begun before something failed: it ends before anybody believes so."""
         if self._place is not None:
             with contextlib.suppress(EngineError):
                 self._place.finish()
@@ -228,7 +226,10 @@ def element_types_of(copy_group: CopyGroup) -> tuple[ElementType, ElementType]:
     )
 
 
-def _failed(error: Exception) -> LinkError:
+def failure(error: Exception) -> EngineError:
+    """Return what a transfer ends with when converting raised `error`."""
+    if isinstance(error, EngineError):
+        return error
     log.error("kvferry: converting failed; please report this", exc_info=error)
     return LinkError(f"converting failed: {error}", operation="convert")
 

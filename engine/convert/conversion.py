@@ -8,7 +8,6 @@ chunks at a time, and the tables of one layer.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from functools import partial
@@ -16,10 +15,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from ..errors import EngineError, LinkError, PlanError
-from ..transfer.staged import compute_event
+from ..errors import EngineError, PlanError
+from ..transfer.compute_gate import compute_event
 from ..transfer.ticket import Ticket
-from .chunk import ConvertChunk, Part, element_types_of, parts_of
+from .chunk import ConvertChunk, Part, element_types_of, failure, parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,11 +30,9 @@ if TYPE_CHECKING:
     from ..transfer.moves import Move, Op, TokenMove
     from ..transfer.plan import TransferPlan
     from ..transfer.transfer import Transfer
-    from .workspaces import Workspaces
+    from .workspace import Workspaces
 
     Ids = npt.NDArray[np.int64]
-
-log = logging.getLogger(__name__)
 
 CHUNK_NBYTES = 4 << 20  # that travel; converting takes up to ten times as much beside it
 # On a GPU the host's work for a chunk is what counts, and staging is all that it takes there.
@@ -43,11 +40,12 @@ GPU_CHUNK_NBYTES = 16 << 20
 AHEAD = 2
 
 
-def chunks_of(plan: TransferPlan, move: TokenMove, nbytes: int) -> Iterator[list[Part]]:
-    """The pieces of a transfer in chunks of about `nbytes` that travel, made as they are asked for.
+def chunks_of(move: TokenMove, nbytes: int) -> Iterator[list[Part]]:
+    """Cut a transfer into chunks of about `nbytes` that travel, made as they are asked for.
 
     A chunk is larger where one block whose scale is made has more.
     """
+    plan = move.plan
     tokens = plan.tokens
     chosen = tokens.layers if move.layers is None else sorted(set(move.layers))
     waiting: list[Part] = []
@@ -128,7 +126,7 @@ class Conversion:
         Args:
             submit: makes a chunk a transfer of the link's.
             begin: hands a transfer of pieces to the path.
-            ended: told when it has ended.
+            ended: called when it has ended.
 
         Raises:
             BlockOutOfRange, OverlappingBlocks, PlanError: as for `TokenPlan.moves`; or the cache here
@@ -144,13 +142,13 @@ class Conversion:
         move.nbytes  # noqa: B018 - checks the tables
         self._op, self._plan = op, plan
         self._workspaces, self._copiers, self._gate = workspaces, copiers, gate
-        self._submit, self._begin_pieces, self._tell_ended = submit, begin, ended
+        self._submit, self._begin_pieces, self._on_ended = submit, begin, ended
         self._deadline_s = time.monotonic() + op.timeout_s
         self.ticket = Ticket(
             op.kind, peer=peer, imm=op.imm, timeout_s=op.timeout_s, stop_hook=self.stop
         )
         self._computed = compute_event(plan.local.device, op.stream)
-        self._chunks = chunks_of(plan, move, GPU_CHUNK_NBYTES if on_gpu else CHUNK_NBYTES)
+        self._chunks = chunks_of(move, GPU_CHUNK_NBYTES if on_gpu else CHUNK_NBYTES)
         self._lock = threading.Lock()
         self._at_work = 0  # chunks that are being made, or moved
         self._inner: set[Ticket] = set()
@@ -179,12 +177,8 @@ class Conversion:
             self._at_work += 1
         try:
             inner = self._begin_chunk()
-        except EngineError as error:
-            self._chunk_ended(0, error)
-            return
         except Exception as error:
-            log.exception("kvferry: converting failed; please report this")
-            self._chunk_ended(0, LinkError(f"converting failed: {error}", operation="convert"))
+            self._chunk_ended(0, failure(error))
             return
         if inner is None:
             self._chunk_ended(0, None)
@@ -246,7 +240,7 @@ class Conversion:
             else self.ticket._fail(self._error)
         )
         if ended:
-            self._tell_ended(self)
+            self._on_ended(self)
             self._plan.local.release()
 
     def stop(self, error: EngineError) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from .workspace import ElementType
+    from ..layout.dtypes import ElementType
 
     Floats = npt.NDArray[np.float32]
     Ids = npt.NDArray[np.int64]

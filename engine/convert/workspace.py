@@ -1,32 +1,32 @@
-"""Where one chunk of a transfer is converted: staging for it, and who walks between that and the cache.
+"""Where the chunks of a link's transfers are converted: staging, and what walks between it and the cache.
 
 A workspace serves one chunk at a time and keeps its staging for the next one. The host's is here;
-a GPU's is in `gpu_workplace.py`, and its staging is GPU memory, which then moves like a cache's.
+a GPU's is in `gpu_workspace.py`, and its staging is GPU memory, which then moves like a cache's.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+import threading
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from ..errors import LinkClosed
 from ..layout.block_scales import SCALE_NBYTES
 from ..layout.dtypes import convert_bytes, real_maxima
 from ..staging.mover import put_rows, rows_at
+from ..transports.workers import Breakable, Workers
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy.typing as npt
+
+    from ..layout.dtypes import ElementType
 
     Bytes = npt.NDArray[np.uint8]
     Floats = npt.NDArray[np.float32]
     Ids = npt.NDArray[np.int64]
-
-
-class ElementType(NamedTuple):
-    """What rows are made of at one end: a type's name, and the bytes of one number."""
-
-    dtype: str
-    nbytes: int
 
 
 class Workspace(Protocol):
@@ -131,3 +131,76 @@ class HostWorkspace:
 
     def close(self) -> None:
         """Nothing: the memory is Python's."""
+
+
+class Workspaces:
+    """The workspaces of one link, each lent to one chunk at a time. Thread-safe.
+
+    What a chunk's converting touches must not be given back under it, so a link that goes down waits
+    for those who convert as it does for its transport's threads.
+
+    Attributes:
+        workers: the threads that convert; none enters once the link goes down.
+    """
+
+    def __init__(self, link: Breakable, max_programs: int | None) -> None:
+        self.workers = Workers(link, "converting")
+        self._max_programs = max_programs
+        self._lock = threading.Lock()
+        self._idle: dict[int, list[Workspace]] = {}
+        self._closed = False
+        self._on_gpu = False
+
+    def take(self, device: int) -> Workspace:
+        """A workspace in the memory of a GPU, or of the host for -1. `give` it back.
+
+        Raises:
+            DeviceError: the GPU's driver refuses. LinkClosed: the link is down.
+        """
+        with self._lock:
+            if self._closed:
+                raise LinkClosed("the link is down", operation="convert")
+            idle = self._idle.get(device)
+            if idle:
+                return idle.pop()
+        place = new_workspace(device, self._max_programs)
+        self._on_gpu |= not isinstance(place, HostWorkspace)
+        return place
+
+    def give(self, device: int, place: Workspace) -> None:
+        """Nobody touches what is in it any more."""
+        with self._lock:
+            if not self._closed:
+                self._idle.setdefault(device, []).append(place)
+                return
+        place.close()
+
+    def halt(self, halted: Callable[[], None]) -> None:
+        """Calls `halted` once nobody converts any more, and frees what is idle. Never blocks."""
+        self.workers.halt(lambda: self._close(halted))
+
+    def _close(self, halted: Callable[[], None]) -> None:
+        if self._on_gpu:  # freeing waits for the GPU, which may be waiting for this very thread
+            threading.Thread(
+                target=self._free, args=(halted,), name="kvferry-free", daemon=True
+            ).start()
+        else:
+            self._free(halted)
+
+    def _free(self, halted: Callable[[], None]) -> None:
+        with self._lock:
+            self._closed = True
+            idle = [place for places in self._idle.values() for place in places]
+            self._idle.clear()
+        for place in idle:
+            place.close()
+        halted()
+
+
+def new_workspace(device: int, max_programs: int | None) -> Workspace:
+    """A workspace in the memory of a GPU, or of the host for -1. Raises DeviceError."""
+    if device < 0:
+        return HostWorkspace()
+    from .gpu_workspace import new_gpu_workspace
+
+    return new_gpu_workspace(device, max_programs)

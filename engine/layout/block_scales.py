@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..errors import LayoutError
+from ..errors import LayoutMismatch
 from .dtypes import QUANTISED
 
 if TYPE_CHECKING:
@@ -69,17 +69,15 @@ def scale_shape(
     """
     shape = layout.regions[region]
     if layout.region_dtype(region) != "float32" or shape.elem_bytes != SCALE_NBYTES:
-        raise LayoutError(
+        raise LayoutMismatch(
             f"plane {shape.planes[0]!r} of the {side} is {layout.region_dtype(region)}: scales are "
-            "float32",
-            operation="plan",
+            "float32"
         )
     for axis in shape.axes:
         if axis.name != "head" and axis.size > 1:
-            raise LayoutError(
+            raise LayoutMismatch(
                 f"plane {shape.planes[0]!r} of the {side} has {axis.size} scales along axis "
-                f"{axis.name!r}: one a block, or one for each block and head, can be converted",
-                operation="plan",
+                f"{axis.name!r}: one a block, or one for each block and head, can be converted"
             )
     head = shape.axis("head")
     if head is not None:
@@ -89,10 +87,9 @@ def scale_shape(
         )
     held = layout.region_heads(data)
     if side == "destination" and held != heads and layout.regions[data].axis("head"):
-        raise LayoutError(
+        raise LayoutMismatch(
             f"plane {shape.planes[0]!r} of the destination has one scale for heads [{held[0]}, "
-            f"{held[1]}), of which this source has [{heads[0]}, {heads[1]}): give each head its own",
-            operation="plan",
+            f"{held[1]}), of which this source has [{heads[0]}, {heads[1]}): give each head its own"
         )
     return ScaleShape(shape.slot_stride, 0, 0)
 

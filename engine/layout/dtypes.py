@@ -1,4 +1,4 @@
-"""ElementType that change their type on the way: which types, by which factors, and the truth on a CPU.
+"""Numbers that change their type on the way: which types, by which factors, and the truth on a CPU.
 
 A stored number times its scale is the real one. So one factor a head, `source scale / destination
 scale`, is all that a conversion needs: `cast(clamp(float32(x) * factor))`. The clamp is to what the
@@ -11,7 +11,7 @@ needs none.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
 PLAIN = ("bfloat16", "float16", "float32")
 QUANTISED = ("float8_e4m3fn", "float8_e5m2", "int8")
+
+
+class ElementType(NamedTuple):
+    """What rows are made of at one end: a type's name, and the bytes of one number."""
+
+    dtype: str
+    nbytes: int
 
 
 def has_conversion(src_dtype: str, dst_dtype: str) -> bool:

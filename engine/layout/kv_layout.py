@@ -13,7 +13,6 @@ where `i_layer` and `i_plane` are positions in the region's own `layers` and `pl
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -151,9 +150,9 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise LayoutError(
                 f"axis 'layer' is in {dims!r}, so one tensor is expected, not {len(parts)}"
             )
-        sizes, strides, elem_bytes, dtype = _describe(parts[0], names)
-        for position, part in enumerate(parts[1:], 1):
-            other_sizes, _, _, other_dtype = _describe(part, names)
+        described = [_describe(part, names) for part in parts]
+        sizes, _, elem_bytes, dtype = described[0]
+        for position, (other_sizes, _, _, other_dtype) in enumerate(described):
             for name in names:
                 if other_sizes[name] != sizes[name]:
                     raise LayoutError(
@@ -176,8 +175,7 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"axis 'plane' has {num_planes} entries but planes={list(plane_names)}"
             )
         regions = []
-        for position, part in enumerate(parts):
-            _, strides, _, _ = _describe(part, names)
+        for position, (_, strides, _, _) in enumerate(described):
             inner = [name for name in names if name in _INNER]
             axes = tuple(Axis(name, sizes[name], strides[name]) for name in inner)
             if axes[-1].name != "dim" or axes[-1].stride_bytes != elem_bytes:
@@ -277,7 +275,7 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 )
             self._check_group(group)
             for region in (self.regions[index] for index in group.regions):
-                for row in itertools.product(region.layers, region.planes):
+                for row in region.keys:
                     if row in rows:
                         raise LayoutError(f"plane {row[1]!r} of layer {row[0]} is held twice")
                     rows.add(row)
@@ -305,12 +303,7 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def _check_scales(self) -> None:
         """Check that every scale is for a plane held here, once, and is a positive number."""
         seen = set()
-        held = {
-            (layer, plane): index
-            for index, region in enumerate(self.regions)
-            for layer in region.layers
-            for plane in region.planes
-        }
+        held = {key: index for index, region in enumerate(self.regions) for key in region.keys}
         for scale in self.scales:
             key = (scale.layer, scale.plane)
             if key not in held or key in seen:
@@ -365,8 +358,8 @@ def _make_scales(scales: Mapping[str, Any], layers: tuple[int, ...]) -> tuple[Sc
                 f"scales of plane {plane!r} have shape {values.shape}: give one number, "
                 f"[{len(layers)} layers] or [{len(layers)} layers, heads]"
             )
-        rows = np.broadcast_to(values.reshape(-1, values.shape[1] if values.ndim == 2 else 1),
-                               (len(layers), values.shape[1] if values.ndim == 2 else 1))  # fmt: skip
+        heads = values.shape[1] if values.ndim == 2 else 1
+        rows = np.broadcast_to(values.reshape(-1, heads), (len(layers), heads))
         made += [
             Scale(layer, plane, tuple(row))
             for layer, row in zip(layers, rows.tolist(), strict=True)
@@ -375,7 +368,7 @@ def _make_scales(scales: Mapping[str, Any], layers: tuple[int, ...]) -> tuple[Sc
 
 
 def _describe(tensor: Any, names: list[str]) -> tuple[dict[str, int], dict[str, int], int, str]:
-    """Sizes, strides in bytes, element bytes and dtype name of a torch tensor or NumPy array."""
+    """Read sizes, strides in bytes, element bytes and dtype name of a torch tensor or NumPy array."""
     if len(tensor.shape) != len(names):
         raise LayoutError(
             f"a tensor of shape {tuple(tensor.shape)} does not have the {len(names)} axes "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import msgspec
@@ -55,6 +56,11 @@ class RegionLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def slot_nbytes(self) -> int:
         """Payload bytes of one slot of one layer and one plane."""
         return math.prod(axis.size for axis in self.axes) * self.elem_bytes
+
+    @property
+    def keys(self) -> list[tuple[int, str]]:
+        """Every `(layer, plane)` that it holds."""
+        return list(itertools.product(self.layers, self.planes))
 
     def axis(self, name: str) -> Axis | None:
         """Find an axis inside a slot by its name; None where there is none."""

@@ -1,4 +1,4 @@
-"""Access: a peer's leave to reach a region of its memory without its help.
+"""Access: leave to reach a region of a peer's memory without its help.
 
 Where a transport writes straight into the peer's memory (`cma`), no code of the peer's sees the
 access, so no key can be checked on arrival. There, the first transfer of a link that names a region
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import DeadlineExceeded, EngineError, OutOfRange
 from ..wire import messages as wire
-from ..wire.refusals import refused, region_taken_back
+from .context import refused, region_gone
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +43,7 @@ class Access:
     # The end that wants to write or read.
 
     def admit(self, transfer: Transfer) -> bool:
-        """Whether the transfer may start now; else it is parked until the peer has answered."""
+        """Say whether the transfer may start now; else park it until the peer has answered."""
         wanted = set(transfer.remote_regions)
         if wanted <= self._granted:
             return True
@@ -64,20 +64,20 @@ class Access:
         return False
 
     def has(self, regions: tuple[RegionDescriptor, ...]) -> bool:
-        """Whether all of the regions were granted."""
+        """Say whether all of the regions were granted."""
         return self._granted.issuperset(regions)
 
     def answered(
         self,
         answer: wire.Granted,
         revoked: set[int],
-        tell: Callable[[RegionDescriptor, tuple[int, ...]], None],
+        granted: Callable[[RegionDescriptor, tuple[int, ...]], None],
     ) -> list[Transfer]:
-        """Take the peer's answer; returns the transfers that may start now.
+        """Take the peer's answer; return the transfers that may start now.
 
         Args:
             revoked: regions that the peer has taken back; it may have crossed with the answer.
-            tell: told of a region that the peer lets this end reach, and its keys, before anybody
+            granted: called with a region that the peer lets this end reach, and its keys, before anybody
                 else knows.
         """
         with self._lock:
@@ -85,9 +85,8 @@ class Access:
             if region is None:
                 return []
             waiting = [transfer for transfer, missing in self._parked if region in missing]
-            granted = not answer.error and region.region_id not in revoked
-            if granted:
-                tell(region, answer.keys)
+            if not answer.error and region.region_id not in revoked:
+                granted(region, answer.keys)
                 self._granted.add(region)
                 for _, missing in self._parked:
                     missing.discard(region)
@@ -98,19 +97,16 @@ class Access:
                 self._parked = [entry for entry in self._parked if region not in entry[1]]
         if answer.error:
             for transfer in waiting:
-                ticket, peer = transfer.ticket, self._context.peer.name
-                transfer.stop(
-                    refused(answer.error, answer.reason, ticket.operation, peer, ticket.imm)
-                )
+                transfer.stop(refused(transfer.ticket, answer.error, answer.reason))
         return ready
 
     def drop(self, region_id: int) -> None:
-        """The peer has taken a region back."""
+        """Forget a region that the peer has taken back."""
         with self._lock:
             self._granted = {r for r in self._granted if r.region_id != region_id}
 
     def clear(self) -> None:
-        """The link is down: nothing that is parked will ever start."""
+        """Drop what is parked: the link is down."""
         with self._lock:
             self._parked.clear()
 
@@ -119,7 +115,7 @@ class Access:
     def answer(
         self, claim: wire.Claim, register: Callable[[MemoryRegion], tuple[int, ...]]
     ) -> None:
-        """Checks what the peer holds in its hands, and answers.
+        """Check what the peer holds in its hands, and answer.
 
         Args:
             register: makes the region reachable, and returns the keys that the peer needs for it.
@@ -146,11 +142,11 @@ class Access:
         self._context.send(answer)
 
     def exposed(self, region_id: int) -> bool:
-        """Whether the peer may be using the region."""
+        """Say whether the peer may be using the region."""
         return region_id in self._exposed
 
     def returned(self, region_id: int) -> None:
-        """The peer has confirmed that it stopped using the region."""
+        """Note that the peer has stopped using the region."""
         self._exposed.discard(region_id)
 
 
@@ -180,7 +176,7 @@ class Revocation:
     # The end that owns the memory.
 
     def ask(self, region_id: int, deadline_s: float) -> None:
-        """Returns once the peer has stopped using a region of this engine.
+        """Return once the peer has stopped using a region of this engine.
 
         Raises:
             DeadlineExceeded: it did not answer, and its process lives.
@@ -202,7 +198,7 @@ class Revocation:
             )
 
     def answered(self, message: wire.Revoked) -> None:
-        """The peer has confirmed."""
+        """Wake who asked: the peer has confirmed."""
         region_id = message.region
         event = self._asked.get(region_id)
         if event is not None:
@@ -217,18 +213,11 @@ class Revocation:
         self._table.revoke(region_id)
         self._access.drop(region_id)
         for transfer in self._table.uses(region_id):
-            transfer.stop(
-                region_taken_back(
-                    region_id,
-                    operation=transfer.ticket.operation,
-                    peer=self._context.peer.name,
-                    imm=transfer.imm,
-                )
-            )
+            transfer.stop(region_gone(transfer.ticket, region_id))
         self._confirm(region_id)
 
     def ended(self, transfer: Transfer) -> None:
-        """A transfer has ended, for which the peer may be waiting."""
+        """Confirm what the peer may be waiting for, now that a transfer has ended."""
         used = {region.region_id for region in transfer.remote_regions}
         for region_id in self._table.revoked & used:
             self._confirm(region_id)

@@ -1,9 +1,12 @@
-"""What the parts of one link share: who is at the other end, and how to tell it something or give it up."""
+"""What the parts of one link share: who is at the other end, how to tell it something or give it up,
+and what its refusals end a transfer with."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from ..errors import ChecksumMismatch, OutOfRange, RailError, RegionGone, RegionRefused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
     from ..transfer.ticket import Ticket
     from ..wire.identity import Identity
     from ..wire.messages import LinkMessage
+
+_REFUSALS = {kind.__name__: kind for kind in (ChecksumMismatch, RegionGone, OutOfRange, RailError)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,3 +39,13 @@ class LinkContext:
     suspect: Callable[[], None]
     down: Ticket
     quiesced: Ticket
+
+
+def refused(ticket: Ticket, error: str, reason: str) -> EngineError:
+    """Return the error of an operation that the peer refused with an error of this class name."""
+    return ticket._make_error(_REFUSALS.get(error, RegionRefused), f"the peer refused: {reason}")
+
+
+def region_gone(ticket: Ticket, region_id: int) -> RegionGone:
+    """Return the error of an operation on a region that its owner has deregistered."""
+    return ticket._make_error(RegionGone, f"the peer has deregistered region {region_id}")

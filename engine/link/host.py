@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..errors import EngineError, PeerAborted
 from ..transfer.counters import check_imm
 from ..wire import messages as wire
-from ..wire.refusals import refused
+from .context import refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,12 +81,12 @@ class Host:
         """Refuse part of a peer's write: both ends' tickets end."""
         if imm is not None:
             error.imm = imm
-            self.core.counters.fail(imm, error, remember=True, origin=self.peer.engine_id)
+            self.core.counters.fail(imm, error, origin=self.peer.engine_id)
         self.send(wire.Refuse(transfer, type(error).__name__, error.message, first))
 
     def refusal(self, transfer: Transfer, error: str, reason: str) -> EngineError:
         """Return the error for a transfer that the peer refused with an error of this class name."""
-        return refused(error, reason, transfer.ticket.operation, self.peer.name, transfer.imm)
+        return refused(transfer.ticket, error, reason)
 
     def abort(self, imm: int, reason: str) -> None:
         """Tell the peer that this imm's counter will never reach its total."""
@@ -119,7 +119,6 @@ class Host:
                 peer=self.peer.name,
                 imm=message.imm,
             ),
-            remember=True,
             origin=self.peer.engine_id,
         )
 

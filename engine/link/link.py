@@ -15,7 +15,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..convert.workspaces import Workspaces
+from ..convert.workspace import Workspaces
 from ..errors import EngineError, LinkClosed, ProtocolError
 from ..transfer.moves import NOTHING, BlockMove, Op, TokenMove
 from ..transfer.ticket import DEFAULT_TIMEOUT_S, Ticket
@@ -23,7 +23,6 @@ from ..wire import messages as wire
 from ..wire.channel import ControlChannel
 from .access import Access, Revocation
 from .context import LinkContext
-from .gpu_blocks import GpuBlocks
 from .host import Host
 from .liveness import FailureDetector
 from .submit import Submitter
@@ -59,10 +58,11 @@ class Link:
         peer: who is at the other end.
         transport: `cuda_ipc`, `cma`, `verbs` or `tcp`.
         source: what counters know it by.
-        token_id: names the one-time token that opened it (`admission.py`); b"" without one.
+        token_id: names the one-time token that opened it (`Admissions`); b"" without one.
         down: a ticket that ends, with the error, when the link goes down.
         quiesced: a ticket that ends well once the peer can no longer reach this process's memory
             over this link: it said goodbye, its sockets are down, or its process is gone.
+        down_error, revoke, forgive, discard: for the engine; its parts say what they do.
     """
 
     def __init__(
@@ -79,24 +79,25 @@ class Link:
         self.token_id = b""
         self.quiesced = Ticket("quiesce", peer=peer.name)
         self.down = Ticket("link", peer=peer.name)
-        self._channel = channel = ControlChannel(sock, core.progress, peer.name, self._fail)
+        self._channel = channel = ControlChannel(sock, core.progress, peer.name, self.fail)
         self.source = context = LinkContext(
-            core, peer, transport, channel.send, self._fail, self._suspect, self.down, self.quiesced
+            core, peer, transport, channel.send, self.fail, self._suspect, self.down, self.quiesced
         )
-        self._detector = FailureDetector(core, peer, send=channel.send, fail=self._fail)
+        self._detector = FailureDetector(core, peer, send=channel.send, fail=self.fail)
         access = Access(context)
         self._table = table = TransferTable(peer.name, access.has)
         self._host = host = Host(context, table, access, self._detector.heard)
         self._path = path = make_path(host)
-        self._revocation = revocation = Revocation(context, table, access, path.forget)
+        revocation = Revocation(context, table, access, path.forget)
         workspaces = Workspaces(context, core.max_programs)
         self._submitter = submitter = Submitter(
             context, path, table, access, workspaces, revocation.ended
         )
-        self._gpu_blocks = GpuBlocks(submitter, path.kernels, table, peer.name)
         self._teardown = teardown = Teardown(
             context, host.lost, path, table, access, channel, self._detector, workspaces
         )
+        self.down_error, self.revoke = table.down_error, revocation.ask
+        self.forgive, self.discard = self._detector.forgive, teardown.discard
         self._handlers = _dispatch(
             path.handlers,
             {
@@ -314,7 +315,7 @@ class Link:
         Raises:
             BlockOutOfRange, OverlappingBlocks, PlanError: the ids, or the plan is for host memory.
         """
-        return self._gpu_blocks.upload_ids(plan, src_block_ids, dst_block_ids)
+        return self._submitter.upload_ids(plan, src_block_ids, dst_block_ids)
 
     def graph_write(
         self,
@@ -340,7 +341,7 @@ class Link:
         Raises:
             PlanError: the plan or the tensors do not fit. RegionGone, LinkError: as for `write`.
         """
-        return self._gpu_blocks.graph_write(plan, src_block_ids, dst_block_ids, order, layers)
+        return self._submitter.graph_write(plan, (src_block_ids, dst_block_ids), order, layers)
 
     def abort(self, imm: int, reason: str) -> None:
         """Tells the peer that this imm's counter will never reach its total."""
@@ -361,7 +362,8 @@ class Link:
 
     # What its parts call.
 
-    def _fail(self, error: EngineError) -> None:
+    def fail(self, error: EngineError) -> None:
+        """Take the link down because of `error`."""
         error.peer = error.peer or self.peer.name
         self._teardown.go_down(error)
 
@@ -374,10 +376,9 @@ class Link:
         """Hand a message to the part that it concerns; one that concerns none takes the link down."""
         handler = self._handlers.get(type(message))
         if handler is None or handler(message) is False:
-            self._fail(
+            self.fail(
                 ProtocolError(
-                    f"{type(message).__name__} is no message of transport {self.transport}",
-                    operation="receive",
+                    f"{type(message).__name__} is no message of transport {self.transport}"
                 )
             )
 
@@ -401,33 +402,6 @@ class Link:
         self._path.tick()
         self._submitter.expire(now)
         self._detector.tick(now)
-
-    def discard(self) -> None:
-        """Closes what is still open: the engine's threads have stopped.
-
-        Ends `quiesced` badly where a peer's live process may still reach memory.
-        """
-        self._teardown.discard()
-
-    def forgive(self, seconds: float) -> None:
-        """This process itself was asleep: the peer's silence does not count."""
-        self._detector.forgive(seconds)
-
-    def revoke(self, region_id: int, deadline_s: float) -> None:
-        """Returns once the peer has stopped using a region of this engine.
-
-        Raises:
-            DeadlineExceeded: it did not answer, and its process lives.
-        """
-        self._revocation.ask(region_id, deadline_s)
-
-    def down_error(self, operation: str, imm: int | None = None) -> EngineError:
-        """Return the link's error again, for an operation that it ends, or that came after it."""
-        return self._table.down_error(operation, imm)
-
-    def fail(self, error: EngineError) -> None:
-        """Take the link down because of `error`."""
-        self._fail(error)
 
 
 def _dispatch(

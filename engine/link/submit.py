@@ -13,25 +13,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..convert.conversion import Conversion, warm
-from ..errors import EngineError, NotRegistered, PeerLost, PlanError
+from ..errors import EngineError, LinkClosed, NotRegistered, PeerLost, PlanError
 from ..memory.descriptors import RegionDescriptor
 from ..memory.regions import MemoryRegion, check_ranges
+from ..transfer.block_ids import check_on_gpu, upload_ids
 from ..transfer.counters import check_imm
 from ..transfer.moves import BlockMove, Op, PieceMove, TokenMove
 from ..transfer.pieces import as_columns, bind
 from ..transfer.ticket import Ticket
 from ..transfer.transfer import Transfer
 from ..wire import messages as wire
-from ..wire.refusals import refused
+from .context import refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ..convert.workspaces import Workspaces
+    import torch
+
+    from ..convert.workspace import Workspaces
+    from ..transfer.block_ids import UploadedIds
     from ..transfer.moves import Local, Move
     from ..transfer.pieces import Offsets
     from ..transfer.plan import TransferPlan
     from ..transports.base import DataPath
+    from ..transports.cuda_ipc.graph_write import GraphWrite
     from .access import Access
     from .context import LinkContext
     from .transfers import TransferTable
@@ -43,7 +48,7 @@ class Submitter:
     """Begins and ends the transfers of a link. Thread-safe.
 
     Args:
-        ended: told of each transfer that has ended while the peer takes regions back.
+        ended: called with each transfer that ends while the peer takes regions back.
     """
 
     def __init__(
@@ -61,7 +66,7 @@ class Submitter:
         self._table = table
         self._access = access
         self._workspaces = workspaces
-        self._tell_ended = ended
+        self._on_ended = ended
         self._peer = context.peer.name
         # The regions of plans that have been checked and granted: looked at once, not each time.
         self._passed: dict[int, Remote] = {}
@@ -135,9 +140,9 @@ class Submitter:
         remote, kind, table = move.remote, op.kind, self._table
         known = move.listed is None and self._passed.get(id(remote)) is remote
         if not known:
-            self.check_regions(kind, move.local, remote)
+            self._check_regions(kind, move.local, remote)
         ticket = self._ticket(op)
-        transfer = self.make(ticket, move, write=kind == "write", start=start)
+        transfer = self._make(ticket, move, write=kind == "write", start=start)
         table.add(transfer)
         if not computed:
             self._path.before(transfer, op.stream)
@@ -151,64 +156,57 @@ class Submitter:
             self._begin(transfer)
         return ticket
 
-    def make(
-        self,
-        ticket: Ticket,
-        move: Move,
-        *,
-        write: bool,
-        start: Callable[[Transfer], None] | None = None,
-    ) -> Transfer:
-        """Make a transfer that `ticket` can stop, and that is not in the table yet."""
-        transfer = Transfer(
-            next(self._table.numbers),
-            move,
-            write=write,
-            ticket=ticket,
-            on_end=self._ended,
-            start=start,
-        )
-        ticket._stop_hook = transfer.stop
-        return transfer
-
-    def copies_on_gpu(self, plan: TransferPlan) -> bool:
-        """Say whether kernels of the path move a plan's blocks, in the order of streams."""
-        return self._kernels is not None and self._kernels.reaches(plan)
-
-    def check_regions(self, operation: str, local: Local, remote: Remote) -> None:
-        """Check that the link moves memory of these kinds, and that the peer is the one they name.
-
-        Raises:
-            NotRegistered: it is not so.
-        """
-        kinds = {region.kind for region in local} | {region.kind for region in remote}
-        for kind in kinds - self._path.kinds:
-            raise NotRegistered(
-                f"a {self._context.transport} link does not move {kind} memory: register GPU memory "
-                "before connect(), or name the transport there",
-                operation=operation,
-                peer=self._peer,
-            )
-        for region in remote:
-            if region.engine_id != self._context.peer.engine_id:
-                raise NotRegistered(
-                    f"region {region.region_id} belongs to another engine than this link's peer, "
-                    "or to one that has restarted: fetch its descriptor again",
-                    operation=operation,
-                    peer=self._peer,
-                )
-
-    def ask_access(self, plan: TransferPlan) -> None:
-        """Wait until the peer has granted access to a plan's regions, if it has to be asked."""
-        if self.copies_on_gpu(plan) and not self._context.core.progress.on_thread:
-            self.submit(Op("prepare"), _AskAccess(plan.remote.regions), Transfer.end_empty).wait()
-
     def prepare(self, plan: TransferPlan, layers: Sequence[int] | None) -> None:
         """Do beforehand what the first transfer of a plan would have to do. May block."""
-        self.ask_access(plan)
+        self._ask_access(plan)
         self._path.prepare(plan, layers)
-        if plan.tokens.converts and plan.local.device >= 0 and not self.copies_on_gpu(plan):
+        if plan.tokens.converts and plan.local.device >= 0 and not self._copies_on_gpu(plan):
             warm(self._workspaces, plan)
+
+    def upload_ids(self, plan: TransferPlan, src: Any, dst: Any) -> UploadedIds:
+        """Upload ids for the kernels of the path, as `Link.upload_ids`."""
+        if not self._copies_on_gpu(plan):
+            raise PlanError(
+                "upload_ids is for GPU memory: give lists of block ids to write_blocks",
+                operation="upload",
+                peer=self._peer,
+            )
+        return upload_ids(plan, src, dst)
+
+    def graph_write(
+        self,
+        plan: TransferPlan,
+        ids: tuple[torch.Tensor, torch.Tensor],
+        order: torch.Tensor,
+        layers: Sequence[int] | None,
+    ) -> GraphWrite:
+        """Make a write that a CUDA graph repeats, as `Link.graph_write`."""
+        kernels, problem = self._kernels, ""
+        if kernels is None or not plan.writes or not self._copies_on_gpu(plan):
+            problem = "a plan for writing GPU memory over cuda_ipc"
+        else:
+            check_on_gpu(plan, order, order)
+            if len(order) != 2 or order.element_size() != 8 or not len(ids[0]):
+                problem = "ids and an order of two int64: the imm, and how many ids"
+        if kernels is None or problem:
+            raise PlanError(
+                f"a graph write needs {problem}", operation="graph_write", peer=self._peer
+            )
+        move = BlockMove(plan, *ids, layers)
+        if not move.on_gpu:
+            check_on_gpu(plan, *ids)  # says so
+        self._check_regions("graph_write", move.local, move.remote)
+        self._ask_access(plan)
+        transfer = self._make(Ticket("graph_write", peer=self._peer), move, write=True)
+        transfer.total_nbytes = 1  # which is never placed
+        compiled = kernels.compile(plan, move.layers)
+        self._table.add_compiled(transfer, compiled)
+        try:
+            write: GraphWrite = kernels.repeat(transfer, compiled, (*ids, order))
+        except BaseException:
+            transfer.abandon(LinkClosed("a graph write was not made", operation="graph_write"))
+            raise
+        return write
 
     def expire(self, now: float) -> None:
         """End what is past its deadline; on the progress thread."""
@@ -231,16 +229,14 @@ class Submitter:
         """End a transfer that the peer refuses."""
         transfer = self._table.get(message.transfer)
         if transfer is not None:
-            operation = transfer.ticket.operation
-            error = refused(message.error, message.reason, operation, self._peer, transfer.imm)
-            transfer.stop(error)
+            transfer.stop(refused(transfer.ticket, message.error, message.reason))
             transfer.end(0)
 
     def _launch(self, op: Op, move: BlockMove, compiled: Any) -> Ticket:
         """Begin a move of blocks by a kernel. The host's share of it is this and what the path does:
         every line counts."""
         ticket = self._ticket(op)
-        transfer = self.make(ticket, move, write=move.plan.writes)
+        transfer = self._make(ticket, move, write=move.plan.writes)
         kernels = self._kernels
         assert kernels is not None
         if self._table.add_compiled(transfer, compiled):
@@ -256,7 +252,7 @@ class Submitter:
         """Begin a transfer of numbers that change their type, in chunks."""
         if op.imm is not None:
             check_imm(op.imm, op.kind)
-        self.check_regions(op.kind, move.local, move.remote)
+        self._check_regions(op.kind, move.local, move.remote)
         core = self._context.core
         conversion = Conversion(
             op,
@@ -277,6 +273,58 @@ class Submitter:
             raise
         return conversion.start()
 
+    def _make(
+        self,
+        ticket: Ticket,
+        move: Move,
+        *,
+        write: bool,
+        start: Callable[[Transfer], None] | None = None,
+    ) -> Transfer:
+        """Make a transfer that `ticket` can stop, and that is not in the table yet."""
+        transfer = Transfer(
+            next(self._table.numbers),
+            move,
+            write=write,
+            ticket=ticket,
+            on_end=self._ended,
+            start=start,
+        )
+        ticket._stop_hook = transfer.stop
+        return transfer
+
+    def _copies_on_gpu(self, plan: TransferPlan) -> bool:
+        """Say whether kernels of the path move a plan's blocks, in the order of streams."""
+        return self._kernels is not None and self._kernels.reaches(plan)
+
+    def _check_regions(self, operation: str, local: Local, remote: Remote) -> None:
+        """Check that the link moves memory of these kinds, and that the peer is the one they name.
+
+        Raises:
+            NotRegistered: it is not so.
+        """
+        kinds = {region.kind for region in local} | {region.kind for region in remote}
+        for kind in kinds - self._path.kinds:
+            raise NotRegistered(
+                f"a {self._context.transport} link does not move {kind} memory: register GPU memory "
+                "before connect(), or name the transport there",
+                operation=operation,
+                peer=self._peer,
+            )
+        for region in remote:
+            if region.engine_id != self._context.peer.engine_id:
+                raise NotRegistered(
+                    f"region {region.region_id} belongs to another engine than this link's peer, "
+                    "or to one that has restarted: fetch its descriptor again",
+                    operation=operation,
+                    peer=self._peer,
+                )
+
+    def _ask_access(self, plan: TransferPlan) -> None:
+        """Wait until the peer has granted access to a plan's regions, if it has to be asked."""
+        if self._copies_on_gpu(plan) and not self._context.core.progress.on_thread:
+            self.submit(Op("prepare"), _AskAccess(plan.remote.regions), Transfer.end_empty).wait()
+
     def _ticket(self, op: Op) -> Ticket:
         imm = op.imm
         if imm is not None:
@@ -291,7 +339,7 @@ class Submitter:
         if takes and self._kernels is not None:
             remote = move.remote
             if self._passed.get(id(remote)) is not remote:
-                self.ask_access(move.plan)
+                self._ask_access(move.plan)
                 takes = self._path.takes(move)  # it has tried now whether it reaches them
         return takes
 
@@ -307,7 +355,7 @@ class Submitter:
         if error is not None and transfer.write and transfer.imm is not None:
             self._context.send(wire.Abort(transfer.imm, error.message[:1000]))
         if self._table.revoked:
-            self._tell_ended(transfer)
+            self._on_ended(transfer)
 
     def _check_plan(self, op: Op, plan: TransferPlan) -> None:
         if plan.writes != (op.kind == "write"):
@@ -344,14 +392,8 @@ class Submitter:
         if late_s > self._context.core.peer_timeout_s and self._table.get(transfer.id) is not None:
             # A thread is stuck in it, or the peer never acknowledged: only taking the link down
             # makes its memory safe.
-            self._context.fail(
-                PeerLost(
-                    "the peer did not take a transfer within its deadline",
-                    operation=transfer.ticket.operation,
-                    peer=self._peer,
-                    imm=transfer.imm,
-                )
-            )
+            why = "the peer did not take a transfer within its deadline"
+            self._context.fail(transfer.ticket._make_error(PeerLost, why))
 
 
 class _AskAccess:

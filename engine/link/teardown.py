@@ -16,7 +16,7 @@ from ..wire.messages import Bye, ByeToo
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..convert.workspaces import Workspaces
+    from ..convert.workspace import Workspaces
     from ..transports.base import DataPath
     from ..wire.channel import ControlChannel
     from .access import Access
@@ -78,7 +78,7 @@ class Teardown:
         closed = self._halted and self._channel.closed
         if closed and not self._detector.watches_process and not self._peer_stopped:
             self._peer_stopped = self._detector.process_gone()
-            self._settle()
+            self._end_if_quiesced()
 
     def said_bye(self, message: Bye) -> None:
         """The peer says goodbye: nothing of its process touches memory over the link any more."""
@@ -109,7 +109,7 @@ class Teardown:
     def process_ended(self) -> None:
         """The peer's process has ended."""
         self._detector.unwatch()
-        while not self._channel.closed and self._channel.take():
+        while not self._channel.closed and self._channel.receive():
             pass  # it may have finished its work, and said so, just before
         self._path.drain()
         self._peer_stopped = True
@@ -122,7 +122,7 @@ class Teardown:
             )
         )
         self._close_channel()
-        self._settle()
+        self._end_if_quiesced()
 
     def discard(self) -> None:
         """Closes what is still open: the engine's threads have stopped.
@@ -154,14 +154,14 @@ class Teardown:
             lost = isinstance(error, PeerLost) and not self._path.peer_reaches_memory
             if lost or self._peer_silent:
                 self._close_channel()
-        self._settle()
+        self._end_if_quiesced()
 
     def _close_channel(self) -> None:
         if self._channel.close():
-            self._settle()
+            self._end_if_quiesced()
 
-    def _settle(self) -> None:
-        """Ends `quiesced` once nothing on either side can touch memory over this link."""
+    def _end_if_quiesced(self) -> None:
+        """End `quiesced` once nothing on either side can touch memory over this link."""
         if not (self._halted and self._channel.closed):
             return
         if self._path.peer_reaches_memory and not self._peer_stopped:

@@ -10,8 +10,8 @@ import itertools
 import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import EngineError
-from ..wire.refusals import link_down, region_taken_back
+from ..errors import EngineError, LinkClosed, LinkError
+from .context import region_gone
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,7 +55,7 @@ class TransferTable:
         self._conversions: set[Stoppable] = set()
 
     def get(self, number: int) -> Transfer | None:
-        """The transfer of this number, if it has not ended."""
+        """Find the transfer of this number, if it has not ended."""
         return self._transfers.get(number)
 
     def transfers(self) -> list[Transfer]:
@@ -67,7 +67,7 @@ class TransferTable:
         return list(self._conversions)
 
     def uses(self, region_id: int) -> list[Transfer]:
-        """The transfers that touch a region of the peer's."""
+        """List the transfers that touch a region of the peer's."""
         return [
             transfer
             for transfer in self.transfers()
@@ -75,7 +75,7 @@ class TransferTable:
         ]
 
     def add(self, transfer: Transfer) -> None:
-        """Takes a transfer in, before it begins.
+        """Take a transfer in, before it begins.
 
         Raises:
             RegionGone, LinkError: it must not begin.
@@ -122,7 +122,7 @@ class TransferTable:
         return granted
 
     def add_conversion(self, conversion: Stoppable) -> None:
-        """Takes in a transfer that is cut into others. It keeps its local memory in use itself.
+        """Take in a transfer that is cut into others. It keeps its local memory in use itself.
 
         Raises:
             LinkError: the link is down.
@@ -133,7 +133,7 @@ class TransferTable:
             self._conversions.add(conversion)
 
     def remove(self, transfer: Transfer) -> bool:
-        """Its memory is free again; False if it was not here."""
+        """Release the memory of a transfer that has ended; False if it was not here."""
         with self._lock:
             if self._transfers.pop(transfer.id, None) is None:
                 return False
@@ -142,11 +142,11 @@ class TransferTable:
         return True
 
     def remove_conversion(self, conversion: Stoppable) -> None:
-        """It has ended."""
+        """Forget a conversion that has ended."""
         self._conversions.discard(conversion)
 
     def close(self, error: EngineError) -> bool:
-        """Takes nothing in any more, because of `error`; False if it was closed."""
+        """Take nothing in any more, because of `error`; False if it was closed."""
         with self._lock:
             if self.error is not None:
                 return False
@@ -154,11 +154,14 @@ class TransferTable:
         return True
 
     def down_error(self, operation: str, imm: int | None = None) -> EngineError:
-        """`error` again, for an operation that it ends, or that came after it."""
-        return link_down(self.error, operation=operation, peer=self._peer, imm=imm)
+        """Return `error` again, for an operation that it ends, or that came after it."""
+        error = self.error
+        if not isinstance(error, LinkError):
+            error = LinkClosed("the link is down" if error is None else error.message)
+        return error.again(operation=operation, peer=self._peer, imm=imm)
 
     def revoke(self, region_id: int) -> None:
-        """Takes in nothing any more that touches this region of the peer's."""
+        """Take in nothing any more that touches this region of the peer's."""
         with self._lock:
             self.revoked.add(region_id)
             self.compiled = {
@@ -170,9 +173,4 @@ class TransferTable:
     def _check_revoked(self, transfer: Transfer) -> None:
         for region in transfer.remote_regions:
             if region.region_id in self.revoked:
-                raise region_taken_back(
-                    region.region_id,
-                    operation=transfer.ticket.operation,
-                    peer=self._peer,
-                    imm=transfer.imm,
-                )
+                raise region_gone(transfer.ticket, region.region_id)

@@ -57,13 +57,12 @@ class Driver:
     def __init__(self) -> None:
         reason = absence()
         if reason:
-            raise DeviceError(reason, operation="cuda")
+            raise DeviceError(reason)
         try:
             from cuda.bindings import driver as bindings
         except ImportError as error:
             raise DeviceError(
-                f"the Python bindings of the NVIDIA driver cannot be loaded ({error}): {INSTALL}",
-                operation="cuda",
+                f"the Python bindings of the NVIDIA driver cannot be loaded ({error}): {INSTALL}"
             ) from error
         self._cuda: Any = bindings
         self._pointer_attribute = ctypes.CDLL(LIBRARY).cuPointerGetAttribute
@@ -82,7 +81,7 @@ class Driver:
         except (KeyError, ValueError) as error:  # the driver is newer and its code not in CUresult
             raise self._failure(name, int(str(error).split()[0])) from None
         except RuntimeError as error:  # the driver is older and lacks the function
-            raise DeviceError(f"{name} failed: {error}", operation="cuda") from error
+            raise DeviceError(f"{name} failed: {error}") from error
         if code:
             raise self._failure(name, int(code))
         return values[0] if len(values) == 1 else values
@@ -215,9 +214,7 @@ class Driver:
     def open(self, device: int, handle: bytes) -> int:
         """Map another process's allocation for kernels on `device`; return its address there."""
         if len(handle) != IPC_HANDLE_NBYTES:
-            raise DeviceError(
-                f"an IPC handle has {IPC_HANDLE_NBYTES} bytes, not {len(handle)}", operation="cuda"
-            )
+            raise DeviceError(f"an IPC handle has {IPC_HANDLE_NBYTES} bytes, not {len(handle)}")
         raw = self._cuda.CUipcMemHandle()
         ctypes.memmove(raw.getPtr(), handle, IPC_HANDLE_NBYTES)
         flags = self._cuda.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
@@ -341,7 +338,7 @@ class Driver:
             says = self._cuda.CUresult(code).name
         except ValueError:
             says = f"error {code}"
-        return DeviceError(f"{name} failed: {says}", operation="cuda", code=code)
+        return DeviceError(f"{name} failed: {says}", code=code)
 
 
 class LockKeepingDriver(Driver):

@@ -39,8 +39,7 @@ def export_tensor(
                 f"this GPU memory cannot be shared with another process: neither as an allocation "
                 f"({error.message}) nor as chunks ({other.message}); use torch's own allocator "
                 "(backend:native in PYTORCH_CUDA_ALLOC_CONF), and with its expandable_segments a "
-                "file descriptor for every 20 MiB (ulimit -n)",
-                operation="register",
+                "file descriptor for every 20 MiB (ulimit -n)"
             ) from other
         base = exported.base
     uuid = cuda.device_uuid(device)

@@ -89,7 +89,7 @@ class CacheDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         try:
             cache = _cache_decoder.decode(data)
         except DECODE_ERRORS as error:
-            raise LayoutError(f"not a cache descriptor: {error}", operation="hello") from error
+            raise _wrong(f"not a cache descriptor: {error}") from error
         cache.check()
         return cache
 
@@ -103,23 +103,22 @@ class CacheDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for layout in self.ranks:
             layout.check()
         if self.ranks and (self.rank >= len(self.ranks) or self.ranks[self.rank] != self.layout):
-            raise LayoutError(
-                f"rank {self.rank} of {len(self.ranks)} ranks does not have the cache's own layout",
-                operation="hello",
+            raise _wrong(
+                f"rank {self.rank} of {len(self.ranks)} ranks does not have the cache's own layout"
             )
         if len(self.regions) != len(self.layout.regions):
-            raise LayoutError(
-                f"{len(self.regions)} regions for a layout of {len(self.layout.regions)}",
-                operation="hello",
-            )
+            raise _wrong(f"{len(self.regions)} regions for a layout of {len(self.layout.regions)}")
         for number, (region, shape) in enumerate(
             zip(self.regions, self.layout.regions, strict=True)
         ):
             if shape.nbytes > region.nbytes or len(region.key) != KEY_NBYTES:
-                raise LayoutError(
-                    f"region {number} has {region.nbytes} bytes, its layout needs {shape.nbytes}",
-                    operation="hello",
+                raise _wrong(
+                    f"region {number} has {region.nbytes} bytes, its layout needs {shape.nbytes}"
                 )
+
+
+def _wrong(why: str) -> LayoutError:
+    return LayoutError(why, operation="hello")
 
 
 # Made here and not where it is used: msgspec works a type out when it first meets it, and two threads

@@ -172,10 +172,8 @@ def process_vm(
         if done == nbytes:
             return
         if done < 0:
-            code = ctypes.get_errno()
-            if code == errno.EINTR:
-                continue
-            raise OSError(code, os.strerror(code))
+            _raise_unless_interrupted()
+            continue
         if done == 0:
             raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
         here = _advance(local, here, count, done)
@@ -218,13 +216,17 @@ def _stream(call: ctypes._NamedFuncPointer, fd: int, iov: Iovec, flags: int) -> 
         header.iov_len = count
         done = call(fd, ctypes.byref(header), flags)
         if done < 0:
-            code = ctypes.get_errno()
-            if code == errno.EINTR:
-                continue
-            raise OSError(code, os.strerror(code))
+            _raise_unless_interrupted()
+            continue
         if done == 0 and call is _recvmsg and bool(iov[start : start + count, 1].any()):
             raise EOFError
         start = _advance(iov, start, count, done)
+
+
+def _raise_unless_interrupted() -> None:
+    code = ctypes.get_errno()
+    if code != errno.EINTR:
+        raise OSError(code, os.strerror(code))
 
 
 def _advance(iov: npt.NDArray[np.integer], start: int, count: int, done: int) -> int:

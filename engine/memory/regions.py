@@ -32,7 +32,6 @@ from .descriptors import KEY_NBYTES, CacheDescriptor, RegionDescriptor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from types import TracebackType
 
     import numpy.typing as npt
 
@@ -41,13 +40,43 @@ if TYPE_CHECKING:
     from .descriptors import CudaMemory
 
 
-class MemoryRegion:
+class _Used:
+    """Memory that transfers use, until it is being deregistered. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._uses = 0
+        self._closing = False
+
+    def release(self) -> None:
+        """Ends one use."""
+        with self._lock:
+            self._uses -= 1
+            if not self._uses and self._closing:  # nobody waits before
+                self._idle.notify_all()
+
+    def close(self) -> None:
+        """Begins no further use: a region is being deregistered."""
+        self._closing = True
+
+    def drained(self, deadline: float) -> bool:
+        """Waits until there is no use; False if the deadline came first."""
+        with self._idle:
+            return self._idle.wait_for(
+                lambda: not self._uses, max(0.0, deadline - time.monotonic())
+            )
+
+
+class MemoryRegion(_Used):
     """One stretch of this process's memory that transfers may touch.
 
     Holds its memory until `deregister()`. Usable as a context manager. Thread-safe.
 
     Attributes:
+        region_id: its number in this engine.
         address, nbytes: where it is and how large.
+        kind: `host` or `cuda`.
         device: index of its GPU in this process; -1 for host memory.
         movable: whether its owner could free or resize it while it is registered.
     """
@@ -67,9 +96,12 @@ class MemoryRegion:
             revoke: `revoke(region_id, deadline)` returns once no peer uses it any more.
             forget: `forget(region_id)` is told that nobody uses it at all.
         """
+        super().__init__()
         self._revoke = revoke
         self._forget = forget
         self._memory: _Memory | None = memory
+        self.region_id = region_id
+        self.kind = "host" if memory.device < 0 else "cuda"
         self.address = memory.address
         self.nbytes = memory.nbytes
         self.descriptor = RegionDescriptor(
@@ -78,15 +110,12 @@ class MemoryRegion:
             key=secrets.token_bytes(KEY_NBYTES),
             address=memory.address,
             nbytes=memory.nbytes,
-            kind="host" if memory.device < 0 else "cuda",
+            kind=self.kind,
             cuda=memory.cuda,
         )
         self.device = memory.device
-        self.movable = memory.movable
+        self.movable = memory.storage is not None  # NumPy frees nothing that is held
         self.caches: list[RegisteredCache] = []
-        self._uses = 0
-        self._closing = False
-        self._idle = threading.Condition()
 
     def __repr__(self) -> str:
         return f"<MemoryRegion {self.descriptor.region_id} {self.nbytes} bytes>"
@@ -94,23 +123,8 @@ class MemoryRegion:
     def __enter__(self) -> MemoryRegion:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.deregister()
-
-    @property
-    def region_id(self) -> int:
-        """Its number in this engine."""
-        return self.descriptor.region_id
-
-    @property
-    def kind(self) -> str:
-        """`host` or `cuda`."""
-        return self.descriptor.kind
 
     def acquire(self) -> None:
         """Begins one use of the memory; `release` ends it.
@@ -118,11 +132,10 @@ class MemoryRegion:
         Raises:
             RegionGone: it was deregistered, or its memory was freed or resized.
         """
-        with self._idle:
-            if self._memory is None or self._closing:
+        with self._lock:
+            if self._closing:
                 raise RegionGone(
-                    f"region {self.region_id} is deregistered: register its memory again",
-                    operation="access",
+                    f"region {self.region_id} is deregistered: register its memory again"
                 )
             self.check_intact()
             self._uses += 1
@@ -137,16 +150,8 @@ class MemoryRegion:
         if memory is not None and not memory.intact():
             raise RegionGone(
                 f"the memory of region {self.region_id} was freed or resized while "
-                "registered: deregister it first",
-                operation="access",
+                "registered: deregister it first"
             )
-
-    def release(self) -> None:
-        """Ends one use."""
-        with self._idle:
-            self._uses -= 1
-            if not self._uses:
-                self._idle.notify_all()
 
     def deregister(self, timeout_s: float = 10.0) -> None:
         """Ends the registration: no transfer starts any more, running ones are waited for.
@@ -158,7 +163,7 @@ class MemoryRegion:
             DeadlineExceeded: a transfer or a peer still uses it; the memory is kept until not.
         """
         deadline = time.monotonic() + timeout_s
-        self._closing = True
+        self.close()
         for cache in self.caches:
             cache.close()
         self._revoke(self.region_id, deadline)
@@ -168,34 +173,30 @@ class MemoryRegion:
                     f"the cache of region {self.region_id} is still used after {timeout_s} s",
                     operation="deregister",
                 )
-        with self._idle:
-            while self._uses:
-                if not self._idle.wait(max(0.0, deadline - time.monotonic())):
-                    raise DeadlineExceeded(
-                        f"region {self.region_id} is still used by {self._uses} transfers after "
-                        f"{timeout_s} s",
-                        operation="deregister",
-                    )
+        if not self.drained(deadline):
+            raise DeadlineExceeded(
+                f"region {self.region_id} is still used by {self._uses} transfers after "
+                f"{timeout_s} s",
+                operation="deregister",
+            )
+        with self._lock:
             memory, self._memory = self._memory, None
         self._forget(self.region_id)
         if memory is not None and memory.exported is not None:
             memory.exported.close()
 
 
-class RegisteredCache:
+class RegisteredCache(_Used):
     """A whole paged cache, registered: one region for each region of its layout.
 
     A transfer of blocks uses the cache as one: what it costs does not grow with the layers.
     """
 
     def __init__(self, layout: KVLayout, regions: tuple[MemoryRegion, ...]) -> None:
+        super().__init__()
         self.layout = layout
         self.regions = regions
         self.descriptor = CacheDescriptor(layout, tuple(r.descriptor for r in regions))
-        self._lock = threading.Lock()
-        self._idle = threading.Condition(self._lock)
-        self._uses = 0
-        self._closing = False
         self.kind = "/".join(sorted({region.kind for region in regions}))
         self.device = regions[0].device if len({r.device for r in regions}) == 1 else -1
         self._movable = [region for region in regions if region.movable]
@@ -210,10 +211,7 @@ class RegisteredCache:
         """
         with self._lock:
             if self._closing:
-                raise RegionGone(
-                    "a region of this cache is deregistered: register the cache again",
-                    operation="access",
-                )
+                raise RegionGone("a region of this cache is deregistered: register the cache again")
             self._uses += 1
 
     def check_intact(self) -> None:
@@ -224,24 +222,6 @@ class RegisteredCache:
         """
         for region in self._movable:
             region.check_intact()
-
-    def release(self) -> None:
-        """Ends one use."""
-        with self._lock:
-            self._uses -= 1
-            if not self._uses and self._closing:  # nobody waits before
-                self._idle.notify_all()
-
-    def close(self) -> None:
-        """Begins no further use: a region is being deregistered."""
-        self._closing = True
-
-    def drained(self, deadline: float) -> bool:
-        """Waits until there is no use; False if the deadline came first."""
-        with self._idle:
-            return self._idle.wait_for(
-                lambda: not self._uses, max(0.0, deadline - time.monotonic())
-            )
 
     def deregister(self, timeout_s: float = 10.0) -> None:
         """Deregisters every region."""
@@ -290,7 +270,8 @@ class RegionTable:
         """Registers the tensors that `layout` describes, in its regions' order.
 
         Raises:
-            LayoutError: a tensor is smaller than its region of the layout.
+            LayoutError: a tensor is not the one that its region describes: elements or extent of
+                another size. Tensors of bytes may be larger than their regions.
         """
         parts: Sequence[Any] = [tensors] if hasattr(tensors, "shape") else list(tensors)
         if len(parts) != len(layout.regions):
@@ -304,6 +285,14 @@ class RegionTable:
                 raise LayoutError(
                     f"tensor {number} spans {memory.nbytes} bytes but its region of the layout "
                     f"needs {shape.nbytes}",
+                    operation="register",
+                )
+            size = _element_nbytes(parts[number])
+            if size > 1 and (size != shape.elem_bytes or memory.nbytes != shape.nbytes):
+                raise LayoutError(
+                    f"tensor {number} spans {memory.nbytes} bytes of elements of {size}, its region "
+                    f"of the layout {shape.nbytes} of elements of {shape.elem_bytes}: make the layout "
+                    "from this tensor, or give its memory as bytes",
                     operation="register",
                 )
         return RegisteredCache(layout, tuple(self.register(part) for part in parts))
@@ -389,9 +378,14 @@ def check_ranges(
         limit = limits if isinstance(limits, int) else int(limits[first])
         raise OutOfRange(
             f"{what} range [{int(offsets[first])}, +{int(nbytes[first])}) leaves a region of "
-            f"{limit} bytes",
-            operation="access",
+            f"{limit} bytes"
         )
+
+
+def _element_nbytes(memory: Any) -> int:
+    """Bytes of one element of a tensor, an array or a buffer."""
+    size: int = getattr(memory, "itemsize", 0) or 1
+    return size
 
 
 class _Memory:
@@ -402,31 +396,27 @@ class _Memory:
         self.device = -1
         self.cuda: CudaMemory | None = None
         self.exported: ExportedChunks | None = None
-        self._storage: Any = None
+        self.storage: Any = None
         if torch is not None and isinstance(memory, torch.Tensor):
             self._from_tensor(memory)
         else:
             self._from_buffer(memory)
         if self.nbytes < 1:
-            raise NotRegistered("an empty tensor cannot be registered", operation="register")
+            raise NotRegistered("an empty tensor cannot be registered")
 
     def _from_tensor(self, tensor: Any) -> None:
         if tensor.device.type not in ("cpu", "cuda"):
             raise NotRegistered(
                 f"a tensor on {tensor.device} cannot be registered: the transports of this engine "
-                "move host memory and CUDA memory",
-                operation="register",
+                "move host memory and CUDA memory"
             )
         if tensor.device.type == "cuda":
             self.device = int(tensor.device.index)
         if tensor.layout is not sys.modules["torch"].strided:
-            raise NotRegistered(
-                f"a {tensor.layout} tensor cannot be registered: make it dense",
-                operation="register",
-            )
-        self._storage = tensor.untyped_storage()
-        self._storage_address = self._storage.data_ptr()
-        self._storage_nbytes = self._storage.nbytes()
+            raise NotRegistered(f"a {tensor.layout} tensor cannot be registered: make it dense")
+        self.storage = tensor.untyped_storage()
+        self._storage_address = self.storage.data_ptr()
+        self._storage_nbytes = self.storage.nbytes()
         self.address = int(tensor.data_ptr())
         spans = ((size - 1) * step for size, step in zip(tensor.shape, tensor.stride()))  # noqa: B905
         self.nbytes = (sum(spans) + 1) * tensor.element_size() if tensor.numel() else 0
@@ -437,37 +427,28 @@ class _Memory:
         except (TypeError, ValueError, BufferError) as error:
             raise NotRegistered(
                 f"a {type(memory).__name__} cannot be registered: give a tensor, a NumPy array "
-                "or a writable buffer",
-                operation="register",
+                "or a writable buffer"
             ) from error
         if not array.flags.writeable:
             raise NotRegistered(
-                "read-only memory cannot be registered: peers may write to a region",
-                operation="register",
+                "read-only memory cannot be registered: peers may write to a region"
             )
         if array.dtype.hasobject:
             raise NotRegistered(
-                "an array of Python objects cannot be registered: its bytes are pointers",
-                operation="register",
+                "an array of Python objects cannot be registered: its bytes are pointers"
             )
         if any(step < 0 for step in array.strides):
             raise NotRegistered(
-                "an array with negative strides cannot be registered: pass its base",
-                operation="register",
+                "an array with negative strides cannot be registered: pass its base"
             )
         self._owner = array
         self.address = int(array.ctypes.data)
         steps = zip(array.shape, array.strides, strict=True)
         self.nbytes = sum((n - 1) * step for n, step in steps) + array.itemsize if array.size else 0
 
-    @property
-    def movable(self) -> bool:
-        """Whether its owner can free or resize it: torch can, NumPy cannot while it is held."""
-        return self._storage is not None
-
     def intact(self) -> bool:
         """Whether the memory is still where it was."""
-        return self._storage is None or (
-            self._storage.data_ptr() == self._storage_address
-            and self._storage.nbytes() >= self._storage_nbytes
+        return self.storage is None or (
+            self.storage.data_ptr() == self._storage_address
+            and self.storage.nbytes() >= self._storage_nbytes
         )

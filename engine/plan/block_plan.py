@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import LayoutError, PlanError
+from ..errors import LayoutMismatch, PlanError
 from .block_tables import FEW_IDS, as_row, check_distinct, check_ids
 from .template import Pieces, Template, join, merge, product, runs
 from .token_plan import layer_key
@@ -39,33 +39,23 @@ class BlockPlan:
 
     def __init__(self, tokens: TokenPlan) -> None:
         if tokens.unpaired:
-            raise LayoutError(tokens.unpaired, operation="plan")
+            raise LayoutMismatch(tokens.unpaired)
         self.src, self.dst = tokens.src, tokens.dst
         self._tokens = tokens
         self._templates: dict[tuple[int, ...] | None, Template] = {}
         self._block_nbytes: dict[tuple[int, ...] | None, int] = {}
-        self._finest_nbytes: dict[tuple[int, ...] | None, int] = {}
         self.layers = tokens.layers
         pair = tokens.pairs[0]
         self._limits = pair.src_slots, pair.dst_slots  # of the ids at source and destination
         self._template(None)
 
     def nbytes(self, num_blocks: int, *, layers: Sequence[int] | None = None) -> int:
-        """Bytes that `num_blocks` blocks take: what a counter must reach. Reads no block ids."""
+        """Count the bytes of `num_blocks` blocks: what a counter must reach. Reads no block ids."""
         key = layer_key(layers)
         block_nbytes = self._block_nbytes.get(key)
         if block_nbytes is None:
             block_nbytes = self._block_nbytes[key] = int(self._template(key).nbytes.sum())
         return block_nbytes * num_blocks
-
-    def finest_nbytes(self, *, layers: Sequence[int] | None = None) -> int:
-        """Bytes of the smallest piece of a block."""
-        key = layer_key(layers)
-        finest = self._finest_nbytes.get(key)
-        if finest is None:
-            nbytes = self._template(key).nbytes
-            finest = self._finest_nbytes[key] = int(nbytes.min()) if len(nbytes) else 0
-        return finest
 
     def pieces(
         self,

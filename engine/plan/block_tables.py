@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from .mapping import TablePair
+    from .reconcile import TablePair
 
     BlockIds = Sequence[int] | npt.NDArray[np.integer]
     Row = npt.NDArray[np.int64]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..errors import LayoutError
+from ..errors import LayoutMismatch
 from ..layout.block_scales import SCALE_SUFFIX, BlockScales, is_scale, needs_scale, scale_shape
 from ..layout.dtypes import factors, has_conversion
 
@@ -49,9 +49,7 @@ def places_of(layout: KVLayout) -> dict[Key, PlaneAddress]:
 def differ(what: str, left: object, right: object) -> None:
     """Raises a LayoutError that names both values, unless they are equal."""
     if left != right:
-        raise LayoutError(
-            f"{what} differs: source has {left}, destination has {right}", operation="plan"
-        )
+        raise LayoutMismatch(f"{what} differs: source has {left}, destination has {right}")
 
 
 def _heads(src: KVLayout, dst: KVLayout, left: int, right: int) -> tuple[int, int]:
@@ -59,10 +57,9 @@ def _heads(src: KVLayout, dst: KVLayout, left: int, right: int) -> tuple[int, in
     held = [src.region_heads(left), dst.region_heads(right)]
     low, high = max(held[0][0], held[1][0]), min(held[0][1], held[1][1])
     if low >= high:
-        raise LayoutError(
+        raise LayoutMismatch(
             f"axis 'head': source holds [{held[0][0]}, {held[0][1]}) and destination "
-            f"[{held[1][0]}, {held[1][1]}), which have no head in common",
-            operation="plan",
+            f"[{held[1][0]}, {held[1][1]}), which have no head in common"
         )
     return low, high
 
@@ -123,25 +120,22 @@ def pair_regions(src: KVLayout, dst: KVLayout, left: int, right: int) -> RegionP
             if "token" in src.opaque
             else "the slots of this plane have no token axis"
         )
-        raise LayoutError(
-            f"{why}, so the block size cannot change from {blocks[0]} to {blocks[1]} tokens",
-            operation="plan",
+        raise LayoutMismatch(
+            f"{why}, so the block size cannot change from {blocks[0]} to {blocks[1]} tokens"
         )
     if is_scale(one.planes) and blocks[0] % max(1, blocks[1]):
-        raise LayoutError(
+        raise LayoutMismatch(
             f"plane {one.planes[0]!r} has a scale a block of {blocks[0]} tokens at the source and "
             f"of {blocks[1]} at the destination: several scales cannot become one without "
-            "quantising again",
-            operation="plan",
+            "quantising again"
         )
     for name in src.opaque:
         axes = [[axis for axis in region.axes if axis.name == name] for region in (one, other)]
         held = (src.region_heads(left), dst.region_heads(right))
         if axes[0] != axes[1] or (name == "head" and held[0] != held[1]):
-            raise LayoutError(
+            raise LayoutMismatch(
                 f"axis {name!r} is opaque in codec {src.codec!r}, so it cannot change "
-                f"from {axes[0]} to {axes[1]}",
-                operation="plan",
+                f"from {axes[0]} to {axes[1]}"
             )
     if src.opaque and dtypes[0] != dtypes[1]:
         differ(f"dtype, which codec {src.codec!r} hides,", *dtypes)
@@ -212,10 +206,9 @@ class Scales:
                 continue
             data = self._places[side][key]
             if place.group != data.group:
-                raise LayoutError(
+                raise LayoutMismatch(
                     f"planes {key[1]!r} and {scale[1]!r} of the {name} are in two groups: join them "
-                    "with join_planes",
-                    operation="plan",
+                    "with join_planes"
                 )
             layout = self._layouts[side]
             found.append(scale_shape(name, layout, place.region, data.region, heads or (0, 1)))
@@ -262,11 +255,10 @@ def make_factors(
             if per_block[side]:
                 values = (1.0,)
             if values is None and needs_scale(dtype):
-                raise LayoutError(
+                raise LayoutMismatch(
                     f"scales of plane {key[1]!r} of layer {key[0]} are missing at the "
                     f"{('source', 'destination')[side]}: dtype is {dtypes[0]} at the source and "
-                    f"{dtypes[1]} at the destination, and {dtype} needs scales (1.0 is one)",
-                    operation="plan",
+                    f"{dtypes[1]} at the destination, and {dtype} needs scales (1.0 is one)"
                 )
             sides.append(values if values is not None and needs_scale(dtype) else (1.0,))
         rows.append(factors(*sides))
@@ -277,12 +269,11 @@ def make_factors(
 def check_equal_scales(
     keys: list[Key], held: list[list[tuple[float, ...] | None]], num_heads: int
 ) -> None:
-    """ElementType that are moved bit for bit must mean the same at both ends."""
+    """Numbers that are moved bit for bit must mean the same at both ends."""
     for key, *sides in zip(keys, *held, strict=True):
         each = [None if v is None else v if len(v) > 1 else v * num_heads for v in sides]
         if each[0] != each[1]:
-            raise LayoutError(
+            raise LayoutMismatch(
                 f"scales of plane {key[1]!r} of layer {key[0]} differ: source has {sides[0]}, "
-                f"destination has {sides[1]}; numbers of one dtype are moved bit for bit",
-                operation="plan",
+                f"destination has {sides[1]}; numbers of one dtype are moved bit for bit"
             )

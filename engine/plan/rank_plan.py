@@ -12,7 +12,7 @@ import itertools
 from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import LayoutError
+from ..errors import LayoutMismatch
 from ..layout.block_scales import is_scale
 from .token_plan import TokenPlan
 
@@ -115,9 +115,8 @@ def _held(side: tuple[KVLayout, ...]) -> _Held:
     for rank, layout in enumerate(side):
         for index, region in enumerate(layout.regions):
             heads = layout.region_heads(index) if region.axis("head") else (0, 1)
-            for layer in region.layers:
-                for plane in region.planes:
-                    found[layer, plane][rank] = heads
+            for key in region.keys:
+                found[key][rank] = heads
     return found
 
 
@@ -131,15 +130,13 @@ def _check_replicas(side: str, layouts: tuple[KVLayout, ...]) -> None:
             if region.axis("head") is None:
                 continue
             heads = layout.region_heads(index)
-            for layer in region.layers:
-                for plane in region.planes:
-                    other = seen.setdefault(((layer, plane), heads), rank)
-                    if other != rank:
-                        raise LayoutError(
-                            f"axis 'head' of layer {layer}: {side} ranks {other} and {rank} both "
-                            f"hold {_text(heads)}; replicas say so with tp_mode='replicate'",
-                            operation="plan",
-                        )
+            for key in region.keys:
+                other = seen.setdefault((key, heads), rank)
+                if other != rank:
+                    raise LayoutMismatch(
+                        f"axis 'head' of layer {key[0]}: {side} ranks {other} and {rank} both hold "
+                        f"{_text(heads)}; replicas say so with tp_mode='replicate'"
+                    )
 
 
 def _check_sets(src: _Held, dst: _Held) -> None:
@@ -147,19 +144,17 @@ def _check_sets(src: _Held, dst: _Held) -> None:
         layer, plane = key
         if key not in src or key not in dst:
             side, other = ("source", "destination") if key in src else ("destination", "source")
-            raise LayoutError(
+            raise LayoutMismatch(
                 f"plane {plane!r} of layer {layer} is held by the {side} ranks "
-                f"{sorted((src if key in src else dst)[key])} and by no {other} rank",
-                operation="plan",
+                f"{sorted((src if key in src else dst)[key])} and by no {other} rank"
             )
         spans = []
         for side, held in (("source", src[key]), ("destination", dst[key])):
             spans.append(_check_ranges(side, layer, held))
         if spans[0] != spans[1]:
-            raise LayoutError(
+            raise LayoutMismatch(
                 f"axis 'head' of layer {layer}: the source ranks hold {_text(spans[0])}, the "
-                f"destination ranks {_text(spans[1])}",
-                operation="plan",
+                f"destination ranks {_text(spans[1])}"
             )
 
 
@@ -169,10 +164,9 @@ def _check_ranges(side: str, layer: int, held: dict[int, Range]) -> Range:
     for (one, rank), (other, next_rank) in itertools.pairwise(ranges):
         if one[1] != other[0]:
             what = "overlaps" if other[0] < one[1] else "leaves a gap to"
-            raise LayoutError(
+            raise LayoutMismatch(
                 f"axis 'head' of layer {layer}: {side} rank {rank} holds {_text(one)}, which "
-                f"{what} {_text(other)} of rank {next_rank}",
-                operation="plan",
+                f"{what} {_text(other)} of rank {next_rank}"
             )
     return ranges[0][0][0], ranges[-1][0][1]
 

@@ -1,20 +1,22 @@
 """What of one layout goes where in another, and why two layouts cannot go together.
 
-What comes of it are the copy groups of `mapping.py`. Everything that does not fit is refused here, by
-the axis and with both values, before anything moves.
+A plane of a layer that both sides hold is an *entry*. Entries whose regions have the same shape and
+strides on each side form a *copy group*: all that differs between them is where each begins. Copy
+groups of one pair of block tables form a *table pair*. Everything that does not fit is refused here,
+by the axis and with both values, before anything moves.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..errors import LayoutError
+from ..errors import LayoutMismatch
 from ..layout.block_scales import SCALE_SUFFIX
 from ..layout.kv_layout import WHOLE_KINDS
-from .mapping import CopyGroup, Step, TablePair
 from .planes import (
     RegionPair,
     Scales,
@@ -29,13 +31,116 @@ from .planes import (
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from ..layout.block_scales import ScaleShape
+    import numpy.typing as npt
+
+    from ..layout.block_scales import BlockScales, ScaleShape
     from ..layout.kv_layout import GroupLayout, KVLayout
     from .planes import Key, PlaneAddress
 
-    _Entry = tuple[
-        Key, PlaneAddress, PlaneAddress
-    ]  # a plane of a layer, where it is at source and destination
+    # A plane of a layer, where it is at source and destination.
+    _Entry = tuple[Key, PlaneAddress, PlaneAddress]
+
+
+class Step(NamedTuple):
+    """One axis that is walked on both sides."""
+
+    name: str
+    size: int
+    src_stride: int
+    dst_stride: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CopyGroup:
+    """Entries of one shape.
+
+    Attributes:
+        layer, src_region, src_start, dst_region, dst_start: columns, one row an entry: byte 0 of
+            slot 0, with the heads that both hold.
+        src_slot_stride, dst_slot_stride: bytes that a block id adds.
+        token: the token axis; None where a slot is moved whole.
+        steps: the other axes of more than one step, none of them `dim`.
+        elements: of one innermost run.
+        src_elem, dst_elem: bytes of an element.
+        src_dtype, dst_dtype: names.
+        factors: `[entry, 1 or heads]` that numbers are multiplied by on their way; None for bits.
+        src_scales: also multiplied by these, of the source's blocks.
+        dst_scales: divided by these, which are found and written for each destination's block.
+    """
+
+    layer: npt.NDArray[np.int64]
+    src_region: npt.NDArray[np.int64]
+    src_start: npt.NDArray[np.int64]
+    dst_region: npt.NDArray[np.int64]
+    dst_start: npt.NDArray[np.int64]
+    src_slot_stride: int
+    dst_slot_stride: int
+    token: Step | None
+    steps: tuple[Step, ...]
+    elements: int
+    src_elem: int
+    dst_elem: int
+    src_dtype: str
+    dst_dtype: str
+    factors: npt.NDArray[np.float32] | None = None
+    src_scales: BlockScales | None = None
+    dst_scales: BlockScales | None = None
+
+    @property
+    def by_head(self) -> bool:
+        """Whether a run must not hold numbers of several heads: their scales may differ."""
+        shapes = [scales.shape for scales in (self.src_scales, self.dst_scales) if scales]
+        wide = self.factors is not None and self.factors.shape[1] > 1
+        return wide or any(shape.head_stride for shape in shapes)
+
+    @property
+    def scales_per_block(self) -> int:
+        """How many scales an entry writes beside each block of the destination."""
+        if self.dst_scales is None:
+            return 0
+        heads = [step.size for step in self.steps if step.name == "head"]
+        return heads[0] if heads and self.dst_scales.shape.head_stride else 1
+
+    @property
+    def converts(self) -> bool:
+        """Whether numbers change on their way."""
+        return self.factors is not None
+
+    @property
+    def run_nbytes(self) -> int:
+        """Bytes at the destination of one token, or of one slot without tokens."""
+        return math.prod(step.size for step in self.steps) * self.elements * self.dst_elem
+
+    def chosen(self, layers: Collection[int]) -> npt.NDArray[np.bool_]:
+        """Which entries are of these layers."""
+        return np.isin(self.layer, np.fromiter(layers, np.int64, len(layers)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TablePair:
+    """Copy groups that share a block table on each side.
+
+    Attributes:
+        src_group, dst_group: positions in the layouts' groups.
+        kind, window: of the group.
+        src_tokens, dst_tokens: of a block; 0 for state.
+        unit: tokens of the largest stretch that never leaves a block on either side; 0 for state.
+        aligned: whether a transfer must begin at a block boundary of the destination, and why.
+    """
+
+    src_group: int
+    dst_group: int
+    kind: str
+    window: int
+    src_tokens: int
+    dst_tokens: int
+    unit: int
+    src_slots: int
+    dst_slots: int
+    src_null: int | None
+    dst_null: int | None
+    copy_groups: tuple[CopyGroup, ...]
+    aligned: str = ""
 
 
 class _Alike(NamedTuple):
@@ -84,10 +189,9 @@ def reconcile(
     dst_groups = [dst_group for _, dst_group in by_tables]
     for group in dst_groups:
         if dst_groups.count(group) > 1:
-            raise LayoutError(
+            raise LayoutMismatch(
                 f"group {group} of the destination has one block table, but its layers are in "
-                "several groups of the source",
-                operation="plan",
+                "several groups of the source"
             )
     pairs = (_table_pair(src, dst, scales, *groups, found) for groups, found in by_tables.items())
     return tuple(sorted(pairs, key=lambda pair: pair.dst_group))
@@ -111,15 +215,12 @@ def _check_common(
 ) -> None:
     shared = set(src.layers) & set(dst.layers)
     if not shared:
-        raise LayoutError(
-            f"no layer is held by both: source has {src.layers}, destination has {dst.layers}",
-            operation="plan",
+        raise LayoutMismatch(
+            f"no layer is held by both: source has {src.layers}, destination has {dst.layers}"
         )
     for key in sorted(keys or ()):
         if key not in common:
-            raise LayoutError(
-                f"plane {key[1]!r} of layer {key[0]} is not held by both sides", operation="plan"
-            )
+            raise LayoutMismatch(f"plane {key[1]!r} of layer {key[0]} is not held by both sides")
     if keys is None:
         planes: list[dict[int, set[str]]] = [{}, {}]
         for side, held in enumerate(places):
@@ -147,7 +248,7 @@ def _table_pair(
     blocks = _tokens(src, one), _tokens(dst, other)
     state = one.kind in WHOLE_KINDS
     copy_groups = tuple(
-        _bundle(scales, alike, entries, state=state) for alike, entries in found.items()
+        _copy_group(scales, alike, entries, state=state) for alike, entries in found.items()
     )
     aligned = ""
     if any(copy_group.dst_scales is not None for copy_group in copy_groups):
@@ -181,7 +282,7 @@ def _tokens(layout: KVLayout, group: GroupLayout) -> int:
     return layout.regions[group.regions[0]].tokens_per_slot
 
 
-def _bundle(scales: Scales, alike: _Alike, entries: list[_Entry], *, state: bool) -> CopyGroup:
+def _copy_group(scales: Scales, alike: _Alike, entries: list[_Entry], *, state: bool) -> CopyGroup:
     pair = alike.regions
     here, there = ({axis.name: axis for axis in axes} for axes in pair.axes)
     low, high = pair.heads or (0, 1)

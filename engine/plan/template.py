@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from .mapping import CopyGroup, Step
+    from .reconcile import CopyGroup, Step
 
     Ids = npt.NDArray[np.int64]
 

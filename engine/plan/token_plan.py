@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import LayoutError, PlanError
+from ..errors import LayoutMismatch, PlanError
 from ..layout.block_scales import SCALE_NBYTES
 from .block_tables import block_table, check_distinct, check_ids, state_ids
 from .reconcile import reconcile
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from ..layout.kv_layout import KVLayout
     from ..layout.region import RegionLayout
     from .block_tables import BlockIds
-    from .mapping import CopyGroup, TablePair
     from .planes import Key
+    from .reconcile import CopyGroup, TablePair
     from .template import Moves, Pieces, Rows
 
     Ids = npt.NDArray[np.int64]
@@ -294,8 +294,7 @@ def _check_bounds(plan: TokenPlan, pair: TablePair) -> None:
                 shape: RegionLayout = layout.regions[region]
                 end = start + reach + (shape.num_slots - 1) * shape.slot_stride
                 if start < 0 or end > shape.nbytes:
-                    raise LayoutError(
+                    raise LayoutMismatch(
                         f"pieces of the {side}'s region {region} end at byte {end} of "
-                        f"{shape.nbytes}",
-                        operation="plan",
+                        f"{shape.nbytes}"
                     )

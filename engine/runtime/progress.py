@@ -27,11 +27,7 @@ class Progress:
 
     def __init__(self, name: str, on_tick: Callable[[float], None]) -> None:
         self._epoll = select.epoll()
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK) if hasattr(os, "eventfd") else -1
-        if self._wake_fd < 0:
-            self._wake_fd, self._wake_write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        else:
-            self._wake_write_fd = self._wake_fd
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK)
         self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._calls: list[Callable[[], None]] = []
@@ -79,7 +75,7 @@ class Progress:
             if self._stopped:
                 return
             self._calls.append(function)
-            os.write(self._wake_write_fd, b"\1\0\0\0\0\0\0\0")
+            os.eventfd_write(self._wake_fd, 1)
 
     def stop(self) -> None:
         """Ends the thread and waits for it. Safe to call twice."""
@@ -87,19 +83,18 @@ class Progress:
             if self._stopped:
                 return
             self._stopped = True
-            os.write(self._wake_write_fd, b"\1\0\0\0\0\0\0\0")
+            os.eventfd_write(self._wake_fd, 1)
         if not self.on_thread and self._thread.ident is not None:
             self._thread.join()
         self._epoll.close()
-        for fd in {self._wake_fd, self._wake_write_fd}:
-            os.close(fd)
+        os.close(self._wake_fd)
 
     def _run(self) -> None:
         next_tick = time.monotonic() + TICK_S
         while not self._stopped:
             for fd, events in self._epoll.poll(max(0.0, next_tick - time.monotonic())):
                 if fd == self._wake_fd:
-                    os.read(fd, 4096)
+                    os.eventfd_read(fd)
                     continue
                 handler = self._handlers.get(fd)
                 if handler is not None:

@@ -32,42 +32,30 @@ _FEWEST_WORDS = 1 << 15  # 8,192 pieces and their cuts
 _warming = threading.Lock()  # threads that compile one kernel at once would each compile it
 
 
-class _DeviceMemory:
-    """An allocation of its own. What torch's allocator gives may still be in use by the stream that
-    freed it, which the mover's stream does not wait for."""
-
-    def __init__(self, device: int, nbytes: int) -> None:
-        self.device = device
-        self.nbytes = nbytes
-        self.address = driver().allocate(device, nbytes, zeros=False)
-
-    def words(self) -> torch.Tensor:
-        """It as int64."""
-        return gpu_bytes_at(self.device, self.address, self.nbytes).view(torch.int64)
-
-    def free(self) -> None:
-        driver().free(self.device, self.address)
-
-
 class _Table:
-    """A table of pieces on its way to the GPU: pinned words here, as many there."""
+    """A table of pieces on its way to the GPU: pinned words here, as many there.
+
+    There in an allocation of its own: what torch's allocator gives may still be in use by the stream
+    that freed it, which the mover's stream does not wait for.
+    """
 
     def __init__(self, device: int, num_words: int) -> None:
         self.device = device
         self.num_words = num_words
         self._here = torch.empty(num_words, dtype=torch.int64, pin_memory=True)
-        self.memory = _DeviceMemory(device, 8 * num_words)
-        self._there = self.memory.words()
+        self._address = driver().allocate(device, 8 * num_words, zeros=False)
+        self._there = gpu_bytes_at(device, self._address, 8 * num_words).view(torch.int64)
         self._words: npt.NDArray[np.int64] = self._here.numpy()
 
     def upload(self, columns: npt.NDArray[np.int64], stream: int) -> torch.Tensor:
         """The columns on the GPU, on that stream."""
         self._words[: columns.size].reshape(columns.shape)[...] = columns
         # Not torch's copy: its allocators would remember the stream, and ask it when it is gone.
-        driver().copy(
-            self.device, self.memory.address, self._here.data_ptr(), columns.nbytes, stream
-        )
+        driver().copy(self.device, self._address, self._here.data_ptr(), columns.nbytes, stream)
         return self._there[: columns.size].view(columns.shape)
+
+    def free(self) -> None:
+        driver().free(self.device, self._address)
 
 
 class _Flight:
@@ -93,7 +81,8 @@ class _Flight:
             raise DeviceError(
                 f"GPU {self._mover.device} failed: {error}", operation="stage"
             ) from error
-        self._mover._back(self._table, self._event)
+        self._mover._tables.append(self._table)
+        self._mover._events.append(self._event)
 
 
 class GpuMover:
@@ -141,7 +130,7 @@ class GpuMover:
     def close(self) -> None:
         """Frees the streams and the memory: nothing is in flight."""
         for table in self._tables:
-            table.memory.free()
+            table.free()
         self._tables.clear()
         for stream, _ in self._streams:
             driver().destroy_stream(self.device, stream)
@@ -175,9 +164,5 @@ class GpuMover:
             table = self._tables.pop()
             if table.num_words >= num_words:
                 return table
-            table.memory.free()
+            table.free()
         return _Table(self.device, max(_FEWEST_WORDS, 1 << (num_words - 1).bit_length()))
-
-    def _back(self, table: _Table, event: torch.cuda.Event) -> None:
-        self._tables.append(table)
-        self._events.append(event)

@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
+import threading
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from ..errors import DeviceError, RegionGone
+from ..errors import DeviceError, EngineError, RegionGone
 from ..memory import iovec
 from .thresholds import NEVER_DIRECT
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy.typing as npt
 
     Bytes = npt.NDArray[np.uint8]
@@ -39,6 +43,9 @@ COARSE_GRAIN_NBYTES = 256
 _AT_A_TIME_NBYTES = 256 << 10  # of rows that are copied twice: the first copy stays in the caches
 
 
+log = logging.getLogger(__name__)
+
+
 class Moved(Protocol):
     """A gather or scatter that was begun."""
 
@@ -53,8 +60,20 @@ class Moved(Protocol):
         """
 
 
+def outcome(moved: Moved) -> EngineError | None:
+    """Wait for a gather or scatter; return the error if it failed."""
+    try:
+        moved.wait()
+    except EngineError as error:
+        return error
+    return None
+
+
 class Mover(Protocol):
-    """Copies between pieces of one device's memory and staging. One thread begins, any may wait."""
+    """Copies between pieces of one device's memory and staging. One thread begins, any may wait.
+
+    Where nothing is to be done for host memory, that is what happens here.
+    """
 
     def gather(self, pieces: iovec.Iovec, address: int) -> Moved:
         """Copies the pieces to `address`, one after the other. Raises DeviceError."""
@@ -64,15 +83,19 @@ class Mover(Protocol):
 
     def pin(self, address: int, nbytes: int) -> None:
         """Makes staging reachable for this mover. Raises DeviceError."""
+        return
 
     def unpin(self, address: int) -> None:
         """Ends one `pin`."""
+        return
 
     def warm(self, address: int) -> None:
         """Does beforehand what the first copy would have to do, with 256 bytes of staging."""
+        return
 
     def close(self) -> None:
         """Frees what it holds: nothing is in flight any more."""
+        return
 
 
 class _Done:
@@ -86,7 +109,7 @@ class _Done:
 _DONE = _Done()
 
 
-class HostMover:
+class HostMover(Mover):
     """Moves pieces of host memory; done on return."""
 
     def gather(self, pieces: iovec.Iovec, address: int) -> Moved:
@@ -99,18 +122,6 @@ class HostMover:
         scatter(_staged(pieces, address), pieces, below_nbytes=GRID_BELOW_NBYTES)
         return _DONE
 
-    def pin(self, address: int, nbytes: int) -> None:
-        """Nothing: host memory reaches host memory."""
-
-    def unpin(self, address: int) -> None:
-        """Nothing."""
-
-    def warm(self, address: int) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
 
 def new_mover(device: int, max_programs: int | None = None) -> Mover:
     """A mover for the memory of a GPU, or of the host for -1."""
@@ -119,6 +130,68 @@ def new_mover(device: int, max_programs: int | None = None) -> Mover:
     from .gpu_mover import GpuMover
 
     return GpuMover(device, max_programs)
+
+
+class Movers:
+    """The movers of one stretch of staging, one a device, each made when it is first asked for.
+    Thread-safe, but for `close`."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self._address = address
+        self._nbytes = nbytes
+        self._lock = threading.Lock()
+        self._movers: dict[int, Mover] = {}
+        self._pinned_by: Mover | None = None
+
+    def get(
+        self, device: int, max_programs: int | None, idle: Callable[[], int | None] = lambda: None
+    ) -> Mover:
+        """Return the mover of a device, which reaches the staging.
+
+        Args:
+            idle: address of 256 bytes that nobody uses, in which a new one is warmed; None if there
+                are none now. No mover is given out while it is asked and used.
+
+        Raises:
+            DeviceError: the GPU's driver refuses.
+        """
+        with self._lock:
+            mover = self._movers.get(device)
+            if mover is None:
+                mover = new_mover(device, max_programs)
+                try:
+                    if device >= 0:
+                        self._prepare(mover, idle())
+                except BaseException:
+                    mover.close()
+                    raise
+                self._movers[device] = mover
+            return mover
+
+    def close(self) -> None:
+        """Free what it holds; nobody copies any more."""
+        try:
+            if self._pinned_by is not None:
+                self._pinned_by.unpin(self._address)
+            for mover in self._movers.values():
+                mover.close()
+        except DeviceError as error:  # the GPU is gone, and with it what it held
+            log.warning("kvferry: staging is not freed: %s", error)
+        self._movers.clear()
+
+    def _prepare(self, mover: Mover, idle: int | None) -> None:
+        pins = self._pinned_by is None  # one registration serves all GPUs of the process
+        if pins:
+            mover.pin(self._address, self._nbytes)
+        try:
+            if idle is not None:
+                mover.warm(idle)
+        except BaseException:
+            if pins:
+                mover.unpin(self._address)
+            raise
+        if pins:
+            self._pinned_by = mover
 
 
 def suits(pieces: iovec.Iovec, direct_from_nbytes: int) -> bool:

@@ -10,14 +10,11 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import ProtocolError, TransportUnavailable
-
-if TYPE_CHECKING:
-    from .mover import Mover
+from .mover import Movers
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 MAX_NBYTES = 4 << 30
@@ -29,6 +26,7 @@ class SharedSlots:
     Attributes:
         num_slots, slot_nbytes: how many, and how large.
         descriptor: the owner's file descriptor; -1 at the peer's.
+        movers: copy in and out of them, for each device.
     """
 
     def __init__(self, descriptor: int, num_slots: int, slot_nbytes: int, *, owned: bool) -> None:
@@ -37,7 +35,7 @@ class SharedSlots:
         self.descriptor = descriptor if owned else -1
         self._map = mmap.mmap(descriptor, num_slots * slot_nbytes)
         self._address = int(np.frombuffer(self._map, np.uint8).ctypes.data)
-        self._pinned: Mover | None = None
+        self.movers = Movers(self._address, num_slots * slot_nbytes)
 
     @classmethod
     def make(cls, num_slots: int, slot_nbytes: int) -> SharedSlots:
@@ -57,9 +55,7 @@ class SharedSlots:
             FileNotFoundError, ProcessLookupError: the peer has closed them, or has ended.
         """
         if not (num_slots and slot_nbytes and num_slots * slot_nbytes <= MAX_NBYTES):
-            raise ProtocolError(
-                f"{num_slots} slots of {slot_nbytes} bytes are no staging", operation="receive"
-            )
+            raise ProtocolError(f"{num_slots} slots of {slot_nbytes} bytes are no staging")
         try:
             mine = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
         except (FileNotFoundError, ProcessLookupError):
@@ -73,11 +69,11 @@ class SharedSlots:
         try:
             sealed = fcntl.fcntl(mine, fcntl.F_GET_SEALS) & _SEALS == _SEALS
             if not sealed or os.fstat(mine).st_size != num_slots * slot_nbytes:
-                raise ProtocolError("the peer's staging is not what it says", operation="receive")
+                raise ProtocolError("the peer's staging is not what it says")
             return cls(mine, num_slots, slot_nbytes, owned=False)
         except OSError as error:
             raise ProtocolError(
-                f"the peer's staging is no memory file ({error.strerror})", operation="receive"
+                f"the peer's staging is no memory file ({error.strerror})"
             ) from error
         finally:
             os.close(mine)
@@ -86,20 +82,9 @@ class SharedSlots:
         """A slot's address in this process."""
         return self._address + number * self.slot_nbytes
 
-    def pin(self, mover: Mover) -> None:
-        """Makes them reachable for a mover, once.
-
-        Raises:
-            DeviceError: the GPU's driver refuses.
-        """
-        if self._pinned is None:  # for all GPUs at once
-            mover.pin(self._address, self.num_slots * self.slot_nbytes)
-            self._pinned = mover
-
     def close(self) -> None:
-        """Ends this process's use of them; before its movers end."""
-        if self._pinned is not None:
-            self._pinned.unpin(self._address)
+        """Ends this process's use of them, and their movers: nobody copies any more."""
+        self.movers.close()
         self._map.close()  # it holds a descriptor of its own
         if self.descriptor >= 0:
             os.close(self.descriptor)

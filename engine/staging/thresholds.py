@@ -45,8 +45,7 @@ class DirectThresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
     def limit_nbytes(self, transport: str) -> int:
         """The smallest piece that goes direct over `transport`."""
-        default = DEFAULTS.get(transport, 0)
-        return self.direct_from_nbytes.get(transport, default)
+        return self.direct_from_nbytes.get(transport, DEFAULTS.get(transport, 0))
 
     def direct(self, transport: str, piece_nbytes: float) -> bool:
         """Whether pieces of this size (their mean, if they differ) go direct."""

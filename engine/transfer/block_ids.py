@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from ..errors import PlanError
 from ..plan.block_tables import are_few
 
@@ -66,16 +68,34 @@ def check_ids(plan: TransferPlan, src: Any, dst: Any) -> CheckedIds:
     if type(src) is UploadedIds:
         if dst is not None or src.plan is not plan:
             raise PlanError(
-                "uploaded ids stand for both lists, and for the plan they were uploaded for",
-                operation="plan",
+                "uploaded ids stand for both lists, and for the plan they were uploaded for"
             )
         return src._checked
     if dst is None:
-        raise PlanError("destination block ids are missing", operation="plan")
+        raise PlanError("destination block ids are missing")
     if not (is_on_gpu(src) or is_on_gpu(dst)):
         rows_src, rows_dst = plan.plan.check_ids(src, dst, ordered=plan.wants_order)
         return CheckedIds(rows_src, rows_dst, False, len(rows_dst))
     return CheckedIds(src, dst, True, check_on_gpu(plan, src, dst))
+
+
+def upload_ids(plan: TransferPlan, src: Any, dst: Any) -> UploadedIds:
+    """Check block ids, order them by destination and copy them to the plan's GPU. Waits for the copy.
+
+    Raises:
+        BlockOutOfRange, OverlappingBlocks, PlanError: as for `check_ids`.
+    """
+    import torch
+
+    ids = check_ids(plan, src, dst)
+    device = torch.device("cuda", plan.local.device)
+    if ids.on_gpu:
+        order = torch.argsort(ids.dst)
+        rows = torch.stack([ids.src[order].long(), ids.dst[order].long()])
+    else:
+        rows = torch.from_numpy(np.stack([ids.src, ids.dst])).to(device)
+    torch.cuda.current_stream(device).synchronize()
+    return UploadedIds(plan, rows)
 
 
 def is_on_gpu(ids: Any) -> bool:
@@ -84,7 +104,7 @@ def is_on_gpu(ids: Any) -> bool:
 
 
 def check_on_gpu(plan: TransferPlan, src: Any, dst: Any) -> int:
-    """Checks everything of two tensors of ids but their values; returns how many there are.
+    """Check everything of two tensors of ids but their values; return how many there are.
 
     Raises:
         PlanError: they are not two equally long rows of integers on the GPU of the cache.
@@ -108,8 +128,7 @@ def check_on_gpu(plan: TransferPlan, src: Any, dst: Any) -> int:
         pass  # one of them is no tensor
     raise PlanError(
         "block ids on a GPU must be two equally long contiguous rows of int32 or int64, both on "
-        f"GPU {device}, where the cache is; these are {_describe(src)} and {_describe(dst)}",
-        operation="plan",
+        f"GPU {device}, where the cache is; these are {_describe(src)} and {_describe(dst)}"
     )
 
 

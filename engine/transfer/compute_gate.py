@@ -1,4 +1,4 @@
-"""Holds transfers back until the compute before them is done, without a thread that burns a core.
+"""Hold staged transfers back until the compute before them is done, without a thread that burns a core.
 
 A staged transfer is gathered by the host's order, so the host must know when a CUDA event has
 passed. Waking a sleeping thread by CUDA costs hundreds of microseconds on some machines and a
@@ -16,6 +16,10 @@ from ..errors import DeviceError, EngineError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import torch
+
+    from .transfer import Transfer
 
 # An event behind nothing passes some microseconds after it was recorded: it is looked for so often,
 # about 30 us, since waking the gate's thread costs ten times that.
@@ -93,3 +97,40 @@ class StreamGate:
                     self._held = left + self._held
             if len(left) == len(held):
                 time.sleep(POLL_S)
+
+
+def note_compute(transfer: Transfer, stream: torch.cuda.Stream | None) -> None:
+    """Notes what a stream has been given so far, if the transfer's memory is a GPU's.
+
+    Without a stream: what the caller has enqueued, as torch's own operations are ordered.
+    """
+    regions = transfer.local_regions
+    transfer.after = compute_event(regions[0].device if regions else -1, stream)
+
+
+def compute_event(device: int, stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
+    """What passes once a stream (the device's current one if None) has done what it has been given
+    so far; None for host memory, whose device is -1."""
+    if device < 0:
+        return None
+    import torch
+
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(stream or torch.cuda.current_stream(device))
+    return event
+
+
+def hold_until_computed(
+    gate: StreamGate, transfer: Transfer, start: Callable[[Transfer], None]
+) -> None:
+    """Starts a transfer once the compute before it is done. Refuses one on several GPUs."""
+    try:
+        transfer.device()
+    except EngineError as error:
+        transfer.stop(error)
+        return
+    event, transfer.after = transfer.after, None
+    if event is None:
+        start(transfer)
+    else:
+        gate.when(event, lambda: start(transfer), transfer.stop)

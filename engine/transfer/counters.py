@@ -250,11 +250,8 @@ class CounterTable:
         if ticket is not None:
             ticket._finish(total)
 
-    def fail(self, imm: int, error: EngineError, *, remember: bool, origin: str = "") -> None:
-        """Ends the counter with `error`, from the engine `origin`.
-
-        With `remember`, an `expect` still to come fails too.
-        """
+    def fail(self, imm: int, error: EngineError, *, origin: str = "") -> None:
+        """End the counter with `error`, from the engine `origin`; an `expect` still to come fails, too."""
         with self._lock:
             counter = self._live.get(imm)
             if counter is not None and not counter.takes(origin):
@@ -263,7 +260,7 @@ class CounterTable:
             if counter is None:
                 if set(self._unknown.get(imm, _Counter()).by_origin) <= {origin}:
                     self._unknown.pop(imm, None)
-                if remember and imm not in self._retired:
+                if imm not in self._retired:
                     self._aborted.setdefault(imm, {})[origin] = error
                     while len(self._aborted) > self._max_unknown:
                         self._aborted.popitem(last=False)
@@ -291,15 +288,15 @@ class CounterTable:
             ticket._fail(make_error(imm))
 
     def tickets(self) -> list[Ticket]:
-        """The pending tickets, for the deadline monitor."""
+        """Return the pending tickets."""
         with self._lock:
             return [c.ticket for c in self._live.values() if c.ticket is not None]
 
     def close(self, error: EngineError) -> list[Ticket]:
-        """The pending tickets, for the caller to end; from now on `expect` raises `error`."""
+        """Let `expect` raise `error` from now on; return the pending tickets, for the caller to end."""
         with self._lock:
             self._closed = error
-            return [c.ticket for c in self._live.values() if c.ticket is not None]
+        return self.tickets()
 
     def _forget_lost(self) -> None:
         for imm in [imm for imm, counter in self._unknown.items() if counter.lost is not None]:

@@ -2,7 +2,7 @@
 
 `BlockMove` and `TokenMove` say which blocks or tokens of one request go where; `PieceMove` is a list
 of byte ranges. A path that multiplies a move out by itself takes it as it is; others get its pieces.
-ElementType that change their type go through staging, in chunks (`engine/convert`).
+Numbers that change their type go through staging, in chunks (`engine/convert`).
 """
 
 from __future__ import annotations
@@ -175,8 +175,7 @@ class TokenMove:
         ):
             raise PlanError(
                 "block tables on a GPU must all be there, and name blocks of tokens: give tables of "
-                "state in host memory",
-                operation="plan",
+                "state in host memory"
             )
         return tokens.nbytes(self.start, self.stop, layers=self.layers, states=states)
 
@@ -211,5 +210,5 @@ def states_of(plan: TransferPlan, dst_tables: Sequence[Any]) -> int:
         if not pair.unit and pair.dst_group < len(dst_tables)
     }
     if len(counts) > 1:
-        raise PlanError(f"groups of state have {sorted(counts)} pages", operation="plan")
+        raise PlanError(f"groups of state have {sorted(counts)} pages")
     return counts.pop() if counts else 1

@@ -66,8 +66,11 @@ class TransferPlan:
         self.addresses = np.array([region.address for region in local.regions], np.int64)
         self._remote_addresses = np.array([region.address for region in remote.regions], np.int64)
         self.caches = (local,)
-        finest = 0 if self._plan is None else self._plan.finest_nbytes()
-        self.wants_order = local.device < 0 or finest < ORDERED_BELOW_NBYTES
+        self.wants_order = (
+            local.device < 0
+            or self._plan is None
+            or bool((self._plan.template().nbytes < ORDERED_BELOW_NBYTES).any())
+        )
         self._block_nbytes: dict[tuple[int, ...] | None, int] = {}
         self._bound: dict[tuple[int, ...] | None, BoundTemplate] = {}
 
@@ -86,8 +89,7 @@ class TransferPlan:
         if self._plan is None:
             raise PlanError(
                 f"blocks of the two caches do not pair one to one ({self._obstacle}): move tokens "
-                "with write_tokens or read_tokens",
-                operation="plan",
+                "with write_tokens or read_tokens"
             )
         return self._plan
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import Cancelled, DeadlineExceeded, EngineError
 from .stream_wait import wait_for_host
@@ -20,12 +20,14 @@ DEFAULT_TIMEOUT_S = 30.0  # of operations that are given no deadline
 
 log = logging.getLogger(__name__)
 
+_Error = TypeVar("_Error", bound=EngineError)
+
 
 class Ticket:
     """One operation in flight.
 
-    Ends exactly once: with a byte count, or with an error (of the engine: an `EngineError`). Safe to use from any thread.
-    Its deadline is kept by the engine's monitor, so it ends even when nobody waits on it.
+    Ends exactly once: with a byte count, or with an error (of the engine: an `EngineError`). Safe to
+    use from any thread. Its deadline is kept by the engine's monitor, so it ends even when nobody waits on it.
 
     Attributes:
         marks: when it got where, in nanoseconds of the monotonic clock, as far as its transport can
@@ -121,12 +123,7 @@ class Ticket:
                 if not self._done and work is not None:
                     work()
         if not self._done and not self._sleep(timeout_s):
-            raise DeadlineExceeded(
-                f"still pending after waiting {timeout_s} s",
-                operation=self.operation,
-                peer=self.peer,
-                imm=self.imm,
-            )
+            raise self._make_error(DeadlineExceeded, f"still pending after waiting {timeout_s} s")
         if self._error is not None:
             raise self._error
         return self._nbytes
@@ -203,11 +200,7 @@ class Ticket:
         Cancelling an `expect` does not stop a writer: the blocks stay in danger until the peer has
         confirmed, or the link is down (`Link.quiesced`).
         """
-        return self._stop(
-            Cancelled(
-                "cancelled by this side", operation=self.operation, peer=self.peer, imm=self.imm
-            )
-        )
+        return self._stop(self._make_error(Cancelled, "cancelled by this side"))
 
     def _mark(self, name: str) -> None:
         """Notes that it got here for the first time. At most once a system call: decision 0040."""
@@ -222,11 +215,11 @@ class Ticket:
 
     def _expire(self) -> bool:
         """Ends a pending ticket because its deadline has passed."""
-        return self._stop(
-            DeadlineExceeded(
-                "the deadline passed", operation=self.operation, peer=self.peer, imm=self.imm
-            )
-        )
+        return self._stop(self._make_error(DeadlineExceeded, "the deadline passed"))
+
+    def _make_error(self, kind: type[_Error], message: str) -> _Error:
+        """Make an error that names the operation, its peer and its imm."""
+        return kind(message, operation=self.operation, peer=self.peer, imm=self.imm)
 
     def _stop(self, error: EngineError) -> bool:
         hook = self._stop_hook

@@ -115,11 +115,10 @@ class Transfer:
         regions = self.local_regions
         devices = {region.device for region in regions} or {-1}
         if len(devices) > 1 or any(r.device < 0 and r.kind != "host" for r in regions):
-            raise NotRegistered(
+            raise self.ticket._make_error(
+                NotRegistered,
                 "the local regions are on several GPUs, or partly in host memory: make one "
                 "transfer for each",
-                operation=self.ticket.operation,
-                peer=self.ticket.peer,
             )
         return devices.pop()
 

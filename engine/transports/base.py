@@ -16,6 +16,8 @@ from __future__ import annotations
 import abc
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from ..transfer.compute_gate import note_compute
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
@@ -87,9 +89,6 @@ class PathHost(Protocol):
     def reject(self, transfer: int, imm: int | None, error: EngineError, *, first: int = 0) -> None:
         """Refuses part of a peer's write: both ends' tickets end."""
 
-    def refusal(self, transfer: Transfer, error: str, reason: str) -> EngineError:
-        """The error for a transfer that the peer refused."""
-
     def abort(self, imm: int, reason: str) -> None:
         """Tells the peer that this imm's counter will never reach its total."""
 
@@ -155,9 +154,10 @@ class DataPath(abc.ABC):
         """Start a transfer: of a move that it takes, or of a list of pieces. Never blocks; errors end
         the transfer."""
 
-    def before(self, transfer: Transfer, stream: Any) -> None:  # noqa: B027 - for streams alone
+    def before(self, transfer: Transfer, stream: Any) -> None:
         """On the caller's thread, before the transfer starts there or elsewhere: notes what must
         be done first. `stream` is the caller's, or None. Never blocks."""
+        note_compute(transfer, stream)
 
     def takes(self, move: BlockMove | TokenMove) -> bool:
         """Say whether it multiplies this move out by itself, without a list of pieces."""

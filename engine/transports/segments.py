@@ -11,7 +11,7 @@ import functools
 import logging
 import queue
 import threading
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import (
     ChecksumMismatch,
@@ -33,13 +33,6 @@ if TYPE_CHECKING:
     from .base import PathHost
 
 log = logging.getLogger(__name__)
-
-
-class Placed(Protocol):
-    """Ends the use of memory that bytes were put into; with an error, they could not be."""
-
-    def __call__(self, error: EngineError | None, staged: bool) -> None:
-        """`staged`: whether they went through staging."""
 
 
 class Segment(NamedTuple):
@@ -142,26 +135,22 @@ class Reply(NamedTuple):
             self.fail(error)
 
 
-class PeerWrite(NamedTuple):
-    """A segment that a peer writes: pieces of this process's memory, in use until it is `placed`."""
+class Landing(NamedTuple):
+    """Where the bytes of a segment go that has come: memory in use until it is `placed`, or given up.
 
-    link: PathHost
-    transfer: int
-    first: int
+    Attributes:
+        pieces: in this process.
+        device: the GPU that holds them, -1 for host memory.
+        imm: of a peer's write, if it has one.
+        placed: called with the error, if they could not be put there, and whether they are staged.
+        give_up: called instead if the link fails meanwhile, which ends the transfer of a read.
+    """
+
+    pieces: Iovec
+    device: int
     imm: int | None
-    admitted: tables.Admitted
-    slot: int | None
-
-    def placed(self, error: EngineError | None, staged: bool) -> None:
-        """Counts and acknowledges its bytes, or refuses them."""
-        link, nbytes = self.link, self.admitted.nbytes
-        self.admitted.release()
-        if error is not None:
-            link.reject(self.transfer, self.imm, error, first=self.first)
-            return
-        if self.imm is not None:
-            link.count(self.imm, nbytes, 0, staged=staged)
-        link.send(Acknowledge(self.transfer, nbytes, self.slot))
+    placed: Callable[[EngineError | None, bool], None]
+    give_up: Callable[[], None]
 
 
 class Outstanding:
@@ -213,9 +202,20 @@ class Outstanding:
         read = self._reads.pop((message.transfer, message.first), None)
         return read is not None or self._answered(message.transfer)
 
-    def take_read(self, transfer: int, first: int) -> Segment | None:
-        """The segment of a read that has come; None if it was not asked for."""
-        return self._reads.pop((transfer, first), None)
+    def take_read(self, number: int, first: int, nbytes: int) -> Landing | None:
+        """Where a segment of a read goes that has come; None if it was not asked for.
+
+        Raises:
+            ProtocolError: so many bytes were not.
+        """
+        segment = self._reads.pop((number, first), None)
+        if segment is None:
+            return None
+        transfer, part = segment.transfer, segment.pieces
+        if nbytes != int(transfer.nbytes[part].sum()):
+            raise ProtocolError(f"{nbytes} bytes of a read came, which is not what was asked for")
+        placed = functools.partial(segment.placed, nbytes)
+        return Landing(transfer.local[part], transfer.device(), None, placed, lambda: None)
 
     def _answered(self, transfer: int) -> bool:
         with self._lock:
@@ -250,8 +250,7 @@ def serve(link: PathHost, ask: ReadRequest, most_nbytes: int | None = None) -> R
         admitted.release()
         link.fail(
             ProtocolError(
-                f"the peer reads {admitted.nbytes} bytes at once, and a slot has {most_nbytes}",
-                operation="receive",
+                f"the peer reads {admitted.nbytes} bytes at once, and a slot has {most_nbytes}"
             )
         )
     return None
@@ -266,7 +265,7 @@ def admit_write(
     *,
     first: int = 0,
     slot: int | None = None,
-) -> PeerWrite | None:
+) -> Landing | None:
     """Admits a segment that a peer writes; None if it is refused.
 
     Args:
@@ -286,11 +285,18 @@ def admit_write(
         return None
     if admitted.nbytes != nbytes:
         admitted.release()
-        raise ProtocolError(
-            f"{nbytes} bytes of a write came but its pieces take {admitted.nbytes}",
-            operation="receive",
-        )
-    return PeerWrite(link, transfer, first, imm, admitted, slot)
+        raise ProtocolError(f"{nbytes} bytes of a write came but its pieces take {admitted.nbytes}")
+
+    def placed(error: EngineError | None, staged: bool) -> None:
+        admitted.release()
+        if error is not None:
+            link.reject(transfer, imm, error, first=first)
+            return
+        if imm is not None:
+            link.count(imm, nbytes, 0, staged=staged)
+        link.send(Acknowledge(transfer, nbytes, slot))
+
+    return Landing(admitted.iov, admitted.device, imm, placed, admitted.release)
 
 
 def drop_replies(items: queue.SimpleQueue[Segment | Reply | None]) -> None:
@@ -316,7 +322,7 @@ def prepare_gpus(link: PathHost, prepare: Callable[[int], object]) -> None:
 
 def answer_to_nothing() -> ProtocolError:
     """The error for a peer that acknowledges, checks or refuses what it was not asked."""
-    return ProtocolError("the peer answers something that it was not asked", operation="receive")
+    return ProtocolError("the peer answers something that it was not asked")
 
 
 def checksum_mismatch(peer: str, imm: int | None) -> ChecksumMismatch:

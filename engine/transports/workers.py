@@ -72,6 +72,11 @@ class Workers:
         finally:
             self.leave()
 
+    def enter_and_run(self, work: Callable[[], None]) -> None:
+        """Does a work on the calling thread, unless nobody may enter any more. Raises nothing."""
+        if self.enter():
+            self.run(work)
+
     def close(self) -> None:
         """Nobody enters any more."""
         with self._lock:

@@ -96,8 +96,8 @@ class ControlChannel:
                 )
             )
 
-    def take(self) -> bool:
-        """Handles what has come, up to a limit; False if there was nothing."""
+    def receive(self) -> bool:
+        """Handle what has come, up to a limit; False if there was nothing."""
         try:
             data = self._sock.recv(RECEIVE_NBYTES)
         except BlockingIOError:
@@ -120,7 +120,7 @@ class ControlChannel:
         return True
 
     def unwatch(self) -> None:
-        """Nobody looks at the socket any more, which stays open for a last word."""
+        """Look at the socket no more; it stays open for a last word."""
         self._progress.unwatch(self._sock.fileno())
 
     def close(self) -> bool:
@@ -136,9 +136,8 @@ class ControlChannel:
     def _ready(self, events: int) -> None:
         if events & select.EPOLLOUT:
             self._flush()
-        if not events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
-            return
-        self.take()
+        if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
+            self.receive()
 
     def _flush(self) -> None:
         with self._lock:

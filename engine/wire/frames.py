@@ -53,25 +53,22 @@ def decode(data: bytes) -> Header:
     """
     body = data[: _BODY.size]
     if len(data) != HEADER_NBYTES:
-        raise ProtocolError(
-            f"a frame header of {len(data)} bytes is not {HEADER_NBYTES}", operation="receive"
-        )
+        raise ProtocolError(f"a frame header of {len(data)} bytes is not {HEADER_NBYTES}")
     magic, *fields = _BODY.unpack(body)
     if magic != MAGIC:
-        raise ProtocolError(f"a frame starts with {magic!r}, not {MAGIC!r}", operation="receive")
+        raise ProtocolError(f"a frame starts with {magic!r}, not {MAGIC!r}")
     if _CRC.unpack(data[_BODY.size :])[0] != zlib.crc32(body):
-        raise ProtocolError("a frame header's checksum is wrong", operation="receive")
+        raise ProtocolError("a frame header's checksum is wrong")
     header = Header(*fields)
     if header.kind not in (WRITE, DATA):
-        raise ProtocolError(f"frame kind {header.kind} is unknown", operation="receive")
+        raise ProtocolError(f"frame kind {header.kind} is unknown")
     if header.flags & ~(HAS_IMM | HAS_CRC):
-        raise ProtocolError(f"frame flags {header.flags:#x} are unknown", operation="receive")
+        raise ProtocolError(f"frame flags {header.flags:#x} are unknown")
     if header.nbytes > MAX_FRAME_NBYTES or header.num_pieces > tables.MAX_PIECES:
         raise ProtocolError(
             f"a frame of {header.nbytes} bytes in {header.num_pieces} pieces is larger than "
-            f"{MAX_FRAME_NBYTES} in {tables.MAX_PIECES}",
-            operation="receive",
+            f"{MAX_FRAME_NBYTES} in {tables.MAX_PIECES}"
         )
     if header.kind == WRITE and header.table > tables.MAX_REGIONS:
-        raise ProtocolError(f"a frame names {header.table} regions", operation="receive")
+        raise ProtocolError(f"a frame names {header.table} regions")
     return header

@@ -279,8 +279,7 @@ def decode_all(buffer: bytearray) -> list[LinkMessage]:
         size = int.from_bytes(buffer[start : start + LENGTH_NBYTES], "little")
         if not 0 < size <= MAX_MESSAGE_NBYTES:
             raise ProtocolError(
-                f"a control message of {size} bytes is not between 1 and {MAX_MESSAGE_NBYTES}",
-                operation="receive",
+                f"a control message of {size} bytes is not between 1 and {MAX_MESSAGE_NBYTES}"
             )
         if len(buffer) - start - LENGTH_NBYTES < size:
             break
@@ -288,9 +287,7 @@ def decode_all(buffer: bytearray) -> list[LinkMessage]:
         try:
             messages.append(_decoder.decode(body))
         except DECODE_ERRORS as error:
-            raise ProtocolError(
-                f"a control message does not decode: {error}", operation="receive"
-            ) from error
+            raise ProtocolError(f"a control message does not decode: {error}") from error
         start += LENGTH_NBYTES + size
     del buffer[:start]
     return messages

@@ -72,18 +72,17 @@ def admit(
         NotRegistered, RegionGone, OutOfRange: the peer may not touch that; nothing is in use then.
     """
     if len(region_data) % REGION_ROW.itemsize or len(piece_data) % PIECE_ROW.itemsize:
-        raise ProtocolError("a region or piece table has a broken row", operation="receive")
+        raise ProtocolError("a region or piece table has a broken row")
     rows = np.frombuffer(region_data, REGION_ROW)
     pieces = np.frombuffer(piece_data, PIECE_ROW)
     if len(rows) > MAX_REGIONS or len(pieces) > MAX_PIECES:
         raise ProtocolError(
             f"{len(rows)} regions and {len(pieces)} pieces are more than {MAX_REGIONS} and "
-            f"{MAX_PIECES}",
-            operation="receive",
+            f"{MAX_PIECES}"
         )
     index = pieces["region"].astype(np.int64)
     if len(index) and int(index.max()) >= len(rows):
-        raise ProtocolError("a piece names a region that its table lacks", operation="receive")
+        raise ProtocolError("a piece names a region that its table lacks")
     regions = tuple(table.admit(int(row["region"]), row["key"].tobytes()) for row in rows)
     # Lengths are unsigned on the wire: what does not fit an int64 is certainly out of range.
     if len(pieces) and (int(pieces["offset"].max()) | int(pieces["nbytes"].max())) >> 63:

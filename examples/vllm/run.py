@@ -29,7 +29,7 @@ def start_server(
     """One vLLM server; all that kvferry needs is `--kv-transfer-config`."""
     config = {
         "kv_connector": "KVFerryConnector",
-        "kv_connector_module_path": "kvferry.adapters.vllm.connector",
+        "kv_connector_module_path": "kvferry.adapters.vllm",
         "kv_role": role,
         "kv_connector_extra_config": {
             "mode": mode,

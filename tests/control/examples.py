@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from array import array
 from typing import TYPE_CHECKING
 
 from kvferry.control.handoff.messages import (
@@ -19,11 +21,25 @@ from kvferry.control.handoff.messages import (
     Request,
     Sent,
     Welcome,
-    pack_block_ids,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from kvferry.control.handoff.messages import Message
+
+
+def pack_block_ids(block_ids: Iterable[int]) -> bytes:
+    """One table: block ids as little-endian int32.
+
+    Raises:
+        OverflowError: an id does not fit.
+    """
+    ids = array("i", block_ids)
+    if sys.byteorder == "big":
+        ids.byteswap()
+    return ids.tobytes()
+
 
 SESSION = 7
 HANDOFF = HandoffId("req-1", 2, 300)

@@ -54,14 +54,14 @@ TITLES: dict[Kind, str] = {
 KINDS: dict[str, tuple[Kind, ...]] = {
     "Agent and agent": (
         *(messages.Message, messages.HandoffMessage, messages.HandoffId),
-        *messages.MESSAGE_TYPES,
+        *get_args(messages.AnyMessage),
         *(descriptors.CacheDescriptor, descriptors.RegionDescriptor, descriptors.CudaMemory),
         *(layout.KVLayout, region.RegionLayout, region.Axis, layout.GroupLayout, layout.Scale),
     ),
     "Agent and daemon": (
         daemon_messages.Ask,
-        *daemon_messages.REQUEST_TYPES,
-        *daemon_messages.ANSWER_TYPES,
+        *get_args(daemon_messages.AnyRequest),
+        *get_args(daemon_messages.AnyAnswer),
         *(membership.Record, store.Peer),
     ),
     "Engine and engine": (
@@ -119,14 +119,7 @@ FILES_WITH_LIMITS = (
             "frames",
         )
     ),
-    *(
-        f"engine/connect/{name}.py"
-        for name in (
-            "handshake",
-            "admission",
-            "listener",
-        )
-    ),
+    *(f"engine/connect/{name}.py" for name in ("handshake", "listener")),
     *(f"engine/transfer/{name}.py" for name in ("counters",)),
     *(f"engine/transports/verbs/{name}.py" for name in ("cards",)),
 )

@@ -1,4 +1,4 @@
-"""ElementType of GPU caches that change their type over transports that stage, and change their layout."""
+"""Numbers of GPU caches that change their type over transports that stage, and change their layout."""
 
 from __future__ import annotations
 

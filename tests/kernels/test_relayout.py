@@ -150,7 +150,7 @@ def scaled(dtype: str, per_head: bool, seed: int) -> tuple[dict[str, Any], np.nd
 def test_numbers_change_their_type_on_the_way(
     kernel_device: str, case: Any, dtypes: tuple[str, str], per_head: bool
 ) -> None:
-    """ElementType that every type holds exactly: the interpreter rounds otherwise than a GPU."""
+    """Numbers that every type holds exactly: the interpreter rounds otherwise than a GPU."""
     src_options, src_scales = scaled(dtypes[0], per_head, 1)
     dst_options, dst_scales = scaled(dtypes[1], per_head, 2)
     src, dst = pair_of(case, src=src_options, dst=dst_options)

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvferry.kernels import rows as rows_module
+from kvferry.kernels.cast import cast_reference
 from kvferry.kernels.errors import ShapeError
 from kvferry.kernels.rows import (
     NARROW_WORDS,
@@ -26,7 +27,6 @@ from kvferry.kernels.rows import (
     row_constants,
     row_types,
     rows_kernel,
-    rows_reference,
 )
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Rows:
 
     def expected(self) -> torch.Tensor:
         after = self.memory[1].cpu().clone()
-        rows = rows_reference(self.numbers, self.types[1], self.factors)
+        rows = cast_reference(self.numbers, self.factors[:, None], self.types[1])
         for offset, row in zip(self.offsets[1], rows, strict=True):
             raw = row.view(torch.uint8)
             after[offset : offset + len(raw)] = raw

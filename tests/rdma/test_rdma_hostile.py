@@ -80,7 +80,7 @@ def test_messages_about_lives_that_are_over_change_nothing(pair: Any) -> None:
 
 def test_a_rail_is_not_opened_out_of_turn(pair: Any) -> None:
     memory = pair.memory(MIB // 4)
-    pair.link.send(wire.RailOpen(0, Offer((pair.link._path.rails[0].card(),)).encode()))
+    pair.link._channel.send(wire.RailOpen(0, Offer((pair.link._path.rails[0].card(),)).encode()))
     assert isinstance(pair.failure(pair.back.down), ProtocolError)
     memory.unharmed()
     serves(pair, memory)

@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kvferry.engine.convert import conversion
-from kvferry.engine.convert import gpu_workspace as gpu_workplace
-from kvferry.engine.convert import workspaces as workspaces
+from kvferry.engine.convert import conversion, gpu_workspace, workspace
 from kvferry.engine.convert.gpu_workspace import GpuWorkspace
 from kvferry.engine.errors import DeviceError
 from kvferry.engine.memory import regions as memory
 from kvferry.engine.staging import gpu_mover
-from kvferry.engine.transfer import staged
+from kvferry.engine.transfer import compute_gate
 from kvferry.engine.transfer.device_counters import DeviceCounters
 from kvferry.kernels import rows
 from kvferry.kernels.pieces import copy_pieces, make_table
@@ -87,7 +85,7 @@ def convert_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[InterpretedGpu]
         gpus.append(InterpretedGpu())
         return GpuWorkspace(gpus[-1], max_programs)
 
-    monkeypatch.setattr(workspaces, "new_workspace", new)
+    monkeypatch.setattr(workspace, "new_workspace", new)
     return gpus
 
 
@@ -151,8 +149,8 @@ class StandIn:
         monkeypatch.setattr(memory, "export_tensor", lambda *_: (None, None))
         monkeypatch.setattr(DeviceCounters, "array", lambda *_: (b"", 0))
         monkeypatch.setattr(gpu_mover, "GpuMover", new_mover)
-        monkeypatch.setattr(gpu_workplace, "new_gpu_workspace", new_workspace)
-        for module in (staged, conversion):
+        monkeypatch.setattr(gpu_workspace, "new_gpu_workspace", new_workspace)
+        for module in (compute_gate, conversion):
             monkeypatch.setattr(module, "compute_event", event)
 
     def count(self, movers: int = 0, moved: int = 0) -> None:

@@ -106,7 +106,7 @@ def expect(src: Scaled, dst: Scaled, tables: Any, start: int, stop: int) -> Any:
 
 
 def fill_exactly(src: Scaled, dst: Scaled) -> None:
-    """ElementType, and scales where the source has them, that the interpreter converts exactly."""
+    """Numbers, and scales where the source has them, that the interpreter converts exactly."""
     draw = np.random.default_rng(11)
     exact = {torch.float8_e4m3fn, torch.float8_e5m2} & {dst.pool.tensors[0].dtype}
     for tensor in src.pool.tensors:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from kvferry.adapters.vllm.settings import Settings
-from kvferry.control.cluster.stores import parse_store
+from kvferry.control.cluster.store import parse_store
 from kvferry.control.daemon.settings import Settings as DaemonSettings
 from kvferry.tools.router.cli import router
 from tests import ROOT

@@ -42,7 +42,7 @@ def make(role: KVConnectorRole) -> Any:
     config = SimpleNamespace(
         kv_transfer_config=KVTransferConfig(
             kv_connector="KVFerryConnector",
-            kv_connector_module_path="kvferry.adapters.vllm.connector",
+            kv_connector_module_path="kvferry.adapters.vllm",
             kv_role="kv_both",
         ),
         parallel_config=SimpleNamespace(pipeline_parallel_size=1, tensor_parallel_size=1, rank=0),

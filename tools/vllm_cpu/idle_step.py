@@ -58,7 +58,7 @@ def measure(steps: int = 20_000) -> dict[str, float]:
         caches=caches,
         num_blocks=layout.num_blocks,
     )
-    scheduler = SchedulerSide("idle", Settings(), groups=groups, tp_size=1, pp_size=1)
+    scheduler = SchedulerSide("idle", Settings(), groups=groups, tp_size=1)
     output = SimpleNamespace(total_num_scheduled_tokens=8, num_scheduled_tokens={"a": 8})
 
     def worker_step(orders: Any) -> None:

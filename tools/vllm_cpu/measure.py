@@ -50,7 +50,7 @@ def connector(kind: str, role: str) -> dict[str, Any]:
         return {"kv_connector": f"Nixl{mode.title()}Connector", "kv_role": role}
     return {
         "kv_connector": "KVFerryConnector",
-        "kv_connector_module_path": "kvferry.adapters.vllm.connector",
+        "kv_connector_module_path": "kvferry.adapters.vllm",
         "kv_role": role,
         "kv_connector_extra_config": {"mode": mode, "transports": [transport]},
     }

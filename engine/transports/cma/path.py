@@ -27,7 +27,6 @@ from ...errors import (
 from ...memory import iovec
 from ...runtime.copy_threads import Batch
 from ...transfer.moves import BlockMove
-from ...transfer.staged import note_compute
 from ...transfer.transfer import Transfer
 from ...wire import tables
 from ...wire.messages import Arrived, Check, Checked, Refuse
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
-    import torch
 
     from ...transfer.moves import TokenMove
     from ...transfer.plan import TransferPlan
@@ -79,15 +77,8 @@ def yama_scope() -> int:
 def probe() -> Availability:
     """Tries the system call on this process itself, and looks at what Yama would allow."""
     word = np.arange(2, dtype=np.uint64)
-    copy = np.zeros(2, np.uint64)
     try:
-        iovec.process_vm(
-            os.getpid(),
-            iovec.one(copy.ctypes.data, 16),
-            iovec.one(word.ctypes.data, 16),
-            16,
-            write=False,
-        )
+        read_word(os.getpid(), word.ctypes.data)
     except OSError as error:
         return Availability(
             False,
@@ -116,13 +107,8 @@ def read_word(pid: int, address: int) -> bytes:
         OSError: it may not.
     """
     word = np.zeros(2, np.uint64)
-    iovec.process_vm(
-        pid,
-        iovec.one(word.ctypes.data, 16),
-        iovec.one(address, 16),
-        16,
-        write=False,
-    )
+    here, there = iovec.one(word.ctypes.data, 16), iovec.one(address, 16)
+    iovec.process_vm(pid, here, there, 16, write=False)
     return word.tobytes()
 
 
@@ -156,9 +142,6 @@ class CmaPath(DataPath):
             Checked: self._checked,
             Refuse: self._refused,
         }
-
-    def before(self, transfer: Transfer, stream: torch.cuda.Stream | None) -> None:
-        note_compute(transfer, stream)
 
     def prepare(self, plan: TransferPlan, layers: Sequence[int] | None) -> None:
         if plan.local.device >= 0:
@@ -239,14 +222,15 @@ class CmaPath(DataPath):
         return min(CHUNK_NBYTES, max(MIN_CHUNK_NBYTES, share_nbytes))
 
     def _start(self, transfer: Transfer, tasks: list[Callable[[], None]]) -> None:
-        guarded = [functools.partial(self._guarded, task) for task in tasks]
+        guarded = [functools.partial(self._workers.enter_and_run, task) for task in tasks]
         transfer.ticket._help = Batch(self._link.core.copiers, guarded).help
 
     def _start_small(
         self, transfer: Transfer, local: iovec.FewEntries, remote: iovec.FewEntries
     ) -> None:
-        copy = functools.partial(self._copy_all, transfer, local, remote)
-        if not self._link.core.copiers.do_here(functools.partial(self._guarded, copy)):
+        copy = functools.partial(self._move, transfer, local, remote, transfer.total_nbytes)
+        guarded = functools.partial(self._workers.enter_and_run, copy)
+        if not self._link.core.copiers.do_here(guarded):
             self._start(transfer, [copy])
 
     def _refused(self, message: Refuse) -> bool:
@@ -266,23 +250,17 @@ class CmaPath(DataPath):
         self._workers.close()
         self._staging.halt(lambda: self._workers.halt(halted))
 
-    def _guarded(self, task: Callable[[], None]) -> None:
-        if self._workers.enter():
-            self._workers.run(task)
-
     def _copy(self, transfer: Transfer, number: int, part: slice, remote: iovec.Iovec) -> None:
-        if not transfer.begin():
+        if transfer.stopped is not None:
             return
         nbytes = int(transfer.nbytes[part].sum())
         local = transfer.local[part].copy()
         if nbytes < len(local) * JOINED_BELOW_NBYTES:
             local, remote = iovec.join_remote(local, remote)
-        if not self._move(transfer, local, remote, nbytes):
-            return
+        checked = None
         if self._link.core.verify:
-            self._ask_check(transfer, number, part, nbytes)
-        else:
-            transfer.end(nbytes)
+            checked = functools.partial(self._ask_check, transfer, number, part, nbytes)
+        self._move(transfer, local, remote, nbytes, checked)
 
     def _copy_share(
         self,
@@ -291,22 +269,14 @@ class CmaPath(DataPath):
         blocks: BoundBlocks,
         share: Share,
     ) -> None:
-        if transfer.begin() and self._move(transfer, *bound.iovecs(share, blocks), share.nbytes):
-            transfer.end(share.nbytes)
+        if transfer.stopped is None:
+            self._move(transfer, *bound.iovecs(share, blocks), share.nbytes)
 
     def _copy_slice(
         self, transfer: Transfer, count: int, local: Column, remote: Column, share: Share
     ) -> None:
         part = slice(share.rows.start * count, share.rows.stop * count)
-        if transfer.begin() and self._move(transfer, local[part], remote[part], share.nbytes):
-            transfer.end(share.nbytes)
-
-    def _copy_all(
-        self, transfer: Transfer, local: iovec.FewEntries, remote: iovec.FewEntries
-    ) -> None:
-        nbytes = transfer.total_nbytes
-        if transfer.begin() and self._move(transfer, local, remote, nbytes):
-            transfer.end(nbytes)
+        self._move(transfer, local[part], remote[part], share.nbytes)
 
     def _move(
         self,
@@ -314,16 +284,22 @@ class CmaPath(DataPath):
         local: npt.NDArray[np.integer] | iovec.FewEntries,
         remote: npt.NDArray[np.integer] | iovec.FewEntries,
         nbytes: int,
-    ) -> bool:
-        """Copies, for work that was begun; if that fails, ends it and returns False."""
+        placed: Callable[[], None] | None = None,
+    ) -> None:
+        """Copies, unless the transfer has been stopped. What is `placed` ends, if that is not given."""
+        if not transfer.begin():
+            return
         transfer.ticket._mark("on wire")
         try:
             iovec.process_vm(self._pid, local, remote, nbytes, write=transfer.write)
         except OSError as error:
             transfer.stop(self._error(error, transfer))
             transfer.end(0)
-            return False
-        return True
+            return
+        if placed is None:
+            transfer.end(nbytes)
+        else:
+            placed()
 
     def _count(self, imm: int, transfer: Transfer) -> None:
         """Counts a write that is placed; the peer counts the bytes that it verifies."""
@@ -341,20 +317,14 @@ class CmaPath(DataPath):
             return lost
         if error.errno == errno.EPERM:
             return TransportUnavailable(refusal(error), operation=operation, peer=peer)
-        if error.errno != errno.EFAULT:
-            return LinkError(
-                f"the kernel could not copy: {error.strerror}",
-                operation=operation,
-                peer=peer,
-                imm=transfer.imm,
-            )
-        return RegionGone(
+        kind: type[EngineError] = RegionGone
+        why = (
             f"memory of a region is not mapped any more ({error.strerror}): it was freed while "
-            "registered, here or at the peer",
-            operation=operation,
-            peer=peer,
-            imm=transfer.imm,
+            "registered, here or at the peer"
         )
+        if error.errno != errno.EFAULT:
+            kind, why = LinkError, f"the kernel could not copy: {error.strerror}"
+        return kind(why, operation=operation, peer=peer, imm=transfer.imm)
 
     # Verification: the sender's checksum is compared where the bytes lie, before they count.
 
@@ -377,7 +347,7 @@ class CmaPath(DataPath):
     def _check_soon(self, ask: Check) -> bool:
         """Has a copier check, unless the path has been halted by then."""
         check = functools.partial(self._check, ask)
-        self._link.core.copiers.run(functools.partial(self._guarded, check))
+        self._link.core.copiers.run(functools.partial(self._workers.enter_and_run, check))
         return True
 
     def _check(self, ask: Check) -> None:

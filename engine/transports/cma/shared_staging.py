@@ -17,9 +17,9 @@ import numpy as np
 from ...errors import DeviceError, EngineError, ProtocolError
 from ...memory import iovec
 from ...runtime.pipeline import work_off
-from ...staging.mover import Moved, Mover, new_mover
+from ...staging.mover import Moved, outcome
 from ...staging.shared_slots import SharedSlots
-from ...transfer.staged import hold_until_computed
+from ...transfer.compute_gate import hold_until_computed
 from ...wire import tables
 from ...wire.messages import (
     Acknowledge,
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from ...transfer.transfer import Transfer
     from ...wire.messages import LinkMessage
     from ..base import PathHost
-    from ..segments import Placed, Segment
+    from ..segments import Landing, Segment
 
 # Two H200s, 1 GiB of 32 KiB pieces, GB/s by slots and their size: 4 of 32 MiB 35, 8 of 16 MiB 40, 12 of
 # 16 MiB 41, 12 of 24 MiB 43, 16 of 8 MiB 23. A part costs each side 0.3 ms in Python, and a slot goes
@@ -61,21 +61,28 @@ FIRST_PART_NBYTES = 4 << 20
 
 
 class _Gathered(NamedTuple):
-    """A slot that is being filled; `end` ends the use of where its bytes come from."""
+    """A slot that is being filled with the bytes of a segment."""
 
     slot: int
     moved: Moved
-    end: Callable[[EngineError | None], None]
     item: Segment | Reply
     nbytes: int
 
+    def end(self, error: EngineError | None) -> None:
+        """Ends the use of where they come from."""
+        self.item.sent(error)
+
 
 class _Scattered(NamedTuple):
-    """A slot that is being emptied; `end` ends the use of where its bytes go."""
+    """A slot that is being emptied."""
 
     slot: int
     moved: Moved
-    end: Callable[[EngineError | None], None]
+    landing: Landing
+
+    def end(self, error: EngineError | None) -> None:
+        """Ends the use of where its bytes go."""
+        self.landing.placed(error, True)
 
 
 class SharedStaging:
@@ -89,7 +96,7 @@ class SharedStaging:
         self._link = link
         self._pid = pid
         self._lock = threading.Lock()
-        self._making = threading.Lock()  # of slots and movers, which takes a while
+        self._making = threading.Lock()  # of slots, which takes a while
         self._out: queue.SimpleQueue[Segment | Reply | None] = queue.SimpleQueue()
         self._in: queue.SimpleQueue[Staged | None] = queue.SimpleQueue()
         self._free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
@@ -100,7 +107,6 @@ class SharedStaging:
         self._theirs: SharedSlots | None = None
         # Its owner ended before we could open it; what it has said is still coming.
         self._closed = False
-        self._movers: dict[tuple[str, int], Mover] = {}
         self._threads: dict[str, threading.Thread] = {}
         self._workers = Workers(link, "staging")
         self.refused = self._outstanding.refused
@@ -124,7 +130,12 @@ class SharedStaging:
         Raises:
             DeviceError: the GPU's driver refuses.
         """
-        self._mover("out", device, self._slots())
+        slots = self._slots()
+        slots.movers.get(
+            device,
+            self._link.core.max_programs,
+            lambda: slots.slot(0) if self._free.qsize() == NUM_SLOTS else None,  # nobody fills it
+        )
 
     def halt(self, halted: Callable[[], None]) -> None:
         """Stops all work, then calls `halted` once, from any thread. Never blocks."""
@@ -173,7 +184,8 @@ class SharedStaging:
             return None
         pieces, device = source
         try:
-            moved = self._mover("out", device, slots).gather(pieces, slots.slot(slot))
+            mover = slots.movers.get(device, self._link.core.max_programs)
+            moved = mover.gather(pieces, slots.slot(slot))
         except EngineError as error:
             item.sent(error)
             self._free.put(slot)
@@ -181,10 +193,10 @@ class SharedStaging:
         except BaseException:
             item.sent()
             raise
-        return _Gathered(slot, moved, item.sent, item, int(pieces[:, 1].sum()))
+        return _Gathered(slot, moved, item, int(pieces[:, 1].sum()))
 
     def _announce(self, gathered: _Gathered) -> None:
-        slot, moved, end, item, nbytes = gathered
+        slot, moved, item, nbytes = gathered
         failure: EngineError | None = None
         try:
             moved.wait()
@@ -217,7 +229,7 @@ class SharedStaging:
         except DeviceError as error:
             failure = error
             self._free.put(slot)
-        end(failure)
+        item.sent(failure)
 
     def _region_rows(self, transfer: Transfer) -> bytes:
         """Encodes a transfer's region table; most transfers name the regions of the one before."""
@@ -231,64 +243,46 @@ class SharedStaging:
     def _take_in(self) -> None:
         slots = self._theirs
         if slots is not None:
-            prepare_gpus(self._link, lambda device: self._mover("in", device, slots))
+            cap = self._link.core.max_programs
+            prepare_gpus(self._link, lambda device: slots.movers.get(device, cap))
         work_off(self._in, self._scatter, self._placed, _always, _drop, _done)
 
     def _scatter(self, staged: Staged) -> _Scattered | None:
         slots = self._theirs
         if slots is None or staged.slot >= slots.num_slots or staged.nbytes > slots.slot_nbytes:
             raise ProtocolError(
-                f"slot {staged.slot} with {staged.nbytes} bytes is in no staging of the peer's",
-                operation="receive",
+                f"slot {staged.slot} with {staged.nbytes} bytes is in no staging of the peer's"
             )
-        return self._scatter_reply(slots, staged) if staged.reply else self._admit(slots, staged)
-
-    def _scatter_reply(self, slots: SharedSlots, staged: Staged) -> _Scattered | None:
-        segment = self._outstanding.take_read(staged.transfer, staged.first)
-        if segment is None:
-            raise ProtocolError("staged bytes answer no read of ours", operation="receive")
-        transfer, pieces = segment.transfer, segment.transfer.local[segment.pieces]
-        if staged.nbytes != int(pieces[:, 1].sum()):
-            raise ProtocolError("staged bytes are not what was asked for", operation="receive")
-        placed = functools.partial(segment.placed, staged.nbytes)
-        return self._put(slots, staged, pieces, transfer.device(), placed)
-
-    def _admit(self, slots: SharedSlots, staged: Staged) -> _Scattered | None:
-        rows, number = (staged.regions, staged.pieces), staged.transfer
-        write = admit_write(self._link, number, staged.imm, rows, staged.nbytes, first=staged.first)
-        if write is None:
+        landing = self._landing(staged)
+        if landing is None:
             self._link.send(Unstaged(staged.slot))
             return None
-        admitted = write.admitted
-        return self._put(slots, staged, admitted.iov, admitted.device, write.placed)
-
-    def _put(
-        self,
-        slots: SharedSlots,
-        staged: Staged,
-        pieces: iovec.Iovec,
-        device: int,
-        placed: Placed,
-    ) -> _Scattered | None:
-        end = functools.partial(placed, staged=True)
         try:
             self._check(slots, staged)
-            moved = self._mover("in", device, slots).scatter(slots.slot(staged.slot), pieces)
+            mover = slots.movers.get(landing.device, self._link.core.max_programs)
+            moved = mover.scatter(slots.slot(staged.slot), landing.pieces)
         except EngineError as error:
             self._link.send(Unstaged(staged.slot))
-            end(error)
+            landing.placed(error, True)
             return None
         except BaseException:
-            end(None)
+            landing.give_up()
             raise
-        return _Scattered(staged.slot, moved, end)
+        return _Scattered(staged.slot, moved, landing)
+
+    def _landing(self, staged: Staged) -> Landing | None:
+        """Where staged bytes go; None if that is refused."""
+        number, first, nbytes = staged.transfer, staged.first, staged.nbytes
+        if not staged.reply:
+            rows = (staged.regions, staged.pieces)
+            return admit_write(self._link, number, staged.imm, rows, nbytes, first=first)
+        landing = self._outstanding.take_read(number, first, nbytes)
+        if landing is None:
+            raise ProtocolError("staged bytes answer no read of ours")
+        return landing
 
     def _placed(self, scattered: _Scattered) -> None:
-        failure: EngineError | None = None
-        try:
-            scattered.moved.wait()
-        except DeviceError as error:
-            failure = error
+        failure = outcome(scattered.moved)
         self._link.send(Unstaged(scattered.slot))
         scattered.end(failure)
 
@@ -314,19 +308,6 @@ class SharedStaging:
                 self._link.send(OpenStaging(slots.descriptor, NUM_SLOTS, SLOT_NBYTES))
             return slots
 
-    def _mover(self, direction: str, device: int, slots: SharedSlots) -> Mover:
-        """Returns what copies between the slots and a device; makes it with the first call."""
-        with self._making:
-            mover = self._movers.get((direction, device))
-            if mover is None:
-                mover = new_mover(device, self._link.core.max_programs)
-                self._movers[direction, device] = mover
-                if device >= 0:
-                    slots.pin(mover)
-                    if direction == "out" and self._free.qsize() == NUM_SLOTS:
-                        mover.warm(slots.slot(0))  # while nobody fills it
-            return mover
-
     # The peer's messages, on the progress thread.
 
     def _staged(self, message: Staged) -> bool:
@@ -338,7 +319,7 @@ class SharedStaging:
     def _open(self, message: OpenStaging) -> bool:
         try:
             if self._theirs is not None:
-                raise ProtocolError("the peer's staging is open already", operation="receive")
+                raise ProtocolError("the peer's staging is open already")
             self._theirs = SharedSlots.open(
                 self._pid, message.descriptor, message.num_slots, message.slot_nbytes
             )
@@ -389,8 +370,6 @@ class SharedStaging:
                 slots.close()
         if self._mine is not None:
             self._link.core.staging.add(-NUM_SLOTS * SLOT_NBYTES)
-        for mover in self._movers.values():
-            mover.close()
         halted()
 
 
@@ -417,9 +396,4 @@ def _done(begun: _Gathered | _Scattered) -> bool:
 
 def _drop(begun: _Gathered | _Scattered) -> None:
     """Waits for the copies of a thread that fails: they end before anybody believes that they have."""
-    try:
-        begun.moved.wait()
-    except DeviceError as error:
-        begun.end(error)
-    else:
-        begun.end(None)
+    begun.end(outcome(begun.moved))

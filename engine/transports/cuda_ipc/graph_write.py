@@ -145,9 +145,7 @@ class GraphWrite:
         if not self._launched:
             self._launched = True
             _in_graphs.append((self._words, self._rows, self._copy))
-        cuda = driver()
-        cuda.enter(self._device)
-        try:
+        with driver().current(self._device):
             self._copy.launch_for_graph(
                 raw,
                 self._src_ids.data_ptr(),
@@ -159,8 +157,6 @@ class GraphWrite:
                 counters=self._counters,
                 words=self._addresses,
             )
-        finally:
-            cuda.leave()
 
     def poll(self) -> bool:
         """Tells the peer's host what replays have moved since the last time; whether there was any.

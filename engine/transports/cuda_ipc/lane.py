@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ....kernels.launch import LoadedCopy
+    from ...errors import EngineError
     from ...transfer.block_ids import CheckedIds
     from ...transfer.ticket import Ticket
     from ...transfer.transfer import Transfer
@@ -53,14 +54,12 @@ class Launched(NamedTuple):
     bad_ids: torch.Tensor | None = None
 
 
-class _Flight:
-    """One transfer in the air, and what must live until its kernels end."""
+class _Flight(Event):
+    """One transfer in the air, the event that its kernels end with, and what must live until then."""
 
     __slots__ = (
-        "_idle_events",
         "awaited",
         "bad_ids",
-        "event",
         "flag",
         "keep",
         "landed",
@@ -70,11 +69,11 @@ class _Flight:
         "transfer",
     )
 
-    def __init__(self, lane: Lane, transfer: Transfer, idle_events: list[int]) -> None:
+    def __init__(self, lane: Lane, transfer: Transfer, idle: list[int]) -> None:
         self.lane = lane
         self.transfer = transfer
-        self._idle_events = idle_events
-        self.event = idle_events.pop()
+        self._idle = idle  # as `Event` does: a call less
+        self.handle = idle.pop()
         self.nbytes = transfer.total_nbytes
         self.scratch: Scratch | None = None
         self.flag: Flag | None = None
@@ -82,9 +81,6 @@ class _Flight:
         self.keep: Any = None
         self.awaited = False  # a caller waits for it, awake, and will end it
         self.landed = False
-
-    def __del__(self) -> None:
-        self._idle_events.append(self.event)  # nobody knows it any more, so nobody waits for it
 
     def spin(self) -> None:
         """On a caller's thread: waits for the kernels and ends the transfer."""
@@ -96,7 +92,7 @@ class _Flight:
         cuda = driver()
         cuda.enter(stream.device_index)
         try:
-            cuda.wait_event(stream.cuda_stream, self.event)
+            cuda.wait_event(stream.cuda_stream, self.handle)
         finally:
             cuda.leave()
         return True
@@ -116,7 +112,8 @@ class Lane:
         self.device = device
         self.watch = watch
         self._cuda = driver()
-        self._raw_stream = _take_stream(device)
+        idle = _idle_streams.get(device)
+        self._raw_stream = idle.pop() if idle else self._cuda.new_stream(device)
         self.stream: torch.cuda.Stream = torch.cuda.ExternalStream(  # type: ignore[no-untyped-call]
             self._raw_stream, device=device
         )
@@ -132,14 +129,14 @@ class Lane:
         self._free = {FEWEST_WORDS: Scratch.several(self.stream, AHEAD, FEWEST_WORDS)}
         self._flags = Flag.several(AHEAD)
         self._idle_events = idle_events(device)
-        self._mark = self._event()
+        self._mark = Event(self._idle_events)
         self._closed = False
         self._thread = threading.Thread(target=self._work, name=f"{name}-gpu{device}", daemon=True)
         self._thread.start()
 
     def mark(self, stream: torch.cuda.Stream) -> Event:
         """What a stream has been given so far, as an event for `Transfer.after`."""
-        event = self._event()
+        event = Event(self._some_events())
         self._cuda.enter(self.device)
         try:
             self._cuda.record(event.handle, stream.cuda_stream)
@@ -167,8 +164,7 @@ class Lane:
                 for count in (1, many):
                     copy.load(dtype, dtype, count)
         with self._lock:
-            self._cuda.enter(self.device)
-            try:
+            with self._cuda.current(self.device):
                 torch.cuda.current_stream(self.device).synchronize()  # the ids are there
                 for copy in copies:
                     copy.launch(
@@ -182,8 +178,6 @@ class Lane:
                         counter=0,
                         bad_ids=flag.address,
                     )
-            finally:
-                self._cuda.leave()
             self.stream.synchronize()
 
     def launch(
@@ -203,7 +197,7 @@ class Lane:
         with self._lock:
             if self._closed or not transfer.begin():
                 return
-            flight = self._new_flight(transfer)
+            flight = _Flight(self, transfer, self._some_events())
             flight.nbytes = nbytes
             try:
                 uploaded = None
@@ -217,7 +211,7 @@ class Lane:
                     if transfer.after is not None:
                         self._cuda.wait_event(self._raw_stream, transfer.after.handle)
                     flight.keep, flight.bad_ids = kernels(uploaded)
-                    self._cuda.record(flight.event, self._raw_stream)
+                    self._cuda.record(flight.handle, self._raw_stream)
             except Exception as error:  # Triton and torch raise many kinds
                 self._failed(flight, error)
             self._in_the_air(flight)
@@ -240,8 +234,10 @@ class Lane:
         with self._lock:
             if self._closed or not transfer.begin():
                 return
-            flight = self._new_flight(transfer)
-            flight.flag = self._flags.pop() if self._flags else self._new_flag()
+            flight = _Flight(self, transfer, self._some_events())
+            if not self._flags:
+                self._flags += Flag.several(AHEAD)
+            flight.flag = self._flags.pop()
             flight.keep = ids
             if not ids.on_gpu:
                 count = ids.num_blocks
@@ -298,7 +294,7 @@ class Lane:
                 counter,
                 flag.address,
             )
-        cuda.record(flight.event, raw)
+        cuda.record(flight.handle, raw)
 
     def _enqueue_elsewhere(self, flight: _Flight, *arguments: Any) -> None:
         """On a thread whose current context is that of another GPU, or which has none yet. Nothing
@@ -329,34 +325,18 @@ class Lane:
             self._landed.wait_for(lambda: not self._in_flight)
         _idle_streams.setdefault(self.device, []).append(self._raw_stream)
 
-    def _new_flight(self, transfer: Transfer) -> _Flight:
+    def _some_events(self) -> list[int]:
+        """The idle events of the device; at least one."""
         if not self._idle_events:
             idle_events(self.device)  # the same list
-        return _Flight(self, transfer, self._idle_events)
-
-    def _event(self) -> Event:
-        if not self._idle_events:
-            idle_events(self.device)  # the same list
-        return Event(self._idle_events)
+        return self._idle_events
 
     def _failed(self, flight: _Flight, error: Exception) -> None:
         """What was launched before the failure is waited for all the same."""
         flight.nbytes = 0
-        with contextlib.suppress(DeviceError):
-            self._cuda.enter(self.device)
-            try:
-                self._cuda.record(flight.event, self._raw_stream)
-            finally:
-                self._cuda.leave()
-        transfer = flight.transfer
-        transfer.stop(
-            DeviceError(
-                f"launching on GPU {self.device} failed: {error}",
-                operation=transfer.ticket.operation,
-                peer=transfer.ticket.peer,
-                imm=transfer.imm,
-            )
-        )
+        with contextlib.suppress(DeviceError), self._cuda.current(self.device):
+            self._cuda.record(flight.handle, self._raw_stream)
+        _stop(flight.transfer, DeviceError, f"launching on GPU {self.device} failed: {error}")
 
     def _in_the_air(self, flight: _Flight) -> None:
         """Last of all: a thread that is woken wants the interpreter lock."""
@@ -374,10 +354,6 @@ class Lane:
         if not free:
             free += Scratch.several(self.stream, max(1, AHEAD * FEWEST_WORDS // size), size)
         return free.pop()
-
-    def _new_flag(self) -> Flag:
-        self._flags += Flag.several(AHEAD)
-        return self._flags.pop()
 
     def _work(self) -> None:
         torch.cuda.set_device(self.device)
@@ -423,10 +399,9 @@ class Lane:
         """Waits for a transfer's kernels and ends it, on whichever thread is the first to see it:
         a caller that waits need not be woken by the lane's thread."""
         transfer, moved = flight.transfer, flight.nbytes
-        ticket = transfer.ticket
         failure = None
         try:
-            self._cuda.synchronize_event(flight.event)
+            self._cuda.synchronize_event(flight.handle)
         except DeviceError as error:
             failure = error
         with self._lock:
@@ -435,24 +410,14 @@ class Lane:
             flight.landed = True
         if failure is not None:
             moved = 0
-            transfer.stop(
-                DeviceError(
-                    f"GPU {self.device} failed: {failure.message}",
-                    operation=ticket.operation,
-                    peer=ticket.peer,
-                    imm=transfer.imm,
-                )
-            )
+            _stop(transfer, DeviceError, f"GPU {self.device} failed: {failure.message}")
         elif self._met_bad_ids(flight):
             moved = 0
-            transfer.stop(
-                BlockOutOfRange(
-                    "a block id on the GPU is outside the cache: its block was not moved, and "
-                    "nothing was counted",
-                    operation=ticket.operation,
-                    peer=ticket.peer,
-                    imm=transfer.imm,
-                )
+            _stop(
+                transfer,
+                BlockOutOfRange,
+                "a block id on the GPU is outside the cache: its block was not moved, and nothing "
+                "was counted",
             )
         try:
             transfer.end(moved)
@@ -468,6 +433,6 @@ class Lane:
                     self._landed.notify_all()
 
 
-def _take_stream(device: int) -> int:
-    idle = _idle_streams.get(device)
-    return idle.pop() if idle else driver().new_stream(device)
+def _stop(transfer: Transfer, kind: type[EngineError], why: str) -> None:
+    ticket = transfer.ticket
+    transfer.stop(kind(why, operation=ticket.operation, peer=ticket.peer, imm=transfer.imm))

@@ -19,9 +19,9 @@ import numpy as np
 
 from ...errors import DeviceError, EngineError, NotRegistered, PlanError, TransportUnavailable
 from ...memory import cuda_driver as cuda
+from ...transfer.compute_gate import compute_event
 from ...transfer.device_counters import slot_offset
 from ...transfer.moves import BlockMove, TokenMove
-from ...transfer.staged import compute_event
 from ...transfer.transfer import Transfer
 from ...wire.messages import Arrived
 from ..base import Availability, DataPath
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ....kernels.signal import Signal
     from ...memory.descriptors import RegionDescriptor
     from ...memory.regions import MemoryRegion, RegisteredCache
     from ...transfer.plan import TransferPlan
@@ -125,7 +124,7 @@ class CudaIpcPath(DataPath):
 
         # Without a stream: after what the caller has enqueued, as torch's own operations are.
         device = regions[0].device
-        with self._refusing(transfer):
+        with _Refusing(transfer):
             if transfer.move is None and not self._link.has_access(transfer.remote_regions):
                 # What comes of it shows when the peer's memory is mapped, so not before it may be.
                 from .scratch import AnyonesEvent
@@ -157,7 +156,7 @@ class CudaIpcPath(DataPath):
             return
         kinds = {region.kind for region in transfer.local_regions}
         kinds |= {region.kind for region in transfer.remote_regions}
-        with self._refusing(transfer):
+        with _Refusing(transfer):
             self._prepare(transfer, kinds)
             if not transfer.total_nbytes:
                 transfer.end_empty()
@@ -166,6 +165,7 @@ class CudaIpcPath(DataPath):
 
     def _launch_pieces(self, transfer: Transfer) -> None:
         from ....kernels.pieces import copy_pieces, make_table
+        from ....kernels.signal import Signal
 
         device = transfer.local_regions[0].device
         lane = self._lane(device)
@@ -174,7 +174,8 @@ class CudaIpcPath(DataPath):
         remote = bases[transfer.remote_index] + transfer.remote_offset
         src, dst = (local, remote) if transfer.write else (remote, local)
         table = make_table(src, dst, transfer.nbytes)
-        signal = self._signal(transfer, lane)
+        counter = self._counter(transfer, device)
+        signal = None if counter is None else Signal(lane.state, counter)
 
         def kernels(columns: torch.Tensor | None) -> Launched:
             from .lane import Launched
@@ -233,27 +234,23 @@ class CudaIpcPath(DataPath):
 
                 self._current_stream = torch._C._cuda_getCurrentRawStream
             raw = self._current_stream(device)
-        elif stream.device_index != device:
-            raise PlanError(
-                f"the stream is one of GPU {stream.device_index}, the cache is on GPU {device}",
-                operation=transfer.ticket.operation,
-                peer=self._link.peer.name,
-            )
         else:
             raw = stream.cuda_stream
-        if raw and cuda.driver().is_capturing(raw):
-            raise PlanError(
+        if stream is not None and stream.device_index != device:
+            why = f"the stream is one of GPU {stream.device_index}, the cache is on GPU {device}"
+        elif raw and cuda.driver().is_capturing(raw):
+            why = (
                 "a CUDA graph is being captured from this stream, and a graph repeats no ticket: "
-                "make a Link.graph_write before, and launch that",
-                operation=transfer.ticket.operation,
-                peer=self._link.peer.name,
+                "make a Link.graph_write before, and launch that"
             )
-        return raw
+        else:
+            return raw
+        raise PlanError(why, operation=transfer.ticket.operation, peer=self._link.peer.name)
 
     def _submit_tokens(self, transfer: Transfer, move: TokenMove) -> None:
         """Move tokens by one launch for each copy group of planes."""
         plan = move.plan
-        with self._refusing(transfer):
+        with _Refusing(transfer):
             self._prepare(transfer, {plan.local.kind, plan.remote_kind})
             if not transfer.total_nbytes:
                 transfer.end_empty()
@@ -270,20 +267,25 @@ class CudaIpcPath(DataPath):
         if not self.reaches(plan):
             self._host.prepare(plan, layers)
             return
-        if not plan.blocks_pair:
-            self._prepare_tokens(plan, layers)
-            return
         import torch
 
         from ...transfer.block_ids import CheckedIds
+        from .tokens import warm_tokens
 
         device = plan.local.device
         lane = self._lane(device)
-        compiled = self.compile(plan, layers)
-        with torch.cuda.device(device):
-            # A block that does not exist: the kernels are loaded and run, and touch nothing.
-            nowhere = torch.full((1,), -1, dtype=torch.int64, device=device)
-            lane.try_out(compiled.copies, CheckedIds(nowhere, nowhere, True, 1), _MANY_IDS)
+        if plan.blocks_pair:
+            compiled = self.compile(plan, layers)
+            with torch.cuda.device(device):
+                # A block that does not exist: the kernels are loaded and run, and touch nothing.
+                nowhere = torch.full((1,), -1, dtype=torch.int64, device=device)
+                lane.try_out(compiled.copies, CheckedIds(nowhere, nowhere, True, 1), _MANY_IDS)
+        else:
+            launches = self._compiled_tokens(plan, layers, device)
+            if plan.remote.regions:
+                self._mappings.counters(device, plan.remote.regions[0])
+            with torch.cuda.device(device):
+                warm_tokens(launches, self._link.core.max_programs, torch.device("cuda", device))
         lane.warm()
 
     def repeat(self, transfer: Transfer, compiled: CudaPlan, ids: Any) -> GraphWrite:
@@ -334,20 +336,6 @@ class CudaIpcPath(DataPath):
                 self._plans[key] = compiled
             return compiled
 
-    def _prepare_tokens(self, plan: TransferPlan, layers: Sequence[int] | None) -> None:
-        import torch
-
-        from .tokens import warm_tokens
-
-        device = plan.local.device
-        lane = self._lane(device)
-        launches = self._compiled_tokens(plan, layers, device)
-        if plan.remote.regions:
-            self._mappings.counters(device, plan.remote.regions[0])
-        with torch.cuda.device(device):
-            warm_tokens(launches, self._link.core.max_programs, torch.device("cuda", device))
-        lane.warm()
-
     def _compiled_tokens(
         self, plan: TransferPlan, layers: Sequence[int] | None, device: int
     ) -> tuple[TokenLaunch, ...]:
@@ -389,19 +377,14 @@ class CudaIpcPath(DataPath):
         self, kinds: set[str], local: Sequence[MemoryRegion | RegisteredCache], operation: str
     ) -> None:
         peer = self._link.peer.name
-        if len(kinds) > 1 or kinds - {"cuda"}:
-            raise NotRegistered(
-                "one end is host memory and the other GPU memory: stage it on one side first",
-                operation=operation,
-                peer=peer,
-            )
         devices = {region.device for region in local}
-        if len(devices) > 1 or -1 in devices:
-            raise NotRegistered(
-                "the local regions are on several GPUs: make one transfer for each",
-                operation=operation,
-                peer=peer,
-            )
+        if len(kinds) > 1 or kinds - {"cuda"}:
+            why = "one end is host memory and the other GPU memory: stage it on one side first"
+        elif len(devices) > 1 or -1 in devices:
+            why = "the local regions are on several GPUs: make one transfer for each"
+        else:
+            return
+        raise NotRegistered(why, operation=operation, peer=peer)
 
     def _tell_placed(self, transfer: Transfer) -> None:
         """Tells the peer's host what the kernel has added to its device's counter."""
@@ -420,12 +403,6 @@ class CudaIpcPath(DataPath):
         region: RegionDescriptor = transfer.remote_regions[0]
         return self._mappings.counters(device, region) + slot_offset(transfer.imm)
 
-    def _signal(self, transfer: Transfer, lane: Lane) -> Signal | None:
-        from ....kernels.signal import Signal
-
-        counter = self._counter(transfer, lane.device)
-        return None if counter is None else Signal(lane.state, counter)
-
     def _lane(self, device: int) -> Lane:
         from .lane import Lane
 
@@ -438,9 +415,6 @@ class CudaIpcPath(DataPath):
                     device, self._link.core.identity.name, self._watch
                 )
             return lane
-
-    def _refusing(self, transfer: Transfer) -> _Refusing:
-        return _Refusing(transfer)
 
     def _arrived(self, message: Arrived) -> bool:
         if message.device_nbytes:

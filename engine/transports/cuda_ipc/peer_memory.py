@@ -82,10 +82,7 @@ class PeerReach:
         except TransportUnavailable as error:
             if not self._warned and not self._link.closed:
                 self._warned = True
-                log.warning(
-                    "kvferry: %s; its bytes go through pinned host memory",
-                    error,
-                )
+                log.warning("kvferry: %s; its bytes go through pinned host memory", error)
             return error.message
         except EngineError:
             return ""  # no obstacle: what would use it meets the same, and says so
@@ -194,15 +191,10 @@ class PeerMappings:
                 try:
                     mapping = self._open(device, name, chunks)
                 except DeviceError as error:
-                    visible = cuda.find_device(memory.device_uuid) >= 0
-                    unseen = (
-                        ""
-                        if visible
-                        else (
-                            "; its GPU is not visible in this process: add it to CUDA_VISIBLE_DEVICES"
-                        )
-                    )
-                    raise self._unreachable(error.message + unseen) from error
+                    why = error.message
+                    if cuda.find_device(memory.device_uuid) < 0:
+                        why += "; its GPU is not visible in this process: add it to CUDA_VISIBLE_DEVICES"
+                    raise self._unreachable(why) from error
                 self._mappings[key] = mapping
             mapping.users.add(user)
             return mapping.base

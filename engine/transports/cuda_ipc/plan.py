@@ -33,16 +33,12 @@ class CudaPlan(NamedTuple):
         plan: kept, so that its id stays its own.
         copies: the launches.
         counters: address of the peer's counters, as kernels here see it.
-        block_nbytes: that one pair of blocks moves.
-        finest_nbytes: of the smallest piece.
     """
 
     key: tuple[int, tuple[int, ...] | None]
     plan: TransferPlan
     copies: tuple[LoadedCopy, ...]
     counters: int
-    block_nbytes: int
-    finest_nbytes: int
 
 
 def compile_plan(
@@ -81,10 +77,8 @@ def compile_plan(
                 num_slots=NUM_SLOTS,
             )
         )
-    sizes = template.nbytes
-    finest = int(sizes.min()) if len(sizes) else 0
     key = (id(plan), None if layers is None else tuple(layers))
-    return CudaPlan(key, plan, tuple(copies), counters, int(sizes.sum()), finest)
+    return CudaPlan(key, plan, tuple(copies), counters)
 
 
 def _side(

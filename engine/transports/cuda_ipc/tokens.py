@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from ...plan.mapping import CopyGroup, Step, TablePair
+    from ...plan.reconcile import CopyGroup, Step, TablePair
     from ...plan.token_plan import TokenPlan
     from ...transfer.moves import TokenMove
     from ...transfer.transfer import Transfer
@@ -171,8 +171,7 @@ def _scaling(
         if ragged:
             raise PlanError(
                 f"scales of the {side} do not lie at multiples of 4 bytes, where a kernel could "
-                "read them",
-                operation="plan",
+                "read them"
             )
         strides += [shape.slot_stride // 4, shape.head_stride // 4]
     return Scaling(

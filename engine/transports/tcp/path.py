@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from ...memory import iovec
 from ...runtime.pipeline import Finisher
-from ...transfer.staged import hold_until_computed, note_compute
+from ...transfer.compute_gate import hold_until_computed
 from ...transfer.transfer import Transfer
 from ...wire import tables
 from ...wire.messages import Acknowledge, ReadRequest, Refuse
@@ -37,8 +37,6 @@ from .rail import FRAME_NBYTES, Receiver, Sender
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import torch
 
     from ...transfer.transfer import Transfer
     from ..base import PathHost
@@ -97,9 +95,6 @@ class TcpPath(DataPath):
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
-
-    def before(self, transfer: Transfer, stream: torch.cuda.Stream | None) -> None:
-        note_compute(transfer, stream)
 
     def submit(self, transfer: Transfer) -> None:
         hold_until_computed(self._link.core.gate, transfer, self._submit)

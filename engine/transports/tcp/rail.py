@@ -15,7 +15,7 @@ import numpy as np
 from ...errors import DeviceError, EngineError, ProtocolError
 from ...memory import iovec
 from ...runtime.pipeline import work_off
-from ...staging.mover import new_mover, suits
+from ...staging.mover import new_mover, outcome, suits
 from ...staging.ring import Buffer, Ring
 from ...wire import frames, tables
 from ..segments import admit_write, checksum_mismatch, prepare_gpus
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ...runtime.pipeline import Finisher
     from ...staging.mover import Moved
     from ..base import PathHost
-    from ..segments import Outstanding, Placed, Reply, Segment
+    from ..segments import Landing, Outstanding, Reply, Segment
 
 FRAME_NBYTES = 8 << 20  # flat from 4 to 32 MiB; smaller frames share better between rails
 BUFFER_NBYTES = 12 << 20  # a frame, and what its last piece may add
@@ -76,6 +76,7 @@ class _Rings:
         prepare_gpus(self._link, lambda device: self.ring(device).fill())
 
     def close(self) -> None:
+        """Frees the staging."""
         for ring in self._rings.values():
             ring.close()
 
@@ -96,15 +97,12 @@ class Sender:
         self._items = items
         self._num_rails = num_rails
         self._rings = _Rings(link, SENT_AT_ONCE)
+        self.close = self._rings.close  # once the thread has ended
 
     def run(self) -> None:
         """Sends what the queue holds, until it holds a None. Raises what ends the rail."""
         self._rings.warm()
         work_off(self._items, self._begin, self._send, self._ahead, self._drop)
-
-    def close(self) -> None:
-        """Frees the staging; the thread has ended."""
-        self._rings.close()
 
     def _ahead(self, latest: _Frame, begun: int) -> bool:
         """A frame is gathered while another is sent, unless another rail would rather have it."""
@@ -168,12 +166,9 @@ class Sender:
 
     def _drop(self, frame: _Frame) -> None:
         """The rail has ended under a frame that was gathered."""
-        failure: EngineError | None = None
+        failure = None
         if frame.staged is not None:
-            try:
-                frame.staged[2].wait()
-            except DeviceError as error:
-                failure = error
+            failure = outcome(frame.staged[2])
             frame.staged[0].give(frame.staged[1])
         frame.item.sent(failure)
 
@@ -190,6 +185,7 @@ class Receiver:
         self._rail = rail
         self._finisher = finisher
         self._rings = _Rings(link, RECEIVED_AT_ONCE)
+        self.close = self._rings.close  # once the thread has ended, and what it began is finished
 
     def run(self) -> None:
         """Receives until the connection ends. Raises what ends the rail."""
@@ -200,103 +196,70 @@ class Receiver:
             _receive_array(fd, head)
             header = frames.decode(head.tobytes())
             self._link.heard()
-            if header.kind == frames.WRITE:
-                self._write(fd, header)
-            else:
-                self._data(fd, header)
+            landing = self._landing(fd, header)
+            if landing is None:
+                _discard(fd, header.nbytes)
+                continue
+            try:
+                took = self._take(fd, header, landing)
+            except BaseException:
+                landing.give_up()
+                raise
+            took()
 
-    def close(self) -> None:
-        """Frees the staging; the thread has ended, and what it began is finished."""
-        self._rings.close()
-
-    def _write(self, fd: int, header: frames.Header) -> None:
+    def _landing(self, fd: int, header: frames.Header) -> Landing | None:
+        """Receives a frame's tables; returns where its bytes go, None if that is refused."""
+        if header.kind != frames.WRITE:
+            landing = self._outstanding.take_read(header.transfer, header.table, header.nbytes)
+            if landing is None:
+                raise ProtocolError("a data frame answers no read of ours")
+            return landing
         regions = np.zeros(header.table * tables.REGION_ROW.itemsize, np.uint8)
         pieces = np.zeros(header.num_pieces * tables.PIECE_ROW.itemsize, np.uint8)
         _receive_array(fd, regions)
         _receive_array(fd, pieces)
         imm = header.imm if header.flags & frames.HAS_IMM else None
         rows = (regions.tobytes(), pieces.tobytes())
-        write = admit_write(self._link, header.transfer, imm, rows, header.nbytes)
-        if write is None:
-            _discard(fd, header.nbytes)
-            return
-        admitted = write.admitted
-        try:
-            took = self._take(fd, header, admitted.iov, admitted.device, imm, write.placed)
-        except BaseException:
-            admitted.release()
-            raise
-        took()
+        return admit_write(self._link, header.transfer, imm, rows, header.nbytes)
 
-    def _data(self, fd: int, header: frames.Header) -> None:
-        segment = self._outstanding.take_read(header.transfer, header.table)
-        if segment is None:
-            raise ProtocolError("a data frame answers no read of ours", operation="receive")
-        transfer = segment.transfer
-        if header.nbytes != int(transfer.nbytes[segment.pieces].sum()):
-            raise ProtocolError(
-                f"a data frame has {header.nbytes} bytes, which is not what was asked for",
-                operation="receive",
-            )
-        pieces, device = transfer.local[segment.pieces], transfer.device()
-        placed = functools.partial(segment.placed, header.nbytes)
-        self._take(fd, header, pieces, device, None, placed)()
-
-    def _take(
-        self,
-        fd: int,
-        header: frames.Header,
-        pieces: iovec.Iovec,
-        device: int,
-        imm: int | None,
-        placed: Placed,
-    ) -> Callable[[], None]:
+    def _take(self, fd: int, header: frames.Header, landing: Landing) -> Callable[[], None]:
         """Receives a frame's bytes; what it returns must be called, and sees to `placed`."""
-        ring = self._rings.ring_for(pieces, device)
+        pieces, placed = landing.pieces, landing.placed
+        ring = self._rings.ring_for(pieces, landing.device)
         checked = bool(header.flags & frames.HAS_CRC)
         if ring is None:
             iovec.receive(fd, pieces.copy())
             wrong = checked and iovec.checksum(pieces) != header.crc
-            return functools.partial(placed, self._mismatch(imm) if wrong else None, False)
+            return functools.partial(placed, self._mismatch(landing) if wrong else None, False)
         buffer = ring.take(header.nbytes)
         try:
             whole = buffer.part(header.nbytes)
             iovec.receive(fd, whole.copy())
             if checked and iovec.checksum(whole) != header.crc:
                 ring.give(buffer)
-                return functools.partial(placed, self._mismatch(imm), True)
+                return functools.partial(placed, self._mismatch(landing), True)
         except BaseException:
             ring.give(buffer)
             raise
-        return functools.partial(self._scatter, ring, buffer, pieces, placed)
+        return functools.partial(self._scatter, ring, buffer, landing)
 
-    def _scatter(
-        self,
-        ring: Ring,
-        buffer: Buffer,
-        pieces: iovec.Iovec,
-        placed: Placed,
-    ) -> None:
+    def _scatter(self, ring: Ring, buffer: Buffer, landing: Landing) -> None:
         try:
-            moved = ring.mover.scatter(buffer.address, pieces)
+            moved = ring.mover.scatter(buffer.address, landing.pieces)
         except EngineError as error:
             ring.give(buffer)
-            placed(error, True)
+            landing.placed(error, True)
             return
 
         def finish() -> None:
-            failure: EngineError | None = None
-            try:
-                moved.wait()
-            except EngineError as error:
-                failure = error
+            failure = outcome(moved)
             ring.give(buffer)
-            placed(failure, True)
+            landing.placed(failure, True)
 
         self._finisher.put(finish)
 
-    def _mismatch(self, imm: int | None) -> EngineError:
-        return checksum_mismatch(self._link.peer.name, imm)
+    def _mismatch(self, landing: Landing) -> EngineError:
+        return checksum_mismatch(self._link.peer.name, landing.imm)
 
 
 def _receive_array(fd: int, array: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:

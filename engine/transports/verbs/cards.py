@@ -124,8 +124,7 @@ def route(mine: RailCard, theirs: RailCard) -> GidPair:
     if mine.link_layer != theirs.link_layer:
         raise TransportUnavailable(
             f"{mine.device} is {mine.link_layer}, the peer's {theirs.device} is "
-            f"{theirs.link_layer}: they are not on one network",
-            operation="connect",
+            f"{theirs.link_layer}: they are not on one network"
         )
     if mine.link_layer != ETHERNET and mine.lid and theirs.lid:
         return GidPair(theirs.lid, None, 0, mtu)
@@ -141,8 +140,7 @@ def route(mine: RailCard, theirs: RailCard) -> GidPair:
             return GidPair(theirs.lid, other.value, one.index, mtu)
     raise TransportUnavailable(
         f"{mine.device} and the peer's {theirs.device} have no RoCE v2 address of one kind (IPv4, "
-        "IPv6) in common: give both interfaces one",
-        operation="connect",
+        "IPv6) in common: give both interfaces one"
     )
 
 

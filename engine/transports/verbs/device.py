@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
     from ...memory.regions import MemoryRegion
-    from .topology import Gid, Nic
+    from .topology import Nic
 
 NICS_VARIABLE = "KVFERRY_NICS"  # names of the devices to use, with commas between them
 _VERBS_CLASS = Path("/sys/class/infiniband_verbs")
@@ -40,13 +40,14 @@ class Device:
     """One port of an RDMA device, opened. Thread-safe.
 
     Attributes:
-        nic: what sysfs says of it.
+        nic, name: what sysfs says of it.
         lost: the device is gone: unplugged, or its driver removed.
         max_sge: scatter-gather entries that a work request may have.
     """
 
     def __init__(self, nic: Nic) -> None:
         self.nic = nic
+        self.name = nic.name
         self.library = verbs_library.load()
         enums = self.library.enums
         self.access = (
@@ -73,11 +74,6 @@ class Device:
         self.max_reads = min(16, int(attributes.max_qp_rd_atom))
 
     @property
-    def name(self) -> str:
-        """The device's name."""
-        return self.nic.name
-
-    @property
     def lost(self) -> bool:
         """Whether the device that was opened is there no more."""
         return _inode(self._node) != self._node_id
@@ -100,10 +96,6 @@ class Device:
             self._mtu = int(self.context.query_port(self.nic.port).active_mtu)
         return self._mtu
 
-    def gids(self) -> list[Gid]:
-        """The port's addresses now."""
-        return topology.gids(self.nic)
-
     def acquire(self) -> None:
         """Begins one rail's use: the device stays open until it ends.
 
@@ -112,9 +104,7 @@ class Device:
         """
         with self._lock:
             if self._closing:
-                raise TransportUnavailable(
-                    f"RDMA device {self.name} is closed in this engine", operation="connect"
-                )
+                raise TransportUnavailable(f"RDMA device {self.name} is closed in this engine")
             self._users += 1
 
     def release(self) -> None:
@@ -146,13 +136,13 @@ class Device:
         """
         try:
             with self._lock:
-                self._check_open()
+                if self._closed:  # the library would not refuse what is closed, but crash
+                    raise NotRegistered(f"RDMA device {self.name} is closed in this engine")
                 return self.library.mr.MR(self.pd, nbytes, self.access, address=address)
         except self.library.error as error:
             raise NotRegistered(
                 f"RDMA device {self.name} does not register {nbytes} bytes ({error}): is there "
-                "room under `ulimit -l`?",
-                operation="register",
+                "room under `ulimit -l`?"
             ) from error
 
     def channel(self) -> tuple[Any, int]:
@@ -185,13 +175,6 @@ class Device:
         for entry in (*regions.values(), self.pd, self.context):
             with contextlib.suppress(self.library.error):
                 entry.close()
-
-    def _check_open(self) -> None:
-        """What is closed must not be named to the library: it would not refuse, but crash."""
-        if self._closed:
-            raise NotRegistered(
-                f"RDMA device {self.name} is closed in this engine", operation="register"
-            )
 
 
 class Nics:

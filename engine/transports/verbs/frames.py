@@ -34,7 +34,7 @@ from .slots import (
     NUM_SLOTS,
     PIECE_NBYTES,
     SLOT_NBYTES,
-    Movers,
+    SlotCopies,
     bytes_begin,
 )
 from .work_requests import MIN_SHARE_NBYTES, cuts
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from ...transfer.transfer import Transfer
     from ..base import PathHost
+    from ..segments import Landing
     from .loop import Loop
     from .rail import Rail
     from .slots import Slots
@@ -81,8 +82,8 @@ class Frames:
         self._slots = slots
         self._copy = copy
         self._taken_apart = taken_apart
-        self._movers = Movers(link, slots)
-        self.warm = self._movers.warm
+        self._copies = SlotCopies(link, slots)
+        self.warm = self._copies.warm
         self._turn = 0
         self._free = deque(range(NUM_SLOTS))
         self._waiting: deque[Segment | Reply] = deque()
@@ -163,7 +164,7 @@ class Frames:
         start = bytes_begin(head_nbytes)
         staged = buffer[start : start + header.nbytes]
         try:
-            self._movers.gather(staged, pieces, device)
+            self._copies.gather(staged, pieces, device)
         except EngineError as error:
             self._loop.soon(functools.partial(self._not_gathered, slot, error))
             return
@@ -257,16 +258,14 @@ class Frames:
         for item in (*self._waiting, *left):
             if isinstance(item, Reply):
                 item.sent()
-        self._movers.close()
+        self._copies.close()
 
     # Receiving.
 
     def arrived(self, rail: Rail, slot: int, nbytes: int) -> None:
         """A frame has come."""
         if slot >= NUM_SLOTS or not frames.HEADER_NBYTES <= nbytes <= SLOT_NBYTES:
-            self._link.fail(
-                ProtocolError(f"{nbytes} bytes came in slot {slot}", operation="receive")
-            )
+            self._link.fail(ProtocolError(f"{nbytes} bytes came in slot {slot}"))
             return
         self._scattering[rail.number] = self._scattering.get(rail.number, 0) + 1
         self._copy(functools.partial(self._take_apart, rail, slot, nbytes))
@@ -302,53 +301,39 @@ class Frames:
         rows = data[frames.HEADER_NBYTES : first].tobytes(), data[first:stop].tobytes()
         imm = header.imm if header.flags & frames.HAS_IMM else None
         number = header.transfer
-        write = admit_write(self._link, number, imm, rows, header.nbytes, slot=slot)
+        landing = admit_write(self._link, number, imm, rows, header.nbytes, slot=slot)
         failure = None
-        if write is not None:
-            admitted = write.admitted
-            try:
-                failure = self._place(data[start:], header, admitted.iov, admitted.device, imm)
-            except BaseException:
-                admitted.release()
-                raise
-            write.placed(failure, True)
-        if write is None or failure is not None:
+        if landing is not None:
+            failure = self._place(data[start:], header, landing)
+            landing.placed(failure, True)
+        if landing is None or failure is not None:
             self._link.send(SlotFree(slot))
 
     def _place_read(self, slot: int, data: Any, header: frames.Header) -> None:
         start = bytes_begin(frames.HEADER_NBYTES)
         _check_size(len(data), start + header.nbytes)
-        segment = self._outstanding.take_read(header.transfer, header.table)
-        if segment is None:
-            # Its rail broke and the peer refused it, then it came after all: nobody waits for it.
-            self._link.send(SlotFree(slot))
-            return
-        transfer, part = segment.transfer, segment.pieces
-        _check_size(int(transfer.nbytes[part].sum()), header.nbytes)
-        local, device = transfer.local[part], transfer.device()
-        failure = self._place(data[start:], header, local, device, None)
+        landing = self._outstanding.take_read(header.transfer, header.table, header.nbytes)
+        # If it is none: its rail broke and the peer refused it, then it came after all.
+        failure = None if landing is None else self._place(data[start:], header, landing)
         self._link.send(SlotFree(slot))
-        segment.placed(header.nbytes, failure, True)
+        if landing is not None:
+            landing.placed(failure, True)
 
-    def _place(
-        self,
-        staged: Any,
-        header: frames.Header,
-        pieces: iovec.Iovec,
-        device: int,
-        imm: int | None,
-    ) -> EngineError | None:
+    def _place(self, staged: Any, header: frames.Header, landing: Landing) -> EngineError | None:
         """Puts a frame's bytes where they belong; the error if that fails or they are not what was
         sent. A checksum is that of host memory, or of what goes to a GPU."""
-        checked, on_gpu = header.flags & frames.HAS_CRC, device >= 0
+        checked, on_gpu = header.flags & frames.HAS_CRC, landing.device >= 0
         if checked and on_gpu and iovec.checksum(_whole(staged)) != header.crc:
-            return checksum_mismatch(self._link.peer.name, imm)
+            return checksum_mismatch(self._link.peer.name, landing.imm)
         try:
-            self._movers.scatter(staged, pieces, device)
+            self._copies.scatter(staged, landing.pieces, landing.device)
         except EngineError as error:
             return error
-        if checked and not on_gpu and iovec.checksum(pieces) != header.crc:
-            return checksum_mismatch(self._link.peer.name, imm)
+        except BaseException:
+            landing.give_up()
+            raise
+        if checked and not on_gpu and iovec.checksum(landing.pieces) != header.crc:
+            return checksum_mismatch(self._link.peer.name, landing.imm)
         return None
 
 
@@ -369,9 +354,7 @@ def _whole(staged: Any) -> iovec.Iovec:
 
 def _check_size(nbytes: int, announced_nbytes: int) -> None:
     if nbytes != announced_nbytes:
-        raise ProtocolError(
-            f"a frame announces {announced_nbytes} bytes but has {nbytes}", operation="receive"
-        )
+        raise ProtocolError(f"a frame announces {announced_nbytes} bytes but has {nbytes}")
 
 
 def _cut(transfer: Transfer) -> None:

@@ -36,7 +36,8 @@ class Events(NamedTuple):
 
     Attributes:
         completed: completions of a rail have come; what has arrived is counted already.
-        broke: the library refused a call for a rail: why, and the batch that was being posted.
+        broke: the library refused a call for a rail: why, still without the rail's and the peer's
+            names, and the batch that was being posted.
         look_around: some time has passed.
         patience_s: how long it may sleep, at most.
         busy: whether something is on its way that it would miss in its sleep.
@@ -138,7 +139,7 @@ class Loop:
         try:
             verbs_qp.post(pair, kind, rows, imm, flying.number)
         except (rail.device.library.error, OSError) as error:
-            self._events.broke(rail, self._failure(rail, error), flying)
+            self._events.broke(rail, verbs_qp.call_error(error, rail=rail.name), flying)
             return
         if kind == verbs_qp.WRITE:
             rail.sent_nbytes += flying.nbytes
@@ -152,7 +153,7 @@ class Loop:
             try:
                 completions = rail.poll()
             except rail.device.library.error as error:
-                failure = self._failure(rail, error)
+                failure = verbs_qp.call_error(error, rail=rail.name)
                 self.soon(functools.partial(self._events.broke, rail, failure, None))
                 return []
             self._count(rail, completions)
@@ -165,9 +166,6 @@ class Loop:
                 rail.received_nbytes += completion.byte_len
                 if completion.qp_num != staged:
                     self._link.count(imm_of(completion), completion.byte_len, 0)
-
-    def _failure(self, rail: Rail, error: Exception) -> RailError:
-        return verbs_qp.call_error(error, rail=rail.name, peer=self._link.peer.name)
 
     # The thread.
 
@@ -196,7 +194,9 @@ class Loop:
                     self._events.look_around()
                 continue
             idle += 1
-            if idle <= POLLS_BEFORE_SLEEP and self._in_flight():
+            if idle <= POLLS_BEFORE_SLEEP and (
+                self._events.busy() or any(p.flying for rail in self.rails for p in rail.queues)
+            ):
                 continue
             for rail in self.rails:
                 rail.arm()
@@ -214,9 +214,6 @@ class Loop:
                     found = True
                     self._events.completed(rail, completions)
         return found
-
-    def _in_flight(self) -> bool:
-        return self._events.busy() or any(p.flying for rail in self.rails for p in rail.queues)
 
     def _sleep(self) -> None:
         for fd, _ in self._epoll.poll(min(LOOK_AROUND_S, self._events.patience_s())):

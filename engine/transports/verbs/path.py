@@ -21,7 +21,7 @@ from ...errors import (
     RailError,
     RetryExceeded,
 )
-from ...transfer.staged import hold_until_computed, note_compute
+from ...transfer.compute_gate import hold_until_computed
 from ...wire.messages import (
     Acknowledge,
     Claim,
@@ -45,23 +45,19 @@ from .direct import Direct
 from .frames import Frames
 from .loop import LOOK_AROUND_S, Events, Loop
 from .queue_pair import REPLENISH, imm_of
-from .reopen import Reopener
+from .reopen import Reopener, Watch, why_too_small
 from .slots import SLOTS_NBYTES
-from .watchdog import Watch, why_too_small
 from .work_requests import pieces_of, starts_of_requests
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import torch
-
     from ...memory.descriptors import RegionDescriptor
     from ...transfer.plan import TransferPlan
     from ...transfer.transfer import Transfer
     from ..base import PathHost
-    from .meeting import Meeting
     from .queue_pair import Batch, QueuePair
-    from .rail import Rail
+    from .rail import Meeting, Rail
     from .work_requests import Pieces
 
 # Where one work request takes longer than its bytes need, frames are faster: `kvferry bench verbs` on
@@ -144,7 +140,7 @@ class VerbsPath(DataPath):
         self._copies = Workers(link, "a copy")
         later = self._later
         self.handlers = {
-            Claim: later(self._claimed),
+            Claim: later(lambda claim: link.grant(claim, self._register)),
             Acknowledge: later(self._frames.acknowledged),
             SlotFree: later(self._frames.freed),
             ReadRequest: later(self._frames.serve),
@@ -168,11 +164,8 @@ class VerbsPath(DataPath):
             self._copy(self._frames.warm)
 
     def prepare(self, plan: TransferPlan, layers: Sequence[int] | None) -> None:
-        if plan.local.device >= 0 and self._copies.enter():
-            self._copies.run(self._frames.warm)
-
-    def before(self, transfer: Transfer, stream: torch.cuda.Stream | None) -> None:
-        note_compute(transfer, stream)
+        if plan.local.device >= 0:
+            self._copies.enter_and_run(self._frames.warm)
 
     def submit(self, transfer: Transfer) -> None:
         hold_until_computed(self._link.core.gate, transfer, self._submit)
@@ -214,8 +207,9 @@ class VerbsPath(DataPath):
         return not self._frames.expects_refusal(message)  # the link ends the transfer
 
     def _rail_down(self, message: RailDown) -> bool:
-        rail = self._rail(message.rail, message.epoch)
-        if rail is not None:
+        number = message.rail
+        if number < len(self.rails) and self.rails[number].epoch == message.epoch:
+            rail = self.rails[number]
             # At once, before any later message is read: who then gives memory back because the
             # peer gave up must not be written to any more.
             rail.stop()
@@ -243,9 +237,6 @@ class VerbsPath(DataPath):
         count = len(starts_of_requests(pieces, self.rails[0].device.max_sge))
         nbytes = int(pieces.nbytes.sum())
         return count >= STAGED_FROM_REQUESTS and nbytes < count * STAGED_BELOW_NBYTES
-
-    def _claimed(self, claim: Claim) -> None:
-        self._link.grant(claim, self._register)
 
     def _register(self, region: Any) -> tuple[int, ...]:
         """The keys of one of this engine's regions, for the peer: none of GPU memory, which frames
@@ -298,32 +289,24 @@ class VerbsPath(DataPath):
                     self._link.send(Credits(pair.number, REPLENISH))
             else:
                 for batch in pair.landed(number):
-                    self._landed(batch)
+                    if batch.transfer is not None:
+                        batch.transfer.end(batch.nbytes)
+                    else:
+                        self._frames.left(batch.slot)
                 self._direct.advance(rail, pair)
         if completions:
             self._frames.advance()
 
-    def _landed(self, batch: Batch) -> None:
-        if batch.transfer is not None:
-            batch.transfer.end(batch.nbytes)
-        else:
-            self._frames.left(batch.slot)
-
     def _went_wrong(self, rail: Rail, pair: QueuePair, completion: Any, receive: bool) -> None:
         if rail.error is not None:
             return
-        error = verbs_qp.completion_error(
-            completion.status, completion.vendor_err, rail=rail.name, peer=self._link.peer.name
-        )
+        code = completion.vendor_err
+        error = verbs_qp.completion_error(completion.status, code, rail=rail.name)
         culprit = None
         if not rail.device.lost and not rail.device.active:
             # Devices blame whatever their send ran into; what helps is to know this.
-            error = RetryExceeded(
-                f"the port of {rail.device.name} is down: {error.message}",
-                peer=self._link.peer.name,
-                rail=rail.name,
-                vendor_code=error.vendor_code,
-            )
+            why = f"the port of {rail.device.name} is down: {error.message}"
+            error = RetryExceeded(why, vendor_code=code)
         elif isinstance(error, RetryExceeded):
             shrunk = why_too_small(rail)
             if shrunk:
@@ -331,9 +314,7 @@ class VerbsPath(DataPath):
         if receive:
             error = LinkFlushed(
                 f"a write of the peer broke the rail, which this side's device refused: {error.message}",
-                peer=self._link.peer.name,
-                rail=rail.name,
-                vendor_code=error.vendor_code,
+                vendor_code=code,
             )
         else:
             culprit = next((b for b in pair.flying if b.number == completion.wr_id), None)
@@ -341,25 +322,21 @@ class VerbsPath(DataPath):
 
     # Rails that break.
 
-    def _rail(self, number: int, epoch: int) -> Rail | None:
-        """The rail of this number, in that life of it."""
-        if number < len(self.rails) and self.rails[number].epoch == epoch:
-            return self.rails[number]
-        return None
-
     def _peer_took_out(self, rail: Rail, message: RailDown) -> None:
         if rail.epoch == message.epoch and rail.open:
-            error = LinkFlushed(
-                f"the peer took rail {rail.name} out: {message.reason}",
-                peer=self._link.peer.name,
-                rail=rail.name,
-            )
-            self.take_out(rail, error)
+            why = f"the peer took rail {rail.name} out: {message.reason}"
+            self.take_out(rail, LinkFlushed(why))
 
     def take_out(self, rail: Rail, error: RailError, culprit: Batch | None = None) -> None:
-        """Stops a rail and ends what was on its way there; the link lives on with the others."""
+        """Stops a rail and ends what was on its way there; the link lives on with the others.
+
+        Args:
+            error: gets the names of the rail and the peer.
+            culprit: what this error is of; what else was on its way was flushed.
+        """
         if rail.error is not None or not rail.open:
             return
+        error.rail, error.peer = rail.name, self._link.peer.name
         rail.error = error
         log.info("kvferry: rail %s is out: %s", rail.name, error)
         # First, so that the peer stops its end before it reads that a transfer has failed.
@@ -370,24 +347,20 @@ class VerbsPath(DataPath):
         flying = [batch for pair in rail.queues for batch in pair.flying]
         queued = [share.transfer for pair in rail.queues for share in pair.queue]
         rail.close()  # from here on the device touches nothing for it
-        flushed = LinkFlushed(
-            f"the rail broke before this was through: {error.message}", rail=rail.name
-        )
+        why_flushed = f"the rail broke before this was through: {error.message}"
+        flushed = LinkFlushed(why_flushed, peer=error.peer, rail=rail.name)
         for batch in flying:
             why = error if batch is culprit else flushed
             if batch.transfer is None:
-                self._frames.lost(batch.slot, self._again(why, "transfer", None))
+                lost = verbs_qp.same_error(why, operation="transfer", imm=None)
+                self._frames.lost(batch.slot, lost)
             else:
-                transfer = batch.transfer
-                transfer.stop(self._again(why, transfer.ticket.operation, transfer.imm))
-                transfer.end(0)
+                _stop(batch.transfer, why)
+                batch.transfer.end(0)
         for transfer in queued:
-            transfer.stop(self._again(flushed, transfer.ticket.operation, transfer.imm))
+            _stop(transfer, flushed)
         self._settle(rail)
         self._frames.advance()
-
-    def _again(self, error: RailError, operation: str, imm: int | None) -> EngineError:
-        return verbs_qp.same_error(error, operation=operation, peer=self._link.peer.name, imm=imm)
 
     # What the thread does now and then, and at last.
 
@@ -395,21 +368,13 @@ class VerbsPath(DataPath):
         now_s = time.monotonic()
         if now_s >= self._look_s:
             self._look_s = now_s + LOOK_AROUND_S
-            self._look_at_devices()
+            for rail in self.rails:
+                if rail.open and rail.device.lost:
+                    why = f"device {rail.device.name} is gone: unplugged, or its driver removed"
+                    self.take_out(rail, DeviceLost(why))
             for rail, batch, error in self._watch.look(self.rails, now_s):
-                error.peer = self._link.peer.name
                 self.take_out(rail, error, batch)
         self._reopener.look(now_s)
-
-    def _look_at_devices(self) -> None:
-        for rail in self.rails:
-            if rail.open and rail.device.lost:
-                gone = DeviceLost(
-                    f"device {rail.device.name} is gone: unplugged, or its driver removed",
-                    peer=self._link.peer.name,
-                    rail=rail.name,
-                )
-                self.take_out(rail, gone)
 
     def _tear_down(self) -> None:
         """Nothing of this process touches memory over the link after this."""
@@ -422,3 +387,9 @@ class VerbsPath(DataPath):
         self._frames.close()
         self._meeting.close()
         self._link.core.staging.add(-SLOTS_NBYTES)
+
+
+def _stop(transfer: Transfer, error: RailError) -> None:
+    """Ends a transfer with an error of its own: that of its rail."""
+    operation = transfer.ticket.operation
+    transfer.stop(verbs_qp.same_error(error, operation=operation, imm=transfer.imm))

@@ -58,14 +58,14 @@ class QueuePair:
     """A queue pair of one rail. Used by the rail's thread alone, but for `stop`.
 
     Attributes:
-        number, psn: what the peer needs to connect to it.
+        number, psn, card: what the peer needs to connect to it.
         peer_number: the peer's end.
         queue: shares of transfers that wait to be posted.
         flying: batches that are posted and not completed, oldest first.
         room: work requests that may still be posted.
         credits: how many of them may carry an imm: the peer's receives that are left.
         posted: receives that are posted here.
-        oldest, waited_s: `watchdog.py`: the oldest batch at its last look, and for how long.
+        oldest, waited_s: `reopen.py`: the oldest batch at its last look, and for how long.
     """
 
     def __init__(self, device: Device, completions: Any, *, pad: tuple[int, int]) -> None:
@@ -93,6 +93,7 @@ class QueuePair:
         self.pair = library.qp.QPEx(device.context, attributes)
         self.number = int(self.pair.qp_num)
         self.psn = secrets.randbelow(1 << 24)
+        self.card = QueueCard(self.number, self.psn)
         self.queue: deque[Share] = deque()
         self.flying: deque[Batch] = deque()
         self.peer_number = -1
@@ -115,15 +116,9 @@ class QueuePair:
                 library.wr.RecvWR(RECEIVE_ID, num_sge=1, sg=[nothing], next_wr=following)
             )
 
-    @property
-    def card(self) -> QueueCard:
-        """What the peer's end needs."""
-        return QueueCard(self.number, self.psn)
-
     def connect(self, route: GidPair, peer: QueueCard) -> None:
         """Makes it ready to receive and to send. Raises the library's error."""
-        library, _enums = self._library, self._enums
-        nic = self._device.nic
+        library, nic = self._library, self._device.nic
         attributes = library.qp.QPAttr(port_num=nic.port)
         attributes.dest_qp_num = peer.number
         attributes.rq_psn, attributes.sq_psn = peer.psn, self.psn
@@ -273,30 +268,28 @@ _MEANINGS: dict[int, tuple[type[RailError], str, str]] = {
 _OTHER = (RailError, "", "the device reports an error")
 
 
-def completion_error(status: int, vendor_code: int, *, rail: str, peer: str) -> RailError:
+def completion_error(status: int, vendor_code: int, *, rail: str) -> RailError:
     """The error of a completion that went wrong."""
     kind, name, meaning = _MEANINGS.get(status, _OTHER)
     return kind(
         f"{meaning} ({name or f'status {status}'}, vendor code {vendor_code:#x}) on rail {rail}",
         operation="transfer",
-        peer=peer,
         vendor_code=vendor_code,
-        rail=rail,
     )
 
 
-def call_error(error: Exception, *, rail: str, peer: str) -> RailError:
+def call_error(error: Exception, *, rail: str) -> RailError:
     """The error of a call that the library refused."""
     kind = DeviceLost if getattr(error, "errno", 0) == 5 else RailError  # EIO: it was unplugged
-    return kind(f"{error} on rail {rail}", operation="transfer", peer=peer, rail=rail)
+    return kind(f"{error} on rail {rail}", operation="transfer")
 
 
-def same_error(error: RailError, *, operation: str, peer: str, imm: int | None) -> EngineError:
+def same_error(error: RailError, *, operation: str, imm: int | None) -> EngineError:
     """The rail's error for one of the transfers that it ends."""
     return type(error)(
         error.message,
         operation=operation,
-        peer=peer,
+        peer=error.peer,
         imm=imm,
         vendor_code=error.vendor_code,
         rail=error.rail,

@@ -1,4 +1,4 @@
-"""A rail: one device here, one at the peer, and the queue pairs between them.
+"""A rail: one device here, one at the peer, and the queue pairs between them; and how rails come to be.
 
 A rail is opened, used and taken out as a whole. Its epoch says how often it has been opened, so that
 a message about an earlier life is not taken for one about this.
@@ -11,14 +11,17 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from ...errors import RailError, TransportUnavailable
+from ...errors import ProtocolError, RailError, TransportUnavailable
 from . import cards as verbs_cards
-from .cards import RailCard
+from . import topology
+from .cards import MAX_RAILS, Offer, RailCard
 from .queue_pair import RECEIVE_DEPTH, SEND_DEPTH, QueuePair
+from .slots import Slots
 
 if TYPE_CHECKING:
-    from .device import Device
-    from .slots import Slots
+    from .device import Device, Nics
+
+DEFAULT_QUEUES = 1  # one fills a device; more are for networks with several paths
 
 POLL_AT_ONCE = 64
 FLUSH_S = 0.2  # a device takes microseconds to flush a stopped queue; one that is gone never does
@@ -31,6 +34,7 @@ class Rail:
         number: the same at both ends.
         nic: position of its device among this end's.
         device: which it is.
+        name: for people: number and device.
         up: both ends are connected.
         mtu: the verbs' code of the packets that the two ends agreed on.
         error: why it is out; None while it is not.
@@ -42,6 +46,7 @@ class Rail:
         self.number = number
         self.nic = nic
         self.device = device
+        self.name = f"{number} ({device.name})"
         self.epoch = 0
         self.up = False
         self.error: RailError | None = None
@@ -59,11 +64,6 @@ class Rail:
         self._completions: Any = None
         self.staged: QueuePair | None = None
         self.direct: list[QueuePair] = []
-
-    @property
-    def name(self) -> str:
-        """For people: number and device."""
-        return f"{self.number} ({self.device.name})"
 
     @property
     def queues(self) -> list[QueuePair]:
@@ -92,7 +92,7 @@ class Rail:
         except library.error as error:
             self.close()
             raise TransportUnavailable(
-                f"RDMA device {self.device.name} gives no queue pair: {error}", operation="connect"
+                f"RDMA device {self.device.name} gives no queue pair: {error}"
             ) from error
         self.staged, *self.direct = pairs
 
@@ -107,7 +107,7 @@ class Rail:
             link_layer=nic.link_layer,
             lid=nic.lid,
             mtu=self.device.mtu,
-            gids=verbs_cards.gid_cards(self.device.gids(), nic.link_layer),
+            gids=verbs_cards.gid_cards(topology.gids(nic), nic.link_layer),
             queues=tuple(pair.card for pair in self.queues),
             slots=self._slots.inbox,
             slots_key=self._slots.keys(self.device)[1],
@@ -122,8 +122,7 @@ class Rail:
         if len(theirs.queues) != len(self.queues):
             raise TransportUnavailable(
                 f"rail {self.number} has {len(self.queues)} queue pairs here and "
-                f"{len(theirs.queues)} at the peer",
-                operation="connect",
+                f"{len(theirs.queues)} at the peer"
             )
         way = verbs_cards.route(mine, theirs)
         try:
@@ -131,9 +130,7 @@ class Rail:
                 pair.connect(way, card)
             self._completions.req_notify()
         except self.device.library.error as error:
-            raise TransportUnavailable(
-                f"rail {self.name} does not connect: {error}", operation="connect"
-            ) from error
+            raise TransportUnavailable(f"rail {self.name} does not connect: {error}") from error
         self.mtu = way.mtu
         self.peer_nic = theirs.nic
         self.peer_slots = (theirs.slots, theirs.slots_key)
@@ -200,3 +197,80 @@ class Rail:
         if self.device.lost:
             self._slots.release(self.device)
         self.device.release()
+
+
+class Meeting:
+    """One end's rails of a link that is being opened, inside the handshake; its path takes them over.
+
+    There are as many rails as the end with more devices has: rail i joins device i of each end, modulo
+    how many it has. So the two ends need not have equally many, and every device has its share.
+
+    Attributes:
+        devices: this end's, in the order in which its cards and keys name them.
+        dialed: whether this end opened the link; it opens rails again, too.
+    """
+
+    def __init__(self, nics: Nics, *, dialed: bool) -> None:
+        self.dialed = dialed
+        self.devices: list[Device] = nics.devices()
+        self.slots = Slots()
+        self.rails: list[Rail] = []
+        self._mine: tuple[RailCard, ...] = ()
+
+    def offer(self, peer_nics: int, queues: int = DEFAULT_QUEUES) -> bytes:
+        """The dialing end's cards, for a peer with so many devices; `queues` for direct writes on each
+        rail.
+
+        Raises:
+            TransportUnavailable: a device does not give what it takes.
+        """
+        return self._create(min(MAX_RAILS, max(len(self.devices), peer_nics)), queues)
+
+    def answer(self, data: bytes) -> bytes:
+        """The other end's cards, connected to those that came.
+
+        Raises:
+            ProtocolError, TransportUnavailable: these are none, or they do not reach each other.
+        """
+        theirs = Offer.decode(data)
+        mine = self._create(len(theirs.rails), len(theirs.rails[0].queues) - 1)
+        self._connect(theirs)
+        return mine
+
+    def take(self, data: bytes) -> None:
+        """Connects the dialing end's rails to the answer.
+
+        Raises:
+            ProtocolError, TransportUnavailable: as for `answer`.
+        """
+        self._connect(Offer.decode(data))
+        for rail in self.rails:
+            rail.up = True
+
+    def close(self) -> None:
+        """Gives everything back: the link did not come to be, or is down."""
+        for rail in self.rails:
+            rail.stop()
+            rail.close()
+        self.slots.close()
+
+    def _create(self, num_rails: int, queues: int) -> bytes:
+        for number in range(num_rails):
+            nic = number % len(self.devices)
+            rail = Rail(number, nic, self.devices[nic], self.slots, queues)
+            self.rails.append(rail)
+            rail.create()
+        self._mine = tuple(rail.card() for rail in self.rails)
+        return Offer(self._mine).encode()
+
+    def _connect(self, theirs: Offer) -> None:
+        if [card.rail for card in theirs.rails] != [rail.number for rail in self.rails]:
+            raise ProtocolError("the peer's rails are not those of this link", operation="connect")
+        refused: list[str] = []
+        for rail, mine, card in zip(self.rails, self._mine, theirs.rails, strict=True):
+            try:
+                rail.connect(mine, card)
+            except TransportUnavailable as error:
+                refused.append(error.message)
+        if refused:
+            raise TransportUnavailable("; ".join(refused))

@@ -11,14 +11,12 @@ straight out of it: the slots are pinned for CUDA, as they are for the RDMA devi
 
 from __future__ import annotations
 
-import logging
 import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import DeviceError
-from ...staging.mover import gather, new_mover, scatter
+from ...staging.mover import Movers, gather, scatter
 from ...wire import frames
 from ...wire.tables import MAX_REGIONS, PIECE_ROW, REGION_ROW
 from ..segments import prepare_gpus
@@ -32,8 +30,6 @@ if TYPE_CHECKING:
     from .device import Device
 
     Bytes = npt.NDArray[np.uint8]
-
-log = logging.getLogger(__name__)
 
 # A frame costs both ends some 18,000 steps of a Python loop, whatever its size.
 NUM_SLOTS = 4
@@ -105,15 +101,16 @@ def bytes_begin(head_nbytes: int) -> int:
     return -(-head_nbytes // BYTES_ALIGN_NBYTES) * BYTES_ALIGN_NBYTES
 
 
-class Movers:
-    """Who copies for one link: the host, and a mover for each GPU. Thread-safe, but for `close`."""
+class SlotCopies:
+    """Copies in and out of one link's slots, by the host or by a GPU's mover. Thread-safe, but for
+    `close`."""
 
     def __init__(self, link: PathHost, slots: Slots) -> None:
         self._link = link
-        self._slots = slots
-        self._lock = threading.Lock()
-        self._movers: dict[int, tuple[Mover, threading.Lock]] = {}
-        self._pinned_by: Mover | None = None
+        self._spare = slots.spare
+        self._movers = Movers(slots.address, slots.nbytes)
+        self._beginning: dict[int, threading.Lock] = {}  # by GPU: one thread begins at a time
+        self.close = self._movers.close
 
     def gather(self, into: Bytes, pieces: iovec.Iovec, device: int) -> None:
         """Copies pieces of a GPU's memory, or the host's for -1, one after the other into a slot.
@@ -124,8 +121,8 @@ class Movers:
         if device < 0:
             gather(pieces, into)
         elif len(into):
-            mover, beginning = self._mover(device)
-            with beginning:
+            mover = self._mover(device)
+            with self._beginning[device]:
                 moved = mover.gather(pieces, int(into.ctypes.data))
             moved.wait()
 
@@ -134,8 +131,8 @@ class Movers:
         if device < 0:
             scatter(out_of, pieces)
         elif len(out_of):
-            mover, beginning = self._mover(device)
-            with beginning:
+            mover = self._mover(device)
+            with self._beginning[device]:
                 moved = mover.scatter(int(out_of.ctypes.data), pieces)
             moved.wait()
 
@@ -143,40 +140,6 @@ class Movers:
         """Prepares the movers of this process's GPUs."""
         prepare_gpus(self._link, self._mover)
 
-    def close(self) -> None:
-        """Frees what it holds; nobody copies any more."""
-        try:
-            if self._pinned_by is not None:
-                self._pinned_by.unpin(self._slots.address)
-            for mover, _ in self._movers.values():
-                mover.close()
-        except DeviceError as error:  # the GPU is gone, and with it what it held
-            log.warning("kvferry: staging is not freed: %s", error)
-        self._movers.clear()
-
-    def _mover(self, device: int) -> tuple[Mover, threading.Lock]:
-        """A GPU's mover and the lock under which its work begins; made with the first call."""
-        with self._lock:
-            entry = self._movers.get(device)
-            if entry is None:
-                mover = new_mover(device, self._link.core.max_programs)
-                try:
-                    self._prepare(mover)
-                except BaseException:
-                    mover.close()
-                    raise
-                entry = self._movers[device] = (mover, threading.Lock())
-            return entry
-
-    def _prepare(self, mover: Mover) -> None:
-        pins = self._pinned_by is None  # one registration serves all GPUs of the process
-        if pins:
-            mover.pin(self._slots.address, self._slots.nbytes)
-        try:
-            mover.warm(self._slots.spare)
-        except BaseException:
-            if pins:
-                mover.unpin(self._slots.address)
-            raise
-        if pins:
-            self._pinned_by = mover
+    def _mover(self, device: int) -> Mover:
+        self._beginning.setdefault(device, threading.Lock())
+        return self._movers.get(device, self._link.core.max_programs, lambda: self._spare)

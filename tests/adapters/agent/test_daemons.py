@@ -53,7 +53,9 @@ def test_agents_outlive_the_daemons_they_were_registered_with(
     decode.agent.wait_for_member("prefill-0", WAIT_S)
     prefill.agent.wait_for_member("decode-0", WAIT_S)
     enrolments = [agent.agent._registrar for agent in (prefill, decode)]
-    generations = [registrar.generation for registrar in enrolments if registrar is not None]
+    generations = [
+        registrar._presence.generation for registrar in enrolments if registrar is not None
+    ]
     heard: list[str] = []
 
     def hand_over(request: str) -> None:

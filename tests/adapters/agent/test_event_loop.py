@@ -19,7 +19,7 @@ WAIT_S = 20.0
 
 
 class Handoffs:
-    """EventLoop, and the inline copies of their thread, whose clock the test keeps."""
+    """An event loop, and the inline copies of its thread, whose clock the test keeps."""
 
     def __init__(self) -> None:
         self.ends = 0

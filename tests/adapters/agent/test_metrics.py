@@ -114,7 +114,7 @@ def test_health_of_an_agent(new_agent: Callable[..., Local], daemon: DaemonProce
     address = local.agent.http_address
     registrar = local.agent._registrar
     assert registrar is not None
-    assert registrar.wait(lambda: registrar.registered, WAIT_S)
+    assert registrar.wait(lambda: registrar.standing.present, WAIT_S)
     assert get(address, "/healthz") == (200, "ok\n")
     assert get(address, "/readyz") == (200, "ok\n")
     with DaemonClient(daemon.address) as client:

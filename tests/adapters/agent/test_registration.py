@@ -95,12 +95,12 @@ def test_a_daemons_death_harms_nobody(daemon: DaemonProcess, make: Callable[...,
     prefill.agent.send("before", SRC)
     in_flight.wait(WAIT_S)
     hand_over(prefill, decode, "after")
-    first = decode.agent._registrar.generation  # type: ignore[union-attr]
+    first = decode.agent._registrar._presence.generation  # type: ignore[union-attr]
     daemon.start()
     with DaemonClient(daemon.address) as client, client.watch() as watch:
         while set(watch.view.members) != {"prefill-0", "decode-0"}:  # complete again
             watch.poll(WAIT_S)
-    wait_until(decode, lambda: decode.agent._registrar.generation > first)  # type: ignore[union-attr]
+    wait_until(decode, lambda: decode.agent._registrar._presence.generation > first)  # type: ignore[union-attr]
     hand_over(prefill, decode, "later")
 
 

@@ -52,7 +52,13 @@ class Side:
         options: dict[str, Any] = (
             dict.fromkeys(("tp_size", "state_tp_size", "pp_size", "dcp_size"), 1)
             | dict.fromkeys(("tp_rank", "dcp_rank", "total_heads"), 0)
-            | {"page_size": 4, "mla": False, "hybrid_mla": False, "swa_layout": ""}
+            | {
+                "page_size": 4,
+                "mla": False,
+                "hybrid_mla": False,
+                "swa_layout": "",
+                "numbers": "fp8_e4m3",
+            }
         )
         self.geometry = Geometry(**options | geometry, components=self.held.components)
 
@@ -111,6 +117,11 @@ def test_a_layer_that_decode_lacks_is_named(linked: Any) -> None:
         ({"page_size": 8}, "page size differs: prefill has 4, decode has 8"),
         ({"mla": True}, "attention kind"),
         ({"dcp_size": 2}, "decode context parallelism differs"),
+        (
+            {"numbers": "fp8_e5m2"},
+            "kv_cache_dtype differs: prefill has fp8_e4m3, decode has fp8_e5m2",
+        ),
+        ({"numbers": "auto"}, "kv_cache_dtype differs"),
         ({"tp_size": 2}, "number of KV heads of the model differs: prefill has 0, decode has 0"),
         ({"components": ()}, "state components"),
     ],
@@ -213,9 +224,9 @@ def test_foreign_frames_are_not_ours_and_broken_ones_are_named() -> None:
 
 
 def test_another_version_is_refused_by_name() -> None:
-    geometry = Geometry(1, 1, 0, 1, 1, 1, 0, 1, False, False, "", ())
+    geometry = Geometry(1, 1, 0, 1, 1, 1, 0, 1, False, False, "", "auto", ())
     register = Register(99, "e", 1, "h", 2, b"", geometry)
-    with pytest.raises(EngineError, match=r"version 1 .* and decode 99: install equal versions"):
+    with pytest.raises(EngineError, match=r"version 2 .* and decode 99: install equal versions"):
         check_version(register)
 
 

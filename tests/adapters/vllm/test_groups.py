@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from kvferry.adapters.vllm.cache import Backend, CacheGroup, Heads, describe_caches, read_groups
+from kvferry.adapters.vllm.settings import check_supported
 from kvferry.engine.errors import LayoutError
+from kvferry.engine.plan.token_plan import TokenPlan
 
 CPU = Backend("CPU_ATTN", "vec", "0.32.0")
 ALONE = Heads.of_rank(2, 1, 0)
@@ -214,3 +216,51 @@ def test_a_layer_has_one_number(name: str) -> None:
 )
 def test_heads_of_a_rank(tp_size: int, rank: int, want: tuple[int, int, bool]) -> None:
     assert tuple(Heads.of_rank(8, tp_size, rank)) == want
+
+
+@pytest.mark.parametrize(("cache_dtype", "known"), [("fp8", "fp8_e4m3"), ("fp8_e5m2", "fp8_e5m2")])
+def test_numbers_that_torch_knows_as_bytes_are_named(cache_dtype: str, known: str) -> None:
+    """Two formats of equal size are not one: their bytes would be read as other numbers."""
+    caches = {"model.layers.0.attn": torch.zeros((9, 2, 4, 16), dtype=torch.uint8)}
+    group = CacheGroup(0, "full", tuple(caches), 4)
+    backend = CPU._replace(numbers=cache_dtype)
+    layout, _ = describe_caches(caches, [group], backend, ALONE)
+    assert layout.codec == f"vllm/CPU_ATTN/vec/0.32.0/{known}"
+    other, _ = describe_caches(caches, [group], CPU._replace(numbers="fp8_inc"), ALONE)
+    with pytest.raises(LayoutError, match=f"codec differs: source has .*{known}, .*fp8_inc"):
+        TokenPlan(layout, other)
+
+
+def test_bytes_that_nobody_says_the_meaning_of_are_refused() -> None:
+    caches = {"model.layers.0.attn": torch.zeros((9, 2, 4, 16), dtype=torch.uint8)}
+    group = CacheGroup(0, "full", tuple(caches), 4)
+    with pytest.raises(LayoutError, match="set kv_cache_dtype"):
+        describe_caches(caches, [group], CPU, ALONE)
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "value"),
+    [
+        ("parallel_config", "pipeline_parallel_size", 2),
+        ("parallel_config", "decode_context_parallel_size", 2),
+        ("parallel_config", "prefill_context_parallel_size", 4),
+        ("parallel_config", "enable_dbo", True),
+        ("parallel_config", "ubatch_size", 2),
+        ("cache_config", "calculate_kv_scales", True),
+        ("kv_cache_config", "has_mixed_precision_kv_cache", True),
+    ],
+)
+def test_what_would_be_moved_wrongly_is_refused_when_the_engine_starts(
+    config: str, name: str, value: object
+) -> None:
+    plain = {
+        "parallel_config": SimpleNamespace(
+            pipeline_parallel_size=1, enable_dbo=False, ubatch_size=0
+        ),
+        "cache_config": SimpleNamespace(),
+        "kv_cache_config": SimpleNamespace(has_mixed_precision_kv_cache=False),
+    }
+    check_supported(**plain)
+    setattr(plain[config], name, value)
+    with pytest.raises(ValueError, match=f"{name}={value}: set "):
+        check_supported(**plain)

@@ -31,9 +31,7 @@ TABLE = ([1, 2, 3, 4],)
 def make_side(max_tokens: int = 100, token_nbytes: int = 8) -> SchedulerSide:
     groups = (CacheGroup(0, "full", ("model.layers.0.attn",), BLOCK),)
     settings = Settings(in_step_nbytes=max_tokens * 8)
-    return SchedulerSide(
-        "me", settings, groups=groups, tp_size=1, pp_size=1, token_nbytes=token_nbytes
-    )
+    return SchedulerSide("me", settings, groups=groups, tp_size=1, token_nbytes=token_nbytes)
 
 
 def load(side: SchedulerSide, name: str = "d", params: Any = None, local: int = 0) -> Any:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent / "engines"
 CONNECTOR = {
     "kv_connector": "KVFerryConnector",
-    "kv_connector_module_path": "kvferry.adapters.vllm.connector",
+    "kv_connector_module_path": "kvferry.adapters.vllm",
 }
 OPTIONS: dict[str, dict[str, int]] = {
     "llama": {"block_size": 32, "max_num_batched_tokens": 256},

@@ -25,7 +25,7 @@ TO_PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
 
 @pytest.fixture
 def side() -> SchedulerSide:
-    made = SchedulerSide("me", Settings(), groups=FULL, tp_size=1, pp_size=1)
+    made = SchedulerSide("me", Settings(), groups=FULL, tp_size=1)
     made.addresses = ["tcp://10.0.0.1:7000"]
     return made
 
@@ -188,7 +188,7 @@ def test_a_step_without_a_forward_pass_is_idle(side: SchedulerSide) -> None:
 
 
 def test_the_load_is_told_until_the_daemon_knows_it() -> None:
-    side = SchedulerSide("me", Settings(daemon="d"), groups=FULL, tp_size=1, pp_size=1)
+    side = SchedulerSide("me", Settings(daemon="d"), groups=FULL, tp_size=1)
     free = 9
     side.holds.bind(SimpleNamespace(get_num_free_blocks=lambda: free))
     assert side.has_work, "nothing was told yet"
@@ -205,7 +205,7 @@ def test_the_load_is_told_until_the_daemon_knows_it() -> None:
 
 
 def test_decode_tells_what_it_has_to_compute_itself() -> None:
-    side = SchedulerSide("me", Settings(daemon="d"), groups=FULL, tp_size=1, pp_size=1)
+    side = SchedulerSide("me", Settings(daemon="d"), groups=FULL, tp_size=1)
     side.new_request(request("plain", 30, {}))
     side.new_request(loaded := request("loaded", 40, REMOTE))
     side.new_request(aborted := request("aborted", 50, REMOTE))
@@ -284,7 +284,7 @@ def pool() -> Pool:
 @pytest.fixture
 def hybrid(pool: Pool) -> SchedulerSide:
     """Of a model with windows, and a third group, between the two, that is not moved."""
-    made = SchedulerSide("me", Settings(), groups=HYBRID, tp_size=1, pp_size=1)
+    made = SchedulerSide("me", Settings(), groups=HYBRID, tp_size=1)
     made.addresses = ["tcp://10.0.0.1:7000"]
     made.holds.bind(pool)
     return made
@@ -334,7 +334,7 @@ def test_kept_blocks_are_let_go_however_a_prompt_ends(
 
 
 def test_windows_are_not_handed_over_without_a_pool_to_keep_them() -> None:
-    side = SchedulerSide("me", Settings(), groups=HYBRID, tp_size=1, pp_size=1)
+    side = SchedulerSide("me", Settings(), groups=HYBRID, tp_size=1)
     side.new_request(request("a", 20, TO_PREFILL))
     with pytest.raises(RuntimeError, match="did not call bind_gpu_block_pool"):
         side.take_orders(step({"a": 20}, new=[("a", ([1, 2], [60], [10]), 0)]))

@@ -60,7 +60,7 @@ class Soak:
     def _server(self, python: str, model: str, name: str, folder: Path) -> Program:
         connector = {
             "kv_connector": "KVFerryConnector",
-            "kv_connector_module_path": "kvferry.adapters.vllm.connector",
+            "kv_connector_module_path": "kvferry.adapters.vllm",
             "kv_role": "kv_producer" if name.startswith("prefill") else "kv_consumer",
             "kv_connector_extra_config": {
                 "mode": "push" if name.endswith("1") else "pull",  # decode's counts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvferry.control.cluster.stores import parse_store
+from kvferry.control.cluster.store import parse_store
 from kvferry.control.errors import ConfigError
 
 

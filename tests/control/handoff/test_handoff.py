@@ -46,9 +46,9 @@ from kvferry.control.handoff.messages import (
     Ready,
     Request,
     Sent,
-    pack_block_ids,
 )
 from kvferry.control.handoff.registry import DecodeHandoffs, PrefillHandoffs
+from tests.control.examples import pack_block_ids
 
 if TYPE_CHECKING:
     from kvferry.control.errors import ControlError

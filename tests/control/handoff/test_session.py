@@ -30,8 +30,8 @@ from kvferry.control.handoff.session import (
 )
 
 if TYPE_CHECKING:
+    from kvferry.control.handoff.events import Action
     from kvferry.control.handoff.messages import Message
-    from kvferry.control.handoff.session import SessionAction
 
 NUMBER = 5
 
@@ -57,7 +57,7 @@ class Pair:
     def other(self, session: Session) -> NamedSession:
         return self.called if session is self.caller else self.caller
 
-    def run(self, session: Session, actions: list[SessionAction]) -> None:
+    def run(self, session: Session, actions: list[Action]) -> None:
         for action in actions:
             match action:
                 case Send(message=message):

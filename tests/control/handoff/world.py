@@ -43,10 +43,10 @@ from kvferry.control.handoff.messages import (
     HandoffMessage,
     decode,
     encode,
-    pack_block_ids,
     unpack_block_ids,
 )
 from kvferry.control.handoff.registry import DecodeHandoffs, PrefillHandoffs
+from tests.control.examples import pack_block_ids
 
 if TYPE_CHECKING:
     from kvferry.control.errors import ControlError

@@ -50,7 +50,7 @@ def test_it_does_not_matter_where_a_transfer_is_cut(
     truth = expect(src, dst, TABLES, 12, 37)
     plan = plan_of(engine, peer, src, dst, write)
     move = TokenMove(plan, (TABLES[0],), (TABLES[1],), 12, 37)
-    assert len(list(chunks_of(plan, move, 150))) >= 8
+    assert len(list(chunks_of(move, 150))) >= 8
     nbytes = plan.tokens.nbytes(12, 37)
     if write:
         imm = peer.call("new_imm")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvferry.engine.connect.admission import token_id
+from kvferry.engine.connect.handshake import token_id
 from kvferry.engine.errors import DeadlineExceeded, OutOfRange, TransportUnavailable
 from kvferry.engine.transfer_engine import TransferEngine
 

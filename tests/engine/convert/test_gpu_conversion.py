@@ -1,4 +1,4 @@
-"""ElementType that a GPU converts for a transport that stages, its kernels in Triton's interpreter.
+"""Numbers that a GPU converts for a transport that stages, its kernels in Triton's interpreter.
 
 Links, chunks, staging and the peer are real; the memory is the host's. The interpreter truncates
 bf16 and rounds fp8 wrongly, so what becomes such numbers here is exact in them.
@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from kvferry.engine.convert import conversion
 from kvferry.engine.convert.gpu_workspace import GpuWorkspace
-from kvferry.engine.convert.workspace import ElementType, HostWorkspace
+from kvferry.engine.convert.workspace import HostWorkspace
 from kvferry.engine.errors import DeviceError, EngineError, PlanError
-from kvferry.engine.layout.dtypes import QUANTISED
+from kvferry.engine.layout.dtypes import QUANTISED, ElementType
 from kvferry.kernels.cast import cast_reference
 from tests.support.caches import AXES, PagedPool, expect_tokens
 from tests.support.interpreted_gpu import InterpretedGpu, convert_as_on_a_gpu
@@ -248,7 +248,7 @@ def test_a_link_that_goes_down_waits_for_those_who_convert(
     local.deregister()
 
 
-def test_a_workplace_is_made_ready_beforehand(gpus: list[InterpretedGpu]) -> None:
+def test_a_workspace_is_made_ready_beforehand(gpus: list[InterpretedGpu]) -> None:
     gpu = InterpretedGpu()
     place = GpuWorkspace(gpu)
     place.reserve(1 << 14)

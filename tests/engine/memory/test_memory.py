@@ -23,6 +23,7 @@ from kvferry.engine.errors import (
 )
 from kvferry.engine.layout.kv_layout import KVLayout
 from kvferry.engine.memory.regions import RegionTable, check_ranges
+from kvferry.engine.transfer_engine import TransferEngine
 
 
 @pytest.fixture
@@ -247,3 +248,15 @@ for thread in threads:
 """
     for _ in range(3):
         subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [("float32", 8), ("float16", 16), ("float16", 4)])
+def test_a_tensor_that_its_layout_does_not_describe_is_refused(dtype: str, dim: int) -> None:
+    """It would be long enough, and other bytes would move."""
+    made = np.zeros((2, 8, 4, 8), np.float16)
+    layout = KVLayout.from_tensors([made], "plane block token dim")
+    with TransferEngine(transports=("tcp",)) as engine:
+        engine.register_cache(layout, [made])
+        engine.register_cache(layout, [np.zeros(1 << 16, np.uint8)])  # a pool of bytes
+        with pytest.raises(LayoutError, match=r"tensor 0 spans \d+ bytes.* layout"):
+            engine.register_cache(layout, [np.zeros((2, 8, 4, dim), dtype)])

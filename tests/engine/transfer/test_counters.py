@@ -163,7 +163,7 @@ def test_a_peer_may_write_everything_and_go_before_it_is_expected() -> None:
 def test_an_abort_may_come_before_the_expect() -> None:
     table = CounterTable()
     table.arrived(1, 10, 0, "a")
-    table.fail(1, PeerAborted("gave up", imm=1), remember=True)
+    table.fail(1, PeerAborted("gave up", imm=1))
     with pytest.raises(PeerAborted):
         expect(table, 1, nbytes=10).wait(0)
     assert not expect(table, 1, nbytes=10).done()  # the next one is not concerned
@@ -203,18 +203,18 @@ class TestABoundImm:
     def test_only_its_writer_aborts(self) -> None:
         table = CounterTable()
         ticket = expect(table, 5, nbytes=10, engine_id="writer")
-        table.fail(5, PeerAborted("no"), remember=True, origin="stranger")
+        table.fail(5, PeerAborted("no"), origin="stranger")
         assert not ticket.done()
-        table.fail(5, PeerAborted("no"), remember=True, origin="writer")
+        table.fail(5, PeerAborted("no"), origin="writer")
         with pytest.raises(PeerAborted):
             ticket.wait(0)
 
     def test_what_strangers_did_before_does_not_matter(self) -> None:
         table = CounterTable()
-        table.fail(6, PeerAborted("no"), remember=True, origin="stranger")
+        table.fail(6, PeerAborted("no"), origin="stranger")
         table.arrived(6, 100, 1, "link", "stranger")
         table.arrived(6, 4, 1, "link", "writer")
-        table.fail(6, PeerAborted("no"), remember=True, origin="stranger")
+        table.fail(6, PeerAborted("no"), origin="stranger")
         ticket = expect(table, 6, nbytes=10, engine_id="writer")
         assert not ticket.done()
         table.arrived(6, 6, 1, "link", "writer")
@@ -222,7 +222,7 @@ class TestABoundImm:
 
     def test_what_its_writer_aborted_before_fails_it(self) -> None:
         table = CounterTable()
-        table.fail(6, PeerAborted("stranger"), remember=True, origin="stranger")
-        table.fail(6, PeerAborted("writer"), remember=True, origin="writer")
+        table.fail(6, PeerAborted("stranger"), origin="stranger")
+        table.fail(6, PeerAborted("writer"), origin="writer")
         with pytest.raises(PeerAborted, match="writer"):
             expect(table, 6, nbytes=10, engine_id="writer").wait(0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import threading
 import time
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import zmq
 
-from kvferry.control.handoff.messages import HandoffId, Request, decode, encode, pack_block_ids
+from kvferry.control.handoff.messages import HandoffId, Request, decode, encode
 from kvferry.engine.memory import iovec
 from kvferry.engine.transports.cma.path import permit_peers
 from kvferry.engine.wire import messages as wire
@@ -79,7 +80,7 @@ def measure_floor(count: int) -> list[float]:
             there = waiting[number] = threading.Lock()
             there.acquire()
             handoff = HandoffId(f"r{number}", 1, number)
-            table = pack_block_ids([number % 256])
+            table = struct.pack("<i", number % 256)
             request = Request(1, handoff, "push", 1, BLOCK_NBYTES, 30.0, number, tables=(table,))
             requests.send(encode(request))
             there.acquire()

@@ -18,7 +18,7 @@ from kvferry.engine.transports.verbs import path as verbs
 from kvferry.engine.transports.verbs import queue_pair as verbs_qp
 from kvferry.engine.transports.verbs import topology
 from kvferry.engine.transports.verbs.device import Nics
-from kvferry.engine.transports.verbs.meeting import Meeting
+from kvferry.engine.transports.verbs.rail import Meeting
 from kvferry.tools.bench.peers import Peer, PeerEnded
 from kvferry.tools.rdma_vm.missing import which
 

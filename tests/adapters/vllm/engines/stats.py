@@ -23,14 +23,13 @@ from kvferry.adapters.vllm.orders import Figures
 
 def take(*, loads: int, sends: int = 0, failed: int = 0) -> dict[str, Any]:
     """What a worker has of one step."""
-    figures = Figures()
-    for number in range(loads):
-        figures.loaded(0.002 * (number + 1), 1000)
-    for _ in range(sends):
-        figures.sent(500)
-    for _ in range(failed):
-        figures.load_failed()
-        figures.send_failed()
+    figures = Figures(
+        [0.002 * (number + 1) for number in range(loads)],
+        [1000] * loads,
+        [500] * sends,
+        failed,
+        failed,
+    )
     return figures.take()
 
 
@@ -38,7 +37,7 @@ def main(result_file: str) -> None:
     """Writes down what vLLM's log line and its metrics have."""
     config = KVTransferConfig(
         kv_connector="KVFerryConnector",
-        kv_connector_module_path="kvferry.adapters.vllm.connector",
+        kv_connector_module_path="kvferry.adapters.vllm",
         kv_role="kv_both",
     )
     steps = [take(loads=2), take(loads=1, sends=4, failed=1)]

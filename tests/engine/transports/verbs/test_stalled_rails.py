@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvferry.engine.transports.verbs.queue_pair import Batch
-from kvferry.engine.transports.verbs.watchdog import (
+from kvferry.engine.transports.verbs.reopen import (
     DOWN_S,
     LONGEST_LOOK_S,
     SLOWEST_NBYTES_PER_S,
