@@ -420,6 +420,7 @@ class TestWholeRuns:
     def test_damaged_blocks_change_tokens(self) -> None:
         done = run_command("--prompts", "3", "--tokens", "8", "--json", "--corrupt")
         assert done.returncode == 1
+        assert done.stdout, done.stderr
         report = json.loads(done.stdout)
         assert report["transports"]
         for row in report["transports"]:

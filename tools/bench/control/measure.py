@@ -68,7 +68,7 @@ class Handoffs(msgspec.Struct, frozen=True):
         latency: from the call of `receive` to its end, all bytes there; one after the other.
         cpu_us: processor time of one of those, of both processes.
         round_trip: a ZeroMQ message of 150 bytes there and back between two bare processes.
-        floor: the messages and the copy of a handoff, and nothing else; see `control_floor.py`.
+        floor: the messages and the copy of a handoff, and nothing else; see `floor.py`.
         per_s: handoffs a second, many at a time.
         stolen: share of the processors' time that the hypervisor gave to others meanwhile.
     """

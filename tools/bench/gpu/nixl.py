@@ -1,4 +1,4 @@
-"""NIXL (UCX) between two processes, GPU 0 to GPU 1, on blocks like those of `gpu_measure`.
+"""NIXL (UCX) between two processes, GPU 0 to GPU 1, on blocks like those of `measure.py`.
 
 Runs in any environment that has NIXL for CUDA 12 or 13 and NumPy; of kvferry it needs the driver's
 functions alone, and no torch:
