@@ -317,7 +317,7 @@ def test_an_engine_without_descriptors_does_not_spin_and_recovers(
 
 
 def test_an_engine_that_cannot_start_leaves_nothing_behind() -> None:
-    before = (threading.active_count(), len(os.listdir("/proc/self/fd")))
+    threads, num_fds = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         with pytest.raises(TransportUnavailable, match="cannot listen on"):
             TransferEngine(host="256.256.256.256")
