@@ -158,11 +158,11 @@ class Sessions:
         }
 
     def get(self, number: int) -> PeerSession | None:
-        """The acquaintance of this session number; one that is down may still be known."""
+        """The session of this number; one that is down may still be known."""
         return self._all.get(number)
 
     def by_name(self, name: str) -> PeerSession | None:
-        """The latest acquaintance of that name that is up. Any thread."""
+        """The latest session of that name that is up. Any thread."""
         return self._by_name.get(name)
 
     # Meeting

@@ -81,7 +81,7 @@ class Message(msgspec.Struct, frozen=True, tag_field="type", tag=str.lower, gc=F
     Messages hold nothing that could refer back to them, so Python's collector need not look at the
     thousands that ledgers remember (`gc=False`): decision 0042.
 
-    `session` is the number that the side that connects gives to this acquaintance. A message of
+    `session` is the number that the side that connects gives to this session. A message of
     another session belongs to the dead: it is answered with `Refused("session")`.
     """
 

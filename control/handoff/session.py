@@ -78,7 +78,7 @@ class Up(Action, frozen=True):
 
 
 class Ended(Action, frozen=True):
-    """The acquaintance is over: close the link, if there is one."""
+    """The session is over: close the link, if there is one."""
 
     error: HelloError
 
@@ -95,7 +95,7 @@ HELLO, DESCRIBE, RECONCILING, LINKING, WELCOME, UP, ENDED = (
 
 
 class Session(StateMachine):
-    """One acquaintance, seen from one side. Not thread-safe: one owner.
+    """One session, seen from one side. Not thread-safe: one owner.
 
     Attributes:
         number: the session number in every message; the side that connects chose it.

@@ -93,7 +93,8 @@ def upload_ids(plan: TransferPlan, src: Any, dst: Any) -> UploadedIds:
         order = torch.argsort(ids.dst)
         rows = torch.stack([ids.src[order].long(), ids.dst[order].long()])
     else:
-        rows = torch.from_numpy(np.stack([ids.src, ids.dst])).to(device)
+        pairs = np.stack([ids.src, ids.dst])
+        rows = torch.from_numpy(pairs[:, np.argsort(pairs[1], kind="stable")]).to(device)
     torch.cuda.current_stream(device).synchronize()
     return UploadedIds(plan, rows)
 

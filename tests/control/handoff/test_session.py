@@ -37,7 +37,7 @@ NUMBER = 5
 
 
 class Pair:
-    """Both ends of one acquaintance, over a network that a test may spoil."""
+    """Both ends of one session, over a network that a test may spoil."""
 
     def __init__(self, caller: Hello | None = None, called: Hello | None = None) -> None:
         caller = caller or make_hello("decode-0", "decode", 11, NUMBER)
