@@ -48,7 +48,7 @@ def export_cache(
     row: int | None = None,
     num_tokens: int | None = None,
 ) -> int:
-    """Copies one sequence of `cache` into `block_ids` of `pool`, and nothing into other blocks.
+    """Copy one sequence of `cache` into `block_ids` of `pool`, and nothing into other blocks.
 
     The last block is written only as far as the tokens go; ids beyond the last token are ignored.
     All checks come before the first byte.
@@ -103,7 +103,7 @@ def export_cache(
 def import_cache(
     pool: Pool, block_ids: BlockIds, num_tokens: int, *, config: Any = None
 ) -> DynamicCache:
-    """Makes a `DynamicCache` of batch 1 from `block_ids` of `pool`.
+    """Make a `DynamicCache` of batch 1 from `block_ids` of `pool`.
 
     The cache owns a copy: the blocks may be freed as soon as this returns.
 
@@ -136,12 +136,12 @@ def import_cache(
 
 
 def blocks_for(num_tokens: int, tokens_per_block: int) -> int:
-    """How many blocks `num_tokens` tokens fill, the last one perhaps in part."""
+    """Return how many blocks `num_tokens` tokens fill, the last one perhaps in part."""
     return -(-num_tokens // tokens_per_block)
 
 
 def _write_blocks(states: torch.Tensor, plane: torch.Tensor, ids: torch.Tensor) -> None:
-    """Copies `[token, head, dim]` states into `[block, token, head, dim]`, a partial block last."""
+    """Copy `[token, head, dim]` states into `[block, token, head, dim]`, a partial block last."""
     tokens_per_block = plane.shape[1]
     full, rest = divmod(states.shape[0], tokens_per_block)
     if full:
@@ -152,7 +152,7 @@ def _write_blocks(states: torch.Tensor, plane: torch.Tensor, ids: torch.Tensor) 
 
 
 def _layers(pool: Pool) -> list[torch.Tensor]:
-    """The pool as one 5-dimensional tensor a layer."""
+    """Return the pool as one 5-dimensional tensor a layer."""
     layers = list(pool.unbind(0)) if isinstance(pool, torch.Tensor) else list(pool)
     if not layers:
         raise LayoutError("the pool has no layers", operation="pool")
@@ -173,7 +173,8 @@ def _layers(pool: Pool) -> list[torch.Tensor]:
 
 
 def _layer_tensors(number: int, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """A cache layer's keys and values; refuses kinds that do not hold every token as it is."""
+    """Return a cache layer's keys and values; refuse kinds that do not hold every token as it
+    is."""
     _check_kind(layer, f"layer {number} of the cache is", "cache")
     if layer.keys is None or layer.values is None or layer.get_seq_length() == 0:
         raise LayoutError(
@@ -244,7 +245,7 @@ def _check_states(
 def _check_block_ids(
     block_ids: BlockIds, num_tokens: int, layer: torch.Tensor, operation: str
 ) -> torch.Tensor:
-    """The ids that `num_tokens` tokens use, int64, on the pool's device."""
+    """Return the ids that `num_tokens` tokens use, int64, on the pool's device."""
     ids = torch.as_tensor(block_ids)
     if ids.dim() != 1 or ids.is_floating_point():
         raise PlanError(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a daemon until SIGTERM or SIGINT; returns the exit status."""
+    """Run a daemon until SIGTERM or SIGINT; return the exit status."""
     try:
         settings = read_settings(sys.argv[1:] if arguments is None else arguments, os.environ)
         logging.basicConfig(

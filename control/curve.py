@@ -16,7 +16,7 @@ ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # where libzmq looks for it, in each co
 
 
 def new_pair() -> tuple[bytes, bytes]:
-    """A fresh key pair: public, secret; 32 bytes each."""
+    """Return a fresh key pair: public, secret; 32 bytes each."""
     public, secret = zmq.curve_keypair()
     return _unarmour(public), _unarmour(secret)
 
@@ -46,7 +46,7 @@ def protect_client(socket: zmq.Socket[Any], keys: Keys | None, server: bytes) ->
 
 
 def sender_key(frame: zmq.Frame) -> bytes:
-    """The public key of whoever sent this frame; empty where there is no CURVE."""
+    """Return the public key of whoever sent this frame; empty where there is no CURVE."""
     with contextlib.suppress(zmq.ZMQError):
         return bytes.fromhex(str(frame.get("User-Id")))
     return b""
@@ -68,7 +68,7 @@ class Gatekeeper:
         self._allowed = AllowList(keys.allowed)
 
     def answer(self) -> None:
-        """Answers all questions that wait."""
+        """Answer all questions that wait."""
         while True:
             try:
                 parts = self.socket.recv_multipart(zmq.NOBLOCK)

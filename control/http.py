@@ -74,7 +74,7 @@ class HttpServer:
                 self.wfile.write(body)
 
             def log_message(self, format: str, *args: object) -> None:
-                """Scrapes are not worth a line each."""
+                """Scrape are not worth a line each."""
 
         try:
             port = int(address.rpartition(":")[2])
@@ -91,7 +91,7 @@ class HttpServer:
         self._thread.start()
 
     def close(self) -> None:
-        """Stops serving. Once."""
+        """Stop serving. Once."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -105,19 +105,19 @@ class _Server(ThreadingHTTPServer):
 
 
 def http_host(address: str) -> str:
-    """The host of `host:port`; this machine's, if none is named."""
+    """Return the host of `host:port`; this machine's, if none is named."""
     return address.rpartition(":")[0].strip("[]") or "127.0.0.1"
 
 
 def _host_of(header: str) -> str:
-    """The host that a visitor asked for, without its port."""
+    """Return the host that a visitor asked for, without its port."""
     if header.startswith("["):
         return header.partition("]")[0][1:]
     return header.partition(":")[0]
 
 
 def health(problem: Callable[[], str]) -> Page:
-    """A page that is 200 while `problem` returns "", and 503 with its words otherwise."""
+    """Return a page that is 200 while `problem` returns "", and 503 with its words otherwise."""
 
     def page() -> tuple[int, str, bytes]:
         words = problem()
@@ -127,5 +127,5 @@ def health(problem: Callable[[], str]) -> Page:
 
 
 def metrics_page(registry: CollectorRegistry) -> Page:
-    """A registry in Prometheus's text format."""
+    """Return a registry in Prometheus's text format."""
     return lambda: (200, "text/plain; version=0.0.4; charset=utf-8", generate_latest(registry))

@@ -34,7 +34,7 @@ class Keys(msgspec.Struct, frozen=True):
 
     @classmethod
     def load(cls, path: str | Path, allowed: str | Path = "") -> Keys:
-        """Reads a key file; the allow-list is `allowed_keys` beside it, unless another is named.
+        """Read a key file; the allow-list is `allowed_keys` beside it, unless another is named.
 
         Raises:
             ConfigError: a file is missing, is no key, or can be read by others, or not by this user.
@@ -74,7 +74,7 @@ class Keys(msgspec.Struct, frozen=True):
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The table in a TOML file.
+    """Return the table in a TOML file.
 
     Raises:
         ConfigError: the file cannot be read, or is no TOML; says why.
@@ -89,7 +89,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _is_credential(path: Path, mode: int) -> bool:
-    """Whether systemd hands a file to this service, and to nobody else.
+    """Return whether systemd hands a file to this service, and to nobody else.
 
     On kernels whose tmpfs has access lists (6.4, systemd 254) a credential belongs to root and an
     entry of its list lets the service read it; its mode then shows that as the group's: 0440.
@@ -116,7 +116,7 @@ def _unreadable(path: Path) -> ConfigError:
 
 
 def write_keys(path: Path, public: bytes, secret: bytes) -> None:
-    """Writes a key file that only its owner may read, and allows the key itself beside it.
+    """Write a key file that only its owner may read, and allows the key itself beside it.
 
     Raises:
         ConfigError: there is a file already, or none can be written.
@@ -147,7 +147,8 @@ class AllowList:
         self._labels: dict[bytes, str] = {}
 
     def label(self, key: bytes) -> str | None:
-        """What the list calls a key; None if it is not allowed. A file that is gone allows none."""
+        """Return what the list calls a key; None if it is not allowed. A file that is gone allows
+        none."""
         try:
             status = os.stat(self._path)
             if (status.st_mtime_ns, status.st_size) != self._seen:
@@ -173,7 +174,7 @@ def _parse(text: str) -> dict[bytes, str]:
 
 
 def check_address(endpoint: str, keys: Keys | None, what: str) -> None:
-    """Checks that without keys an address is reachable from this machine only.
+    """Check that without keys an address is reachable from this machine only.
 
     Raises:
         InsecureAddress: it is not; names the fix.
@@ -186,7 +187,7 @@ def check_address(endpoint: str, keys: Keys | None, what: str) -> None:
 
 
 def is_local(endpoint: str) -> bool:
-    """Whether only processes of this machine reach a ZeroMQ endpoint, or a bare host."""
+    """Return whether only processes of this machine reach a ZeroMQ endpoint, or a bare host."""
     scheme, separator, rest = endpoint.partition("://")
     if separator and scheme in ("ipc", "inproc"):
         return True
@@ -201,12 +202,12 @@ def is_local(endpoint: str) -> bool:
 
 
 def join_address(endpoint: str, public: bytes) -> str:
-    """An endpoint and the key of whoever answers there: `tcp://host:port#key`."""
+    """Return an endpoint and the key of whoever answers there: `tcp://host:port#key`."""
     return f"{endpoint}#{public.hex()}" if public else endpoint
 
 
 def split_address(address: str) -> tuple[str, bytes]:
-    """The endpoint and the key (or none) of an address.
+    """Return the endpoint and the key (or none) of an address.
 
     Raises:
         ConfigError: what follows `#` is no key.

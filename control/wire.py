@@ -46,7 +46,7 @@ class Codec(Generic[_M]):
         self._max_items = max_items
 
     def encode(self, message: msgspec.Struct) -> bytes:
-        """The frame for one message.
+        """Return the frame for one message.
 
         Raises:
             ProtocolError: a field breaks its limit, or the frame would be larger than any reader
@@ -69,7 +69,7 @@ class Codec(Generic[_M]):
         return frame
 
     def decode(self, frame: bytes | memoryview, *, peer: str = "") -> _M:
-        """The message in one frame, all of it checked.
+        """Return the message in one frame, all of it checked.
 
         Raises:
             ProtocolError: anything else than exactly one well-formed message; `fault` says what.
@@ -96,7 +96,7 @@ class Codec(Generic[_M]):
 
 
 def check_frame(frame: bytes | memoryview, *, max_nbytes: int, max_items: int) -> None:
-    """Checks that a frame is exactly one MessagePack map within the limits. Builds nothing.
+    """Check that a frame is exactly one MessagePack map within the limits. Builds nothing.
 
     Raises:
         ProtocolError: truncated, oversized, deep or malformed.

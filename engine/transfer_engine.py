@@ -223,7 +223,7 @@ class TransferEngine:
         return self._core.counters.foreign_writes
 
     def register(self, memory: Any) -> MemoryRegion:
-        """Registers a CPU tensor, NumPy array or writable buffer. The region keeps it alive.
+        """Register a CPU tensor, NumPy array or writable buffer. The region keeps it alive.
 
         Raises:
             NotRegistered: it cannot be registered; says why.
@@ -232,7 +232,7 @@ class TransferEngine:
         return self._core.regions.register(memory)
 
     def register_cache(self, layout: KVLayout, tensors: Any) -> RegisteredCache:
-        """Registers the tensors of a whole cache: one for each region of `layout`, in order.
+        """Register the tensors of a whole cache: one for each region of `layout`, in order.
 
         Raises:
             LayoutError: they do not fit the layout. NotRegistered: as for `register`.
@@ -247,7 +247,7 @@ class TransferEngine:
         *,
         keys: Collection[tuple[int, str]] | None = None,
     ) -> TransferPlan:
-        """How blocks of `src` become blocks of `dst`; cached for the pair.
+        """Return how blocks of `src` become blocks of `dst`; cached for the pair.
 
         One of them is this engine's `RegisteredCache`, the other the peer's `CacheDescriptor`.
         With the own one as source the plan is for `write_blocks` and `write_tokens`, else for
@@ -283,7 +283,7 @@ class TransferEngine:
         return plan
 
     def new_imm(self) -> int:
-        """A 32-bit imm that no counter of this engine has had lately."""
+        """Return a 32-bit imm that no counter of this engine has had lately."""
         return self._core.counters.new_imm(self._core.device_counters.busy)
 
     def expect(
@@ -296,7 +296,7 @@ class TransferEngine:
         engine_id: str = "",
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Ticket:
-        """A ticket that ends when so many bytes, or writes, have arrived under `imm`.
+        """Return a ticket that ends when so many bytes, or writes, have arrived under `imm`.
 
         May come before or after the bytes. The counter is retired when the ticket ends.
 
@@ -334,7 +334,7 @@ class TransferEngine:
         return ticket
 
     def take_inline_copies(self, stalled: Callable[[], None]) -> InlineCopies:
-        """What one thread of the caller's does itself of the small copies that it begins.
+        """Return what one thread of the caller's does itself of the small copies that it begins.
 
         Args:
             stalled: called, on a thread of this engine, again and again while a copy does not end:
@@ -356,7 +356,7 @@ class TransferEngine:
         then: Callable[[], None],
         failed: Callable[[EngineError], None],
     ) -> None:
-        """Calls `then` once a CUDA event has passed: at once if it has, else on a thread of this
+        """Call `then` once a CUDA event has passed: at once if it has, else on a thread of this
         engine. Calls `failed` instead if the GPU has failed. Neither may block."""
         self._core.gate.when(event, then, failed)
 
@@ -368,7 +368,7 @@ class TransferEngine:
         token: bytes = b"",
         timeout_s: float = HANDSHAKE_TIMEOUT_S,
     ) -> Link:
-        """Opens a link over the best transport that both ends have.
+        """Open a link over the best transport that both ends have.
 
         Args:
             address: the peer's `address`, or its encoded bytes.
@@ -385,7 +385,7 @@ class TransferEngine:
         return self._dialer.connect(address, transport, token, timeout_s)
 
     def admit(self, token: bytes, engine_id: str, timeout_s: float = HANDSHAKE_TIMEOUT_S) -> None:
-        """Lets the engine of that id open one link here with that one-time token.
+        """Let the engine of that id open one link here with that one-time token.
 
         Args:
             token: 32 random bytes, which that engine gets over a channel that is trusted.
@@ -399,7 +399,7 @@ class TransferEngine:
     def accept_link(
         self, engine_id: str, timeout_s: float = HANDSHAKE_TIMEOUT_S, *, token: bytes = b""
     ) -> Link:
-        """The link to a peer that connects to this engine; waits until it is there.
+        """Return the link to a peer that connects to this engine; wait until it is there.
 
         Args:
             token: of several links from that peer, the one that this token opened; any if b"".
@@ -421,7 +421,7 @@ class TransferEngine:
         imm: int | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Ticket:
-        """Writes other pieces of one region to each peer; entry i of each argument goes to link i.
+        """Write other pieces of one region to each peer; entry i of each argument goes to link i.
 
         Returns:
             One ticket for all of them: it ends when the last one ends, with the first error.
@@ -443,11 +443,11 @@ class TransferEngine:
     def barrier(
         self, links: Sequence[Link], imm: int, *, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> Ticket:
-        """Signals `imm` to every peer; each peer expects as many writes as it has partners."""
+        """Signal `imm` to every peer; each peer expects as many writes as it has partners."""
         return all_of([link.signal(imm, timeout_s=timeout_s) for link in links])
 
     def close(self, timeout_s: float = 2.0) -> None:
-        """Closes every link, ends every ticket and stops the threads. Safe to call again.
+        """Close every link, end every ticket and stop the threads. Safe to call again.
 
         Memory that a frozen peer could still write into is kept until this process ends.
         """

@@ -32,7 +32,7 @@ def _either(one: tl.tensor, other: tl.tensor) -> Any:
 
 @jit()
 def _block_of(ids: tl.tensor, place: tl.tensor, exists: tl.tensor, num_blocks: tl.tensor) -> Any:
-    """The blocks at `place` in the ids, and which may be touched.
+    """Return the blocks at `place` in the ids, and which may be touched.
 
     Ids on the device are never read by the host, so this is where they are checked: such a block is
     neither read nor written.
@@ -47,7 +47,7 @@ def _block_of(ids: tl.tensor, place: tl.tensor, exists: tl.tensor, num_blocks: t
 
 @jit()
 def _base_of(bases: tl.tensor, ids: tl.tensor, entry: tl.tensor, dense_nbytes: tl.tensor) -> Any:
-    """The address of block 0 of a layer and plane."""
+    """Return the address of block 0 of a layer and plane."""
     return bases + entry * dense_nbytes if ids is None else tl.load(bases + entry)
 
 
@@ -230,7 +230,7 @@ class KernelConstants(NamedTuple):
 def kernel_constants(
     src: Geometry | None, dst: Geometry | None, alignment_nbytes: int, tuning: Tuning
 ) -> KernelConstants:
-    """The kernel's constants for a pair of sides; None is dense staging."""
+    """Return the kernel's constants for a pair of sides; None is dense staging."""
     plan = plan_tiles(src, dst, alignment_nbytes, tuning)
     arguments = (
         *plan.src,

@@ -137,7 +137,7 @@ class LoadedCopy:
     def load(
         self, src_dtype: torch.dtype, dst_dtype: torch.dtype, num_ids: int, *, graph: bool = False
     ) -> None:
-        """Compiles and loads what a launch of so many ids of these dtypes needs."""
+        """Compile and loads what a launch of so many ids of these dtypes needs."""
         self._kernel(num_ids, src_dtype, dst_dtype, graph)
 
     def launch(
@@ -152,7 +152,7 @@ class LoadedCopy:
         counter: int,
         bad_ids: int,
     ) -> None:
-        """Launches on a raw stream; the device's context is current. At least one id.
+        """Launch on a raw stream; the device's context is current. At least one id.
 
         Args:
             state: int64 on the device, zero; zero again afterwards. One for each stream.
@@ -211,7 +211,7 @@ class LoadedCopy:
     def _kernel(
         self, num_ids: int, src_dtype: torch.dtype, dst_dtype: torch.dtype, graph: bool
     ) -> tuple[LoadedKernel, int, int]:
-        """The kernel for so many ids, and its grid."""
+        """Return the kernel for so many ids, and its grid."""
         small = num_ids * self.id_nbytes < SMALL_BELOW_NBYTES
         key = (small, src_dtype, dst_dtype, graph)
         kernel = self._kernels.get(key)

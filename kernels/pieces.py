@@ -57,7 +57,8 @@ class PieceTable(NamedTuple):
 def make_table(
     src: npt.NDArray[np.int64], dst: npt.NDArray[np.int64], nbytes: npt.NDArray[np.int64]
 ) -> PieceTable:
-    """Cuts pieces into rows, neighbours at both ends as one. O(1) NumPy calls, whatever their number.
+    """Cut pieces into rows, neighbours at both ends as one. O(1) NumPy calls, whatever their
+    number.
 
     Args:
         src, dst: addresses as the launching GPU sees them, int64 `[piece]`.
@@ -130,7 +131,7 @@ def copy_pieces(
     signal: Signal | None = None,
     max_programs: int | None = None,
 ) -> None:
-    """Moves the pieces of a table, on the current stream of the columns' device.
+    """Move the pieces of a table, on the current stream of the columns' device.
 
     Args:
         table: from `make_table`.

@@ -56,7 +56,8 @@ class Relayout(NamedTuple):
 def _block_in(
     table: tl.tensor, place: tl.tensor, wanted: tl.tensor, num_blocks: tl.tensor, bad_ids: tl.tensor
 ) -> Any:
-    """The blocks at `place` in a table, and which may be touched; flags an id out of range."""
+    """Return the blocks at `place` in a table, and which may be touched; flags an id out of
+    range."""
     block = tl.load(table + place, mask=wanted, other=0).to(tl.int64)
     good = wanted & (block >= 0) & (block < num_blocks)
     if bad_ids is not None:
@@ -242,7 +243,7 @@ def relayout(
     max_programs: int | None = None,
     tuning: Tuning | None = None,
 ) -> int:
-    """Moves tokens `[start, stop)` of a request, on the current stream; returns the bytes.
+    """Move tokens `[start, stop)` of a request, on the current stream; return the bytes.
 
     Stream-ordered, no host read; no allocation either, unless scales are made for blocks. The caller
     keeps all tensors, and the mapping of the peer's memory, alive until the stream has passed. Needs
@@ -386,7 +387,7 @@ def _launch(
 
 
 def scale_constants(move: Relayout) -> tuple[int, ...]:
-    """The kernel's constants HEADS to CHOSEN_SPLIT."""
+    """Return the kernel's constants HEADS to CHOSEN_SPLIT."""
     heads = 1 if move.factors is None else move.factors.shape[1]
     if move.scaling is None:
         return heads, 0, 0, 0, 1

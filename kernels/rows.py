@@ -54,7 +54,7 @@ def row_types(
     src_dtype: torch.dtype,
     dst_dtype: torch.dtype,
 ) -> RowTypes:
-    """Looks at how the addresses of rows lie.
+    """Look at how the addresses of rows lie.
 
     Raises:
         ShapeError: the ends are not equally many, or a number lies where no kernel could read it.
@@ -171,7 +171,7 @@ def move_rows(
     *,
     max_programs: int,
 ) -> None:
-    """Moves rows, on the current stream; the caller keeps the table until it has passed.
+    """Move rows, on the current stream; the caller keeps the table until it has passed.
 
     Args:
         table: address, as the launching device sees it, of int64 `[2, row]`: sources and
@@ -197,7 +197,7 @@ def move_rows(
 
 
 def row_constants(types: RowTypes, elements: int, *, converts: bool) -> tuple[Any, ...]:
-    """The constants of `rows_kernel`."""
+    """Return the constants of `rows_kernel`."""
     words = _words(elements)
     return (
         triton_type(types.src),
@@ -216,7 +216,7 @@ def row_constants(types: RowTypes, elements: int, *, converts: bool) -> tuple[An
 def find_maxima(
     types: RowTypes, table: int, factors: int, num_rows: int, elements: int, *, max_programs: int
 ) -> None:
-    """Stores the largest real magnitude of each row, float32, at the row's destination.
+    """Store the largest real magnitude of each row, float32, at the row's destination.
 
     Arguments are those of `move_rows`; NaN counts for nothing, infinity for the largest float32.
     """

@@ -48,7 +48,7 @@ class Scaling(NamedTuple):
 
 
 def scales_reference(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The scales with which these magnitudes become the largest that a type can hold.
+    """Return the scales with which these magnitudes become the largest that a type can hold.
 
     1 where there is nothing to scale. `largest` is float32 and finite.
     """
@@ -139,7 +139,7 @@ def write_scales(
     signal: Signal | None = None,
     bad_ids: torch.Tensor | None = None,
 ) -> int:
-    """Makes scales of magnitudes, and writes them beside the blocks; returns the bytes.
+    """Make scales of magnitudes, and write them beside the blocks; return the bytes.
 
     Args:
         chosen: float32 `[row, block, head]` on the device, flat: magnitudes, and scales afterwards.

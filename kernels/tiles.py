@@ -40,7 +40,7 @@ CAPPED = Tuning(tile_nbytes=64 << 10, num_warps=32)
 
 
 def default_tuning(nbytes: int, *, staged: bool, capped: bool) -> Tuning:
-    """The tuning for a launch that moves `nbytes`; `staged` if one side is dense staging.
+    """Return the tuning for a launch that moves `nbytes`; `staged` if one side is dense staging.
 
     With staging, small tiles are the fastest at every size: 1 GiB in pieces of 1 KiB to 256 KiB on
     an H200, share of a device memcpy: gather 0.97 to 0.98 with 4 KiB and 4 warps, 0.94 to 0.96 with
@@ -84,7 +84,7 @@ class TilePlan(NamedTuple):
 def plan_tiles(
     src: Geometry | None, dst: Geometry | None, alignment_nbytes: int, tuning: Tuning
 ) -> TilePlan:
-    """Merges what is contiguous on both sides, then chooses the access width and the tile.
+    """Merge what is contiguous on both sides, then chooses the access width and the tile.
 
     Args:
         src: None for dense staging, which holds block after block; so is `dst`, but not both.
@@ -142,7 +142,7 @@ def words_of_tile(tuning: Tuning, word_nbytes: int) -> int:
 
 
 def chunk_words(piece_words: int, tile_words: int) -> int:
-    """The largest power of two that leaves at most an eighth of the lanes idle."""
+    """Return the largest power of two that leaves at most an eighth of the lanes idle."""
     words = min(tile_words, 1 << (piece_words - 1).bit_length())
     while words > _FEWEST_WORDS and -(-piece_words // words) * words * 8 > piece_words * 9:
         words //= 2

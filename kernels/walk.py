@@ -77,7 +77,8 @@ class WalkConstants(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def walk_constants(walk: Walk, converts: bool, tuning: Tuning) -> WalkConstants:
-    """The kernel's constants for a walk: how wide it reads and writes, and how it is cut up."""
+    """Return the kernel's constants for a walk: how wide it reads and writes, and how it is cut
+    up."""
     ends = (walk.src, walk.dst)
     strides = [
         (
@@ -129,7 +130,7 @@ def walk_constants(walk: Walk, converts: bool, tuning: Tuning) -> WalkConstants:
 
 
 def triton_type(dtype: torch.dtype) -> Any:
-    """A type of numbers, or of bits, as kernels name it."""
+    """Return a type of numbers, or of bits, as kernels name it."""
     return {
         torch.uint8: tl.uint8,
         torch.int16: tl.int16,

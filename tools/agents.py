@@ -30,7 +30,7 @@ KeysOption = Annotated[
 
 
 def run(daemon: str, keys: Path | None, call: Callable[[DaemonClient], None]) -> None:
-    """Runs `call` with a client; a failure is one line and exit status 1."""
+    """Run `call` with a client; a failure is one line and exit status 1."""
     try:
         with DaemonClient(daemon, Keys.load(keys) if keys is not None else None) as client:
             call(client)

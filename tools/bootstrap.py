@@ -53,12 +53,12 @@ HEADER = """\
 
 
 def fail(message: str) -> "None":
-    """Ends the set-up with one clear line."""
+    """End the set-up with one clear line."""
     sys.exit(f"kvferry set-up: {message}")
 
 
 def output_of(python: str, code: str) -> str:
-    """What `python -c code` prints, or an empty string if it cannot run."""
+    """Return what `python -c code` prints, or an empty string if it cannot run."""
     try:
         done = subprocess.run(
             [python, "-c", code],
@@ -82,7 +82,7 @@ def canonical(name: str) -> str:
 
 
 def run_under_a_new_enough_python() -> None:
-    """Returns under Python 3.10 or newer; otherwise starts over under one from PATH, or fails."""
+    """Return under Python 3.10 or newer; otherwise starts over under one from PATH, or fails."""
     if sys.version_info >= OLDEST_PYTHON:
         return
     for name in NEWER_PYTHONS:
@@ -94,7 +94,7 @@ def run_under_a_new_enough_python() -> None:
 
 
 def stamp_text() -> str:
-    """Changes whenever `.venv` has to be installed again, and not when a linter's setting does."""
+    """Change whenever `.venv` has to be installed again, and not when a linter's setting does."""
     with open(PYPROJECT, encoding="utf-8") as file:
         requirements = file.read().partition("[tool.ruff]")[0]
     with open(CONSTRAINTS, encoding="utf-8") as file:
@@ -111,12 +111,12 @@ def is_ready() -> bool:
 
 
 def version_in(python: str, name: str) -> str:
-    """The version of what `python` can import; read from metadata, it stays unloaded."""
+    """Return the version of what `python` can import; read from metadata, it stays unloaded."""
     return output_of(python, f"import importlib.metadata as m; print(m.version('{name}'))")
 
 
 def make_venv() -> None:
-    """Makes `.venv` unless one that works is there; it sees the outer packages if torch is there."""
+    """Make `.venv` unless one that works is there; it sees the outer packages if torch is there."""
     if output_of(VENV_PYTHON, "print(1)"):
         return
     for module in ("venv", "ensurepip"):
@@ -135,7 +135,8 @@ def make_venv() -> None:
 
 
 def outer_torch() -> str:
-    """The version of a torch that `.venv` sees in the Python it was made from, if it is new enough."""
+    """Return the version of a torch that `.venv` sees in the Python it was made from, if it is new
+    enough."""
     have = output_of(
         VENV_PYTHON,
         "import importlib.metadata as m, sys; torch = m.distribution('torch');"
@@ -145,7 +146,7 @@ def outer_torch() -> str:
 
 
 def constraints(lock: str, torch: str, torch_requires: "list[str]", has_triton: bool) -> str:
-    """The pins for this `.venv`: all of the lock, or those that a kept torch has no say in.
+    """Return the pins for this `.venv`: all of the lock, or those that a kept torch has no say in.
 
     A name without a version stands for what torch, which comes with exact versions of Triton and
     CUDA, may want otherwise.
@@ -178,7 +179,7 @@ def constraints(lock: str, torch: str, torch_requires: "list[str]", has_triton: 
 
 
 def write_constraints() -> None:
-    """Writes the pins for this `.venv` into it."""
+    """Write the pins for this `.venv` into it."""
     torch = outer_torch()
     requires, has_triton = [], False  # type: list[str], bool
     if torch:
@@ -193,7 +194,7 @@ def write_constraints() -> None:
 
 
 def compare(path: str) -> "list[str]":
-    """What `differences` says of `.venv` and these constraints, a line each."""
+    """Return what `differences` says of `.venv` and these constraints, a line each."""
     command = [VENV_PYTHON, "-I", os.path.abspath(__file__), "compare", path]
     done = subprocess.run(command, stdout=subprocess.PIPE, universal_newlines=True)  # noqa: UP021
     if done.returncode != 0:
@@ -216,7 +217,8 @@ def pins(text: str, environment: "Mapping[str, str] | None" = None) -> "dict[str
 
 
 def installed() -> "dict[str, str]":
-    """What this environment's own folders hold: not what it sees in the Python it was made from."""
+    """Return what this environment's own folders hold: not what it sees in the Python it was made
+    from."""
     import importlib.metadata  # Python 3.8
 
     folders = list({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
@@ -241,7 +243,7 @@ def differences(have: "Mapping[str, str]", pinned: "Mapping[str, SpecifierSet]")
 
 
 def explain(log: str) -> str:
-    """One line that says why pip failed, from what it printed."""
+    """Return one line that says why pip failed, from what it printed."""
     if "No space left on device" in log:
         return f"the disk of {VENV} is full"
     pinned = re.findall(r"The user requested \(constraint\) (\S+)", log)
@@ -266,7 +268,7 @@ def explain(log: str) -> str:
 
 
 def pip(*args: str) -> None:
-    """Runs pip, shows what it fetches a line each, keeps the rest in the log."""
+    """Run pip, show what it fetches a line each, keep the rest in the log."""
     command = [VENV_PYTHON, "-m", "pip", *args]
     seen = []
     with open(LOG, "a", encoding="utf-8") as log:
@@ -284,7 +286,7 @@ def pip(*args: str) -> None:
 
 
 def install() -> None:
-    """Installs kvferry (editable), torch and the tools into `.venv`, each at its pinned version."""
+    """Install kvferry (editable), torch and the tools into `.venv`, each at its pinned version."""
     has_pip = output_of(VENV_PYTHON, "import pip; print(1)")
     if not has_pip and subprocess.call([VENV_PYTHON, "-m", "ensurepip"]) != 0:
         fail(f"{VENV_PYTHON} has no pip and no ensurepip; remove {VENV} and try again")
@@ -316,7 +318,7 @@ def note_what_was_added() -> None:
 
 
 def check_locked() -> None:
-    """Ends the set-up if `.venv` got anything that is not in the lock, or at another version."""
+    """End the set-up if `.venv` got anything that is not in the lock, or at another version."""
     added = []  # type: list[str]
     if os.path.exists(ADDED):
         with open(ADDED, encoding="utf-8") as file:
@@ -333,7 +335,7 @@ def check_locked() -> None:
 
 
 def renew_lock() -> None:
-    """Resolves everything anew, for every Python that kvferry runs on, into `constraints.txt`."""
+    """Resolve everything anew, for every Python that kvferry runs on, into `constraints.txt`."""
     with tempfile.TemporaryDirectory() as scratch:
         subprocess.run([sys.executable, "-m", "venv", scratch], check=True)
         there = os.path.join(scratch, "bin", "")
@@ -351,7 +353,7 @@ def renew_lock() -> None:
 
 
 def main() -> None:
-    """Leaves a `.venv` that is ready, or exits 1 with one line that says what is missing."""
+    """Leave a `.venv` that is ready, or exits 1 with one line that says what is missing."""
     if sys.argv[1:2] == ["compare"]:
         with open(sys.argv[2], encoding="utf-8") as file:
             for line in differences(installed(), pins(file.read())):

@@ -12,5 +12,5 @@ if TYPE_CHECKING:
 
 
 def app(args: Sequence[str], prog_name: str) -> None:
-    """Runs a daemon until it is told to end."""
+    """Run a daemon until it is told to end."""
     sys.exit(main(args))

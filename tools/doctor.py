@@ -40,7 +40,7 @@ class Check(NamedTuple):
 
 
 def check_transport(name: str) -> Check:
-    """Asks a transport itself. Never raises: a transport that cannot be imported is a finding."""
+    """Ask a transport itself. Never raises: a transport that cannot be imported is a finding."""
     try:
         transport = importlib.import_module(f"kvferry.engine.transports.{name}.path")
         available = transport.probe()
@@ -50,7 +50,7 @@ def check_transport(name: str) -> Check:
 
 
 def check_package(name: str, fix: str) -> Check:
-    """Whether a distribution is installed, by its metadata: nothing is imported."""
+    """Return whether a distribution is installed, by its metadata: nothing is imported."""
     try:
         return Check(name, ok=True, detail=importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
@@ -58,7 +58,7 @@ def check_package(name: str, fix: str) -> Check:
 
 
 def check_cuda_devices() -> Check:
-    """The CUDA devices that torch sees."""
+    """Return the CUDA devices that torch sees."""
     name = "CUDA devices"
     try:
         import torch
@@ -97,7 +97,7 @@ def check_rdma_devices(root: Path = INFINIBAND) -> Check:
 
 
 def check_pyverbs() -> Check:
-    """Which pyverbs is found, and the rdma-core that it must fit."""
+    """Return which pyverbs is found, and the rdma-core that it must fit."""
     from kvferry.engine.transports.verbs import library as verbs_library
 
     found, core = verbs_library.find(), verbs_library.core_version()
@@ -107,7 +107,7 @@ def check_pyverbs() -> Check:
 
 
 def check_nearest_nics(root: Path = SYSFS) -> Check:
-    """The RDMA devices that are nearest to each GPU, by PCI bridges and NUMA node."""
+    """Return the RDMA devices that are nearest to each GPU, by PCI bridges and NUMA node."""
     name = "NICs by GPU"
     nics, gpus = topology.nics(root), topology.gpus(root)
     active = [nic for nic in nics if nic.active]
@@ -122,14 +122,14 @@ def check_nearest_nics(root: Path = SYSFS) -> Check:
 
 
 def check_gpu_over_rdma() -> Check:
-    """How GPU memory goes over RDMA, and what this machine would offer besides."""
+    """Return how GPU memory goes over RDMA, and what this machine would offer besides."""
     offered, why = gpu_rdma()
     detail = f"pinned host staging; offered here and not used: {offered} ({why})"
     return Check("GPU memory over RDMA", ok=None, detail=detail)
 
 
 def gpu_rdma(peermem: Path = PEERMEM) -> tuple[str, str]:
-    """Which way of RDMA devices to GPU memory this machine offers, and why.
+    """Return which way of RDMA devices to GPU memory this machine offers, and why.
 
     A dma-buf that the CUDA driver exports and the RDMA driver maps needs no further kernel module;
     with the module nvidia-peermem a GPU address registers like any other. The transport uses neither
@@ -164,7 +164,7 @@ def check_ptrace_scope(path: Path = PTRACE_SCOPE) -> Check:
 
 
 def check_memlock() -> Check:
-    """How much memory may be pinned, which RDMA registration needs."""
+    """Return how much memory may be pinned, which RDMA registration needs."""
     limit_nbytes, _hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     detail = f"{limit_nbytes >> 10} KiB; RDMA registers no more than that (ulimit -l)"
     if limit_nbytes == resource.RLIM_INFINITY:
@@ -173,7 +173,7 @@ def check_memlock() -> Check:
 
 
 def check_paths() -> Check:
-    """Where the table of direct and staged paths comes from."""
+    """Return where the table of direct and staged paths comes from."""
     name = "paths"
     try:
         from kvferry.engine.errors import PlanError
@@ -192,7 +192,7 @@ def check_paths() -> Check:
 
 
 def examine() -> tuple[list[Check], list[Check]]:
-    """Returns the transports' checks and the machine's."""
+    """Return the transports' checks and the machine's."""
     transports = [check_transport(name) for name in TRANSPORTS]
     machine = [
         Check("Python", ok=None, detail=f"{platform.python_version()} on {platform.platform()}"),
@@ -211,7 +211,7 @@ def examine() -> tuple[list[Check], list[Check]]:
 
 
 def show(transports: list[Check], machine: list[Check]) -> None:
-    """Prints both lists as tables."""
+    """Print both lists as tables."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

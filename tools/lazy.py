@@ -16,7 +16,7 @@ _FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 
 
 def new_app(help_text: str, commands: Mapping[str, str] = {}) -> typer.Typer:
-    """An application of kvferry's manner: no completion machinery, plain tracebacks.
+    """Return an application of kvferry's manner: no completion machinery, plain tracebacks.
 
     Args:
         commands: what each sub-command does, by its module below `kvferry.tools`. It is called as

@@ -22,7 +22,8 @@ class CannotInstall(Exception):
 
 
 def folder(name: str, pins: Sequence[Path], variable: str) -> Path:
-    """Where they are: what `variable` of the environment says, or a folder named by their pins."""
+    """Return where they are: what `variable` of the environment says, or a folder named by their
+    pins."""
     named = os.environ.get(variable)
     if named:
         return Path(named)
@@ -32,12 +33,12 @@ def folder(name: str, pins: Sequence[Path], variable: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where kvferry keeps what is made once: `$XDG_CACHE_HOME/kvferry`."""
+    """Return where kvferry keeps what is made once: `$XDG_CACHE_HOME/kvferry`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvferry"
 
 
 def make_once(home: Path, make: Callable[[Path], None]) -> Path:
-    """Fills a folder unless it is filled, and returns it. Processes wait for each other.
+    """Fill a folder unless it is filled, and return it. Processes wait for each other.
 
     Raises:
         CannotInstall: as `make` says.
@@ -54,7 +55,7 @@ def make_once(home: Path, make: Callable[[Path], None]) -> Path:
 
 
 def pip_install(home: Path, python: Path, arguments: Sequence[str]) -> None:
-    """Runs pip; what it says is kept in the folder.
+    """Run pip; what it says is kept in the folder.
 
     Raises:
         CannotInstall: with pip's own last error.
@@ -70,7 +71,7 @@ def pip_install(home: Path, python: Path, arguments: Sequence[str]) -> None:
 
 
 def main(name: str, ensure: Callable[[], Path]) -> None:
-    """Installs, and prints where it is."""
+    """Install, and prints where it is."""
     try:
         print(ensure())
     except CannotInstall as error:

@@ -79,7 +79,7 @@ class _Picture:
         self._silence = f"the daemon at {client.address} does not answer"
 
     def look(self) -> None:
-        """Asks what the agents do."""
+        """Ask what the agents do."""
         try:
             self._shown = self._client.show(ANSWER_S)
             self._trouble = ""
@@ -89,7 +89,7 @@ class _Picture:
             self._trouble = f"the daemon does not tell what the agents do: {error}"
 
     def wait(self, seconds: float) -> None:
-        """Follows who is there for so long."""
+        """Follow who is there for so long."""
         end_s = time.monotonic() + seconds
         while (left_s := end_s - time.monotonic()) > 0:
             try:
@@ -98,7 +98,7 @@ class _Picture:
                 self._trouble = self._silence
 
     def render(self, height: int) -> Group:
-        """The picture as tables; cut to a screen of that height, or whole if it is 0."""
+        """Return the picture as tables; cut to a screen of that height, or whole if it is 0."""
         view, shown = self._watch.view, self._shown
         members = sorted(view.members.values(), key=lambda member: (member.role, member.name))
         loads = {member.name: view.loads.get(member.name, Load()) for member in members}
@@ -170,7 +170,7 @@ def _failures(shown: Shown, most: int | None) -> Iterable[Table]:
 
 
 def _table(title: str, headings: str) -> Table:
-    """An empty table; its headings are parted by bars."""
+    """Return an empty table; its headings are parted by bars."""
     table = Table(title=Text(title), title_justify="left")
     for heading in headings.split("|"):
         justify: Literal["right", "left"] = "right" if heading in NUMBERS else "left"

@@ -47,7 +47,7 @@ def trace(
 
 
 def _fetch(address: str) -> list[Timeline]:
-    """What an agent that runs has recorded.
+    """Return what an agent that runs has recorded.
 
     Raises:
         ConfigError: it does not say; names the address and what to look at.

@@ -246,7 +246,7 @@ class Agent:
         return self._registrar is not None and self._registrar.draining
 
     def write_trace(self, path: Path) -> int:
-        """Writes the last handoffs' timelines for `kvferry trace`; returns how many.
+        """Write the last handoffs' timelines for `kvferry trace`; return how many.
 
         Raises:
             ConfigError: the file cannot be written.
@@ -254,7 +254,7 @@ class Agent:
         return self._core.executor.recorder.write(path)
 
     def report(self, *, queued_tokens: int = 0, free_blocks: int = 0) -> None:
-        """Tells, with the next heartbeat, what placement should know of the engine's load.
+        """Tell, with the next heartbeat, what placement should know of the engine's load.
 
         Raises:
             ValueError: a number is no integer from 0 up.
@@ -267,7 +267,7 @@ class Agent:
             self._registrar.report = load
 
     def wait_for_member(self, name: str, timeout_s: float = 5.0) -> Member:
-        """The member of that name; waits until the daemon knows it.
+        """Return the member of that name; wait until the daemon knows it.
 
         Raises:
             DaemonTimeout: it does not. NotConnected: this agent has no daemon.
@@ -299,7 +299,7 @@ class Agent:
         return self._core.messaging.frames_refused
 
     def descriptor_of(self, peer: str) -> CacheDescriptor:
-        """The cache of a connected peer, with its place among the ranks of its engine.
+        """Return the cache of a connected peer, with its place among the ranks of its engine.
 
         Raises:
             NotConnected: no such peer.
@@ -315,7 +315,7 @@ class Agent:
         return known.peer_cache
 
     def connect(self, address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> str:
-        """Gets acquainted with the agent at `address` and opens a link; returns its name.
+        """Get acquainted with the agent at `address` and open a link; return its name.
 
         `address` may be the name of a member, too. One call serves both directions; an agent that
         is connected already stays so.
@@ -347,7 +347,7 @@ class Agent:
         skip_blocks: int = 0,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Handoff:
-        """Takes a request's blocks from `peer`. Does not block.
+        """Take a request's blocks from `peer`. Does not block.
 
         The blocks belong to the handoff until `blocks_free` is done, or `wait` returns.
 
@@ -381,7 +381,7 @@ class Agent:
         mode: Mode = "push",
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Handoff:
-        """Takes tokens `[start_token, num_tokens)` of a request, whatever the peer's blocks are.
+        """Take tokens `[start_token, num_tokens)` of a request, whatever the peer's blocks are.
 
         As `receive` otherwise. Does not block.
 
@@ -411,7 +411,7 @@ class Agent:
         skip_blocks: int = 0,
         tokens: tuple[int, int] = (0, 0),
     ) -> Handoff:
-        """Asks a peer, after getting acquainted with it if it is a member only."""
+        """Ask a peer, after getting acquainted with it if it is a member only."""
         one_of("mode", mode, ("push", "pull"))
         request_id = name_of(request_id)
         fields: dict[str, Any] = {
@@ -452,7 +452,7 @@ class Agent:
     def _meet_member(
         self, name: str, timeout_s: float, waiter: Future[str], operation: str
     ) -> None:
-        """Gets acquainted with a member that the daemon told of."""
+        """Get acquainted with a member that the daemon told of."""
         member = self.members.get(name)
         if member is None or name == self.name:
             raise NotConnected(
@@ -502,7 +502,7 @@ class Agent:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         stream: torch.cuda.Stream | None = None,
     ) -> Handoff:
-        """Hands over a request whose blocks are computed, to the agent that asks. Does not block.
+        """Hand over a request whose blocks are computed, to the agent that asks. Does not block.
 
         The blocks belong to the handoff until `blocks_free` is done, or `wait` returns. In GPU
         memory they count as computed when `stream` (the device's current one if None) has done what
@@ -523,7 +523,7 @@ class Agent:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         on_asked: Callable[[str], None] | None = None,
     ) -> SendHandoff:
-        """Begins to hand over a request that is being computed; see `SendHandoff.write_layers`.
+        """Begin to hand over a request that is being computed; see `SendHandoff.write_layers`.
 
         Arguments and errors are those of `send`. A cache of several groups has as many block
         tables: give them in a row. `on_asked` is called with the name of who asks.
@@ -542,7 +542,7 @@ class Agent:
         return handoff
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        """Ends every handoff, says goodbye to every peer and closes every link. Safe to call again.
+        """End every handoff, say goodbye to every peer and close every link. Safe to call again.
 
         A handoff whose peer can still reach its blocks after `timeout_s` keeps them: its
         `blocks_free` then ends with `AgentClosed`.
@@ -585,7 +585,7 @@ class Agent:
         return metrics.serve(address, self._unready)
 
     def _unready(self) -> str:
-        """Why nothing new should come here, or ""."""
+        """Return why nothing new should come here, or ""."""
         if self._closed:
             return "closed"
         if self.draining:
@@ -623,6 +623,6 @@ class Agent:
 
 
 def _host_of(bind: str) -> str:
-    """Where an engine listens whose agent is bound there."""
+    """Return where an engine listens whose agent is bound there."""
     host = bind.removeprefix("tcp://").rpartition(":")[0] if bind.startswith("tcp://") else ""
     return "0.0.0.0" if host == "*" else host.strip("[]") or "127.0.0.1"

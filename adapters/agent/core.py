@@ -114,7 +114,7 @@ class AgentCore:
     # Handoffs: what users ask for
 
     def receive(self, handoff: Handoff, peer: PeerSession, fields: dict[str, Any]) -> None:
-        """Asks `peer` for a request's blocks."""
+        """Ask `peer` for a request's blocks."""
         try:
             registry = self._registry("decode")
             assert isinstance(registry, DecodeHandoffs)
@@ -144,7 +144,7 @@ class AgentCore:
         self.executor.carry_out("prefill", steps)
 
     def _say_who_asked(self, key: int) -> None:
-        """Tells the user of a handoff who asked for it, as soon as both are known."""
+        """Tell the user of a handoff who asked for it, as soon as both are known."""
         machine = self._sides["prefill"].machines.get(key)
         work = self.executor.work.get(("prefill", key))
         handoff = work.handoff if work is not None else None
@@ -170,11 +170,11 @@ class AgentCore:
         raise AgentDraining(what, operation="hand off")
 
     def count_handoffs(self) -> int:
-        """Counts those that are not over."""
+        """Count those that are not over."""
         return sum(len(registry.machines) for registry in self._sides.values())
 
     def flip(self, role: Role) -> None:
-        """Takes another role: the agent is idle and all its links are down."""
+        """Take another role: the agent is idle and all its links are down."""
         self.sessions.role = role
         self._sides.clear()
         self._sides.update(_sides(role, self._timing))
@@ -213,7 +213,7 @@ class AgentCore:
     # The end
 
     def begin_close(self, all_back: Callable[[], None]) -> None:
-        """Ends every handoff with `AgentClosed`; calls `all_back` once all blocks are back.
+        """End every handoff with `AgentClosed`; calls `all_back` once all blocks are back.
 
         And once every link is down: it may do so more than once.
         """
@@ -234,7 +234,7 @@ class AgentCore:
         self._report_if_all_back()
 
     def end_close(self) -> None:
-        """Says of the blocks that did not come back that they never will, as far as is known."""
+        """Say of the blocks that did not come back that they never will, as far as is known."""
         for work in self.executor.work.values():
             if work.handoff is not None:
                 work.handoff.blocks_free._fail(
@@ -247,7 +247,7 @@ class AgentCore:
                 )
 
     def close(self) -> None:
-        """Stops the thread and closes the sockets. Not from the thread itself. Once."""
+        """Stop the thread and close the sockets. Not from the thread itself. Once."""
         self.messaging.close()
         inline_copies = self.messaging.loop.inline_copies
         if inline_copies is not None:

@@ -45,7 +45,7 @@ class Timer:
         self._loop = loop
 
     def cancel(self) -> None:
-        """Stops it."""
+        """Stop it."""
         if self.call is not None:
             self.call = None
             self._loop._num_cancelled += 1
@@ -57,20 +57,20 @@ class Timers(dict[str, Timer]):
     __slots__ = ()
 
     def start(self, kind: str, timer: Timer) -> None:
-        """Keeps a timer, instead of one of its kind that may still run."""
+        """Keep a timer, instead of one of its kind that may still run."""
         earlier = self.get(kind)
         if earlier is not None:
             earlier.cancel()
         self[kind] = timer
 
     def stop(self, kind: str) -> None:
-        """Stops the timer of this kind, if there is one."""
+        """Stop the timer of this kind, if there is one."""
         timer = self.pop(kind, None)
         if timer is not None:
             timer.cancel()
 
     def stop_all(self) -> None:
-        """Stops all of them."""
+        """Stop all of them."""
         for timer in self.values():
             timer.cancel()
         self.clear()
@@ -123,18 +123,18 @@ class EventLoop:
         return self._holder == threading.get_ident()
 
     def start(self) -> None:
-        """Starts the thread."""
+        """Start the thread."""
         self._thread.start()
 
     def call_soon(self, call: Callable[[], None]) -> None:
-        """Makes `call` on the agent's thread, after those that came before. Any thread."""
+        """Make `call` on the agent's thread, after those that came before. Any thread."""
         self._calls.append(call)
         here = threading.get_ident()
         if here not in (self._holder, self._thread.ident):  # else it looks before it sleeps
             self._wake()
 
     def call_now(self, call: Callable[[], None]) -> None:
-        """Makes `call` on this thread if it can be made at once, else as `call_soon`. Any thread.
+        """Make `call` on this thread if it can be made at once, else as `call_soon`. Any thread.
 
         It must be short and call no code of the agent's user who holds a lock meanwhile.
         """
@@ -157,7 +157,7 @@ class EventLoop:
             self._wake()
 
     def call_later(self, seconds: float, call: Callable[[], None]) -> Timer:
-        """Makes `call` in a while."""
+        """Make `call` in a while."""
         timer = Timer(call, self)
         if self._num_cancelled > max(CANCELLED_TIMERS, len(self._timers) // 2):
             self._timers = [entry for entry in self._timers if entry[2].call is not None]
@@ -167,17 +167,17 @@ class EventLoop:
         return timer
 
     def watch(self, fd: int, ready: Callable[[], None]) -> None:
-        """Calls `ready` whenever there is something to read."""
+        """Call `ready` whenever there is something to read."""
         self._watched[fd] = ready
         self._epoll.register(fd, select.EPOLLIN)
 
     def unwatch(self, fd: int) -> None:
-        """Stops watching; call it before closing `fd`."""
+        """Stop watching; call it before closing `fd`."""
         del self._watched[fd]
         self._epoll.unregister(fd)
 
     def stop(self, then: Callable[[], None]) -> None:
-        """Ends the thread, after the calls that came before; then calls `then`: no turn comes after.
+        """End the thread, after the calls that came before; then calls `then`: no turn comes after.
 
         Not from the thread itself, nor from a call that is made at once.
         """

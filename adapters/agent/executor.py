@@ -160,7 +160,7 @@ class Executor:
         return sum(work.nbytes for work in self.work.values())
 
     def begin(self, side: Side, key: int, handoff: Handoff) -> Work:
-        """Takes up the work of a handoff whose user is known."""
+        """Take up the work of a handoff whose user is known."""
         work = self.work[side, key]
         work.handoff = handoff
         handoff._key = key
@@ -179,7 +179,7 @@ class Executor:
             self.carry_out(side, registry.handle(key, event))
 
     def carry_out(self, side: Side, steps: Steps) -> None:
-        """Does what machines ask for, in order, and forgets the work of those that are over."""
+        """Do what machines ask for, in order, and forget the work of those that are over."""
         live = self._sides[side].machines
         for key, action in steps:
             acts_for = self.work[side, key]
@@ -287,7 +287,7 @@ class Executor:
             work.handoff._outcome._fail(action.error)
 
     def _note_end(self, work: Work, handoff: Handoff, nbytes: int, error: Exception | None) -> None:
-        """Notes how a handoff ended, and tells the observers, before its user hears of it."""
+        """Note how a handoff ended, and tell the observers, before its user hears of it."""
         timeline = work.timeline
         if timeline is not None:
             timeline.mark("failed" if error is not None else "ready")
@@ -311,7 +311,7 @@ class Executor:
             observe(ended)
 
     def _start(self, work: Work, op: int, begin: Callable[[], Ticket | None]) -> None:
-        """Begins a write or a read; however it ends, the machine hears of it later."""
+        """Begin a write or a read; however it ends, the machine hears of it later."""
         try:
             ticket = begin()
         except (EngineError, ControlError) as error:
@@ -326,7 +326,7 @@ class Executor:
         )
 
     def _write(self, action: events.StartWrite) -> Ticket | None:
-        """Writes what a request wants of some layers; None if decode's rank holds others.
+        """Write what a request wants of some layers; None if decode's rank holds others.
 
         Raises:
             BlocksMismatch: decode counts on other bytes than these. EngineError: from the engine.
@@ -361,7 +361,8 @@ class Executor:
         return link.write_blocks(plan, src, dst, imm=request.imm, **how)
 
     def _layers_of(self, plan: TransferPlan, positions: Layers) -> tuple[int, ...] | None:
-        """The layers at these positions that a plan moves; None if these are all that it does."""
+        """Return the layers at these positions that a plan moves; None if these are all that it
+        does."""
         held = self._held[slice(*positions)]
         if len(held) == len(self._held):
             return None if plan.layers else ()
@@ -369,7 +370,7 @@ class Executor:
         return tuple(layer for layer in held if layer in moved)
 
     def _read(self, work: Work, action: events.StartRead) -> Ticket | None:
-        """Reads what was asked for out of the blocks that prefill has named."""
+        """Read what was asked for out of the blocks that prefill has named."""
         peer = self._peers.get(work.session)
         if peer is None or peer.link is None or peer.read_plan is None:
             raise LinkError("there is no link to read over", operation="read")
@@ -445,7 +446,8 @@ def _mark(work: Work, name: str) -> None:
 
 
 def idle_stream(device: int) -> torch.cuda.Stream | None:
-    """A stream for which transfers need not wait: what they move was computed before the machines
+    """Return a stream for which transfers need not wait: what they move was computed before the
+    machines
     heard of it. The current stream of the agent's thread may hold the work of a whole model."""
     if device < 0:
         return None

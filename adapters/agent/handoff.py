@@ -53,7 +53,7 @@ class Pending:
         return f"<{type(self).__name__} {self.request_id} {state}>"
 
     def done(self) -> bool:
-        """Whether it ended, well or badly."""
+        """Return whether it ended, well or badly."""
         return self._outcome.done()
 
     @property
@@ -67,7 +67,7 @@ class Pending:
         return self._outcome.nbytes
 
     def cancel(self, reason: str = "cancelled") -> None:
-        """Asks for its end: it fails with `HandoffCancelled`, unless it ends before that."""
+        """Ask for its end: it fails with `HandoffCancelled`, unless it ends before that."""
         raise NotImplementedError
 
     def wait(self, timeout_s: float | None = None) -> int:
@@ -91,7 +91,7 @@ class Pending:
         return self._outcome.__await__()
 
     def add_done_callback(self, callback: Callable[[Self], None]) -> None:
-        """Calls `callback(self)` when it ended, on any thread, even one of the engine's that watches
+        """Call `callback(self)` when it ended, on any thread, even one of the engine's that watches
         over links. It must not block."""
         self._outcome.add_done_callback(lambda _: callback(self))
 
@@ -127,11 +127,11 @@ class Handoff(Pending):
         self._withdrawn = ""  # why it was cancelled before it had one; likewise
 
     def cancel(self, reason: str = "cancelled") -> None:
-        """Asks for its end: it fails with `HandoffCancelled`, unless it ends before that."""
+        """Ask for its end: it fails with `HandoffCancelled`, unless it ends before that."""
         self._tell(self, UserCancelled(reason))
 
     def _refuse(self, error: Exception) -> None:
-        """Ends one that never began: its blocks are free."""
+        """End one that never began: its blocks are free."""
         self._outcome._fail(error)
         self.blocks_free._finish(0)
 
@@ -206,7 +206,7 @@ class SendHandoff(Handoff):
     def _tell_after(
         self, stream: torch.cuda.Stream | None, event: SourceReady | SourceFinished
     ) -> None:
-        """Tells of `event` when `stream` has done what it has been given so far."""
+        """Tell of `event` when `stream` has done what it has been given so far."""
         if self._device < 0:
             self._tell(self, event)
             return
@@ -256,7 +256,7 @@ class HandoffSet(Pending, Generic[Part]):
         return f"<{type(self).__name__} of {len(self.parts)}, {self._num_pending} pending>"
 
     def add(self, part: Part) -> None:
-        """Takes one more handoff in; where the set has ended already, that one is cancelled."""
+        """Take one more handoff in; where the set has ended already, that one is cancelled."""
         with self._lock:
             self.parts += (part,)
             self._num_pending += 1
@@ -267,7 +267,7 @@ class HandoffSet(Pending, Generic[Part]):
             part.cancel(f"another rank failed: {self.error}" if self.error else "the others ended")
 
     def cancel(self, reason: str = "cancelled") -> None:
-        """Asks for the end of all of them."""
+        """Ask for the end of all of them."""
         for part in self.parts:
             if not part.done():
                 part.cancel(reason)

@@ -109,11 +109,11 @@ class Messaging:
             self._watch(gate.socket, gate.answer, gate.answer)
 
     def start(self) -> None:
-        """Starts the thread."""
+        """Start the thread."""
         self.loop.start()
 
     def dial(self, address: str, on_frame: OnFrame | None = None, *, queue: bool = True) -> ReplyTo:
-        """A route to whoever binds this address, whether or not it is there yet.
+        """Return a route to whoever binds this address, whether or not it is there yet.
 
         Args:
             on_frame: takes what comes by this route, instead of the messaging's own.
@@ -128,7 +128,7 @@ class Messaging:
         return self._connect(dealer, address, on_frame or self._on_frame)
 
     def subscribe(self, address: str, topic: bytes, on_frame: OnFrame) -> ReplyTo:
-        """Follows the publisher at this address; `hang_up` ends it.
+        """Follow the publisher at this address; `hang_up` ends it.
 
         Raises:
             zmq.ZMQError, ConfigError: this is no address.
@@ -139,7 +139,7 @@ class Messaging:
         return self._connect(subscriber, address, on_frame)
 
     def hang_up(self, route: ReplyTo) -> None:
-        """Closes the socket of a route that this side dialled; others close by themselves."""
+        """Close the socket of a route that this side dialled; others close by themselves."""
         self._flush(route)
         socket = self._dealers.pop(route.dealer, None)
         if socket is not None:
@@ -148,7 +148,7 @@ class Messaging:
             socket.close(LINGER_MS)
 
     def send(self, route: ReplyTo, frame: bytes, refused: OnRefused) -> None:
-        """Sends one frame: at the end of this turn, or now if this is a call that is made at once.
+        """Send one frame: at the end of this turn, or now if this is a call that is made at once.
 
         `refused` is told, in another turn, if that cannot be.
         """
@@ -158,7 +158,7 @@ class Messaging:
             self._flush(route)
 
     def tell(self, route: ReplyTo, message: Message, refused: OnRefused | None = None) -> None:
-        """Sends an agent a message; `refused` is told why if that cannot be, as in `send`."""
+        """Send an agent a message; `refused` is told why if that cannot be, as in `send`."""
         self.send(route, encode(message), partial(self._count_refused, refused))
 
     def _count_refused(self, refused: OnRefused | None, reason: str) -> None:
@@ -167,12 +167,12 @@ class Messaging:
             refused(reason)
 
     def refuse(self, route: ReplyTo, number: int, reason: Reason, detail: str) -> None:
-        """Answers a frame that makes no sense here."""
+        """Answer a frame that makes no sense here."""
         self.frames_refused += 1
         self.tell(route, Refused(number, reason, detail[:MAX_REASON_CHARS]))
 
     def flush(self) -> None:
-        """Hands everything that was sent to ZeroMQ. Never blocks."""
+        """Hand everything that was sent to ZeroMQ. Never blocks."""
         while self._outbox:
             self._flush(next(iter(self._outbox)))
 
@@ -191,7 +191,7 @@ class Messaging:
                 self.call_soon(partial(refused, reason))
 
     def _hand_over(self, route: ReplyTo, frames: list[bytes]) -> str:
-        """Queues one batch; returns "" or why that cannot be."""
+        """Queue one batch; return "" or why that cannot be."""
         socket = self._dealers.get(route.dealer) if route.dealer else self._router
         if socket is None:
             return "the connection was closed"
@@ -209,7 +209,7 @@ class Messaging:
         return ""
 
     def close(self) -> None:
-        """Stops the thread and closes the sockets. Not from the thread itself. Once."""
+        """Stop the thread and close the sockets. Not from the thread itself. Once."""
         self.loop.stop(lambda: self._context.destroy(linger=LINGER_MS))
 
     def _connect(self, socket: zmq.Socket[bytes], address: str, on_frame: OnFrame) -> ReplyTo:
@@ -232,7 +232,7 @@ class Messaging:
     def _watch(
         self, socket: zmq.Socket[bytes], take: Callable[[], None], told: Callable[[], None]
     ) -> None:
-        """Calls `told` when the socket's descriptor tells of news, and `take` after its use."""
+        """Call `told` when the socket's descriptor tells of news, and `take` after its use."""
         self._takers[socket] = take
         self._used[socket] = None  # of what has come before, its descriptor may not tell
         self.loop.watch(int(socket.getsockopt(zmq.FD)), told)
@@ -254,7 +254,7 @@ class Messaging:
     # What turns call.
 
     def _end_turn(self) -> bool:
-        """Sends what was said, and looks into the sockets that were used; True if there may be more.
+        """Send what was said, and look into the sockets that were used; True if there may be more.
 
         While a few inline copies wait, what was said waits for what they make of it, and goes with that.
         """
@@ -272,7 +272,7 @@ class Messaging:
         return bool(self._used or (self._outbox and not held_back))
 
     def _end_call(self) -> bool:
-        """Sends what was said in a call on another thread, and takes nothing there."""
+        """Send what was said in a call on another thread, and take nothing there."""
         self.flush()
         self._used = {socket: None for socket in self._used if _has_news(socket)}
         return bool(self._used)
@@ -280,7 +280,7 @@ class Messaging:
     def _take(
         self, socket: zmq.Socket[bytes], number: int, on_frame: OnFrame, *, told: bool = False
     ) -> None:
-        """Takes what has come, a bounded number of batches at a time.
+        """Take what has come, a bounded number of batches at a time.
 
         `told`: there is something, most probably, and to ask takes as long as to read it.
         """
@@ -311,5 +311,5 @@ class Messaging:
 
 
 def _has_news(socket: zmq.Socket[bytes]) -> bool:
-    """Whether something can be read; False of a socket that was hung up."""
+    """Return whether something can be read; False of a socket that was hung up."""
     return not socket.closed and bool(int(socket.getsockopt(zmq.EVENTS)) & _READABLE)

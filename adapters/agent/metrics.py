@@ -67,7 +67,7 @@ class AgentMetrics:
         self.registry.register(_Now(engine, messaging, count_handoffs))
 
     def note(self, ended: HandoffEnded) -> None:
-        """Counts one more handoff."""
+        """Count one more handoff."""
         if ended.error is not None:
             self._errors.labels(type(ended.error).__name__).inc()
             return
@@ -80,7 +80,7 @@ class AgentMetrics:
             self._nbytes.labels(transport, "staged", direction).inc(ended.staged_nbytes)
 
     def serve(self, address: str, unready: Callable[[], str]) -> HttpServer:
-        """Serves the figures, health, and the last handoffs' timelines for `kvferry trace`.
+        """Serve the figures, health, and the last handoffs' timelines for `kvferry trace`.
 
         Raises:
             ConfigError: it cannot listen there.

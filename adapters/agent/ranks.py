@@ -47,7 +47,7 @@ def connect_ranks(
     *,
     ports_follow: bool = False,
 ) -> RankPeers:
-    """Connects a decode rank to the prefill ranks that it needs.
+    """Connect a decode rank to the prefill ranks that it needs.
 
     Args:
         addresses: of the agents of all prefill ranks, by rank.
@@ -75,14 +75,14 @@ def connect_ranks(
 
 
 def _port_after(address: str, count: int) -> str:
-    """The address of the agent whose port is `count` after this one's; of the same key."""
+    """Return the address of the agent whose port is `count` after this one's; of the same key."""
     endpoint, key = split_address(address)
     host, _, port = endpoint.rpartition(":")
     return join_address(f"{host}:{int(port) + count}", key)
 
 
 def num_readers(agent: Agent, peer: str) -> int:
-    """How many decode ranks this prefill rank sends to, when it is asked by `peer`'s engine.
+    """Return how many decode ranks this prefill rank sends to, when it is asked by `peer`'s engine.
 
     Raises:
         NotConnected: no such peer.

@@ -131,14 +131,14 @@ class Registrar:
         return self._presence.view.members
 
     def wait(self, condition: Callable[[], bool], timeout_s: float) -> bool:
-        """Waits until what is known of the cluster makes `condition` true; False if it does not."""
+        """Wait until what is known of the cluster makes `condition` true; False if it does not."""
         with self._changed:
             return self._changed.wait_for(condition, timeout_s)
 
     # On the agent's thread
 
     def start(self) -> None:
-        """Begins to register."""
+        """Begin to register."""
         for address in self._addresses:
             address_and_key = join_address(*address)
             route = self._messaging.dial(address_and_key, self._on_answer, queue=False)
@@ -146,7 +146,7 @@ class Registrar:
         self._carry_out(self._presence.start())
 
     def leave(self) -> None:
-        """Tells the daemon that the agent goes."""
+        """Tell the daemon that the agent goes."""
         self._carry_out(self._presence.leave())
 
     def _on_answer(self, _: ReplyTo, frame: bytes) -> None:
@@ -263,7 +263,7 @@ class ActivityLog:
         self._came: dict[str, int] = {}  # bytes by peer since the last report
 
     def note(self, ended: HandoffEnded) -> None:
-        """Counts one more."""
+        """Count one more."""
         if ended.error is not None:
             name = type(ended.error).__name__
             if name in self._errors or len(self._errors) < MAX_ERRORS:
@@ -279,7 +279,8 @@ class ActivityLog:
     def report(
         self, now_s: float, senders: Mapping[str, str], live: tuple[LiveHandoff, ...]
     ) -> Activity:
-        """What is to be told now; `senders` are the peers that are linked, with the transport."""
+        """Return what is to be told now; `senders` are the peers that are linked, with the
+        transport."""
         came, self._came = self._came, {}
         passed_s, self._reported_s = max(1e-3, now_s - self._reported_s), now_s
         flows = {peer: came.get(peer, 0) / passed_s for peer in {**senders, **came}}
@@ -303,7 +304,7 @@ class ActivityLog:
 
 
 def _live_handoffs(works: Iterable[Work], now_s: float) -> tuple[LiveHandoff, ...]:
-    """The oldest handoffs that are not over."""
+    """Return the oldest handoffs that are not over."""
     live = (
         LiveHandoff(
             _short(work.handoff.request_id),
@@ -319,7 +320,7 @@ def _live_handoffs(works: Iterable[Work], now_s: float) -> tuple[LiveHandoff, ..
 
 
 def _short(request_id: str) -> str:
-    """A request's id as it is shown."""
+    """Return a request's id as it is shown."""
     return request_id if len(request_id) <= MAX_ID_CHARS else request_id[: MAX_ID_CHARS - 1] + "…"
 
 
@@ -336,7 +337,7 @@ def check_registration(registration: Registration) -> None:
 
 
 def describe_cache(layout: KVLayout) -> dict[str, Any]:
-    """A cache in the numbers that placement reckons with, as fields of `Registration`."""
+    """Return a cache in the numbers that placement reckons with, as fields of `Registration`."""
     tokens = max((region.tokens_per_slot for region in layout.regions), default=0)
     return {
         "layout_digest": layout.digest()[:256],

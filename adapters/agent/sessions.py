@@ -158,11 +158,11 @@ class Sessions:
         }
 
     def get(self, number: int) -> PeerSession | None:
-        """The session of this number; one that is down may still be known."""
+        """Return the session of this number; one that is down may still be known."""
         return self._all.get(number)
 
     def by_name(self, name: str) -> PeerSession | None:
-        """The latest session of that name that is up. Any thread."""
+        """Return the latest session of that name that is up. Any thread."""
         return self._by_name.get(name)
 
     # Meeting
@@ -174,7 +174,7 @@ class Sessions:
         waiter: Future[str],
         expected: tuple[str, int] | None = None,
     ) -> None:
-        """Gets acquainted with the agent at `endpoint`; one that is known already stays.
+        """Get acquainted with the agent at `endpoint`; one that is known already stays.
 
         `expected` is the name and the life that it has to have, if that is known.
         """
@@ -258,7 +258,7 @@ class Sessions:
         known.timers.stop(action.kind)
 
     def _reconcile(self, known: PeerSession, action: Reconcile) -> None:
-        """Makes the plans that both roles allow. In the background."""
+        """Make the plans that both roles allow. In the background."""
         describe, engine = action.describe, self._engine
         ours, mine = known.session.role, self._described
         theirs = known.session.peer.role if known.session.peer is not None else "both"
@@ -278,7 +278,7 @@ class Sessions:
         self._messaging.call_soon(partial(self._tell, known, Reconciled(problem)))
 
     def _open_link(self, known: PeerSession, action: OpenLink) -> None:
-        """Dials the peer's engine, or awaits its call. In the background."""
+        """Dial the peer's engine, or awaits its call. In the background."""
         there, engine = action.describe, self._engine
         try:
             if action.dial:
@@ -316,7 +316,7 @@ class Sessions:
     # Parting
 
     def tear_down(self, number: int, reason: str) -> None:
-        """Takes the link of a session down."""
+        """Take the link of a session down."""
         known = self._all.get(number)
         if known is not None:
             self._part(known, "link", reason)
@@ -327,7 +327,8 @@ class Sessions:
         return any(known.link is not None and not known.down for known in self._all.values())
 
     def senders(self) -> dict[str, str]:
-        """The peers that may send to this agent over a link that is up, and its transport."""
+        """Return the peers that may send to this agent over a link that is up, and its
+        transport."""
         return {
             name: known.link.transport
             for name, known in self._by_name.items()
@@ -342,7 +343,7 @@ class Sessions:
                 self._depose(known, f"{name} was replaced by another life")
 
     def say_goodbye(self, reason: str) -> None:
-        """Tells every peer that this agent leaves; each then closes its links, or else we do.
+        """Tell every peer that this agent leaves; each then close its links, or else we do.
 
         What was said before is heard before: a peer takes the last `Done` for an end, not a loss.
         """
@@ -434,7 +435,7 @@ class Sessions:
 
 
 def _at_rest(quiesced: Ticket) -> bool:
-    """Whether the peer of a link can reach nothing: its ticket ended, and ended well."""
+    """Return whether the peer of a link can reach nothing: its ticket ended, and ended well."""
     return quiesced.done() and quiesced.exception() is None
 
 
@@ -450,7 +451,8 @@ def plan_between(
     *,
     writes: bool,
 ) -> TransferPlan | None:
-    """The plan from this agent's cache to a peer's, or back; None if they have nothing to move.
+    """Return the plan from this agent's cache to a peer's, or back; None if they have nothing to
+    move.
 
     Of everything that both hold; or of their part, where the caches are spread over ranks.
 

@@ -61,21 +61,21 @@ def pack_tables(
 
 
 def unpack_table(table: bytes) -> BlockIds:
-    """One table for the engine, which moves a few ids without NumPy."""
+    """Return one table for the engine, which moves a few ids without NumPy."""
     if len(table) <= FEW_IDS * BLOCK_ID_NBYTES:
         return unpack_block_ids(table)
     return np.frombuffer(table, "<i4")
 
 
 def unpack_tables(tables: tuple[bytes, ...]) -> tuple[BlockIds, ...]:
-    """All tables of a side for the engine."""
+    """Return all tables of a side for the engine."""
     return tuple(map(unpack_table, tables))
 
 
 def expected_nbytes(
     plan: TransferPlan, dst_tables: tuple[bytes, ...], start: int, stop: int
 ) -> int:
-    """What the counter of a handoff by tokens has to reach.
+    """Return what the counter of a handoff by tokens has to reach.
 
     Raises:
         PlanError: tokens that are no range.

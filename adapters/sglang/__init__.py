@@ -26,7 +26,7 @@ CLASSES = {
 
 
 def register() -> None:
-    """Makes the backend known; SGLang calls it as a plug-in, before it reads its options."""
+    """Make the backend known; SGLang calls it as a plug-in, before it reads its options."""
     from sglang.srt.arg_groups.choices import (
         DISAGG_TRANSFER_BACKEND_CHOICES,
         add_disagg_transfer_backend_choices,

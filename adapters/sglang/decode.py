@@ -111,7 +111,7 @@ class DecodeSide:
         }
 
     def close(self) -> None:
-        """Begins nothing more; the engine's owner closes it afterwards."""
+        """Begin nothing more; the engine's owner closes it afterwards."""
         with self._changed:
             self._closed = True
 
@@ -148,7 +148,7 @@ class DecodeSide:
         return 0, ""
 
     def why_unreached(self, targets: Sequence[Target]) -> str:
-        """Why requests that wait for these prefill ranks have waited in vain."""
+        """Return why requests that wait for these prefill ranks have waited in vain."""
         with self._changed:
             for target in targets:
                 prefill = self._prefills.get(target.name)
@@ -210,7 +210,7 @@ class DecodeSide:
     # Rooms
 
     def publish(self, room: int, targets: Sequence[Target]) -> dict[str, int]:
-        """Begins an attempt; returns the generation of the link to each prefill rank.
+        """Begin an attempt; return the generation of the link to each prefill rank.
 
         From here on these ranks may write, until they have said that they do not, or cannot.
 
@@ -236,13 +236,14 @@ class DecodeSide:
         return generations
 
     def attempt(self, room: int) -> str:
-        """The name of the attempt that may still be written to; "" if there is none."""
+        """Return the name of the attempt that may still be written to; "" if there is none."""
         with self._changed:
             attempt = self._attempts.get(room)
             return attempt.name if attempt is not None else ""
 
     def settled(self, room: int) -> bool:
-        """Whether nobody can write to the pages of a room that has failed; asked again and again."""
+        """Return whether nobody can write to the pages of a room that has failed; asked again and
+        again."""
         with self._changed:
             attempt = self._attempts.get(room)
             if attempt is None:

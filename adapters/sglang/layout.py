@@ -62,7 +62,7 @@ class Planner:
         self._caches: dict[tuple[int, str], RegisteredCache] = {}
 
     def plans(self, theirs: Geometry) -> Plans:
-        """How everything moves to a decode rank of this geometry.
+        """Return how everything moves to a decode rank of this geometry.
 
         Raises:
             LayoutError: the two do not go together; one sentence that names what differs.
@@ -139,7 +139,7 @@ def check_geometries(mine: Geometry, theirs: Geometry) -> None:
 
 
 def slice_heads(mine: Geometry, theirs: Geometry) -> Slice:
-    """The heads that move from this prefill rank to that decode rank.
+    """Return the heads that move from this prefill rank to that decode rank.
 
     Raises:
         LayoutError: heads cannot be split so.
@@ -166,7 +166,7 @@ def slice_heads(mine: Geometry, theirs: Geometry) -> Slice:
 
 
 def _slice_of(kind: str, mine: Geometry, theirs: Geometry) -> Slice | None:
-    """Which heads of a component's items move; None for whole items.
+    """Return which heads of a component's items move; None for whole items.
 
     Raises:
         LayoutError: this kind does not move between these tensor parallelisms.
@@ -193,7 +193,7 @@ def _slice_of(kind: str, mine: Geometry, theirs: Geometry) -> Slice | None:
 
 
 def _pairs(mine: Component, theirs: Component, *, one_stage: bool) -> list[tuple[int, int]]:
-    """Which entry of theirs each of mine goes to: by layer, the n-th of a layer to the n-th.
+    """Return which entry of theirs each of mine goes to: by layer, the n-th of a layer to the n-th.
 
     A pipeline stage of prefill holds some of decode's layers.
     """

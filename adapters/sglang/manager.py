@@ -116,7 +116,7 @@ class KVFerryKVManager(CommonKVManager):  # type: ignore[misc]
         self._listener = Listener(self.server_socket, side.handlers)
 
     def close(self) -> None:
-        """Ends every transfer and the threads. SGLang itself ends its processes instead."""
+        """End every transfer and the threads. SGLang itself ends its processes instead."""
         self._listener.close()
         for side in (self.prefill, self.decode):
             if side is not None:
@@ -143,7 +143,7 @@ class KVFerryKVManager(CommonKVManager):  # type: ignore[misc]
         indices_event: Any = None,
         trace_ctx: Any = None,
     ) -> None:
-        """Moves a chunk: pages of this prefill rank into those at `index_slice` of decode's."""
+        """Move a chunk: pages of this prefill rank into those at `index_slice` of decode's."""
         assert self.prefill is not None
         if bootstrap_room not in self.transfer_infos:
             return  # a rank that nobody asks for anything, or a request that is over
@@ -203,7 +203,7 @@ class KVFerryKVManager(CommonKVManager):  # type: ignore[misc]
         is_dummy: bool,
         device_kv_indices: Any = None,
     ) -> Publish:
-        """Where a request's KV goes; the receiver adds which link it may come over."""
+        """Return where a request's KV goes; the receiver adds which link it may come over."""
         assert self.decode is not None
         states = state_indices if state_indices is not None and not is_dummy else ()
         return Publish(

@@ -33,7 +33,7 @@ class Held(NamedTuple):
 
 
 def register_buffers(engine: TransferEngine, args: Any) -> Held:
-    """Registers every buffer of SGLang's `KVArgs`. SGLang owns the memory and keeps it.
+    """Register every buffer of SGLang's `KVArgs`. SGLang owns the memory and keeps it.
 
     Raises:
         NotRegistered: a state type, or a buffer, that this backend does not move.
@@ -64,7 +64,7 @@ def register_buffers(engine: TransferEngine, args: Any) -> Held:
 
 
 def memory_at(pointer: int, nbytes: int, gpu: int) -> Any:
-    """What `TransferEngine.register` takes for memory that is known by its address alone.
+    """Return what `TransferEngine.register` takes for memory that is known by its address alone.
 
     Args:
         gpu: the GPU that it may be on; host memory everywhere else.
@@ -75,7 +75,8 @@ def memory_at(pointer: int, nbytes: int, gpu: int) -> Any:
 
 
 def _on_gpu(pointer: int, gpu: int) -> bool:
-    """Whether the driver knows the address; asked, because SGLang keeps some pools in host memory."""
+    """Return whether the driver knows the address; asked, because SGLang keeps some pools in host
+    memory."""
     import torch
 
     if not torch.cuda.is_available():

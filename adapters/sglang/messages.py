@@ -172,12 +172,12 @@ _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(
 
 
 def frames(message: ToPrefill | ToDecode) -> list[bytes]:
-    """The frames of a message."""
+    """Return the frames of a message."""
     return [TAG, _encoder.encode(message)]
 
 
 def parse(received: list[bytes]) -> ToPrefill | ToDecode | None:
-    """The message in these frames; None if they are not kvferry's.
+    """Return the message in these frames; None if they are not kvferry's.
 
     Raises:
         ProtocolError: they are, and make no sense.

@@ -101,7 +101,7 @@ class PrefillSide:
             worker.start()
 
     def close(self) -> None:
-        """Ends the workers; the engine's owner closes it afterwards."""
+        """End the workers; the engine's owner closes it afterwards."""
         with self._lock:
             rooms = list(self._rooms.values())
         for room in rooms:
@@ -149,7 +149,7 @@ class PrefillSide:
             self._bootstrapped(room, publish.prefix_len)
 
     def _link_of(self, peer: _Peer | None, publish: Publish) -> tuple[Link | None, str | None]:
-        """The link that a publication is for, or why there is none."""
+        """Return the link that a publication is for, or why there is none."""
         if peer is None or peer.register.generation != publish.generation:
             return None, "decode published this request for a link that is gone"
         if peer.link is None:
@@ -178,13 +178,13 @@ class PrefillSide:
     # What SGLang's scheduler says
 
     def send(self, number: int, chunk: Chunk) -> None:
-        """Moves a chunk of a room as soon as it is computed."""
+        """Move a chunk of a room as soon as it is computed."""
         room = self._room(number)
         room.expect_chunk()
         self._work.put(lambda: room.move(chunk))
 
     def settled(self, number: int, reason: str) -> bool:
-        """Ends a room that has failed elsewhere; whether its pages are free."""
+        """End a room that has failed elsewhere; whether its pages are free."""
         room = self._rooms.get(number)
         if room is None:
             return True
@@ -223,7 +223,7 @@ class PrefillSide:
             return room
 
     def _conclude(self, room: Room) -> None:
-        """Tells SGLang here, and every decode rank, how a room ended; once."""
+        """Tell SGLang here, and every decode rank, how a room ended; once."""
         if not room.claim():
             return
         reason = self._conclude_here(room.number, room.reason)

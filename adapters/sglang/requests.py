@@ -63,12 +63,12 @@ class KVFerryKVSender(CommonKVSender):  # type: ignore[misc]
         return status
 
     def abort(self) -> None:
-        """Ends the request; SGLang frees its pages as soon as this returns."""
+        """End the request; SGLang frees its pages as soon as this returns."""
         super().abort()
         self._settle("prefill aborted this request")
 
     def failure_exception(self) -> None:
-        """Raises why it failed; perhaps on another rank, while this one still sends."""
+        """Raise why it failed; perhaps on another rank, while this one still sends."""
         self._settle("this request failed on another prefill rank")
         super().failure_exception()
 
@@ -103,7 +103,8 @@ class KVFerryKVReceiver(CommonKVReceiver):  # type: ignore[misc]
         return self.bootstrap_infos is not None
 
     def poll(self) -> Any:
-        """The request's state; before its pages are published also whether the links are up."""
+        """Return the request's state; before its pages are published also whether the links are
+        up."""
         status = super().poll()
         if status == KVPoll.Success:
             self._side.finished(self.bootstrap_room)
@@ -140,7 +141,7 @@ class KVFerryKVReceiver(CommonKVReceiver):  # type: ignore[misc]
         *args: Any,
         **options: Any,
     ) -> None:
-        """Publishes where the request's KV goes, to every prefill rank."""
+        """Publish where the request's KV goes, to every prefill rank."""
         if self.bootstrap_infos is not None:
             try:
                 self._generations = self._side.publish(self.bootstrap_room, self._targets())
@@ -167,12 +168,12 @@ class KVFerryKVReceiver(CommonKVReceiver):  # type: ignore[misc]
         self._stop_writers()
 
     def abort(self) -> None:
-        """Ends the request; its pages are free once `poll` says that it failed."""
+        """End the request; its pages are free once `poll` says that it failed."""
         super().abort()
         self._stop_writers()
 
     def failure_exception(self) -> None:
-        """Raises why it failed; SGLang frees its pages as soon as this returns."""
+        """Raise why it failed; SGLang frees its pages as soon as this returns."""
         self._settle()
         super().failure_exception()
 
@@ -182,13 +183,14 @@ class KVFerryKVReceiver(CommonKVReceiver):  # type: ignore[misc]
         super().clear()
 
     def _settle(self) -> None:
-        """Returns once nobody can write to the pages: at once after success and before publication."""
+        """Return once nobody can write to the pages: at once after success and before
+        publication."""
         if self._side.attempt(self.bootstrap_room):
             self._stop_writers()
             self._side.settle(self.bootstrap_room)
 
     def _stop_writers(self) -> None:
-        """Asks the prefill ranks, once, to write nothing more."""
+        """Ask the prefill ranks, once, to write nothing more."""
         attempt = self._side.attempt(self.bootstrap_room) if self._published else ""
         if not attempt or self._stop_asked:
             return
@@ -211,7 +213,7 @@ class KVFerryKVReceiver(CommonKVReceiver):  # type: ignore[misc]
                 log.warning("kvferry: cannot tell prefill rank %s: %s", target.name, error)
 
     def _targets(self) -> list[Target]:
-        """The prefill ranks that write."""
+        """Return the prefill ranks that write."""
         infos = getattr(self, "bootstrap_infos", None) or ()
         return [target_of(info) for info in infos if not info["is_dummy"]]
 

@@ -112,12 +112,12 @@ class Room:
         return not self._tickets and bool(self.reason or complete)
 
     def wait_drained(self, timeout_s: float) -> bool:
-        """Waits until it is drained; False if `timeout_s` passed first."""
+        """Wait until it is drained; False if `timeout_s` passed first."""
         with self._changed:
             return self._changed.wait_for(lambda: self.drained, timeout_s)
 
     def claim(self) -> bool:
-        """Whether the caller is the one that concludes it."""
+        """Return whether the caller is the one that concludes it."""
         with self._changed:
             first = self._over and not self.concluded
             self.concluded = self.concluded or first
@@ -129,7 +129,7 @@ class Room:
             self._chunks += 1
 
     def move(self, chunk: Chunk) -> None:
-        """Starts the transfers of a chunk that was announced. May block until it is computed."""
+        """Start the transfers of a chunk that was announced. May block until it is computed."""
         try:
             if not self.reason:
                 for event in chunk.events:
@@ -147,7 +147,7 @@ class Room:
             self._look()
 
     def fail(self, reason: str) -> None:
-        """Starts nothing more and ends what has begun; the first reason stays."""
+        """Start nothing more and end what has begun; the first reason stays."""
         with self._changed:
             if self.concluded:
                 return
@@ -159,7 +159,7 @@ class Room:
         self._look()
 
     def _start(self, part: Part, link: Link, plans: Plans, chunk: Chunk) -> None:
-        """Starts the transfers of one chunk to one decode rank.
+        """Start the transfers of one chunk to one decode rank.
 
         Raises:
             EngineError: a list of ids makes no sense, or the link is down.

@@ -25,7 +25,7 @@ class Settings:
 
     @classmethod
     def read(cls) -> Settings:
-        """Reads the environment.
+        """Read the environment.
 
         Raises:
             ValueError: a variable makes no sense; names it.

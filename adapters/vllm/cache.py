@@ -62,16 +62,16 @@ class CacheGroup(NamedTuple):
     window: int = 0
 
     def num_blocks(self, num_tokens: int) -> int:
-        """How many blocks so many tokens fill, the last one perhaps in part."""
+        """Return how many blocks so many tokens fill, the last one perhaps in part."""
         return -(-num_tokens // self.block_size)
 
     def needed_from(self, num_tokens: int) -> int:
-        """The first of `num_tokens` tokens that the next one attends to."""
+        """Return the first of `num_tokens` tokens that the next one attends to."""
         return max(0, num_tokens - self.window) if self.window else 0
 
 
 def read_groups(kv_cache_config: Any) -> tuple[CacheGroup, ...]:
-    """The groups that are to be moved, in vLLM's order.
+    """Return the groups that are to be moved, in vLLM's order.
 
     Raises:
         ValueError: a kind of cache that cannot be moved; names it and its layers.
@@ -143,13 +143,14 @@ class Heads(NamedTuple):
 
     @classmethod
     def of_rank(cls, num_heads: int, tp_size: int, tp_rank: int) -> Heads:
-        """What vLLM's tensor parallelism gives a rank of a model with so many KV heads."""
+        """Return what vLLM's tensor parallelism gives a rank of a model with so many KV heads."""
         start, stop = heads_of_rank(num_heads, tp_size, tp_rank)
         return cls(start, stop - start if tp_size > 1 else 0, tp_size > num_heads)
 
 
 def number_layers(names: Iterable[str]) -> dict[str, int]:
-    """The number of each layer; those of a draft model, which counts from 0 too, follow the model's.
+    """Return the number of each layer; those of a draft model, which counts from 0 too, follow the
+    model's.
 
     Raises:
         LayoutError: a name has no number, or several.
@@ -161,7 +162,7 @@ def number_layers(names: Iterable[str]) -> dict[str, int]:
 
 
 def layer_number(name: str) -> int:
-    """A model's own number of a layer: `model.layers.7.self_attn.attn` is 7.
+    """Return a model's own number of a layer: `model.layers.7.self_attn.attn` is 7.
 
     Raises:
         LayoutError: the name has no number, or several.
@@ -178,7 +179,7 @@ def layer_number(name: str) -> int:
 def describe_caches(
     caches: Mapping[str, Any], groups: Sequence[CacheGroup], backend: Backend, heads: Heads
 ) -> tuple[KVLayout, list[str]]:
-    """Describes the caches that vLLM registers.
+    """Describe the caches that vLLM registers.
 
     Args:
         caches: a tensor for each layer, by the layer's name: `[block, head, token, content]`, of a
@@ -304,14 +305,15 @@ class Tables:
         self.plain = len(layout.groups) == 1 and not layout.groups[0].window
 
     def pair_with(self, theirs: KVLayout) -> bool:
-        """Whether each block of a prompt is one of another cache's, which both call by its place."""
+        """Return whether each block of a prompt is one of another cache's, which both call by its
+        place."""
         if not self.plain or len(theirs.groups) > 1:
             return False
         first = theirs.regions[theirs.groups[0].regions[0]]
         return first.tokens_per_slot == self.step_tokens
 
     def rows(self, tables: Sequence[Sequence[int]], num_tokens: int) -> list[Any]:
-        """The cache's blocks of a prompt's first tokens, a row of ids for each group.
+        """Return the cache's blocks of a prompt's first tokens, a row of ids for each group.
 
         vLLM's own lists where its blocks are the cache's: agents check and convert ids, all at once,
         and a few of a list without NumPy.
@@ -325,7 +327,7 @@ class Tables:
         return rows
 
     def of_cache(self, tables: Sequence[Sequence[int]], num_tokens: int) -> Any:
-        """The same as `Agent.open_send` takes them: a single row by itself."""
+        """Return the same as `Agent.open_send` takes them: a single row by itself."""
         rows = self.rows(tables, num_tokens)
         return rows[0] if len(rows) == 1 else rows
 

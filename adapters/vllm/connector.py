@@ -126,7 +126,7 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return KVFerryPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def get_kv_connector_stats(self) -> KVFerryStats | None:
-        """What ended since the last call, on a worker."""
+        """Return what ended since the last call, on a worker."""
         figures = self._worker.figures.take() if self._worker is not None else {}
         return KVFerryStats(figures) if any(figures.values()) else None
 
@@ -149,7 +149,7 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._side.new_request(request)
 
     def get_loaded_kv_cache_group_ids(self, request: Any) -> tuple[int, ...]:
-        """Every group that is moved: a request's own blocks are loaded."""
+        """Return every group that is moved: a request's own blocks are loaded."""
         return tuple(group.table for group in self._groups)
 
     def get_num_new_matched_tokens(
@@ -189,7 +189,7 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # Worker side
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Registers the caches and starts this rank's agent."""
+        """Register the caches and start this rank's agent."""
         config = self._vllm_config
         parallel, model = config.parallel_config, config.model_config
         first = next(iter(kv_caches))
@@ -221,7 +221,7 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         )
 
     def _backend(self) -> Backend:
-        """What fills the caches of all groups."""
+        """Return what fills the caches of all groups."""
         context = self._vllm_config.compilation_config.static_forward_context
         layers = [context[group.layers[0]] for group in self._groups]
         names = dict.fromkeys(layer.get_attn_backend().get_name() for layer in layers)
@@ -287,7 +287,7 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
 
 def register() -> None:
-    """Makes the connector known to vLLM by name alone; vLLM calls it as a plug-in."""
+    """Make the connector known to vLLM by name alone; vLLM calls it as a plug-in."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     if "KVFerryConnector" not in KVConnectorFactory._registry:

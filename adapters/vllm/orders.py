@@ -107,7 +107,7 @@ class Figures:
     sends_failed: int = 0
 
     def take(self) -> dict[str, Any]:
-        """All of them, once: plain data, which vLLM carries on."""
+        """Return all of them, once: plain data, which vLLM carries on."""
         found = {**vars(self)}
         vars(self).update(vars(Figures()))
         return found

@@ -35,22 +35,24 @@ class Remote(NamedTuple):
 
 
 def wants_remote_decode(params: Params | None) -> bool:
-    """Whether this engine computes the prompt and another decodes."""
+    """Return whether this engine computes the prompt and another decodes."""
     return bool(params and params.get("do_remote_decode"))
 
 
 def wants_remote_prefill(params: Params | None) -> bool:
-    """Whether another engine computes the prompt, and nothing was loaded yet."""
+    """Return whether another engine computes the prompt, and nothing was loaded yet."""
     return bool(params and params.get("do_remote_prefill"))
 
 
 def handoff_id(params: Params, req_id: str) -> str:
-    """What prefill calls the handoff of a request: what the router named, or the request itself."""
+    """Return what prefill calls the handoff of a request: what the router named, or the request
+    itself."""
     return str(params.get("transfer_id") or req_id)
 
 
 def find_remote(params: Params, num_tokens: int = 0) -> Remote | str:
-    """Where the KV of a prompt of so many tokens is; or, as text, why the parameters do not say."""
+    """Return where the KV of a prompt of so many tokens is; or, as text, why the parameters do not
+    say."""
     name = params.get("remote_request_id") or params.get("transfer_id")
     if not name:
         return "neither 'remote_request_id' nor 'transfer_id'"
@@ -66,7 +68,8 @@ def find_remote(params: Params, num_tokens: int = 0) -> Remote | str:
 
 
 def describe(addresses: list[str], **known: Any) -> Params:
-    """What prefill tells decode, by way of the router: where its agents are, and what else is known."""
+    """Return what prefill tells decode, by way of the router: where its agents are, and what else
+    is known."""
     endpoint, _ = split_address(addresses[0])
     host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
     return {

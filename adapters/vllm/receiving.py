@@ -33,7 +33,7 @@ log = logging.getLogger("kvferry.vllm")
 
 
 def agent_name(engine_id: str, rank: int) -> str:
-    """What the agent of an engine's rank is called."""
+    """Return what the agent of an engine's rank is called."""
     return f"{engine_id}/{rank}"
 
 
@@ -89,7 +89,7 @@ class Receiving:
         return bool(self._receives)
 
     def begin(self, order: ReceiveOrder) -> None:
-        """Asks prefill for what it has of a prompt."""
+        """Ask prefill for what it has of a prompt."""
         receive = _Receive(order)
         if order.awaited:
             self._receives[order.req_id] = receive
@@ -114,7 +114,7 @@ class Receiving:
         self._ended.clear()
 
     def wait_for(self, orders: Sequence[ReceiveOrder]) -> None:
-        """Waits until these are loaded or failed, and nobody touches their blocks any more.
+        """Wait until these are loaded or failed, and nobody touches their blocks any more.
 
         They have deadlines of their own.
         """
@@ -174,7 +174,7 @@ class Receiving:
             self._cancel_all(receive)
 
     def _receive_from(self, name: str, order: ReceiveOrder, theirs: Sequence[KVLayout]) -> Handoff:
-        """Asks one rank of prefill, of those with these layouts, for what it has of a request.
+        """Ask one rank of prefill, of those with these layouts, for what it has of a request.
 
         Raises:
             ControlError, EngineError: it cannot be asked.
@@ -237,14 +237,14 @@ class Receiving:
                 self._begin(receive)
 
     def _refuse(self, receive: _Receive, error: Exception) -> None:
-        """Ends a receive that never began."""
+        """End a receive that never began."""
         receive.error = error
         if not receive.order.awaited:
             log.warning("prefill still holds blocks of %s: %s", receive.order.handoff_id, error)
         self._note_end(receive)
 
     def _at_rest(self, receive: _Receive) -> None:
-        """Notes the end of all of its handoffs. On any thread, an engine's too."""
+        """Note the end of all of its handoffs. On any thread, an engine's too."""
         if receive.handoffs is not None:
             receive.error = receive.error or receive.handoffs.error
         self._note_end(receive)

@@ -92,7 +92,7 @@ class SchedulerSide:
             )
 
     def num_remote_tokens(self, request: Request, num_local_tokens: int) -> int:
-        """How many tokens beyond those here another engine has. Changes nothing."""
+        """Return how many tokens beyond those here another engine has. Changes nothing."""
         params = request.kv_transfer_params
         if not vllm_params.wants_remote_prefill(params):
             return 0
@@ -103,7 +103,7 @@ class SchedulerSide:
         return int(max(0, count - num_local_tokens))
 
     def loads_in_step(self, request: Request) -> bool:
-        """Whether the step that allocates this request's blocks also waits for them."""
+        """Return whether the step that allocates this request's blocks also waits for them."""
         return self._in_step.waits(request.kv_transfer_params, request.num_prompt_tokens)
 
     def blocks_allocated(
@@ -144,7 +144,7 @@ class SchedulerSide:
     # Steps
 
     def take_orders(self, output: SchedulerOutput) -> Orders:
-        """What the workers have to do in this step."""
+        """Return what the workers have to do in this step."""
         if self._prefilling:
             self._follow(output)
         orders, self._orders = self._orders, Orders()
@@ -160,7 +160,7 @@ class SchedulerSide:
         return self._queue.num_tokens, self.holds.num_free_blocks
 
     def _follow(self, output: SchedulerOutput) -> None:
-        """Notes the blocks of prompts, and opens those that this step completes."""
+        """Note the blocks of prompts, and open those that this step completes."""
         for req_id in output.preempted_req_ids or ():
             prefilling = self._prefilling.get(req_id)
             if prefilling is not None and prefilling.opened:
@@ -237,7 +237,8 @@ class SchedulerSide:
     def request_ended(
         self, request: Request, tables: BlockTables, *, completed: bool
     ) -> tuple[bool, Params | None]:
-        """A request ended. Says whether its blocks are kept, and what the router is to learn.
+        """Return a request ended. Says whether its blocks are kept, and what the router is to
+        learn.
 
         Args:
             completed: it ended by itself, not by an abort or an error.
@@ -287,15 +288,15 @@ class SchedulerSide:
         return int(request.num_prompt_tokens) - self._windowed
 
     def _no_blocks(self) -> list[list[int]]:
-        """An empty table for each group that is moved."""
+        """Return an empty table for each group that is moved."""
         return [[] for _ in self._groups]
 
     def _own(self, tables: BlockTables) -> list[list[int]]:
-        """Copies of the tables of the groups that are moved."""
+        """Copy of the tables of the groups that are moved."""
         return [list(tables[group.table]) for group in self._groups]
 
     def _cut(self, tables: list[list[int]], num_tokens: int) -> list[list[int]]:
-        """The blocks of a prompt's tokens that are still needed for its last one."""
+        """Return the blocks of a prompt's tokens that are still needed for its last one."""
         result = []
         for group, table in zip(self._groups, tables, strict=True):
             # What a window left behind may belong to others by now, and vLLM told nothing of it.

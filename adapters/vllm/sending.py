@@ -148,7 +148,7 @@ class Sending:
         return {req_id for req_id in self._ended if self._sends[req_id].reportable}
 
     def take_reportable(self) -> set[str]:
-        """The same, once. Called with the lock."""
+        """Return the same, once. Called with the lock."""
         ended = self.reportable()
         self._ended -= ended
         for req_id in ended:
@@ -158,7 +158,7 @@ class Sending:
     def _open_for_reader(
         self, send: _Send, on_asked: Callable[[str], None] | None = None
     ) -> SendHandoff:
-        """Opens one more handoff of the same blocks, as far along as the others. Called with the
+        """Open one more handoff of the same blocks, as far along as the others. Called with the
         lock."""
         order = send.order
         handoff = self._agent.open_send(
@@ -193,7 +193,7 @@ class Sending:
                 send.handoffs.add(self._open_for_reader(send))
 
     def _at_rest(self, send: _Send) -> None:
-        """Notes the end of all of its handoffs. On any thread, an engine's too."""
+        """Note the end of all of its handoffs. On any thread, an engine's too."""
         with self._changed:
             if self._sends.get(send.order.req_id) is send:
                 self._ended.add(send.order.req_id)

@@ -56,13 +56,13 @@ class Settings:
     http: str = ""
 
     def http_of(self, rank: int) -> str:
-        """Where the agent of that rank serves its figures; "" if it does not."""
+        """Return where the agent of that rank serves its figures; "" if it does not."""
         host, _, port = self.http.rpartition(":")
         return f"{host}:{int(port) + rank if int(port) else 0}" if self.http else ""
 
     @classmethod
     def read(cls, extra: Mapping[str, Any]) -> Settings:
-        """Reads `kv_connector_extra_config`; keys of other connectors are ignored.
+        """Read `kv_connector_extra_config`; keys of other connectors are ignored.
 
         Raises:
             ValueError: a value makes no sense; names the key.

@@ -56,7 +56,7 @@ class KVFerryStats(KVConnectorStats):  # type: ignore[misc]
         return not any(self.data.values())
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
-        """Takes in what another rank, or a later step, has."""
+        """Take in what another rank, or a later step, has."""
         for name, value in other.data.items():
             self.data[name] = self.data[name] + value
         return self

@@ -103,7 +103,7 @@ class WorkerSide:
         )
 
     def close(self) -> None:
-        """Ends everything."""
+        """End everything."""
         self.agent.close()
 
     # A step, in order
@@ -118,7 +118,7 @@ class WorkerSide:
             self._sending.end_preempted(req_id)
 
     def before_forward(self, orders: Orders) -> None:
-        """Ends what must not be read any more, and opens what this step computes."""
+        """End what must not be read any more, and open what this step computes."""
         if self._reports:
             self.agent.report(
                 queued_tokens=orders.queued_tokens,
@@ -144,7 +144,7 @@ class WorkerSide:
         self._sending.all_computed()
 
     def begin_receives(self, orders: Orders) -> None:
-        """Begins to load, and ends loads that nobody waits for any more.
+        """Begin to load, and end loads that nobody waits for any more.
 
         Waits for those that this step's forward pass needs; it comes after this then.
         """
@@ -161,7 +161,8 @@ class WorkerSide:
         return self._receiving.take_failed_blocks()
 
     def take_results(self, *, idle: bool) -> Results:
-        """What has ended since the last call. Waits a little if the step has nothing else to do."""
+        """Return what has ended since the last call. Waits a little if the step has nothing else to
+        do."""
         results = Results()
         with self._changed:
             if idle and (self._receiving or self._sending) and not self._something_to_report():

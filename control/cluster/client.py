@@ -79,7 +79,7 @@ class DaemonClient:
         self.close()
 
     def close(self) -> None:
-        """Closes the sockets. Safe to call again."""
+        """Close the sockets. Safe to call again."""
         self._context.destroy(linger=0)
 
     def look(self, *, loads: bool = True, timeout_s: float = TIMEOUT_S) -> Snapshot:
@@ -87,7 +87,7 @@ class DaemonClient:
         return self._ask(Look(next(self._numbers), loads), Snapshot, timeout_s)
 
     def show(self, timeout_s: float = TIMEOUT_S) -> Shown:
-        """What the agents do, as all daemons that answer tell.
+        """Return what the agents do, as all daemons that answer tell.
 
         Raises:
             DaemonTimeout: none answers. DaemonDenied: none can tell; it may be an older one.
@@ -130,7 +130,7 @@ class DaemonClient:
         policy: str = "",
         timeout_s: float = TIMEOUT_S,
     ) -> Placed:
-        """Which pair takes a request; see `Place`.
+        """Return which pair takes a request; see `Place`.
 
         Raises:
             PlacementError: none fits.
@@ -143,15 +143,15 @@ class DaemonClient:
         self._ask(Drain(next(self._numbers), name), Done, timeout_s)
 
     def restore(self, name: str, timeout_s: float = TIMEOUT_S) -> None:
-        """Undoes `drain`."""
+        """Undo `drain`."""
         self._ask(Restore(next(self._numbers), name), Done, timeout_s)
 
     def flip(self, name: str, role: Role, timeout_s: float = TIMEOUT_S) -> None:
-        """Drains this agent, which then takes another role."""
+        """Drain this agent, which then take another role."""
         self._ask(Flip(next(self._numbers), name, role), Done, timeout_s)
 
     def ask(self, ask: Ask, timeout_s: float = TIMEOUT_S) -> AnyAnswer:
-        """The daemon's answer, a denial too.
+        """Return the daemon's answer, a denial too.
 
         Raises:
             DaemonTimeout: there is none.
@@ -174,7 +174,7 @@ class DaemonClient:
         raise self._timeout(ask, timeout_s)
 
     def watch(self) -> Watch:
-        """Follows the cluster."""
+        """Follow the cluster."""
         return Watch(self)
 
     def _ask(self, ask: Ask, kind: type[_T], timeout_s: float) -> _T:
@@ -245,11 +245,11 @@ class Watch:
         self.close()
 
     def close(self) -> None:
-        """Stops following. Safe to call again."""
+        """Stop following. Safe to call again."""
         self._socket.close(0)
 
     def poll(self, timeout_s: float) -> bool:
-        """Takes what has come, waiting up to `timeout_s` for it; whether the members changed.
+        """Take what has come, waiting up to `timeout_s` for it; whether the members changed.
 
         Raises:
             DaemonTimeout: a new snapshot was needed and did not come.
@@ -273,7 +273,7 @@ class Watch:
 
 
 def daemon_address(address: str, keys: Keys | None) -> tuple[str, bytes]:
-    """The endpoint and the key of a daemon (or an agent).
+    """Return the endpoint and the key of a daemon (or an agent).
 
     Raises:
         ConfigError: it is no address, or there is a key on one side only.
@@ -291,7 +291,8 @@ def daemon_address(address: str, keys: Keys | None) -> tuple[str, bytes]:
 
 
 def publisher_endpoint(daemon: str, publisher: str) -> str:
-    """Where to follow a daemon that listens on every address: at the host that it was asked at."""
+    """Return where to follow a daemon that listens on every address: at the host that it was asked
+    at."""
     if not publisher.startswith("tcp://*:"):
         return publisher
     host = daemon[len("tcp://") :].rpartition(":")[0]

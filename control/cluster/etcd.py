@@ -135,7 +135,7 @@ class EtcdStore(Store):
                 time.sleep(RETRY_S)
 
     def _trouble(self, error: Exception) -> None:
-        """Says once that the store is away, and fails what was asked of it."""
+        """Say once that the store is away, and fail what was asked of it."""
         reason = self._reason(error)
         if not self._away:
             log.warning("%s", reason)
@@ -150,7 +150,7 @@ class EtcdStore(Store):
         return f"the store etcd://{host}:{port} does not answer: {_words(error)}"
 
     def _find_floor(self, client: Etcd3Client) -> int:
-        """What all generations are above: written by whichever daemon came first."""
+        """Return what all generations are above: written by whichever daemon came first."""
         # Microseconds: an etcd that lost everything starts anew far above what it gave before.
         client.create(f"{self._prefix}floor", str(time.time_ns() // 1000))
         return int(client.get(f"{self._prefix}floor")[0])
@@ -165,7 +165,7 @@ class EtcdStore(Store):
             client.put(me, _encoder.encode(self._me), lease=lease)
 
     def _lease(self, client: Etcd3Client, seconds: float) -> Lease:
-        """The shortest lease that is not shorter."""
+        """Return the shortest lease that is not shorter."""
         ttl = next(ttl for ttl in LEASES_S if ttl >= seconds or ttl == LEASES_S[-1])
         if ttl not in self._leases:
             self._leases[ttl] = client.lease(ttl)
@@ -224,7 +224,7 @@ class EtcdStore(Store):
                 revision = 0
 
     def _look(self, client: Etcd3Client) -> int:
-        """Tells all that is there; returns the revision at which that was so."""
+        """Tell all that is there; return the revision at which that was so."""
         # In a transaction, because the library's own `get` keeps the revision to itself.
         answer = client.transaction(
             {"compare": [], "success": [{"request_range": self._everything}], "failure": []}
@@ -242,7 +242,7 @@ class EtcdStore(Store):
         return revision
 
     def _follow(self, client: Etcd3Client, revision: int) -> Iterator[Seen | PeerSeen]:
-        """What happens after `revision`. Raises when the watch ends.
+        """Return what happens after `revision`. Raises when the watch ends.
 
         The library's `watch` is not used: when its connection breaks, its thread ends without a
         word and its iterator waits for ever.
@@ -281,5 +281,5 @@ def _base64(data: str | bytes) -> str:
 
 
 def _words(error: Exception) -> str:
-    """What an error of the client library says; some keep it apart from `str`."""
+    """Return what an error of the client library says; some keep it apart from `str`."""
     return str(getattr(error, "detail_text", None) or error or type(error).__name__)[:300]

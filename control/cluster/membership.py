@@ -144,20 +144,20 @@ class Membership:
         return {name: seat.load for name, seat in self._seats.items()}
 
     def hears(self, name: str) -> bool:
-        """Whether it is this daemon that `name` tells that it lives."""
+        """Return whether it is this daemon that `name` tells that it lives."""
         seat = self._seats.get(name)
         return seat is not None and seat.daemon == self.daemon
 
     def answer(self, ask: Ask, now_s: float, key: bytes = b"") -> AnyAnswer:
-        """What a request is answered with by a daemon that is alone."""
+        """Return what a request is answered with by a daemon that is alone."""
         answer, proposal = self.judge(ask, now_s, key)
         if proposal is not None:
             self.learn(proposal.name, proposal.record, 0, now_s, proposal.reason)
         return answer
 
     def judge(self, ask: Ask, now_s: float, key: bytes = b"") -> Judgement:
-        """What a request is answered with if what it needs comes about; `key` is the asker's public
-        key, if it has one."""
+        """Return what a request is answered with if what it needs comes about; `key` is the asker's
+        public key, if it has one."""
         judge = self._judges.get(type(ask))
         if judge is None:
             detail = f"{type(ask).__name__} is no request of a member"
@@ -212,21 +212,22 @@ class Membership:
             self.learn(name, record, at, now_s)
 
     def hear_loads(self, daemon: int, loads: Mapping[str, Load]) -> None:
-        """Loads that another daemon publishes: of its own agents they are news."""
+        """Load that another daemon publishes: of its own agents they are news."""
         for name, load in loads.items():
             seat = self._seats.get(name)
             if seat is not None and seat.daemon == daemon != self.daemon:
                 seat.load = self._loads[name] = load
 
     def wishes(self) -> list[Proposal]:
-        """What the store has to be told of leases that ended here, and of agents that came here."""
+        """Return what the store has to be told of leases that ended here, and of agents that came
+        here."""
         if not self._wishes:
             return []
         wishes, self._wishes = list(self._wishes.values()), {}
         return wishes
 
     def snapshot(self, request: int, *, loads: bool) -> Snapshot:
-        """All members as of the last `flush`: call that first."""
+        """Return all members as of the last `flush`: call that first."""
         return Snapshot(
             request,
             self.epoch,
@@ -237,7 +238,7 @@ class Membership:
         )
 
     def expire(self, now_s: float) -> float:
-        """Removes members whose lease has run out; returns the seconds until the next may."""
+        """Remove members whose lease has run out; return the seconds until the next may."""
         now_s -= self._forgiven_s
         while self._leases:
             deadline_s, name, generation = self._leases[0]
@@ -261,7 +262,7 @@ class Membership:
         self._forgiven_s += seconds
 
     def flush(self) -> Changes | None:
-        """The changes since the last call, numbered; None if there are none."""
+        """Return the changes since the last call, numbered; None if there are none."""
         if not self._dirty and not self._gone:
             return None
         self.sequence += 1
@@ -273,7 +274,7 @@ class Membership:
         return changes
 
     def flush_loads(self) -> Loads | None:
-        """The loads since the last call; None if there are none."""
+        """Return the loads since the last call; None if there are none."""
         if not self._loads:
             return None
         loads = Loads(self.epoch, self._loads)
@@ -281,7 +282,7 @@ class Membership:
         return loads
 
     def tick(self) -> Tick:
-        """The last number, for watchers that may have missed it."""
+        """Return the last number, for watchers that may have missed it."""
         return Tick(self.epoch, self.sequence)
 
     # Requests
@@ -355,7 +356,7 @@ class Membership:
         self._wishes[name] = Proposal(name, seat.revision, record)
 
     def _seat_of(self, ask: Heartbeat | Deregister, key: bytes) -> _Seat | Denied:
-        """The member that an agent speaks for, or why it may not."""
+        """Return the member that an agent speaks for, or why it may not."""
         seat = self._seats.get(ask.name)
         reason: DenialReason
         if seat is None:

@@ -34,7 +34,7 @@ class PeerLoads:
         self._sockets: dict[Peer, zmq.Socket[bytes]] = {}
 
     def follow(self, peers: dict[int, Peer]) -> None:
-        """Follows these daemons, and no others."""
+        """Follow these daemons, and no others."""
         if len(peers) == len(self._sockets) and all(p in self._sockets for p in peers.values()):
             return
         for peer in set(self._sockets) - set(peers.values()):
@@ -53,7 +53,7 @@ class PeerLoads:
             self._poller.register(socket, zmq.POLLIN)
 
     def take(self, ready: dict[Any, int]) -> dict[int, dict[str, Load]]:
-        """The loads that have come, by the daemon that published them."""
+        """Return the loads that have come, by the daemon that published them."""
         found: dict[int, dict[str, Load]] = {}
         for peer, socket in self._sockets.items():
             if socket in ready:

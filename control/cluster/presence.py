@@ -113,25 +113,25 @@ class Presence:
         self._actions: list[Action] = []
 
     def start(self) -> list[Action]:
-        """The first actions."""
+        """Return the first actions."""
         self._register()
         return self._taken()
 
     def change(self, registration: Registration) -> list[Action]:
-        """The agent is another now (its role has changed): it registers again."""
+        """Register again: the agent is another now, its role has changed."""
         self.registration = registration
         self._register()
         return self._taken()
 
     def leave(self) -> list[Action]:
-        """The agent goes; nobody waits for an answer."""
+        """Return the agent goes; nobody waits for an answer."""
         if self.state == PRESENT:
             self._do(ToDaemon(Deregister(self._number(), self.registration.name, self.generation)))
         self._wake += 1
         return self._taken()
 
     def fire(self, number: int) -> list[Action]:
-        """A `Wake` is due."""
+        """Return a `Wake` is due."""
         if number == self._wake:
             if self.state != PRESENT:
                 self._unanswered += 1
@@ -149,7 +149,7 @@ class Presence:
         return self._taken()
 
     def hear(self, message: AnyAnswer) -> list[Action]:
-        """An answer or a publication of the daemon."""
+        """Return an answer or a publication of the daemon."""
         heard = self._heard.get(type(message))
         if heard is not None:
             heard(self, message)

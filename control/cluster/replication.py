@@ -73,7 +73,8 @@ class Cluster:
     def answer(
         self, ask: AnyRequest, now_s: float, key: bytes, envelope: list[bytes]
     ) -> AnyAnswer | None:
-        """What a request is answered with, or None: `reply` gets it later, or it is asked again."""
+        """Return what a request is answered with, or None: `reply` gets it later, or it is asked
+        again."""
         if not self._revision:
             return Denied(ask.request, "store", self.away)
         answer, proposal = self._membership.judge(ask, now_s, key)
@@ -86,7 +87,7 @@ class Cluster:
         return None
 
     def work(self, now_s: float) -> None:
-        """Takes what the store has told, and tells it what has come about here."""
+        """Take what the store has told, and tell it what has come about here."""
         for event in self._store.events():
             self._told[type(event)](self, event, now_s)
         while self._due and self._due[0][0] <= self._revision:
@@ -101,7 +102,7 @@ class Cluster:
                 self._propose(_Waiting(self._owed.pop(name), None, None, b"", []))
 
     def close(self) -> None:
-        """Leaves the cluster to the other daemons."""
+        """Leave the cluster to the other daemons."""
         self._store.close()
 
     @property

@@ -38,7 +38,7 @@ class StoreAddress(msgspec.Struct, frozen=True):
 
 
 def parse_store(text: str) -> StoreAddress:
-    """The address of a store.
+    """Return the address of a store.
 
     Raises:
         ConfigError: it is none; says what one looks like.
@@ -128,13 +128,13 @@ class Store(Protocol):
     """What `replication.py` needs of a store. Nothing here blocks or raises."""
 
     def start(self, me: Peer, wake: Callable[[], None]) -> None:
-        """Begins to follow the store, as this daemon; `wake` is called when there are events."""
+        """Begin to follow the store, as this daemon; `wake` is called when there are events."""
 
     def propose(self, ticket: int, proposal: Proposal) -> None:
-        """Asks for a change; a `Settled` or `Failed` of this number follows."""
+        """Ask for a change; a `Settled` or `Failed` of this number follows."""
 
     def events(self) -> list[StoreEvent]:
-        """What has come since the last call."""
+        """Return what has come since the last call."""
 
     def close(self) -> None:
-        """Leaves the cluster: what this daemon vouched for stays until its leases end."""
+        """Leave the cluster: what this daemon vouched for stays until its leases end."""

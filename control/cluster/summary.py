@@ -30,7 +30,7 @@ def summarize(
     activities: Mapping[str, Activity],
     errors: Mapping[str, int],
 ) -> Shown:
-    """What agents told, by their names; `errors` are counts since the daemon began."""
+    """Return what agents told, by their names; `errors` are counts since the daemon began."""
     failures = [
         FailureRow(failure.handoff, name, failure.peer, failure.error, failure.age_s)
         for name, activity in activities.items()
@@ -41,7 +41,8 @@ def summarize(
 
 
 def merge(parts: Sequence[Shown]) -> Shown:
-    """What several daemons say, as one. All of them know all loads, and each its own agents' work."""
+    """Return what several daemons say, as one. All of them know all loads, and each its own agents'
+    work."""
     links: dict[tuple[str, str], LinkRow] = {}
     rows: dict[tuple[str, str], HandoffRow] = {}
     errors: dict[str, int] = {}
@@ -69,7 +70,7 @@ def _shown(
     failures: Iterable[FailureRow],
     errors: Mapping[str, int],
 ) -> Shown:
-    """The busiest, the oldest and the last of them."""
+    """Return the busiest, the oldest and the last of them."""
     often = sorted(errors.items(), key=lambda error: -error[1])[:MAX_ERROR_KINDS]
     return Shown(
         request,

@@ -37,7 +37,7 @@ class View:
         self._held: list[Changes] = []
 
     def hear(self, message: Snapshot | Changes | Tick | Loads) -> bool:
-        """Takes one message; returns whether the members changed."""
+        """Take one message; return whether the members changed."""
         return self._heard[type(message)](self, message)
 
     def _tick(self, tick: Tick) -> bool:

@@ -141,7 +141,8 @@ class Daemon:
             store.start(Peer(self.membership.daemon, host, key), self._wake)
 
     def stop(self) -> None:
-        """Lets `run` answer what waits, publish the last changes, and return. Any thread, any time."""
+        """Let `run` answer what waits, publish the last changes, and return. Any thread, any
+        time."""
         self._stopping = True
         self._wake()
 
@@ -150,7 +151,7 @@ class Daemon:
             os.eventfd_write(self._wake_fd, 1)
 
     def run(self) -> None:
-        """Serves until `stop`."""
+        """Serve until `stop`."""
         timeout_s = 0.0
         while not self._stopping:
             ready = dict(self._poller.poll(int(timeout_s * 1000) + 1))
@@ -159,7 +160,8 @@ class Daemon:
         self._drain()
 
     def _now_s(self, idle_s: float) -> float:
-        """The time; what passed since the last call beyond `idle_s`, and beyond work, is forgiven.
+        """Return the time; what passed since the last call beyond `idle_s`, and beyond work, is
+        forgiven.
 
         Called between any two steps, so that a process that is stopped anywhere takes nobody's
         lease.
@@ -173,7 +175,7 @@ class Daemon:
         return now_s
 
     def close(self) -> None:
-        """Closes the sockets. Once."""
+        """Close the sockets. Once."""
         if self.cluster is not None:
             self.cluster.close()
         if self.http is not None:
@@ -219,13 +221,13 @@ class Daemon:
                     break
 
     def _watchers_came(self) -> None:
-        """Takes subscriptions off the XPUB, or they would fill its queue."""
+        """Take subscriptions off the XPUB, or they would fill its queue."""
         with contextlib.suppress(zmq.ZMQError):
             for _ in range(BATCH):
                 self._publisher.recv(zmq.NOBLOCK)
 
     def _take(self, now_s: float) -> bool:
-        """Answers one ZeroMQ message, whose parts are a request each; False if none waits."""
+        """Answer one ZeroMQ message, whose parts are a request each; False if none waits."""
         try:
             frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
         except zmq.ZMQError:
@@ -249,7 +251,8 @@ class Daemon:
     def _answer(
         self, frame: bytes, now_s: float, key: bytes, envelope: list[bytes]
     ) -> AnyAnswer | None:
-        """The answer to one request; None if it is answered later, or has to be asked again."""
+        """Return the answer to one request; None if it is answered later, or has to be asked
+        again."""
         try:
             ask: AnyRequest = requests.decode(frame)
         except ProtocolError as error:
@@ -305,12 +308,13 @@ class Daemon:
     }
 
     def _activities(self) -> dict[str, Activity]:
-        """What agents told last that are heard here: those that went, or went elsewhere, do not."""
+        """Return what agents told last that are heard here: those that went, or went elsewhere, do
+        not."""
         activities = self.history.activities.items()
         return {name: one for name, one in activities if self.membership.hears(name)}
 
     def _housekeep(self, now_s: float) -> float:
-        """What is due; returns the seconds until something is again."""
+        """Return what is due; return the seconds until something is again."""
         lease_s = self.membership.expire(now_s)
         if self.cluster is not None:
             self.cluster.work(now_s)
@@ -373,7 +377,7 @@ class Daemon:
         )
 
     def _drain(self) -> None:
-        """Answers what waits, and publishes the last changes."""
+        """Answer what waits, and publish the last changes."""
         self.figures = self._look()
         end_s = time.monotonic() + DRAIN_S
         while time.monotonic() < end_s and self._take(time.monotonic()):
@@ -386,5 +390,6 @@ class Daemon:
 
 
 def _random62() -> int:
-    """A number that nobody else has; the module `secrets` would load OpenSSL for it, in 20 ms."""
+    """Return a number that nobody else has; the module `secrets` would load OpenSSL for it, in 20
+    ms."""
     return int.from_bytes(os.urandom(8), "little") >> 2

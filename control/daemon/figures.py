@@ -102,7 +102,7 @@ class History:
                 self._failed += new
 
     def turn(self, now_s: float, unix_s: float) -> None:
-        """Ends a step, if one is over."""
+        """End a step, if one is over."""
         passed_s = now_s - self._step_s
         if passed_s < STEP_S:
             return

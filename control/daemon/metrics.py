@@ -54,7 +54,7 @@ class _Figures(Collector):
 
 
 def serve_daemon(address: str, look: Callable[[], DaemonFigures]) -> HttpServer:
-    """Serves a daemon's page, figures and health.
+    """Serve a daemon's page, figures and health.
 
     Raises:
         ConfigError: it cannot listen there.

@@ -33,7 +33,7 @@ JSON = "application/json"
 
 
 def picture(now: DaemonFigures) -> dict[str, Any]:
-    """What `/api/state` answers: the figures as the page wants them."""
+    """Return what `/api/state` answers: the figures as the page wants them."""
     shown = summarize(0, now.members, now.loads, now.activities, now.errors)
     return {
         "epoch": str(now.epoch),  # more digits than JavaScript's numbers have
@@ -53,7 +53,7 @@ def picture(now: DaemonFigures) -> dict[str, Any]:
 
 
 def _agent(member: Member, load: Load) -> dict[str, Any]:
-    """An agent as the page shows it."""
+    """Return an agent as the page shows it."""
     there = member.registration
     return {
         "name": member.name,
@@ -91,7 +91,7 @@ class StatePage:
 
 
 def page_files(look: Callable[[], DaemonFigures]) -> dict[str, Page]:
-    """The page, by path."""
+    """Return the page, by path."""
     pages: dict[str, Page] = {"/api/state": StatePage(look)}
     for path in sorted(WEB.iterdir()):
         kind = KINDS.get(path.suffix)

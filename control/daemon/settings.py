@@ -46,7 +46,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
-    """The settings that hold, with everything that can be wrong with them checked.
+    """Return the settings that hold, with everything that can be wrong with them checked.
 
     Raises:
         ConfigError: one of them cannot be; names it and where it came from.
@@ -78,7 +78,7 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
 
 
 def load_keys(settings: Settings) -> Keys | None:
-    """The keys that the settings name, and a check of every address that needs them.
+    """Return the keys that the settings name, and a check of every address that needs them.
 
     Raises:
         ConfigError: a file is wrong. InsecureAddress: there are no keys, and an address needs them.
@@ -90,7 +90,7 @@ def load_keys(settings: Settings) -> Keys | None:
 
 
 def open_store(settings: Settings) -> Store | None:
-    """The store that the settings name, if any; nothing is connected yet.
+    """Return the store that the settings name, if any; nothing is connected yet.
 
     Raises:
         ConfigError: it is none, or its client library is not installed.
@@ -110,7 +110,7 @@ def open_store(settings: Settings) -> Store | None:
 
 
 def _checked(table: dict[str, Any], where: str) -> dict[str, Any]:
-    """The table if it names settings only, each of its type."""
+    """Return the table if it names settings only, each of its type."""
     for name, value in table.items():
         if name not in Settings.__struct_fields__:
             known = ", ".join(Settings.__struct_fields__)

@@ -55,7 +55,7 @@ class Asking(Machine):
         self.request = request
 
     def start(self) -> list[Action]:
-        """The first actions."""
+        """Return the first actions."""
         self.state = REQUESTED
         self._repeat(self.request)
         self._set_timer("deadline", self.request.timeout_s)
@@ -80,7 +80,7 @@ class DecodePush(Asking, Recalling):
     """Decode asks, prefill writes into decode's blocks, a counter says when all is there."""
 
     def start(self) -> list[Action]:
-        """The first actions: count before asking, so that not a byte comes unexpected."""
+        """Return the first actions: count before asking, so that not a byte comes unexpected."""
         self._do(Expect(self.request.imm, self.request.nbytes))
         return super().start()
 

@@ -48,7 +48,7 @@ class Draining(Machine):
         return self._next_op
 
     def _drain(self, error: HandoffError, answer: HandoffMessage) -> None:
-        """Gives up with `error`; `answer` goes to the peer when nothing is in flight."""
+        """Give up with `error`; `answer` goes to the peer when nothing is in flight."""
         self._drain_error, self._drain_answer = error, answer
         self._clear_timers()
         self.state = DRAINING

@@ -52,9 +52,9 @@ class Ledger:
             self._floor = max(self._floor, oldest)
 
     def answer(self, serial: int) -> HandoffMessage | None:
-        """The final answer that this side gave about a serial, if it is remembered."""
+        """Return the final answer that this side gave about a serial, if it is remembered."""
         return self._answers.get(serial)
 
     def over(self, serial: int) -> bool:
-        """Whether a serial that does not live may never live (again)."""
+        """Return whether a serial that does not live may never live (again)."""
         return serial in self._answers or serial <= self._floor

@@ -83,7 +83,8 @@ class StateMachine:
     reactions: ClassVar[Mapping[str, Reactions]] = {}
 
     def __init_subclass__(cls) -> None:
-        """Looks every reaction up by its name, so that a subclass's own is the one that is called."""
+        """Look every reaction up by its name, so that a subclass's own is the one that is
+        called."""
         super().__init_subclass__()
         cls.reactions = {
             state: {cause: getattr(cls, react.__name__) for cause, react in table.items()}
@@ -99,7 +100,7 @@ class StateMachine:
         self._actions: list[Action] = []
 
     def handle(self, event: Event) -> list[Action]:
-        """Takes one event; returns what to do, in this order. A timer that was stopped is none."""
+        """Take one event; return what to do, in this order. A timer that was stopped is none."""
         cause: object = type(event)
         about: object = event
         if isinstance(event, Received):
@@ -135,7 +136,7 @@ class StateMachine:
                 self._do(ClearTimer(kind))
 
     def _repeat(self, message: Message) -> None:
-        """Sends `message` whenever the timer `retry` fires: first soon, then less and less often."""
+        """Send `message` whenever the timer `retry` fires: first soon, then less and less often."""
         self._repeated = message
         self._retry_s = self.timing.retry_s
         self._send_again()
@@ -187,13 +188,13 @@ class Machine(StateMachine):
         self._give_up(self._error(LinkLost, f"the link went down: {event.reason}"))
 
     def _give_up(self, error: HandoffError) -> None:
-        """Fails with `error`; the blocks come back when nobody can reach them."""
+        """Fail with `error`; the blocks come back when nobody can reach them."""
         raise NotImplementedError
 
     # Outcomes
 
     def _succeed(self, nbytes: int) -> None:
-        """Ends well: the blocks are free, and then the outcome is told."""
+        """End well: the blocks are free, and then the outcome is told."""
         self._release()
         self._finish()
         self._deliver(Succeed(nbytes))  # last: whoever waits runs at once
@@ -244,7 +245,7 @@ class Machine(StateMachine):
         )
 
     def _error_of_peer(self, message: Failed | Cancelled) -> HandoffError:
-        """The error for a final answer with which the peer ended the handoff unasked."""
+        """Return the error for a final answer with which the peer ended the handoff unasked."""
         if isinstance(message, Cancelled):
             return self._error(
                 PeerFailed, "the peer has given this handoff up already", retryable=True
@@ -256,7 +257,7 @@ class Machine(StateMachine):
         )
 
     def _failed(self, error: HandoffError) -> Failed:
-        """The final answer that tells the peer about an error of this side."""
+        """Return the final answer that tells the peer about an error of this side."""
         return Failed(
             self.session,
             self.handoff,
@@ -267,5 +268,5 @@ class Machine(StateMachine):
         )
 
     def _cancelled(self) -> Cancelled:
-        """The final answer to `Cancel`."""
+        """Return the final answer to `Cancel`."""
         return Cancelled(self.session, self.handoff, self.side)

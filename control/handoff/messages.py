@@ -232,7 +232,7 @@ decode = _codec.decode
 
 
 def check_tables(tables: tuple[bytes, ...], num_blocks: int | None) -> None:
-    """Checks that every table holds whole block ids, and together `num_blocks` of them.
+    """Check that every table holds whole block ids, and together `num_blocks` of them.
 
     Raises:
         ValueError: naming the table, or both numbers.
@@ -249,7 +249,7 @@ def check_tables(tables: tuple[bytes, ...], num_blocks: int | None) -> None:
 
 
 def unpack_block_ids(table: bytes) -> list[int]:
-    """The block ids of one table."""
+    """Return the block ids of one table."""
     ids = array("i")
     ids.frombytes(table)
     if byteorder == "big":
@@ -258,11 +258,11 @@ def unpack_block_ids(table: bytes) -> list[int]:
 
 
 def skip_in_tables(tables: tuple[bytes, ...], skip_blocks: int) -> tuple[bytes, ...]:
-    """The tables without the first `skip_blocks` block ids of each."""
+    """Return the tables without the first `skip_blocks` block ids of each."""
     skip_nbytes = skip_blocks * BLOCK_ID_NBYTES
     return tuple(table[skip_nbytes:] for table in tables) if skip_blocks else tables
 
 
 def count_blocks(tables: tuple[bytes, ...]) -> int:
-    """How many block ids the tables hold."""
+    """Return how many block ids the tables hold."""
     return sum(map(len, tables)) // BLOCK_ID_NBYTES

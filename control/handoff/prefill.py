@@ -75,7 +75,8 @@ class PrefillHandoff(Draining, Recalling):
         self._written_nbytes = 0
 
     def offered(self, source: SourceOffered) -> list[Action]:
-        """The first actions of a handoff that begins with its source, or the match of a wanted."""
+        """Return the first actions of a handoff that begins with its source, or the match of a
+        wanted."""
         self.source = source
         self._set_timer("source", source.timeout_s)
         if self.request is None:
@@ -85,7 +86,8 @@ class PrefillHandoff(Draining, Recalling):
         return self._taken()
 
     def wanted(self, request: Request, peer: str) -> list[Action]:
-        """The first actions of a handoff that begins with its request, or the match of an offer."""
+        """Return the first actions of a handoff that begins with its request, or the match of an
+        offer."""
         self.request = request
         self.session, self.handoff, self.peer = request.session, request.handoff, peer
         self._do(Send(Accepted(self.session, self.handoff)))

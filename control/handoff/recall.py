@@ -46,7 +46,7 @@ class Recalling(Machine):
     _cancel_reason = ""
 
     def _recall(self, error: HandoffError) -> None:
-        """Fails with `error` at once, and asks the peer to stop."""
+        """Fail with `error` at once, and ask the peer to stop."""
         self._cancel_reason = error.message[:MAX_REASON_CHARS]
         self._clear_timers()
         self._fail(error)
@@ -111,7 +111,7 @@ class Recalling(Machine):
         self._finish()
 
     def _retire(self) -> None:
-        """Ends what else this side kept for the handoff; decode's counter in push mode."""
+        """End what else this side kept for the handoff; decode's counter in push mode."""
 
     def _cancel(self) -> Cancel:
         return Cancel(self.session, self.handoff, self.side, self._cancel_reason)

@@ -47,16 +47,16 @@ class Handoffs:
         self._ledgers[session] = Ledger(peer)
 
     def knows(self, session: int) -> bool:
-        """Whether messages of this session still mean something."""
+        """Return whether messages of this session still mean something."""
         return session in self._ledgers
 
     def busy(self, session: int) -> bool:
-        """Whether a handoff of this session is under way."""
+        """Return whether a handoff of this session is under way."""
         ledger = self._ledgers.get(session)
         return ledger is not None and bool(ledger.live)
 
     def receive(self, message: HandoffMessage) -> Steps:
-        """A message of a session that this registry knows, addressed to this side."""
+        """Return a message of a session that this registry knows, addressed to this side."""
         ledger = self._ledgers.get(message.session)
         if ledger is None:
             return []
@@ -70,12 +70,12 @@ class Handoffs:
         return self._carry(key, machine, machine.handle(Received(message)))
 
     def handle(self, key: int, event: Event) -> Steps:
-        """An event for one handoff; one that is over ignores it."""
+        """Return an event for one handoff; one that is over ignores it."""
         machine = self.machines.get(key)
         return self._carry(key, machine, machine.handle(event)) if machine else []
 
     def link_down(self, session: int, reason: str, *, quiesced: bool) -> Steps:
-        """The session's link went down: nothing new begins, and its handoffs fail."""
+        """Return the session's link went down: nothing new begins, and its handoffs fail."""
         ledger = self._ledgers.get(session)
         if ledger is None:
             return []
@@ -85,7 +85,7 @@ class Handoffs:
         return steps
 
     def quiesced(self, session: int) -> Steps:
-        """The peer of a session that is down can touch nothing any more."""
+        """Note that the peer of a session that is down can touch nothing any more."""
         return self._tell_all(session, Quiesced())
 
     def forget(self, session: int) -> None:
@@ -100,7 +100,7 @@ class Handoffs:
         return [step for key in keys for step in self.handle(key, event)]
 
     def _carry(self, key: int, machine: Machine, actions: list[Action]) -> Steps:
-        """Notes final answers, and forgets machines that are finished."""
+        """Note final answers, and forget machines that are finished."""
         steps: Steps = []
         ledger = self._ledgers.get(machine.session)
         serial = machine.handoff.serial
@@ -146,7 +146,7 @@ class DecodeHandoffs(Handoffs):
         tables: tuple[bytes, ...] = (),
         **fields: Any,
     ) -> tuple[int, Steps]:
-        """Asks for a request's blocks; returns the handoff's key and the first steps.
+        """Ask for a request's blocks; return the handoff's key and the first steps.
 
         `tables` name the destination, in either mode; the other `fields` are those of `Request`.
 
@@ -195,7 +195,7 @@ class PrefillHandoffs(Handoffs):
         self._num_wanted = 0
 
     def offer(self, request_id: str, source: SourceOffered) -> tuple[int, Steps]:
-        """A source, for the newest request of that id, or the first one to come.
+        """Return a source, for the newest request of that id, or the first one to come.
 
         Returns the handoff's key and the first steps. Each offer serves one request.
         """
@@ -240,7 +240,7 @@ class PrefillHandoffs(Handoffs):
     unknown = {Cancel: _cancelled, Request: _requested}  # noqa: RUF012
 
     def _wait(self, request_id: str) -> tuple[int, PrefillHandoff]:
-        """A new handoff, whose other half has not come."""
+        """Return a new handoff, whose other half has not come."""
         machine, key = PrefillHandoff(request_id, self.timing), next(self._keys)
         self.machines[key] = self._waiting.setdefault(request_id, {})[key] = machine
         return key, machine
@@ -248,7 +248,7 @@ class PrefillHandoffs(Handoffs):
     def _take(
         self, waiting: dict[int, PrefillHandoff], request_id: str, key: int
     ) -> PrefillHandoff:
-        """Takes one off those that wait for the other half of this request."""
+        """Take one off those that wait for the other half of this request."""
         machine = waiting.pop(key)
         if not waiting:
             del self._waiting[request_id]

@@ -138,14 +138,14 @@ class Session(StateMachine):
         return self.peer.name if self.peer is not None else ""
 
     def start(self) -> list[Action]:
-        """The first actions of either side."""
+        """Return the first actions of either side."""
         self._set_timer("deadline", self._timeout_s)
         if self.dials:
             self._repeat(self._hello)
         return self._taken()
 
     def refuse(self, reason: Reason, detail: str) -> list[Action]:
-        """Ends the session from this side, once it has a link or had one, and tells the peer why."""
+        """End the session from this side, once it has a link or had one, and tell the peer why."""
         if self.state != ENDED:
             self._refuse(reason, detail, "link")
         return self._taken()

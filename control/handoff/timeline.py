@@ -49,12 +49,12 @@ class Timeline(msgspec.Struct):
     marks: list[tuple[str, int]] = []
 
     def mark(self, name: str) -> None:
-        """Notes that it got here, now."""
+        """Note that it got here, now."""
         if len(self.marks) < MAX_MARKS:
             self.marks.append((name, time.monotonic_ns()))
 
     def take(self, marks: Mapping[str, int]) -> None:
-        """Notes what others saw of it, which may be earlier than what is noted already."""
+        """Note what others saw of it, which may be earlier than what is noted already."""
         self.marks.extend(list(marks.items())[: MAX_MARKS - len(self.marks)])
 
 
@@ -69,13 +69,14 @@ class Recorder:
         self._timelines: deque[Timeline] = deque(maxlen=capacity)
 
     def begin(self, handoff: str, side: str, agent: str, peer: str, queued_s: float) -> Timeline:
-        """A new timeline, which pushes out the oldest."""
+        """Return a new timeline, which pushes out the oldest."""
         timeline = Timeline(handoff, side, agent, peer, marks=[("queued", int(queued_s * 1e9))])
         self._timelines.append(timeline)
         return timeline
 
     def encode(self) -> tuple[bytes, int]:
-        """All timelines, oldest first, one MessagePack record after the other; and how many."""
+        """Return all timelines, oldest first, one MessagePack record after the other; and how
+        many."""
         timelines = list(self._timelines)
         parts = []
         for timeline in timelines:  # whose owner may be adding to it: it is not sorted in its place
@@ -84,7 +85,7 @@ class Recorder:
         return b"".join(parts), len(timelines)
 
     def write(self, path: Path) -> int:
-        """Writes all timelines, oldest first; returns how many.
+        """Write all timelines, oldest first; return how many.
 
         Raises:
             ConfigError: the file cannot be written (the disk is full, say); the recorder goes on.
@@ -98,7 +99,7 @@ class Recorder:
 
 
 def read(path: Path) -> list[Timeline]:
-    """The timelines of a file that `Recorder.write` wrote.
+    """Return the timelines of a file that `Recorder.write` wrote.
 
     Raises:
         ConfigError: it cannot be read, or is no trace.
@@ -111,7 +112,7 @@ def read(path: Path) -> list[Timeline]:
 
 
 def decode(data: bytes, source: str) -> list[Timeline]:
-    """The timelines that `Recorder.encode` encoded; `source` is named in errors.
+    """Return the timelines that `Recorder.encode` encoded; `source` is named in errors.
 
     Raises:
         ConfigError: it is no trace.
@@ -132,7 +133,7 @@ def decode(data: bytes, source: str) -> list[Timeline]:
 
 
 def chrome_trace(timelines: Iterable[Timeline]) -> dict[str, Any]:
-    """The timelines as Chrome's trace events, which Perfetto reads: a process each agent."""
+    """Return the timelines as Chrome's trace events, which Perfetto reads: a process each agent."""
     events: list[dict[str, Any]] = []
     agents: dict[str, int] = {}
     for thread, timeline in enumerate(timelines):

@@ -163,11 +163,11 @@ class Fleet:
             decode.free_tokens -= tokens
 
     def prefills(self, model: str) -> dict[str, Candidate]:
-        """The agents that compute prompts of a model now."""
+        """Return the agents that compute prompts of a model now."""
         return self._prefills.get(model, _NOBODY).candidates
 
     def decodes(self, model: str) -> dict[str, Candidate]:
-        """The agents that take them."""
+        """Return the agents that take them."""
         return self._decodes.get(model, _NOBODY).candidates
 
     def generation(self, name: str) -> int:
@@ -200,7 +200,8 @@ class Fleet:
     def shortest_decodes(
         self, request: Place, near: Topology | None = None
     ) -> list[tuple[float, str]]:
-        """The decode agents with room and the shortest queues: of all, or the one nearest."""
+        """Return the decode agents with room and the shortest queues: of all, or the one
+        nearest."""
         side = self._decodes.get(request.model, _NOBODY)
         keys: tuple[object, ...] = ("all",)
         if near is not None:

@@ -36,7 +36,7 @@ Policy = Callable[[Fleet, Place], Decision]
 
 
 def place(fleet: Fleet, request: Place) -> Decision:
-    """The decision of the policy that the request names, or of `least_time`.
+    """Return the decision of the policy that the request names, or of `least_time`.
 
     Raises:
         PlacementError: no agent, or no policy, fits; says which and what to do.
@@ -48,7 +48,8 @@ def place(fleet: Fleet, request: Place) -> Decision:
 
 
 def least_time(fleet: Fleet, request: Place) -> Decision:
-    """The pair with the least estimated time, out of the best of each side and their neighbours.
+    """Return the pair with the least estimated time, out of the best of each side and their
+    neighbours.
 
     Raises:
         PlacementError: no prefill, or no decode with enough free blocks, serves the model.

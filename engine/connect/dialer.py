@@ -54,7 +54,7 @@ class Dialer:
     def connect(
         self, address: EngineAddress, transport: str | None, token: bytes, timeout_s: float
     ) -> Link:
-        """Opens a link over `transport`, or over the best one that both ends have.
+        """Open a link over `transport`, or over the best one that both ends have.
 
         Raises:
             TransportUnavailable: none works; says why for each.

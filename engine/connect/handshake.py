@@ -106,7 +106,7 @@ _decoders: dict[type[Any], msgspec.msgpack.Decoder[Any]] = {
 
 
 def host_id() -> str:
-    """Names this kernel and process namespace: where it is equal, process ids mean the same."""
+    """Name this kernel and process namespace: where it is equal, process ids mean the same."""
     with open("/proc/sys/kernel/random/boot_id") as file:
         boot = file.read().strip()
     return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
@@ -120,7 +120,7 @@ def connect(
     token: bytes = b"",
     offer: bytes = b"",
 ) -> tuple[Challenge, bytes]:
-    """The client's half, on a blocking socket whose timeout bounds all of it.
+    """Return the client's half, on a blocking socket whose timeout bounds all of it.
 
     Args:
         hello: makes the hello around a nonce.
@@ -170,7 +170,7 @@ def accept(
     token_of: Callable[[Hello], tuple[bytes, str]] = lambda _: (b"", ""),
     answer: Callable[[Hello, bytes], bytes] = lambda hello, offer: b"",
 ) -> Hello:
-    """The server's half, on a blocking socket whose timeout bounds all of it.
+    """Return the server's half, on a blocking socket whose timeout bounds all of it.
 
     Args:
         probe: address and content of a word of this process that a `cma` client tries to read.
@@ -293,7 +293,7 @@ class _Entry:
 
 
 def token_id(token: bytes) -> bytes:
-    """Names a token to whoever has it, and tells nobody else anything."""
+    """Name a token to whoever has it, and tell nobody else anything."""
     return hashlib.sha256(b"kvferry token" + token).digest()[:16] if token else b""
 
 
@@ -314,7 +314,7 @@ class Admissions:
         self._entries: dict[bytes, _Entry] = {}
 
     def expect(self, token: bytes, engine_id: str, timeout_s: float) -> None:
-        """Lets that engine open one link with that token, within `timeout_s`.
+        """Let that engine open one link with that token, within `timeout_s`.
 
         Raises:
             OutOfRange: the token is not of 32 bytes.
@@ -331,7 +331,8 @@ class Admissions:
             self._entries[token_id(token)] = _Entry(token, engine_id, deadline_s)
 
     def token_of(self, hello: Hello) -> tuple[bytes, str]:
-        """The token that a client has to prove, and why it is refused even so ("" if it is not)."""
+        """Return the token that a client has to prove, and why it is refused even so ("" if it is
+        not)."""
         if not hello.token_id:
             return b"", "this engine admits links with a one-time token only" * self._required
         with self._lock:
@@ -344,7 +345,8 @@ class Admissions:
             return entry.token, ""
 
     def use(self, hello: Hello) -> str:
-        """A client has proven its token: it is used up. Returns why it is refused even so, or ""."""
+        """Use up the token that a client has proven. Returns why it is refused even so,
+        or ""."""
         if not hello.token_id:
             return ""
         with self._lock:
@@ -376,7 +378,7 @@ class ProcessProbe:
         self.word = self._array.tobytes()
 
     def refusal(self, sock: socket.socket, transport: str, peer: Hello | Challenge) -> str:
-        """Tries to read the word of whoever is at the other end; a reason to refuse it, or "".
+        """Try to read the word of whoever is at the other end; a reason to refuse it, or "".
 
         Args:
             peer: what it has sent (`Hello` or `Challenge`): who it is, and where its word lies.

@@ -38,7 +38,7 @@ class LinkTable:
         self._links: list[Link] = []
 
     def all(self) -> list[Link]:
-        """Every link that is here."""
+        """Return every link that is here."""
         with self._lock:
             return list(self._links)
 
@@ -53,7 +53,7 @@ class LinkTable:
         meeting: Meeting | None,
         opener: bytes,
     ) -> Link:
-        """Makes and starts a link; it owns the sockets and the meeting.
+        """Make and start a link; it owns the sockets and the meeting.
 
         Args:
             control: the socket of its control channel.
@@ -87,7 +87,7 @@ class LinkTable:
         return link
 
     def wait(self, engine_id: str, opener: bytes, timeout_s: float) -> Link:
-        """The link to an engine that connects to this one; waits until it is there.
+        """Return the link to an engine that connects to this one; wait until it is there.
 
         Args:
             opener: names the token that opened it; any link to that engine if b"".
@@ -110,7 +110,7 @@ class LinkTable:
                     )
 
     def _quiesced(self, link: Link, ticket: Ticket) -> None:
-        """Forgets a link that nothing can reach any more."""
+        """Forget a link that nothing can reach any more."""
         if ticket.exception() is not None:
             return  # the engine was closed first
         with self._lock:
@@ -121,7 +121,7 @@ class LinkTable:
                 link.core.copiers.run(counters.cleanse)
 
     def close(self) -> list[Link] | None:
-        """Opens no link any more. The links that are here, the first time; then None."""
+        """Open no link any more. The links that are here, the first time; then None."""
         with self._lock:
             if self.closed:
                 return None
@@ -130,6 +130,6 @@ class LinkTable:
 
 
 def close_all(socks: Iterable[socket.socket]) -> None:
-    """Closes sockets."""
+    """Close sockets."""
     for sock in socks:
         sock.close()

@@ -77,13 +77,13 @@ class Listener:
         self._left: list[threading.Thread] = []  # handshakes that were being served at the end
 
     def start(self) -> None:
-        """Begins to accept connections."""
+        """Begin to accept connections."""
         for sock in self._socks:
             sock.setblocking(False)
         self._watch()
 
     def tick(self, now: float) -> None:
-        """Accepts again where that had to stop, and gives up links that do not become whole."""
+        """Accept again where that had to stop, and give up links that do not become whole."""
         self._watch()
         with self._lock:
             late = [i for i, p in self._pending.items() if now > p.deadline_s]
@@ -92,7 +92,7 @@ class Listener:
             close_all(entry.socks.values())
 
     def close(self) -> None:
-        """Accepts nothing any more, and ends the handshakes that are being served."""
+        """Accept nothing any more, and end the handshakes that are being served."""
         with self._lock:
             self._closed = True
             pending, self._pending = self._pending, {}
@@ -109,13 +109,13 @@ class Listener:
             close_all(entry.socks.values())
 
     def join(self) -> None:
-        """Waits for the handshakes that `close` has ended; the progress thread has stopped."""
+        """Wait for the handshakes that `close` has ended; the progress thread has stopped."""
         for thread in self._left:
             if thread is not threading.current_thread():
                 thread.join(HANDSHAKE_TIMEOUT_S)
 
     def _watch(self) -> None:
-        """Watches the sockets that are not watched."""
+        """Watch the sockets that are not watched."""
         progress = self._core.progress
         with self._lock:
             for listener in [] if self._closed else self._socks:
@@ -143,7 +143,7 @@ class Listener:
         thread.start()
 
     def _welcome(self, sock: socket.socket, unix: bool) -> None:
-        """Serves one handshake, on a thread of its own."""
+        """Serve one handshake, on a thread of its own."""
         owned = False
         meetings: list[Meeting] = []
 
@@ -184,7 +184,7 @@ class Listener:
                 del self._greeting[threading.current_thread()]
 
     def _refusal(self, sock: socket.socket, unix: bool, hello: Hello) -> str:
-        """A reason to refuse a client that has proven itself, or ""."""
+        """Return a reason to refuse a client that has proven itself, or ""."""
         if hello.transport not in self._selection.offered or unix != (hello.transport in LOCAL):
             return f"transport {hello.transport!r} is not offered here"
         if hello.transport in LOCAL:
@@ -241,7 +241,8 @@ class Listener:
 
 
 def listen(unix_name: str, tcp_host: str | None) -> list[socket.socket]:
-    """The listening sockets: for processes of this host, then for `tcp`, where these are wanted.
+    """Return the listening sockets: for processes of this host, then for `tcp`, where these are
+    wanted.
 
     Raises:
         TransportUnavailable: an address cannot be listened on.

@@ -67,7 +67,7 @@ class ConvertChunk:
     def start(
         self, begin: Callable[[Transfer], None], copiers: Copiers, transfer: Transfer
     ) -> None:
-        """Begins the transfer; on a copier, since converting takes as long as moving.
+        """Begin the transfer; on a copier, since converting takes as long as moving.
 
         Args:
             begin: hands it to the path, once it is one of pieces.
@@ -77,7 +77,7 @@ class ConvertChunk:
             copiers.run(lambda: workers.run(lambda: self._start(begin, transfer)))
 
     def release(self) -> None:
-        """Gives the staging back: the transfer has ended."""
+        """Give the staging back: the transfer has ended."""
         place, self._place = self._place, None
         if place is not None:
             self._workspaces.give(self._plan.local.device, place)
@@ -128,7 +128,7 @@ class ConvertChunk:
         return bind(merged[0], merged[1], merged[2], merged[3], self._plan.remote.regions)
 
     def _land(self, place: Workspace) -> None:
-        """Lays what was read into the cache.
+        """Lay what was read into the cache.
 
         Raises:
             EngineError: it cannot.
@@ -155,7 +155,7 @@ class ConvertChunk:
                 self._place.finish()
 
     def _rooms(self, place: Workspace) -> list[Ids]:
-        """Where in the staging each part's rows lie, and after them those of each table."""
+        """Return where in the staging each part's rows lie, and after them those of each table."""
         rooms: list[Ids] = []
         used = place.address
         counts = [(len(part.rows), part.wire_nbytes(self._plan.writes)) for part in self._parts]
@@ -166,7 +166,7 @@ class ConvertChunk:
         return rooms
 
     def _cache_rows(self, part: Part) -> Ids:
-        """Where a part's rows lie in the cache here."""
+        """Return where a part's rows lie in the cache here."""
         pieces = part.moves.pieces
         region, offset = (
             (pieces.src_region, pieces.src_offset)
@@ -200,7 +200,8 @@ class ConvertChunk:
             table.values[:] = scales_for(largest, copy_group.dst_dtype)
 
     def _factor(self, part: Part) -> Floats:
-        """What a part's numbers are multiplied by to be real, but for the scales that are chosen."""
+        """Return what a part's numbers are multiplied by to be real, but for the scales that are
+        chosen."""
         assert part.moves.factor is not None
         factor: Floats = part.moves.factor[part.rows]
         table = self._src.get(part.moves.copy_group)
@@ -219,7 +220,7 @@ class ConvertChunk:
 
 
 def element_types_of(copy_group: CopyGroup) -> tuple[ElementType, ElementType]:
-    """What its rows are made of at the source and at the destination."""
+    """Return what its rows are made of at the source and at the destination."""
     return (
         ElementType(copy_group.src_dtype, copy_group.src_elem),
         ElementType(copy_group.dst_dtype, copy_group.dst_elem),
@@ -246,7 +247,7 @@ class Part(NamedTuple):
     elements: int
 
     def wire_nbytes(self, writes: bool) -> int:
-        """What travels: the destination's numbers of a write, the source's of a read."""
+        """Return what travels: the destination's numbers of a write, the source's of a read."""
         copy_group = self.moves.copy_group
         return (
             len(self.rows)
@@ -281,7 +282,7 @@ class _ScaleTable:
         return key | (moves.head[rows] << 32) if self._by_head else key
 
     def rows(self, part: Part) -> Ids:
-        """Which of the scales each piece of a part has."""
+        """Return which of the scales each piece of a part has."""
         rows: Ids = np.searchsorted(self._keys, self._key(part))
         return rows
 
@@ -299,7 +300,7 @@ def _tables(parts: list[Part], *, source: bool) -> dict[CopyGroup, _ScaleTable]:
 
 
 def parts_of(moves: Moves) -> list[Part]:
-    """All pieces of one list, by their size."""
+    """Return all pieces of one list, by their size."""
     elements = moves.pieces.nbytes // moves.copy_group.dst_elem
     return [
         Part(moves, np.flatnonzero(elements == size), size) for size in np.unique(elements).tolist()

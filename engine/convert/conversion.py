@@ -67,7 +67,7 @@ def chunks_of(move: TokenMove, nbytes: int) -> Iterator[list[Part]]:
 
 
 def _cut(parts: list[Part], nbytes: int, *, writes: bool) -> Iterator[list[Part]]:
-    """One layer's parts, cut where they may be cut."""
+    """Return one layer's parts, cut where they may be cut."""
     by_block: list[Part] = []
     for part in parts:
         if part.moves.copy_group.dst_scales is not None:
@@ -157,7 +157,7 @@ class Conversion:
         self._moved_nbytes = 0
 
     def start(self) -> Ticket:
-        """Begins it, once the compute before it is done. The local memory stays acquired until it
+        """Begin it, once the compute before it is done. The local memory stays acquired until it
         ends, between chunks too."""
         if self._computed is None:
             self._begin()
@@ -170,7 +170,7 @@ class Conversion:
             self._copiers.run(self._next)
 
     def _next(self) -> None:
-        """Makes one chunk and sends it on its way. On a copier."""
+        """Make one chunk and send it on its way. On a copier."""
         with self._lock:
             if self._error is not None or self._all_begun:
                 return
@@ -192,7 +192,7 @@ class Conversion:
         ticket.add_done_callback(partial(self._inner_ended, chunk))
 
     def _begin_chunk(self) -> tuple[Ticket, ConvertChunk] | None:
-        """The next chunk and its ticket; None if there is none."""
+        """Return the next chunk and its ticket; None if there is none."""
         with self._lock:
             parts = next(self._chunks, None)
             self._all_begun = parts is None
@@ -244,7 +244,7 @@ class Conversion:
             self._plan.local.release()
 
     def stop(self, error: EngineError) -> None:
-        """Begins nothing more; it ends with `error` once no chunk is at work."""
+        """Begin nothing more; it ends with `error` once no chunk is at work."""
         with self._lock:
             self._error = self._error or error
         self._stop_inner()
@@ -258,7 +258,7 @@ class Conversion:
 
 
 def warm(workspaces: Workspaces, plan: TransferPlan) -> None:
-    """Allocates what a transfer on a GPU takes there, and loads its kernels. May take seconds.
+    """Allocate what a transfer on a GPU takes there, and loads its kernels. May take seconds.
 
     Raises:
         DeviceError: the GPU's driver refuses.

@@ -41,22 +41,22 @@ class Gpu(Protocol):
         """Device memory of an allocation of its own; its address. Raises DeviceError."""
 
     def free(self, address: int) -> None:
-        """Frees it."""
+        """Free it."""
 
     def pinned(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Host memory that kernels write at its own address."""
 
     def upload(self, there: int, here: int, nbytes: int) -> None:
-        """Copies pinned memory to the device, in the order of the stream."""
+        """Copy pinned memory to the device, in the order of the stream."""
 
     def launching(self) -> contextlib.AbstractContextManager[None]:
         """Kernels that are launched inside run in the order of the stream."""
 
     def synchronize(self) -> None:
-        """Returns when the stream has nothing left to do. Raises DeviceError."""
+        """Return when the stream has nothing left to do. Raises DeviceError."""
 
     def close(self) -> None:
-        """Ends the stream."""
+        """End the stream."""
 
 
 class CudaStream:
@@ -73,7 +73,7 @@ class CudaStream:
         return driver().allocate(self._device, nbytes, zeros=False)
 
     def free(self, address: int) -> None:
-        """Waits for the device, as CUDA does."""
+        """Wait for the device, as CUDA does."""
         driver().free(self._device, address)
 
     def pinned(self, nbytes: int) -> npt.NDArray[np.uint8]:
@@ -89,12 +89,12 @@ class CudaStream:
 
     @contextlib.contextmanager
     def launching(self) -> Iterator[None]:
-        """Makes the stream, and its device, the current ones of this thread."""
+        """Make the stream, and its device, the current ones of this thread."""
         with torch.cuda.stream(self._stream):
             yield
 
     def synchronize(self) -> None:
-        """Spins in native code, without the interpreter lock."""
+        """Spin in native code, without the interpreter lock."""
         self._event.record(self._stream)
         self._event.synchronize()
 
@@ -117,7 +117,7 @@ class GpuWorkspace:
         self._used_nbytes = 0
 
     def reserve(self, nbytes: int) -> None:
-        """Allocates GPU memory, if there is too little."""
+        """Allocate GPU memory, if there is too little."""
         if nbytes <= self._nbytes:
             return
         with _failing("allocating"):
@@ -126,7 +126,7 @@ class GpuWorkspace:
             self._nbytes = nbytes
 
     def floats(self, addresses: Ids) -> Floats:
-        """A kernel writes them into pinned memory."""
+        """Return a kernel writes them into pinned memory."""
         with _failing("reading scales"):
             out, start = self._pinned_floats(len(addresses), 8 + 8)
             self._copy(addresses, _row_addresses(out), start)
@@ -142,7 +142,7 @@ class GpuWorkspace:
             self._copy(_row_addresses(out), addresses, start)
 
     def maxima(self, addresses: Ids, elements: int, of: ElementType, factor: Floats) -> Floats:
-        """A kernel writes them into pinned memory."""
+        """Return a kernel writes them into pinned memory."""
         with _failing("looking for scales"):
             out, start = self._pinned_floats(len(addresses), 8 + 8 + 4)
             dtype = _dtype(of)
@@ -164,7 +164,7 @@ class GpuWorkspace:
         types: tuple[ElementType, ElementType],
         factor: Floats | None,
     ) -> None:
-        """Enqueues one launch."""
+        """Enqueue one launch."""
         with _failing("converting"):
             start = self._room(len(src) * (8 + 8 + 4))
             if factor is None:
@@ -188,7 +188,7 @@ class GpuWorkspace:
                 )
 
     def finish(self) -> None:
-        """Waits for the stream."""
+        """Wait for the stream."""
         with _failing("converting"):
             self._gpu.synchronize()
             self._used_nbytes = 0
@@ -196,7 +196,7 @@ class GpuWorkspace:
     def try_out(
         self, types: tuple[ElementType, ElementType], *, converts: bool, scaled: bool
     ) -> None:
-        """Loads the kernels, for short rows and for long ones, by moving what is in the staging."""
+        """Load the kernels, for short rows and for long ones, by moving what is in the staging."""
         src, dst = np.array([self.address]), np.array([self.address + 8 * WIDE_WORDS])
         one = np.ones(1, np.float32)
         for elements in (NARROW_WORDS, WIDE_WORDS):
@@ -208,7 +208,7 @@ class GpuWorkspace:
         self.finish()
 
     def close(self) -> None:
-        """Frees the GPU's memory and the stream."""
+        """Free the GPU's memory and the stream."""
         self._free_staging()
         if self._there:
             self._gpu.free(self._there)
@@ -221,7 +221,7 @@ class GpuWorkspace:
             self.address = self._nbytes = 0
 
     def _room(self, nbytes: int) -> int:
-        """Where in the tables so many bytes, in up to four columns, are free."""
+        """Return where in the tables so many bytes, in up to four columns, are free."""
         nbytes += 4 * _ALIGNED_NBYTES
         if self._used_nbytes + nbytes > len(self._here):
             self.finish()  # nothing reads them any more
@@ -250,7 +250,8 @@ class GpuWorkspace:
             move_rows(types, table, None, len(src), 1, max_programs=self._max_programs)
 
     def _upload(self, start: int, src: Ids, dst: Ids, factor: Floats | None) -> tuple[int, int]:
-        """A launch's table, from byte `start` of the tables on: where it and its factors are."""
+        """Return a launch's table, from byte `start` of the tables on: where it and its factors
+        are."""
         count = len(src)
         rows = self._here[start : start + 16 * count].view(np.int64)
         rows[:count], rows[count:] = src, dst
@@ -282,7 +283,7 @@ def _aligned(nbytes: int) -> int:
 
 @contextlib.contextmanager
 def _failing(what: str) -> Iterator[None]:
-    """Names what goes wrong on the GPU: Triton and torch raise many kinds."""
+    """Name what goes wrong on the GPU: Triton and torch raise many kinds."""
     try:
         yield
     except (DeviceError, PlanError):
@@ -294,6 +295,6 @@ def _failing(what: str) -> Iterator[None]:
 
 
 def new_gpu_workspace(device: int, max_programs: int | None) -> GpuWorkspace:
-    """A workspace in a GPU's memory. Raises DeviceError."""
+    """Return a workspace in a GPU's memory. Raises DeviceError."""
     with _failing("starting"):
         return GpuWorkspace(CudaStream(device), max_programs)

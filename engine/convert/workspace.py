@@ -39,16 +39,16 @@ class Workspace(Protocol):
     """Of its staging, at a multiple of 16."""
 
     def reserve(self, nbytes: int) -> None:
-        """Makes the staging at least so large; what it held is lost. Raises DeviceError."""
+        """Make the staging at least so large; what it held is lost. Raises DeviceError."""
 
     def floats(self, addresses: Ids) -> Floats:
         """float32 that lie there. Raises DeviceError."""
 
     def put_floats(self, addresses: Ids, values: Floats) -> None:
-        """Writes float32 there. Raises DeviceError."""
+        """Write float32 there. Raises DeviceError."""
 
     def maxima(self, addresses: Ids, elements: int, of: ElementType, factor: Floats) -> Floats:
-        """The largest magnitude of each row, times the row's factor. Raises DeviceError."""
+        """Return the largest magnitude of each row, times the row's factor. Raises DeviceError."""
 
     def convert(
         self,
@@ -58,26 +58,26 @@ class Workspace(Protocol):
         types: tuple[ElementType, ElementType],
         factor: Floats | None,
     ) -> None:
-        """Begins to write rows as numbers of another type; bits, if there is no factor.
+        """Begin to write rows as numbers of another type; bits, if there is no factor.
 
         Raises:
             DeviceError, PlanError: the GPU failed; or a number lies where none could be read.
         """
 
     def finish(self) -> None:
-        """Returns when everything that was begun is visible. Raises DeviceError."""
+        """Return when everything that was begun is visible. Raises DeviceError."""
 
     def try_out(
         self, types: tuple[ElementType, ElementType], *, converts: bool, scaled: bool
     ) -> None:
-        """Does beforehand what the first rows of these types would have to do, in 16 KiB of staging.
+        """Do beforehand what the first rows of these types would have to do, in 16 KiB of staging.
 
         Raises:
             DeviceError: the GPU failed.
         """
 
     def close(self) -> None:
-        """Frees what it holds: nothing is in flight."""
+        """Free what it holds: nothing is in flight."""
 
 
 class HostWorkspace:
@@ -88,18 +88,18 @@ class HostWorkspace:
         self._staging: Bytes = np.zeros(0, np.uint8)
 
     def reserve(self, nbytes: int) -> None:
-        """Allocates, if what is there is too small."""
+        """Allocate, if what is there is too small."""
         if len(self._staging) < nbytes + 16:
             self._staging = np.empty(nbytes + 16, np.uint8)
         self.address = -(-int(self._staging.ctypes.data) // 16) * 16
 
     def floats(self, addresses: Ids) -> Floats:
-        """A copy."""
+        """Return a copy."""
         values: Floats = rows_at(addresses, SCALE_NBYTES).view(np.float32)[:, 0].copy()
         return values
 
     def put_floats(self, addresses: Ids, values: Floats) -> None:
-        """Writes them."""
+        """Write them."""
         put_rows(addresses, SCALE_NBYTES, data=np.ascontiguousarray(values).view(np.uint8))
 
     def maxima(self, addresses: Ids, elements: int, of: ElementType, factor: Floats) -> Floats:
@@ -152,7 +152,7 @@ class Workspaces:
         self._on_gpu = False
 
     def take(self, device: int) -> Workspace:
-        """A workspace in the memory of a GPU, or of the host for -1. `give` it back.
+        """Return a workspace in the memory of a GPU, or of the host for -1. `give` it back.
 
         Raises:
             DeviceError: the GPU's driver refuses. LinkClosed: the link is down.
@@ -176,7 +176,7 @@ class Workspaces:
         place.close()
 
     def halt(self, halted: Callable[[], None]) -> None:
-        """Calls `halted` once nobody converts any more, and frees what is idle. Never blocks."""
+        """Call `halted` once nobody converts any more, and free what is idle. Never blocks."""
         self.workers.halt(lambda: self._close(halted))
 
     def _close(self, halted: Callable[[], None]) -> None:
@@ -198,7 +198,7 @@ class Workspaces:
 
 
 def new_workspace(device: int, max_programs: int | None) -> Workspace:
-    """A workspace in the memory of a GPU, or of the host for -1. Raises DeviceError."""
+    """Return a workspace in the memory of a GPU, or of the host for -1. Raises DeviceError."""
     if device < 0:
         return HostWorkspace()
     from .gpu_workspace import new_gpu_workspace

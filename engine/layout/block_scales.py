@@ -62,7 +62,7 @@ class BlockScales(NamedTuple):
 def scale_shape(
     side: str, layout: KVLayout, region: int, data: int, heads: tuple[int, int]
 ) -> ScaleShape:
-    """The strides of a scale region for the numbers of region `data`, of which `heads` move.
+    """Return the strides of a scale region for the numbers of region `data`, of which `heads` move.
 
     Raises:
         LayoutError: it is no plane of scales, or one scale is for heads that do not all move.
@@ -95,17 +95,17 @@ def scale_shape(
 
 
 def is_scale(planes: tuple[str, ...]) -> bool:
-    """Whether a region holds scales."""
+    """Return whether a region holds scales."""
     return all(plane.endswith(SCALE_SUFFIX) for plane in planes)
 
 
 def needs_scale(dtype: str) -> bool:
-    """Whether numbers of this type mean something only with a scale."""
+    """Return whether numbers of this type mean something only with a scale."""
     return dtype in QUANTISED
 
 
 def group_maxima(group: Ids, num_groups: int, maxima: npt.NDArray[np.float32]) -> Any:
-    """The largest of `maxima` in each group."""
+    """Return the largest of `maxima` in each group."""
     found = np.zeros(num_groups, np.float32)
     np.maximum.at(found, group, maxima)
     return found

@@ -32,13 +32,14 @@ class ElementType(NamedTuple):
 
 
 def has_conversion(src_dtype: str, dst_dtype: str) -> bool:
-    """Whether numbers of one type can become numbers of the other; equal ones move as they are."""
+    """Return whether numbers of one type can become numbers of the other; equal ones move as they
+    are."""
     known = {*PLAIN, *QUANTISED}
     return src_dtype == dst_dtype or (src_dtype in known and dst_dtype in known)
 
 
 def factors(src_scales: Sequence[float], dst_scales: Sequence[float]) -> npt.NDArray[np.float32]:
-    """One factor, or one a head: what a stored number is multiplied by."""
+    """Return one factor, or one a head: what a stored number is multiplied by."""
     left, right = np.asarray(src_scales, np.float32), np.asarray(dst_scales, np.float32)
     return np.asarray(left / right, np.float32)
 
@@ -69,7 +70,7 @@ def convert_bytes(
 def real_maxima(
     data: npt.NDArray[np.uint8], factor: npt.NDArray[np.float32], src_dtype: str
 ) -> npt.NDArray[np.float32]:
-    """The largest magnitude of the real numbers in each row; NaN does not count."""
+    """Return the largest magnitude of the real numbers in each row; NaN does not count."""
     import torch
 
     x = torch.from_numpy(np.ascontiguousarray(data)).view(getattr(torch, src_dtype))
@@ -79,7 +80,7 @@ def real_maxima(
 
 
 def scales_for(largest: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.float32]:
-    """The scales with which these magnitudes become the largest that a type can hold."""
+    """Return the scales with which these magnitudes become the largest that a type can hold."""
     import torch
 
     from ...kernels.cast import LIMITS

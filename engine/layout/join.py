@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def join_groups(*layouts: KVLayout) -> KVLayout:
-    """One cache of several block tables: the groups of all layouts, in their order.
+    """Return one cache of several block tables: the groups of all layouts, in their order.
 
     For hybrid models: full attention beside sliding windows, an indexer's cache, or state. Register
     it with the tensors of all of them in a row.
@@ -36,7 +36,7 @@ def join_groups(*layouts: KVLayout) -> KVLayout:
 
 
 def join_planes(*layouts: KVLayout) -> KVLayout:
-    """One group that holds the planes of several layouts behind one block table.
+    """Return one group that holds the planes of several layouts behind one block table.
 
     For planes that differ in shape: a latent and its rotary part, keys and their scales a block.
 
@@ -83,7 +83,7 @@ def _joined(layouts: Sequence[KVLayout], groups: tuple[GroupLayout, ...]) -> KVL
 
 
 def _in_its_own_terms(layout: KVLayout, index: int) -> RegionLayout:
-    """A region that says itself what its layout said for all."""
+    """Return a region that says itself what its layout said for all."""
     return msgspec.structs.replace(
         layout.regions[index],
         dtype=layout.region_dtype(index),

@@ -112,7 +112,7 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         model_heads: int = 0,
         model_layers: int = 0,
     ) -> KVLayout:
-        """Describes torch tensors (or NumPy arrays) that are a paged cache.
+        """Describe torch tensors (or NumPy arrays) that are a paged cache.
 
         Args:
             tensors: one tensor for each layer, or a single one that holds all layers and then
@@ -219,15 +219,15 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return layout
 
     def region_heads(self, index: int) -> tuple[int, int]:
-        """The model's heads that a region holds."""
+        """Return the model's heads that a region holds."""
         return self.regions[index].heads or (self.head_start, self.head_stop)
 
     def region_dtype(self, index: int) -> str:
-        """The element type of a region."""
+        """Return the element type of a region."""
         return self.regions[index].dtype or self.dtype
 
     def check(self) -> None:
-        """Checks that the layout does not contradict itself; also for one that a peer sent.
+        """Check that the layout does not contradict itself; also for one that a peer sent.
 
         Raises:
             LayoutError: naming the axis and the values.
@@ -345,7 +345,7 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return sum(r.slot_nbytes * len(r.layers) * len(r.planes) for r in self.regions)
 
     def digest(self) -> str:
-        """A short name of this exact layout; equal layouts have equal digests."""
+        """Return a short name of this exact layout; equal layouts have equal digests."""
         return hashlib.blake2b(msgspec.msgpack.encode(self), digest_size=16).hexdigest()
 
 

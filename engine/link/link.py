@@ -146,7 +146,7 @@ class Link:
         imm: int | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Ticket:
-        """Writes pieces of a region into a peer's region.
+        """Write pieces of a region into a peer's region.
 
         Args:
             src: a region of this engine.
@@ -179,7 +179,7 @@ class Link:
         *,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Ticket:
-        """Reads pieces of a peer's region into a region of this engine.
+        """Read pieces of a peer's region into a region of this engine.
 
         Arguments, result and errors are those of `write`, with the roles exchanged.
         """
@@ -187,7 +187,7 @@ class Link:
         return self._submitter.submit_pieces(op, dst, src, (dst_offsets, src_offsets), nbytes)
 
     def signal(self, imm: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Ticket:
-        """Counts one write of zero bytes under `imm` at the peer."""
+        """Count one write of zero bytes under `imm` at the peer."""
         return self._submitter.submit(Op("write", imm, timeout_s), NOTHING)
 
     def write_blocks(
@@ -201,7 +201,7 @@ class Link:
         stream: torch.cuda.Stream | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Ticket:
-        """Writes blocks of this engine's cache into blocks of the peer's.
+        """Write blocks of this engine's cache into blocks of the peer's.
 
         Args:
             plan: from `TransferEngine.plan(mine, theirs)`.
@@ -229,7 +229,7 @@ class Link:
         stream: torch.cuda.Stream | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Ticket:
-        """Reads blocks of the peer's cache into blocks of this engine's.
+        """Read blocks of the peer's cache into blocks of this engine's.
 
         As `write_blocks`, with a plan from `TransferEngine.plan(theirs, mine)`.
         """
@@ -249,7 +249,7 @@ class Link:
         stream: torch.cuda.Stream | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Ticket:
-        """Writes tokens `[start, stop)` of a request into the peer's blocks, whatever their size.
+        """Write tokens `[start, stop)` of a request into the peer's blocks, whatever their size.
 
         Args:
             plan: from `TransferEngine.plan(mine, theirs)`.
@@ -278,7 +278,7 @@ class Link:
         stream: torch.cuda.Stream | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Ticket:
-        """Reads tokens of a request out of the peer's blocks into blocks of this engine's.
+        """Read tokens of a request out of the peer's blocks into blocks of this engine's.
 
         As `write_tokens`, with a plan from `TransferEngine.plan(theirs, mine)`.
         """
@@ -286,7 +286,7 @@ class Link:
         return self._submitter.move(Op("read", None, timeout_s, stream), move)
 
     def prepare(self, plan: TransferPlan, *, layers: Sequence[int] | None = None) -> None:
-        """Does beforehand what the first transfer of a plan would have to do; may take seconds.
+        """Do beforehand what the first transfer of a plan would have to do; may take seconds.
 
         Of GPU memory: compiles and loads kernels, maps the peer's memory, allocates scratch.
         Call it before a stream of this process waits on a ticket (`Ticket.wait_on`): CUDA may do
@@ -303,7 +303,7 @@ class Link:
         src_block_ids: BlockIds | torch.Tensor,
         dst_block_ids: BlockIds | torch.Tensor,
     ) -> UploadedIds:
-        """Checks and orders block ids and copies them to the GPU, for any number of transfers.
+        """Check and orders block ids and copies them to the GPU, for any number of transfers.
 
         What one request's layers have in common, say. Waits for the copy.
 
@@ -326,7 +326,8 @@ class Link:
         *,
         layers: Sequence[int] | None = None,
     ) -> GraphWrite:
-        """A write of blocks that a CUDA graph repeats, each time with other ids and another imm.
+        """Return a write of blocks that a CUDA graph repeats, each time with other ids and another
+        imm.
 
         Call it before the capture: it compiles and allocates. `GraphWrite` has the rules.
 
@@ -344,11 +345,11 @@ class Link:
         return self._submitter.graph_write(plan, (src_block_ids, dst_block_ids), order, layers)
 
     def abort(self, imm: int, reason: str) -> None:
-        """Tells the peer that this imm's counter will never reach its total."""
+        """Tell the peer that this imm's counter will never reach its total."""
         self._host.abort(imm, reason)
 
     def close(self, timeout_s: float = 2.0) -> None:
-        """Ends the link: pending tickets end with `LinkClosed`, the peer is told.
+        """End the link: pending tickets end with `LinkClosed`, the peer is told.
 
         Returns when no thread of this process touches memory over it any more and the peer has
         confirmed, or after `timeout_s`; `quiesced` says which. Safe to call again.
@@ -385,7 +386,7 @@ class Link:
     # What the engine calls.
 
     def start(self) -> None:
-        """Begins to serve the control channel."""
+        """Begin to serve the control channel."""
         self._channel.start(
             heard=self._detector.heard,
             handle=self._handle,

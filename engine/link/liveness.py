@@ -57,7 +57,7 @@ class FailureDetector:
         self._beat_s = 0.0
 
     def start(self, process_ended: Callable[[], None]) -> None:
-        """Begins to watch the peer's process, if it is one of this host."""
+        """Begin to watch the peer's process, if it is one of this host."""
         if self._pidfd >= 0:
             self._core.progress.watch(self._pidfd, select.EPOLLIN, lambda _: process_ended())
 
@@ -75,7 +75,7 @@ class FailureDetector:
         self._heard_s += seconds
 
     def suspect(self) -> bool:
-        """A socket ended without goodbye; False if the peer is a suspect already."""
+        """Return a socket ended without goodbye; False if the peer is a suspect already."""
         with self._lock:
             if self._suspected_s:
                 return False
@@ -83,7 +83,7 @@ class FailureDetector:
         return True
 
     def tick(self, now: float) -> None:
-        """Sends heartbeats, and judges; on the progress thread, while the link is up."""
+        """Send heartbeats, and judges; on the progress thread, while the link is up."""
         if (
             self._suspected_s
             and now - self._suspected_s > SUSPICION_S
@@ -111,7 +111,7 @@ class FailureDetector:
             )
 
     def process_gone(self) -> bool:
-        """Whether the peer's process has ended, by its entry in /proc."""
+        """Return whether the peer's process has ended, by its entry in /proc."""
         return _process_state(self._peer.pid) in ("", "Z", "X")
 
     def unwatch(self) -> None:
@@ -120,21 +120,23 @@ class FailureDetector:
             self._core.progress.unwatch(self._pidfd)
 
     def close(self) -> None:
-        """Closes the process descriptor. Safe to call again."""
+        """Close the process descriptor. Safe to call again."""
         with self._lock:
             pidfd, self._pidfd = self._pidfd, -1
         if pidfd >= 0:
             os.close(pidfd)
 
     def _dying(self, suspected_s: float) -> bool:
-        """Whether the end of the peer's process, which closes its sockets first, is about to be told."""
+        """Return whether the end of the peer's process, which closes its sockets first, is about to
+        be told."""
         if self._pidfd < 0 or suspected_s > self._core.peer_timeout_s:
             return False
         fields = _process_fields(self._peer.pid)
         return len(fields) > 6 and bool(int(fields[6]) & _PF_EXITING)
 
     def _merely_busy(self, silent_s: float) -> bool:
-        """Whether a peer on this host runs, but has not had the time (or the interpreter lock)."""
+        """Return whether a peer on this host runs, but has not had the time (or the interpreter
+        lock)."""
         if not self._same_host or silent_s > BUSY_PEER_S:
             return False
         return _process_state(self._peer.pid) in ("R", "S", "D")
@@ -148,13 +150,14 @@ def _open_pidfd(pid: int) -> int:
 
 
 def _process_state(pid: int) -> str:
-    """The letter that /proc has for a process's state; "" if there is no such process."""
+    """Return the letter that /proc has for a process's state; "" if there is no such process."""
     fields = _process_fields(pid)
     return fields[0] if fields else ""
 
 
 def _process_fields(pid: int) -> list[str]:
-    """What /proc/PID/stat says after the name, from the state on; [] if there is no such process."""
+    """Return what /proc/PID/stat says after the name, from the state on; [] if there is no such
+    process."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()

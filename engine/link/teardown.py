@@ -54,7 +54,7 @@ class Teardown:
         self._peer_silent = False  # nothing more will come over the control channel
 
     def go_down(self, error: EngineError) -> None:
-        """Takes the link down; every pending ticket ends. Of several errors the first counts."""
+        """Take the link down; every pending ticket ends. Of several errors the first counts."""
         if not self._table.close(error):
             return
         context = self._context
@@ -69,7 +69,7 @@ class Teardown:
         context.down._fail(error)
 
     def tick(self, now: float) -> None:
-        """Looks after a link that is down and has not quiesced."""
+        """Look after a link that is down and has not quiesced."""
         late = self._deadline_s and now > self._deadline_s
         if late and not self._path.peer_reaches_memory:
             self._close_channel()
@@ -90,7 +90,7 @@ class Teardown:
             self._close_channel()  # two goodbyes crossed: neither is answered
 
     def answered_bye(self, _: ByeToo) -> bool:
-        """The peer says so in answer to this side's goodbye, if there was one."""
+        """Note that the peer says so in answer to this side's goodbye, if there was one."""
         if self._table.error is None:
             return False
         self._peer_stopped = True
@@ -125,7 +125,7 @@ class Teardown:
         self._end_if_quiesced()
 
     def discard(self) -> None:
-        """Closes what is still open: the engine's threads have stopped.
+        """Close what is still open: the engine's threads have stopped.
 
         Ends `quiesced` badly where a peer's live process may still reach memory.
         """

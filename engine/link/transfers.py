@@ -27,7 +27,7 @@ class Stoppable(Protocol):
     ticket: Ticket
 
     def stop(self, error: EngineError) -> None:
-        """Begins nothing more, and ends with `error`."""
+        """Begin nothing more, and end with `error`."""
 
 
 class TransferTable:
@@ -59,11 +59,11 @@ class TransferTable:
         return self._transfers.get(number)
 
     def transfers(self) -> list[Transfer]:
-        """All that have not ended."""
+        """Return all that have not ended."""
         return list(self._transfers.values())
 
     def conversions(self) -> list[Stoppable]:
-        """All that have not ended."""
+        """Return all that have not ended."""
         return list(self._conversions)
 
     def uses(self, region_id: int) -> list[Transfer]:

@@ -107,7 +107,7 @@ class Driver:
         self.call("cuMemcpyHtoDAsync", address, source, nbytes, stream)
 
     def is_capturing(self, stream: int) -> bool:
-        """Whether a CUDA graph is being captured from a stream."""
+        """Return whether a CUDA graph is being captured from a stream."""
         return bool(self.call("cuStreamIsCapturing", stream))
 
     def new_event(self, device: int) -> int:
@@ -138,7 +138,7 @@ class Driver:
             self.call("cuCtxPopCurrent")
 
     def device_count(self) -> int:
-        """How many devices this process sees."""
+        """Return how many devices this process sees."""
         return int(self.call("cuDeviceGetCount"))
 
     @functools.cache  # noqa: B019 - there is one Driver a process
@@ -152,19 +152,19 @@ class Driver:
 
     @functools.cache  # noqa: B019 - there is one Driver a process
     def pci_address(self, device: int) -> str:
-        """A device's PCI address as sysfs writes it: `0000:1b:00.0`."""
+        """Return a device's PCI address as sysfs writes it: `0000:1b:00.0`."""
         text: bytes = self.call("cuDeviceGetPCIBusId", 32, device)
         return text.split(b"\0")[0].decode("ascii").lower()
 
     def find_device(self, uuid: str) -> int:
-        """The index of a device in this process, or -1 if it is not visible."""
+        """Return the index of a device in this process, or -1 if it is not visible."""
         for device in range(self.device_count()):
             if self.device_uuid(device) == uuid:
                 return device
         return -1
 
     def can_access(self, device: int, peer: int) -> bool:
-        """Whether kernels on `device` can reach the memory of `peer`."""
+        """Return whether kernels on `device` can reach the memory of `peer`."""
         return device == peer or bool(self.call("cuDeviceCanAccessPeer", device, peer))
 
     def enable_peer_access(self, device: int, peer: int) -> None:
@@ -206,7 +206,7 @@ class Driver:
         return int(base), int(nbytes)
 
     def export(self, device: int, base: int) -> bytes:
-        """The IPC handle of a whole allocation."""
+        """Return the IPC handle of a whole allocation."""
         # Its bytes have a name (`reserved`) up to the bindings of CUDA 13.3, and none afterwards.
         handle = self._on(device, "cuIpcGetMemHandle", base)
         return ctypes.string_at(handle.getPtr(), IPC_HANDLE_NBYTES)
@@ -233,7 +233,8 @@ class Driver:
         return base, nbytes
 
     def export_chunk(self, device: int, address: int) -> int:
-        """A file descriptor of the chunk that is mapped at an address: the caller's to close."""
+        """Return a file descriptor of the chunk that is mapped at an address: the caller's to
+        close."""
         with self.current(device):
             handle = self.call("cuMemRetainAllocationHandle", address)
             try:
@@ -271,7 +272,7 @@ class Driver:
         self._on(device, "cuMemUnmap", address, nbytes)
 
     def exports_dmabuf(self, device: int) -> bool:
-        """Whether memory of a GPU can be exported as a dma-buf."""
+        """Return whether memory of a GPU can be exported as a dma-buf."""
         asked = self._cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED
         return bool(self.call("cuDeviceGetAttribute", asked, device))
 
@@ -409,7 +410,7 @@ class LockKeepingDriver(Driver):
 
 @functools.cache
 def driver() -> Driver:
-    """The process's driver, started with the first call.
+    """Return the process's driver, started with the first call.
 
     Raises:
         DeviceError: there is none.

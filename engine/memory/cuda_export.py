@@ -19,7 +19,7 @@ from .descriptors import CudaMemory
 def export_tensor(
     device: int, address: int, nbytes: int, counters: bytes = b"", counters_address: int = 0
 ) -> tuple[CudaMemory, ExportedChunks | None]:
-    """Exports what holds a tensor, and says where its engine counts on that GPU.
+    """Export what holds a tensor, and say where its engine counts on that GPU.
 
     Returns what a peer needs, and what must be kept, and closed when the memory is taken back.
 
@@ -57,7 +57,7 @@ class ExportedChunks:
     """
 
     def __init__(self, device: int, address: int, nbytes: int) -> None:
-        """Exports what holds `[address, address + nbytes)`.
+        """Export what holds `[address, address + nbytes)`.
 
         Raises:
             DeviceError: it is no such memory, or its allocator did not make it for sharing; or there

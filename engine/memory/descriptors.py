@@ -81,7 +81,7 @@ class CacheDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def decode(cls, data: bytes) -> CacheDescriptor:
-        """Reads what `encode` wrote, and checks that it makes sense.
+        """Read what `encode` wrote, and check that it makes sense.
 
         Raises:
             LayoutError: it does not decode, or contradicts itself.
@@ -94,7 +94,7 @@ class CacheDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return cache
 
     def check(self) -> None:
-        """Checks that layout and regions fit together; also for one that came another way.
+        """Check that layout and regions fit together; also for one that came another way.
 
         Raises:
             LayoutError: they do not, or the layout contradicts itself.

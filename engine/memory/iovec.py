@@ -69,7 +69,7 @@ _recvmsg = _function("recvmsg", ctypes.c_int, ctypes.POINTER(_MsgHeader), ctypes
 
 
 def make(addresses: npt.NDArray[np.integer], nbytes: npt.NDArray[np.integer]) -> Iovec:
-    """An iovec array of these addresses and lengths."""
+    """Return an iovec array of these addresses and lengths."""
     iov = np.empty((len(addresses), 2), np.uint64)
     iov[:, 0] = addresses
     iov[:, 1] = nbytes
@@ -77,7 +77,7 @@ def make(addresses: npt.NDArray[np.integer], nbytes: npt.NDArray[np.integer]) ->
 
 
 def one(address: int, nbytes: int) -> Iovec:
-    """An iovec array of a single entry."""
+    """Return an iovec array of a single entry."""
     return np.array([[address, nbytes]], np.uint64)
 
 
@@ -97,7 +97,7 @@ def gpu_bytes_at(device: int, address: int, nbytes: int) -> torch.Tensor:
 
 
 def chunks(nbytes: npt.NDArray[np.int64], limit_nbytes: int, limit: int) -> Iterator[slice]:
-    """Cuts a list of pieces into consecutive parts of at most `limit` pieces and, but for the
+    """Cut a list of pieces into consecutive parts of at most `limit` pieces and, but for the
     last piece of each, `limit_nbytes` bytes. O(parts) Python steps."""
     ends = np.cumsum(nbytes)
     start, done = 0, 0
@@ -109,7 +109,7 @@ def chunks(nbytes: npt.NDArray[np.int64], limit_nbytes: int, limit: int) -> Iter
 
 
 def join_remote(local: Iovec, remote: Iovec) -> tuple[Iovec, Iovec]:
-    """The same copies in the order of their remote addresses, neighbours there as one entry.
+    """Return the same copies in the order of their remote addresses, neighbours there as one entry.
 
     Returns what was given if that joins less than half of them. O(n log n).
     """
@@ -125,8 +125,8 @@ def join_remote(local: Iovec, remote: Iovec) -> tuple[Iovec, Iovec]:
 
 
 def few(entries: Iterable[int]) -> FewEntries:
-    """A few entries for `process_vm`, addresses and lengths by turns: NumPy's way to make an array
-    of them takes 20 microseconds more when the caches are cold."""
+    """Return a few entries for `process_vm`, addresses and lengths by turns: NumPy's way to make an
+    array of them takes 20 microseconds more when the caches are cold."""
     return array("q", entries)
 
 
@@ -138,7 +138,7 @@ def process_vm(
     *,
     write: bool,
 ) -> None:
-    """Copies between this process's `local` and process `pid`'s `remote`, `nbytes` bytes each.
+    """Copy between this process's `local` and process `pid`'s `remote`, `nbytes` bytes each.
 
     Both are iovec arrays of 8-byte integers of either sign, C-contiguous, and are consumed: a
     partial copy advances them in place. Or both are what `few` makes, of at most `IOV_MAX` entries.
@@ -181,7 +181,7 @@ def process_vm(
 
 
 def send(fd: int, iov: Iovec) -> None:
-    """Sends all of `iov` over a blocking stream socket. `iov` is consumed.
+    """Send all of `iov` over a blocking stream socket. `iov` is consumed.
 
     Raises:
         OSError: the connection ended.
@@ -190,7 +190,7 @@ def send(fd: int, iov: Iovec) -> None:
 
 
 def receive(fd: int, iov: Iovec) -> None:
-    """Fills all of `iov` from a blocking stream socket. `iov` is consumed.
+    """Fill all of `iov` from a blocking stream socket. `iov` is consumed.
 
     Raises:
         EOFError: the peer closed before `iov` was full.

@@ -50,18 +50,18 @@ class _Used:
         self._closing = False
 
     def release(self) -> None:
-        """Ends one use."""
+        """End one use."""
         with self._lock:
             self._uses -= 1
             if not self._uses and self._closing:  # nobody waits before
                 self._idle.notify_all()
 
     def close(self) -> None:
-        """Begins no further use: a region is being deregistered."""
+        """Begin no further use: a region is being deregistered."""
         self._closing = True
 
     def drained(self, deadline: float) -> bool:
-        """Waits until there is no use; False if the deadline came first."""
+        """Wait until there is no use; False if the deadline came first."""
         with self._idle:
             return self._idle.wait_for(
                 lambda: not self._uses, max(0.0, deadline - time.monotonic())
@@ -127,7 +127,7 @@ class MemoryRegion(_Used):
         self.deregister()
 
     def acquire(self) -> None:
-        """Begins one use of the memory; `release` ends it.
+        """Begin one use of the memory; `release` ends it.
 
         Raises:
             RegionGone: it was deregistered, or its memory was freed or resized.
@@ -141,7 +141,7 @@ class MemoryRegion(_Used):
             self._uses += 1
 
     def check_intact(self) -> None:
-        """Checks that the memory is where it was.
+        """Check that the memory is where it was.
 
         Raises:
             RegionGone: it was freed or resized.
@@ -154,7 +154,7 @@ class MemoryRegion(_Used):
             )
 
     def deregister(self, timeout_s: float = 10.0) -> None:
-        """Ends the registration: no transfer starts any more, running ones are waited for.
+        """End the registration: no transfer starts any more, running ones are waited for.
 
         Peers that could reach the memory by themselves are told, and their answer is awaited.
         Safe to call again.
@@ -204,7 +204,7 @@ class RegisteredCache(_Used):
             region.caches.append(self)
 
     def acquire(self) -> None:
-        """Begins one use of all regions; `release` ends it.
+        """Begin one use of all regions; `release` ends it.
 
         Raises:
             RegionGone: one of them was deregistered.
@@ -215,7 +215,7 @@ class RegisteredCache(_Used):
             self._uses += 1
 
     def check_intact(self) -> None:
-        """Checks that the memory of every region is where it was.
+        """Check that the memory of every region is where it was.
 
         Raises:
             RegionGone: a tensor was freed or resized.
@@ -224,7 +224,7 @@ class RegisteredCache(_Used):
             region.check_intact()
 
     def deregister(self, timeout_s: float = 10.0) -> None:
-        """Deregisters every region."""
+        """Deregister every region."""
         for region in self.regions:
             region.deregister(timeout_s)
 
@@ -244,7 +244,7 @@ class RegionTable:
         self.counters_on: Callable[[int], tuple[bytes, int]] = lambda _: (b"", 0)
 
     def register(self, memory: Any) -> MemoryRegion:
-        """Registers a CPU or CUDA tensor, a NumPy array or a writable buffer.
+        """Register a CPU or CUDA tensor, a NumPy array or a writable buffer.
 
         Raises:
             NotRegistered: it is not memory that this engine can register; says why.
@@ -267,7 +267,7 @@ class RegionTable:
         return region
 
     def register_cache(self, layout: KVLayout, tensors: Any) -> RegisteredCache:
-        """Registers the tensors that `layout` describes, in its regions' order.
+        """Register the tensors that `layout` describes, in its regions' order.
 
         Raises:
             LayoutError: a tensor is not the one that its region describes: elements or extent of
@@ -298,11 +298,11 @@ class RegionTable:
         return RegisteredCache(layout, tuple(self.register(part) for part in parts))
 
     def get(self, region_id: int) -> MemoryRegion | None:
-        """The region of this number, if it is registered."""
+        """Return the region of this number, if it is registered."""
         return self._regions.get(region_id)
 
     def admit(self, region_id: int, key: bytes) -> MemoryRegion:
-        """The region that a peer named, after checking its key.
+        """Return the region that a peer named, after checking its key.
 
         Raises:
             NotRegistered: no such region, or the key is wrong (the peer cannot tell which).
@@ -335,7 +335,7 @@ class RegionTable:
             self._regions.pop(region_id, None)
 
     def all(self) -> list[MemoryRegion]:
-        """The regions registered now."""
+        """Return the regions registered now."""
         with self._lock:
             return list(self._regions.values())
 
@@ -356,7 +356,7 @@ _quarantined: list[_Memory] = []
 
 
 def quarantine(regions: Sequence[MemoryRegion]) -> None:
-    """Keeps the regions' memory until this process ends: somebody may still write into it."""
+    """Keep the regions' memory until this process ends: somebody may still write into it."""
     _quarantined.extend(region._memory for region in regions if region._memory is not None)
 
 
@@ -366,7 +366,7 @@ def check_ranges(
     limits: npt.NDArray[np.int64] | int,
     what: str,
 ) -> None:
-    """Checks that every range `[offset, offset + nbytes)` lies inside `[0, limit)`.
+    """Check that every range `[offset, offset + nbytes)` lies inside `[0, limit)`.
 
     Raises:
         OutOfRange: naming the first range that does not.
@@ -447,7 +447,7 @@ class _Memory:
         self.nbytes = sum((n - 1) * step for n, step in steps) + array.itemsize if array.size else 0
 
     def intact(self) -> bool:
-        """Whether the memory is still where it was."""
+        """Return whether the memory is still where it was."""
         return self.storage is None or (
             self.storage.data_ptr() == self._storage_address
             and self.storage.nbytes() >= self._storage_nbytes

@@ -64,7 +64,7 @@ class BlockPlan:
         *,
         layers: Sequence[int] | None = None,
     ) -> Pieces:
-        """The pieces that move `src_block_ids[i]` into `dst_block_ids[i]`, for all i.
+        """Return the pieces that move `src_block_ids[i]` into `dst_block_ids[i]`, for all i.
 
         Args:
             src_block_ids, dst_block_ids: equally many block ids, any order; the destinations
@@ -103,7 +103,7 @@ class BlockPlan:
         return join(parts)
 
     def template(self, *, layers: Sequence[int] | None = None) -> Template:
-        """The pieces of one block, for a transport that multiplies them out by itself."""
+        """Return the pieces of one block, for a transport that multiplies them out by itself."""
         return self._template(layer_key(layers))
 
     def check_ids(
@@ -150,7 +150,7 @@ class BlockPlan:
         return src_ids, dst_ids
 
     def _order_few(self, src_ids: Row, dst_ids: Row) -> tuple[Row, Row] | None:
-        """What `check_ids` does, for a few ids; None if anything is wrong with them."""
+        """Return what `check_ids` does, for a few ids; None if anything is wrong with them."""
         dst = dst_ids.tolist()
         few = self.order_few(src_ids.tolist(), dst)
         if few is None:
@@ -160,8 +160,8 @@ class BlockPlan:
         return np.array(few[0], np.int64), np.array(few[1], np.int64)
 
     def order_few(self, src: list[int], dst: list[int]) -> tuple[list[int], list[int]] | None:
-        """A few ids, ordered as by `check_ids`, as the same lists if they were; None if anything is
-        wrong with them, which `check_ids` says."""
+        """Return a few ids, ordered as by `check_ids`, as the same lists if they were; None if
+        anything is wrong with them, which `check_ids` says."""
         limits = self._limits
         if not dst or len(src) != len(dst):
             return None
@@ -190,7 +190,8 @@ def _spread(template: Template, src_ids: Row, dst_ids: Row, lengths: Row | None)
 
 
 def _make_template(tokens: TokenPlan, layers: tuple[int, ...] | None) -> Template:
-    """The pieces of one unit of tokens, which is a block here, and of what moves by whole blocks."""
+    """Return the pieces of one unit of tokens, which is a block here, and of what moves by whole
+    blocks."""
     src, dst = tokens.src, tokens.dst
     rows = [
         row

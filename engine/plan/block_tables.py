@@ -63,7 +63,7 @@ def block_table(side: str, tables: Sequence[BlockIds], group: int) -> Row:
 
 
 def state_ids(pair: TablePair, src_ids: Row, dst_ids: Row) -> tuple[Row, Row]:
-    """The pages of state to move, without the null slots."""
+    """Return the pages of state to move, without the null slots."""
     if len(src_ids) != len(dst_ids):
         raise PlanError(
             f"{len(src_ids)} source pages of {pair.kind} state but {len(dst_ids)} destination pages"
@@ -79,7 +79,7 @@ def state_ids(pair: TablePair, src_ids: Row, dst_ids: Row) -> tuple[Row, Row]:
 
 
 def check_ids(side: str, ids: Row, num_slots: int, null: int | None) -> None:
-    """Checks that every id names a block.
+    """Check that every id names a block.
 
     Raises:
         BlockOutOfRange: naming the side and the id.
@@ -98,7 +98,7 @@ def check_ids(side: str, ids: Row, num_slots: int, null: int | None) -> None:
 
 
 def check_distinct(ids: Row) -> None:
-    """Checks that no id comes twice.
+    """Check that no id comes twice.
 
     Raises:
         OverlappingBlocks: naming the id.
@@ -111,7 +111,7 @@ def check_distinct(ids: Row) -> None:
 
 
 def are_few(ids: object) -> TypeGuard[list[int]]:
-    """Whether ids are a list of a few of Python's own numbers."""
+    """Return whether ids are a list of a few of Python's own numbers."""
     return type(ids) is list and 0 < len(ids) <= FEW_IDS and {*map(type, ids)} == {int}
 
 
@@ -121,7 +121,7 @@ def as_list(ids: Ids) -> list[int]:
 
 
 def have_neighbours(src_ids: Ids, dst_ids: Ids) -> bool:
-    """Whether any two blocks that follow each other are neighbours on both sides."""
+    """Return whether any two blocks that follow each other are neighbours on both sides."""
     if len(src_ids) < 2:
         return False
     if isinstance(src_ids, list) or isinstance(dst_ids, list) or len(src_ids) <= FEW_IDS:

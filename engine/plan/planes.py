@@ -30,7 +30,7 @@ class PlaneAddress(NamedTuple):
 
 
 def places_of(layout: KVLayout) -> dict[Key, PlaneAddress]:
-    """Every plane of every layer of a layout."""
+    """Return every plane of every layer of a layout."""
     return {
         (layer, plane): PlaneAddress(
             number, index, region.base_offset + i * region.layer_stride + p * region.plane_stride
@@ -47,13 +47,13 @@ def places_of(layout: KVLayout) -> dict[Key, PlaneAddress]:
 
 
 def differ(what: str, left: object, right: object) -> None:
-    """Raises a LayoutError that names both values, unless they are equal."""
+    """Raise a LayoutError that names both values, unless they are equal."""
     if left != right:
         raise LayoutMismatch(f"{what} differs: source has {left}, destination has {right}")
 
 
 def _heads(src: KVLayout, dst: KVLayout, left: int, right: int) -> tuple[int, int]:
-    """The heads that both regions hold; (0, 1) where neither has a head axis."""
+    """Return the heads that both regions hold; (0, 1) where neither has a head axis."""
     held = [src.region_heads(left), dst.region_heads(right)]
     low, high = max(held[0][0], held[1][0]), min(held[0][1], held[1][1])
     if low >= high:
@@ -176,7 +176,7 @@ class Scales:
         return one, other
 
     def travels_as_scale(self, key: Key) -> bool:
-        """Whether a plane of scales is made anew, since its numbers are converted."""
+        """Return whether a plane of scales is made anew, since its numbers are converted."""
         data = (key[0], key[1].removesuffix(SCALE_SUFFIX))
         if not key[1].endswith(SCALE_SUFFIX) or not all(data in side for side in self._places):
             return False
@@ -185,7 +185,8 @@ class Scales:
     def shapes(
         self, key: Key, heads: tuple[int, int] | None
     ) -> tuple[ScaleShape | None, ScaleShape | None]:
-        """How the scales of a plane that is converted lie on each side; None where there are none.
+        """Return how the scales of a plane that is converted lie on each side; None where there are
+        none.
 
         Raises:
             LayoutError: they are none that can be converted, or one side of bits lacks them.
@@ -215,7 +216,7 @@ class Scales:
         return found[0], found[1]
 
     def columns(self, side: int, keys: list[Key], shape: ScaleShape | None) -> BlockScales | None:
-        """Where the scales of these planes lie."""
+        """Return where the scales of these planes lie."""
         if shape is None:
             return None
         places = [self._places[side][layer, plane + SCALE_SUFFIX] for layer, plane in keys]
@@ -246,7 +247,7 @@ def make_factors(
     dtypes: tuple[str, str],
     per_block: list[bool],
 ) -> npt.NDArray[np.float32]:
-    """What each entry's numbers are multiplied by, for all heads or each."""
+    """Return what each entry's numbers are multiplied by, for all heads or each."""
     rows = []
     for row, key in enumerate(keys):
         sides: list[tuple[float, ...]] = []

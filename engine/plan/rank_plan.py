@@ -75,11 +75,11 @@ class RankPlan:
         return TokenPlan(self.src[source], self.dst[target], frozenset(keys))
 
     def to(self, dst: int) -> tuple[RankPair, ...]:
-        """What a destination rank gets: the source ranks that it talks to, and no others."""
+        """Return what a destination rank gets: the source ranks that it talks to, and no others."""
         return tuple(route for route in self.routes if route.dst == dst)
 
     def of(self, src: int) -> tuple[RankPair, ...]:
-        """What a source rank sends."""
+        """Return what a source rank sends."""
         return tuple(route for route in self.routes if route.src == src)
 
     def nbytes(self, dst: int, start: int, stop: int, *, states: int = 1) -> dict[int, int]:
@@ -101,7 +101,8 @@ class _Cell(NamedTuple):
 
 
 def heads_of_rank(num_heads: int, tp_size: int, tp_rank: int) -> Range:
-    """The KV heads that tensor parallelism gives a rank; ranks beyond the number of heads share them.
+    """Return the KV heads that tensor parallelism gives a rank; ranks beyond the number of heads
+    share them.
 
     As vLLM and SGLang split them.
     """
@@ -159,7 +160,8 @@ def _check_sets(src: _Held, dst: _Held) -> None:
 
 
 def _check_ranges(side: str, layer: int, held: dict[int, Range]) -> Range:
-    """The heads that a set of ranks holds together: ranges may be equal, else they must adjoin."""
+    """Return the heads that a set of ranks holds together: ranges may be equal, else they must
+    adjoin."""
     ranges = sorted({heads: rank for rank, heads in held.items()}.items())
     for (one, rank), (other, next_rank) in itertools.pairwise(ranges):
         if one[1] != other[0]:
@@ -176,7 +178,8 @@ def _text(heads: Range) -> str:
 
 
 def _cells(src: _Held, dst: _Held) -> list[_Cell]:
-    """The alternatives for every head, gathered where they are the same for several planes."""
+    """Return the alternatives for every head, gathered where they are the same for several
+    planes."""
     found: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Key]] = defaultdict(list)
     for key in sorted(src):
         sources: dict[Range, list[int]] = defaultdict(list)
@@ -193,7 +196,7 @@ def _cells(src: _Held, dst: _Held) -> list[_Cell]:
 
 
 def _share(cell: _Cell) -> dict[tuple[int, int], list[Key]]:
-    """One source for each target and plane, all sources as busy as the others.
+    """Return one source for each target and plane, all sources as busy as the others.
 
     The layers of the first target, then those of the second and so on, are dealt out to the sources
     in equal runs: a source that serves several targets may share one of them with the next source.

@@ -112,7 +112,7 @@ class CopyGroup:
         return math.prod(step.size for step in self.steps) * self.elements * self.dst_elem
 
     def chosen(self, layers: Collection[int]) -> npt.NDArray[np.bool_]:
-        """Which entries are of these layers."""
+        """Return which entries are of these layers."""
         return np.isin(self.layer, np.fromiter(layers, np.int64, len(layers)))
 
 

@@ -124,7 +124,7 @@ def stretches(start: int, stop: int, unit: int) -> list[Stretch]:
 def make_rows(
     copy_groups: list[CopyGroup], low: int, high: int, layers: tuple[int, ...] | None
 ) -> Rows:
-    """The pieces of one unit for copy groups whose blocks and tokens lie alike."""
+    """Return the pieces of one unit for copy groups whose blocks and tokens lie alike."""
     tables = []
     factors: list[npt.NDArray[np.float32]] = []
     entry = head = np.zeros(0, np.int64)
@@ -278,7 +278,7 @@ def spread(
     src_tokens: Ids | tuple[int, int],
     dst_tokens: Ids | tuple[int, int],
 ) -> Moves:
-    """Multiplies rows out over units: the one in `src_blocks[i]` from token `src_tokens[i]` on."""
+    """Multiply rows out over units: the one in `src_blocks[i]` from token `src_tokens[i]` on."""
     copy_group = rows.copy_group
     src, dst = src_blocks * copy_group.src_slot_stride, dst_blocks * copy_group.dst_slot_stride
     if copy_group.token is not None:

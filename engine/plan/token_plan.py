@@ -120,7 +120,7 @@ class TokenPlan:
         *,
         layers: Sequence[int] | None = None,
     ) -> Iterator[Moves]:
-        """The pieces that move tokens `[start, stop)`.
+        """Return the pieces that move tokens `[start, stop)`.
 
         Args:
             src_tables, dst_tables: a block table for each group of its side's layout. Entry `i`
@@ -255,7 +255,7 @@ class TokenPlan:
 
 
 def window_start(pair: TablePair, start: int, stop: int) -> int:
-    """The first token that a group needs: a sliding window sends its window alone.
+    """Return the first token that a group needs: a sliding window sends its window alone.
 
     Where blocks move whole, all of the block in which the window begins.
     """

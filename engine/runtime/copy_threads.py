@@ -46,20 +46,20 @@ class Copiers:
         self.count = min(MAX_COPIERS, len(os.sched_getaffinity(0)))
 
     def do_here(self, task: Callable[[], None]) -> bool:
-        """Leaves a small task to the calling thread, if that makes inline copies."""
+        """Leave a small task to the calling thread, if that makes inline copies."""
         inline_copies = self.inline_copies.get(threading.get_ident())
         if inline_copies is not None:
             inline_copies.waiting.append(task)
         return inline_copies is not None
 
     def run(self, task: Callable[[], None]) -> None:
-        """Runs `task` on one of the threads. A task must not raise."""
+        """Run `task` on one of the threads. A task must not raise."""
         if not self._threads:
             self._start()
         self._tasks.put(task)
 
     def stop(self) -> None:
-        """Finishes the tasks that were given and ends the threads."""
+        """Finish the tasks that were given and end the threads."""
         with self._lock:
             self._stopped = True
             threads, self._threads = self._threads, []
@@ -110,7 +110,7 @@ class Batch:
         copiers.run(self._turn)
 
     def help(self) -> None:
-        """Works off tasks on the calling thread; returns when there are no more to begin."""
+        """Work off tasks on the calling thread; return when there are no more to begin."""
         with self._lock:
             self._workers += 1
         while self._tasks:
@@ -163,7 +163,7 @@ class InlineCopies:
 
     @contextlib.contextmanager
     def of_this_thread(self) -> Iterator[None]:
-        """What this thread begins becomes its inline copies, as far as it is small."""
+        """Return what this thread begins becomes its inline copies, as far as it is small."""
         here = threading.get_ident()
         self._copiers.inline_copies[here] = self
         try:
@@ -172,7 +172,7 @@ class InlineCopies:
             del self._copiers.inline_copies[here]
 
     def do(self) -> None:
-        """Does some of what waits, until another thread does."""
+        """Do some of what waits, until another thread does."""
         me = self._doing = object()
         for _ in range(AT_A_TIME):
             if not self.waiting or self._doing is not me:
@@ -192,7 +192,7 @@ class InlineCopies:
             self._copiers.run(self.waiting.popleft())
 
     def tick(self, now: float) -> None:
-        """Looks whether an inline copy stalls; on the progress thread."""
+        """Look whether an inline copy stalls; on the progress thread."""
         since_s = self._since_s
         if since_s and now - since_s > STALL_S:
             self._stalled()

@@ -22,7 +22,7 @@ def work_off(
     drop: Callable[[Begun], None],
     done: Callable[[Begun], bool] = lambda _: False,
 ) -> None:
-    """Takes items until a None comes. While something is begun, it never sleeps on the queue.
+    """Take items until a None comes. While something is begun, it never sleeps on the queue.
 
     Args:
         begin: starts a work; None if there is nothing to finish.
@@ -66,7 +66,7 @@ class Finisher:
         self._thread: threading.Thread | None = None
 
     def put(self, finish: Callable[[], None]) -> None:
-        """Calls `finish`, which waits, after those that came before. It must not raise."""
+        """Call `finish`, which waits, after those that came before. It must not raise."""
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
@@ -74,7 +74,7 @@ class Finisher:
         self._works.put(finish)
 
     def close(self, then: Callable[[], None]) -> None:
-        """Calls `then` once everything is finished; nothing may be put any more. Never blocks."""
+        """Call `then` once everything is finished; nothing may be put any more. Never blocks."""
         with self._lock:
             started = self._thread is not None
         if started:

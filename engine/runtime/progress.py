@@ -37,7 +37,7 @@ class Progress:
         self._thread = threading.Thread(target=self._run, name=f"{name}-progress", daemon=True)
 
     def start(self) -> None:
-        """Starts the thread."""
+        """Start the thread."""
         self._thread.start()
 
     @property
@@ -46,7 +46,7 @@ class Progress:
         return threading.current_thread() is self._thread
 
     def watch(self, fd: int, events: int, handler: Callable[[int], None]) -> None:
-        """Calls `handler(events)` whenever `fd` is ready."""
+        """Call `handler(events)` whenever `fd` is ready."""
         with self._lock:
             if self._stopped:
                 return
@@ -54,23 +54,23 @@ class Progress:
             self._epoll.register(fd, events)
 
     def watches(self, fd: int) -> bool:
-        """Whether `fd` is watched."""
+        """Return whether `fd` is watched."""
         return fd in self._handlers
 
     def change(self, fd: int, events: int) -> None:
-        """Watches `fd` for other events."""
+        """Watch `fd` for other events."""
         with self._lock:
             if fd in self._handlers and not self._stopped:
                 self._epoll.modify(fd, events)
 
     def unwatch(self, fd: int) -> None:
-        """Stops watching; call it before closing `fd`. Safe to call twice."""
+        """Stop watching; call it before closing `fd`. Safe to call twice."""
         with self._lock:
             if self._handlers.pop(fd, None) is not None and not self._stopped:
                 self._epoll.unregister(fd)
 
     def call_soon(self, function: Callable[[], None]) -> None:
-        """Runs `function` on the progress thread."""
+        """Run `function` on the progress thread."""
         with self._lock:
             if self._stopped:
                 return
@@ -78,7 +78,7 @@ class Progress:
             os.eventfd_write(self._wake_fd, 1)
 
     def stop(self) -> None:
-        """Ends the thread and waits for it. Safe to call twice."""
+        """End the thread and wait for it. Safe to call twice."""
         with self._lock:
             if self._stopped:
                 return

@@ -48,7 +48,7 @@ class _Table:
         self._words: npt.NDArray[np.int64] = self._here.numpy()
 
     def upload(self, columns: npt.NDArray[np.int64], stream: int) -> torch.Tensor:
-        """The columns on the GPU, on that stream."""
+        """Return the columns on the GPU, on that stream."""
         self._words[: columns.size].reshape(columns.shape)[...] = columns
         # Not torch's copy: its allocators would remember the stream, and ask it when it is gone.
         driver().copy(self.device, self._address, self._here.data_ptr(), columns.nbytes, stream)
@@ -67,14 +67,14 @@ class _Flight:
         self._event = event
 
     def done(self) -> bool:
-        """Whether the kernel has ended, or failed."""
+        """Return whether the kernel has ended, or failed."""
         try:
             return bool(self._event.query())  # type: ignore[no-untyped-call]
         except RuntimeError:
             return True  # `wait` says why
 
     def wait(self) -> None:
-        """Spins in native code, without the interpreter lock, until the kernel has ended."""
+        """Spin in native code, without the interpreter lock, until the kernel has ended."""
         try:
             self._event.synchronize()
         except RuntimeError as error:
@@ -101,23 +101,23 @@ class GpuMover:
         self._events: deque[torch.cuda.Event] = deque()
 
     def gather(self, pieces: Iovec, address: int) -> _Flight:
-        """Begins to copy the pieces to `address` in pinned memory."""
+        """Begin to copy the pieces to `address` in pinned memory."""
         return self._begin(pieces, address, gather=True)
 
     def scatter(self, address: int, pieces: Iovec) -> _Flight:
-        """Begins to copy from `address` in pinned memory into the pieces."""
+        """Begin to copy from `address` in pinned memory into the pieces."""
         return self._begin(pieces, address, gather=False)
 
     def pin(self, address: int, nbytes: int) -> None:
-        """Registers host memory with CUDA, for all GPUs of this process."""
+        """Register host memory with CUDA, for all GPUs of this process."""
         driver().pin(self.device, address, nbytes)
 
     def unpin(self, address: int) -> None:
-        """Ends a registration."""
+        """End a registration."""
         driver().unpin(self.device, address)
 
     def warm(self, address: int) -> None:
-        """Copies a few bytes within pinned memory, so that the kernels are compiled and loaded.
+        """Copy a few bytes within pinned memory, so that the kernels are compiled and loaded.
 
         `address` must have room for 256 bytes.
         """
@@ -128,7 +128,7 @@ class GpuMover:
             self.gather(short, address).wait()  # the kernel for short pieces
 
     def close(self) -> None:
-        """Frees the streams and the memory: nothing is in flight."""
+        """Free the streams and the memory: nothing is in flight."""
         for table in self._tables:
             table.free()
         self._tables.clear()

@@ -50,10 +50,10 @@ class Moved(Protocol):
     """A gather or scatter that was begun."""
 
     def done(self) -> bool:
-        """Whether `wait` would return, or raise, at once."""
+        """Return whether `wait` would return, or raise, at once."""
 
     def wait(self) -> None:
-        """Returns when its bytes are visible.
+        """Return when its bytes are visible.
 
         Raises:
             DeviceError: the GPU failed.
@@ -76,25 +76,25 @@ class Mover(Protocol):
     """
 
     def gather(self, pieces: iovec.Iovec, address: int) -> Moved:
-        """Copies the pieces to `address`, one after the other. Raises DeviceError."""
+        """Copy the pieces to `address`, one after the other. Raises DeviceError."""
 
     def scatter(self, address: int, pieces: iovec.Iovec) -> Moved:
-        """Copies what lies at `address` into the pieces. Raises DeviceError."""
+        """Copy what lies at `address` into the pieces. Raises DeviceError."""
 
     def pin(self, address: int, nbytes: int) -> None:
-        """Makes staging reachable for this mover. Raises DeviceError."""
+        """Make staging reachable for this mover. Raises DeviceError."""
         return
 
     def unpin(self, address: int) -> None:
-        """Ends one `pin`."""
+        """End one `pin`."""
         return
 
     def warm(self, address: int) -> None:
-        """Does beforehand what the first copy would have to do, with 256 bytes of staging."""
+        """Do beforehand what the first copy would have to do, with 256 bytes of staging."""
         return
 
     def close(self) -> None:
-        """Frees what it holds: nothing is in flight any more."""
+        """Free what it holds: nothing is in flight any more."""
         return
 
 
@@ -124,7 +124,7 @@ class HostMover(Mover):
 
 
 def new_mover(device: int, max_programs: int | None = None) -> Mover:
-    """A mover for the memory of a GPU, or of the host for -1."""
+    """Return a mover for the memory of a GPU, or of the host for -1."""
     if device < 0:
         return HostMover()
     from .gpu_mover import GpuMover
@@ -195,14 +195,15 @@ class Movers:
 
 
 def suits(pieces: iovec.Iovec, direct_from_nbytes: int) -> bool:
-    """Whether pieces of host memory go faster through staging: many, tiny, equal, on one grid."""
+    """Return whether pieces of host memory go faster through staging: many, tiny, equal, on one
+    grid."""
     if direct_from_nbytes >= NEVER_DIRECT:
         return len(pieces) > 0
     return _on_a_grid(pieces) and int(pieces[0, 1]) < direct_from_nbytes
 
 
 def _on_a_grid(pieces: iovec.Iovec) -> bool:
-    """Whether they are many, small, equal, and lie whole multiples of their size apart."""
+    """Return whether they are many, small, equal, and lie whole multiples of their size apart."""
     if len(pieces) < FEWEST_PIECES:
         return False
     nbytes = int(pieces[0, 1])
@@ -323,7 +324,7 @@ def _anywhere(raw: Bytes, nbytes: int) -> npt.NDArray[np.void]:
 
 
 def _dense(addresses: Ids, span_nbytes: int, nbytes: int) -> bool:
-    """Whether rows lie one after the other."""
+    """Return whether rows lie one after the other."""
     if span_nbytes != (len(addresses) - 1) * nbytes:
         return False
     return bool((addresses[1:] - addresses[:-1] == nbytes).all())

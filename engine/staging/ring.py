@@ -53,7 +53,7 @@ class Buffer:
         return iovec.one(self.address, nbytes)
 
     def close(self) -> None:
-        """Gives the memory back."""
+        """Give the memory back."""
         self._mover.unpin(self.address)
         self._map.close()
 
@@ -71,7 +71,7 @@ class Ring:
             self._free.put(None)  # made when it is first taken
 
     def take(self, nbytes: int) -> Buffer:
-        """A free buffer of at least `nbytes`; waits for one."""
+        """Return a free buffer of at least `nbytes`; wait for one."""
         buffer = self._free.get()
         try:
             if buffer is not None and buffer.nbytes < nbytes:
@@ -90,11 +90,11 @@ class Ring:
         buffer.close()
 
     def give(self, buffer: Buffer) -> None:
-        """Gives a buffer back: nobody touches it any more."""
+        """Give a buffer back: nobody touches it any more."""
         self._free.put(buffer)
 
     def fill(self) -> None:
-        """Makes all buffers now, and warms the mover. Raises DeviceError."""
+        """Make all buffers now, and warms the mover. Raises DeviceError."""
         buffers: list[Buffer] = []
         try:
             buffers.extend(self.take(1) for _ in range(self._count))
@@ -104,7 +104,7 @@ class Ring:
                 self.give(buffer)
 
     def close(self) -> None:
-        """Waits until every buffer is back, and frees them and the mover."""
+        """Wait until every buffer is back, and free them and the mover."""
         for _ in range(self._count):
             buffer = self._free.get()
             if buffer is not None:

@@ -79,11 +79,11 @@ class SharedSlots:
             os.close(mine)
 
     def slot(self, number: int) -> int:
-        """A slot's address in this process."""
+        """Return a slot's address in this process."""
         return self._address + number * self.slot_nbytes
 
     def close(self) -> None:
-        """Ends this process's use of them, and their movers: nobody copies any more."""
+        """End this process's use of them, and their movers: nobody copies any more."""
         self.movers.close()
         self._map.close()  # it holds a descriptor of its own
         if self.descriptor >= 0:

@@ -44,15 +44,15 @@ class DirectThresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     measured_on: str = ""
 
     def limit_nbytes(self, transport: str) -> int:
-        """The smallest piece that goes direct over `transport`."""
+        """Return the smallest piece that goes direct over `transport`."""
         return self.direct_from_nbytes.get(transport, DEFAULTS.get(transport, 0))
 
     def direct(self, transport: str, piece_nbytes: float) -> bool:
-        """Whether pieces of this size (their mean, if they differ) go direct."""
+        """Return whether pieces of this size (their mean, if they differ) go direct."""
         return piece_nbytes >= self.limit_nbytes(transport)
 
     def save(self, path: Path | None = None) -> Path:
-        """Writes the table where `load` finds it; returns the file."""
+        """Write the table where `load` finds it; return the file."""
         path = path or table_file()
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(f".{os.getpid()}")
@@ -62,7 +62,8 @@ class DirectThresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
 
 def table_file() -> Path:
-    """Where the table of this machine is: `$KVFERRY_PATHS`, or in the user's cache folder."""
+    """Return where the table of this machine is: `$KVFERRY_PATHS`, or in the user's cache
+    folder."""
     named = os.environ.get(VARIABLE)
     if named:
         return Path(named)
@@ -72,7 +73,7 @@ def table_file() -> Path:
 
 @functools.cache
 def load(path: Path | None = None) -> DirectThresholds:
-    """The saved table, or the defaults if there is none. Read once a process.
+    """Return the saved table, or the defaults if there is none. Read once a process.
 
     Raises:
         PlanError: the file is there, but is no table.

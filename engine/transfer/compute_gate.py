@@ -31,7 +31,7 @@ class Event(Protocol):
     """A CUDA event, as far as the gate knows it."""
 
     def query(self) -> bool:
-        """Whether it has passed; raises RuntimeError if the GPU failed."""
+        """Return whether it has passed; raise RuntimeError if the GPU failed."""
 
 
 class StreamGate:
@@ -47,7 +47,7 @@ class StreamGate:
     def when(
         self, event: Event, then: Callable[[], None], failed: Callable[[EngineError], None]
     ) -> None:
-        """Calls `then` once the event has passed: at once if it has, else on the gate's thread."""
+        """Call `then` once the event has passed: at once if it has, else on the gate's thread."""
         for _ in range(LOOKS):
             if self._pass(event, then, failed):
                 return
@@ -63,7 +63,7 @@ class StreamGate:
             self._lock.notify_all()
 
     def close(self) -> None:
-        """Lets nothing pass any more, and ends the thread."""
+        """Let nothing pass any more, and end the thread."""
         with self._lock:
             self._closed = True
             self._held.clear()
@@ -100,7 +100,7 @@ class StreamGate:
 
 
 def note_compute(transfer: Transfer, stream: torch.cuda.Stream | None) -> None:
-    """Notes what a stream has been given so far, if the transfer's memory is a GPU's.
+    """Note what a stream has been given so far, if the transfer's memory is a GPU's.
 
     Without a stream: what the caller has enqueued, as torch's own operations are ordered.
     """
@@ -109,8 +109,8 @@ def note_compute(transfer: Transfer, stream: torch.cuda.Stream | None) -> None:
 
 
 def compute_event(device: int, stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
-    """What passes once a stream (the device's current one if None) has done what it has been given
-    so far; None for host memory, whose device is -1."""
+    """Return what passes once a stream (the device's current one if None) has done what it has been
+    given so far; None for host memory, whose device is -1."""
     if device < 0:
         return None
     import torch
@@ -123,7 +123,7 @@ def compute_event(device: int, stream: torch.cuda.Stream | None) -> torch.cuda.E
 def hold_until_computed(
     gate: StreamGate, transfer: Transfer, start: Callable[[Transfer], None]
 ) -> None:
-    """Starts a transfer once the compute before it is done. Refuses one on several GPUs."""
+    """Start a transfer once the compute before it is done. Refuses one on several GPUs."""
     try:
         transfer.device()
     except EngineError as error:

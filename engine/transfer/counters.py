@@ -28,7 +28,7 @@ RETIRED_REMEMBERED = 65_536  # imms of which a late arrival is recognised
 
 
 def check_imm(imm: SupportsIndex, operation: str) -> int:
-    """An imm, NumPy's too, as the int that goes over the wire.
+    """Return an imm, NumPy's too, as the int that goes over the wire.
 
     Raises:
         OutOfRange: it is not a 32-bit number.
@@ -105,7 +105,8 @@ class CounterTable:
         self.foreign_writes = 0
 
     def new_imm(self, busy: Callable[[int], bool] = lambda _: False) -> int:
-        """An imm that no live, waiting or recently retired counter has, and that is not `busy`."""
+        """Return an imm that no live, waiting or recently retired counter has, and that is not
+        `busy`."""
         with self._lock:
             while True:
                 imm = next(self._next_imm) % IMM_LIMIT
@@ -129,7 +130,8 @@ class CounterTable:
         peer: str = "",
         engine_id: str = "",
     ) -> Ticket:
-        """A ticket that ends when `nbytes` bytes and `writes` writes have arrived under `imm`.
+        """Return a ticket that ends when `nbytes` bytes and `writes` writes have arrived under
+        `imm`.
 
         Args:
             engine_id: the engine that writes: what others write or abort under this imm counts for
@@ -188,7 +190,7 @@ class CounterTable:
         write_nbytes: int = 0,
         staged: bool = False,
     ) -> None:
-        """Counts bytes that are already visible in memory, from `source`, a link to `origin`.
+        """Count bytes that are already visible in memory, from `source`, a link to `origin`.
 
         Args:
             write_nbytes: of these writes, besides `nbytes`: counted by other calls, and a ticket for
@@ -270,7 +272,7 @@ class CounterTable:
             ticket._fail(error)
 
     def source_lost(self, source: object, make_error: Callable[[int], EngineError]) -> None:
-        """Ends every counter that `source` writes to.
+        """End every counter that `source` writes to.
 
         What it wrote to imms that nobody expects yet is kept: a peer may have written everything
         and gone home before this side asks.

@@ -55,7 +55,7 @@ class DeviceCounters:
             return array
 
     def busy(self, imm: int) -> bool:
-        """Whether an imm's word is owned by another, or may still be added to."""
+        """Return whether an imm's word is owned by another, or may still be added to."""
         slot = imm % NUM_SLOTS
         return slot in self._owners or slot in self._dirty
 
@@ -72,7 +72,7 @@ class DeviceCounters:
                 self._of_imm[imm] = self._of_imm.get(imm, 0) + nbytes
 
     def claim(self, ticket: Ticket, nbytes: int) -> None:
-        """Gives the ticket's imm its word until the ticket ends, if the word is free."""
+        """Give the ticket's imm its word until the ticket ends, if the word is free."""
         imm = ticket.imm
         assert imm is not None
         slot = imm % NUM_SLOTS
@@ -84,7 +84,7 @@ class DeviceCounters:
         ticket.add_done_callback(self._ended)
 
     def wait(self, ticket: Ticket, stream: torch.cuda.Stream) -> bool:
-        """Lets a stream wait for the ticket's word; False if it has none."""
+        """Let a stream wait for the ticket's word; False if it has none."""
         imm = ticket.imm
         if imm is None:
             return False
@@ -100,7 +100,7 @@ class DeviceCounters:
             return True
 
     def spin(self, ticket: Ticket, nbytes: int) -> None:
-        """Waits awake, without the interpreter lock, for the ticket's word; then ends the ticket.
+        """Wait awake, without the interpreter lock, for the ticket's word; then end the ticket.
 
         Returns at once if it has none, and early if the ticket ends otherwise.
         """
@@ -130,7 +130,7 @@ class DeviceCounters:
             self._seen.discard(imm)
 
     def _ended(self, ticket: Ticket) -> None:
-        """Gives the word back; releases streams that wait for bytes that came another way."""
+        """Give the word back; releases streams that wait for bytes that came another way."""
         assert ticket.imm is not None
         slot = ticket.imm % NUM_SLOTS
         with self._lock:
@@ -169,7 +169,7 @@ class DeviceCounters:
             self._dirty.clear()
 
     def close(self, *, free: bool) -> None:
-        """Ends the arrays' use; `free` unless a peer may still add to them."""
+        """End the arrays' use; `free` unless a peer may still add to them."""
         with self._lock:
             arrays, self._arrays = self._arrays, {}
             streams, self._streams = self._streams, {}

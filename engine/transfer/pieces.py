@@ -79,7 +79,7 @@ def bind(
     remote_offset: npt.NDArray[np.int64],
     remote_regions: Sequence[RegionDescriptor],
 ) -> BoundPieces:
-    """Checks every remote range, cuts long pieces and drops empty ones.
+    """Check every remote range, cuts long pieces and drops empty ones.
 
     Args:
         addresses: of the pieces in this process, checked by the caller.
@@ -107,7 +107,7 @@ def _cut(
 ) -> tuple[
     npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]
 ]:
-    """Cuts long pieces into equal ones of at most `MAX_PIECE_NBYTES`, and drops empty ones."""
+    """Cut long pieces into equal ones of at most `MAX_PIECE_NBYTES`, and drops empty ones."""
     parts = -(-nbytes // MAX_PIECE_NBYTES)
     row = np.repeat(np.arange(len(nbytes)), parts)
     first = np.cumsum(parts) - parts

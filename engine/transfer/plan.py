@@ -143,8 +143,8 @@ class TransferPlan:
     def bound(
         self, src_ids: Ids, dst_ids: Ids, layers: Sequence[int] | None
     ) -> BoundTemplate | None:
-        """What multiplies these blocks out as they are; None if some form longer runs together, or
-        a piece has to be cut."""
+        """Return what multiplies these blocks out as they are; None if some form longer runs
+        together, or a piece has to be cut."""
         key = None if layers is None else tuple(layers)
         bound = self._bound.get(key)
         if bound is None:

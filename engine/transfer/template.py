@@ -86,7 +86,7 @@ class BoundTemplate:
         self.uncut = 0 < longest <= MAX_PIECE_NBYTES
 
     def pieces(self, src_ids: Ids, dst_ids: Ids) -> BoundPieces:
-        """All pieces of these blocks."""
+        """Return all pieces of these blocks."""
         count = len(src_ids)
         if not count:
             return NO_PIECES
@@ -102,7 +102,7 @@ class BoundTemplate:
         )
 
     def shares(self, num_blocks: int, limit_nbytes: int, limit: int) -> list[Share]:
-        """Cuts the pieces of so many blocks into shares of about `limit_nbytes` and at most `limit`
+        """Cut the pieces of so many blocks into shares of about `limit_nbytes` and at most `limit`
         pieces."""
         key = (num_blocks, limit_nbytes, limit)
         shares = self._shares.get(key)
@@ -119,8 +119,8 @@ class BoundTemplate:
         return BoundBlocks(self._local.steps(mine), self._remote.steps(theirs))
 
     def iovecs(self, share: Share, blocks: BoundBlocks) -> tuple[Column, Column]:
-        """A share's pieces as `int64[n, 2]`: virtual addresses in this process and in the peer's,
-        and lengths."""
+        """Return a share's pieces as `int64[n, 2]`: virtual addresses in this process and in the
+        peer's, and lengths."""
         return (
             self._local.iovec(blocks.local, share.rows, share.blocks),
             self._remote.iovec(blocks.remote, share.rows, share.blocks),
@@ -175,13 +175,13 @@ class _Side:
             self._stride = self._stride[:1]
 
     def columns(self) -> Column:
-        """Where each row begins, what an id adds, and the row's length."""
+        """Return where each row begins, what an id adds, and the row's length."""
         stride = np.broadcast_to(self._stride, (len(self._rows), 1))
         start, nbytes = self._rows[:, 0, :1], self._rows[:, 0, 1:]
         return np.concatenate((start, stride, nbytes), axis=1)
 
     def steps(self, ids: Ids) -> npt.NDArray[np.int64]:
-        """What these ids add to a row: `[1 or row, id, 2]`."""
+        """Return what these ids add to a row: `[1 or row, id, 2]`."""
         steps = np.zeros((len(self._stride), len(ids), 2), np.int64)
         np.multiply(self._stride, ids, out=steps[:, :, 0])
         return steps

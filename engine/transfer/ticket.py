@@ -89,11 +89,11 @@ class Ticket:
         return f"<Ticket {self.operation} peer={self.peer!r} imm={self.imm} {state}>"
 
     def done(self) -> bool:
-        """Whether the operation ended, well or badly."""
+        """Return whether the operation ended, well or badly."""
         return self._done
 
     def exception(self) -> Exception | None:
-        """The error it ended with, or None while pending or after success."""
+        """Return the error it ended with, or None while pending or after success."""
         return self._error
 
     @property
@@ -129,7 +129,7 @@ class Ticket:
         return self._nbytes
 
     def _sleep(self, timeout_s: float | None) -> bool:
-        """Sleeps until the end; False if `timeout_s` passed first."""
+        """Sleep until the end; False if `timeout_s` passed first."""
         with self._lock:
             if self._done:
                 return True
@@ -159,7 +159,7 @@ class Ticket:
         return self._nbytes
 
     def wait_on(self, stream: torch.cuda.Stream) -> None:
-        """Lets a CUDA stream wait until the operation ends; the host goes on at once.
+        """Let a CUDA stream wait until the operation ends; the host goes on at once.
 
         For an `expect` whose bytes come over `cuda_ipc` no host is in the loop: the stream waits
         for a word of GPU memory that the writer's kernel adds to; for a write or read over
@@ -183,7 +183,7 @@ class Ticket:
             raise self._error
 
     def add_done_callback(self, callback: Callable[[Ticket], None]) -> None:
-        """Calls `callback(ticket)` once it ended: at once if it has, else on the ending thread.
+        """Call `callback(ticket)` once it ended: at once if it has, else on the ending thread.
 
         The callback must be short and must not block: it may run on a transport's thread.
         """
@@ -194,7 +194,7 @@ class Ticket:
         self._call(callback)
 
     def cancel(self) -> bool:
-        """Ends a pending ticket with `Cancelled`; False when it had already ended.
+        """End a pending ticket with `Cancelled`; False when it had already ended.
 
         A write or read ends once nothing touches its memory any more, so perhaps a moment later.
         Cancelling an `expect` does not stop a writer: the blocks stay in danger until the peer has
@@ -203,18 +203,18 @@ class Ticket:
         return self._stop(self._make_error(Cancelled, "cancelled by this side"))
 
     def _mark(self, name: str) -> None:
-        """Notes that it got here for the first time. At most once a system call: decision 0040."""
+        """Note that it got here for the first time. At most once a system call: decision 0040."""
         if name not in self.marks:
             self.marks[name] = time.monotonic_ns()
 
     def _mark_staged(self, name: str, nbytes: int) -> None:
-        """Notes that so many more of its bytes went through staging."""
+        """Note that so many more of its bytes went through staging."""
         with self._lock:  # a link's rails work side by side
             self.marks[name] = time.monotonic_ns()
             self.staged_nbytes += nbytes
 
     def _expire(self) -> bool:
-        """Ends a pending ticket because its deadline has passed."""
+        """End a pending ticket because its deadline has passed."""
         return self._stop(self._make_error(DeadlineExceeded, "the deadline passed"))
 
     def _make_error(self, kind: type[_Error], message: str) -> _Error:
@@ -260,7 +260,8 @@ class Ticket:
 
 
 def all_of(tickets: Sequence[Ticket]) -> Ticket:
-    """One ticket for several: ends when the last one ends, with their bytes or the first error."""
+    """Return one ticket for several: ends when the last one ends, with their bytes or the first
+    error."""
     whole = Ticket(tickets[0].operation if tickets else "nothing")
     left = len(tickets)
     lock = threading.Lock()

@@ -70,13 +70,13 @@ class PathHost(Protocol):
         """Whether the link is down."""
 
     def transfer(self, number: int) -> Transfer | None:
-        """The transfer of this number, if it has not ended."""
+        """Return the transfer of this number, if it has not ended."""
 
     def grant(self, claim: Claim, register: Callable[[MemoryRegion], tuple[int, ...]]) -> None:
-        """Answers a peer that asks for leave to reach a region."""
+        """Answer a peer that asks for leave to reach a region."""
 
     def has_access(self, regions: tuple[RegionDescriptor, ...]) -> bool:
-        """Whether the peer has granted all of these regions."""
+        """Return whether the peer has granted all of these regions."""
 
     def heard(self) -> None:
         """The peer gave a sign of life."""
@@ -84,25 +84,25 @@ class PathHost(Protocol):
     def count(
         self, imm: int, nbytes: int, writes: int, *, write_nbytes: int = 0, staged: bool = False
     ) -> None:
-        """Counts bytes of the peer's that are visible here."""
+        """Count bytes of the peer's that are visible here."""
 
     def reject(self, transfer: int, imm: int | None, error: EngineError, *, first: int = 0) -> None:
-        """Refuses part of a peer's write: both ends' tickets end."""
+        """Refuse part of a peer's write: both ends' tickets end."""
 
     def abort(self, imm: int, reason: str) -> None:
-        """Tells the peer that this imm's counter will never reach its total."""
+        """Tell the peer that this imm's counter will never reach its total."""
 
     def send(self, message: LinkMessage) -> None:
-        """Sends a control message; never blocks."""
+        """Send a control message; never blocks."""
 
     def fail(self, error: EngineError) -> None:
-        """Takes the link down."""
+        """Take the link down."""
 
     def suspect(self) -> None:
         """A socket ended without goodbye."""
 
     def down_error(self, operation: str) -> EngineError:
-        """The link's error again, for an operation that came after it."""
+        """Return the link's error again, for an operation that came after it."""
 
 
 class Kernels(Protocol):
@@ -147,7 +147,7 @@ class DataPath(abc.ABC):
     is False goes on to the link."""
 
     def start(self) -> None:  # noqa: B027 - most paths have no threads of their own
-        """Starts what the path needs; called once, when the link is known to the engine."""
+        """Start what the path needs; called once, when the link is known to the engine."""
 
     @abc.abstractmethod
     def submit(self, transfer: Transfer) -> None:
@@ -164,19 +164,19 @@ class DataPath(abc.ABC):
         return False
 
     def prepare(self, plan: TransferPlan, layers: Sequence[int] | None) -> None:  # noqa: B027
-        """Does beforehand what the first transfer of a plan would have to do. May block."""
+        """Do beforehand what the first transfer of a plan would have to do. May block."""
 
     def tick(self) -> None:  # noqa: B027 - most paths are told what happens
-        """Looks at what nobody tells it; every 50 ms, on the progress thread."""
+        """Look at what nobody tells it; every 50 ms, on the progress thread."""
 
     def granted(self, region: RegionDescriptor, keys: tuple[int, ...]) -> None:  # noqa: B027
         """The peer lets this end reach a region, with these keys of its devices. Never blocks."""
 
     def drain(self) -> None:  # noqa: B027 - only where arrivals are noticed by asking
-        """Counts what has arrived and is not counted: nothing more will be said about it."""
+        """Count what has arrived and is not counted: nothing more will be said about it."""
 
     def rail_states(self) -> tuple[RailState, ...]:
-        """The link's rails, where the path has several that live and die by themselves."""
+        """Return the link's rails, where the path has several that live and die by themselves."""
         return ()
 
     def forget(self, region_id: int) -> None:  # noqa: B027 - most paths keep nothing of a region
@@ -184,4 +184,4 @@ class DataPath(abc.ABC):
 
     @abc.abstractmethod
     def halt(self, halted: Callable[[], None]) -> None:
-        """Stops all work, then calls `halted` once, from any thread. Never blocks."""
+        """Stop all work, then calls `halted` once, from any thread. Never blocks."""

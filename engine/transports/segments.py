@@ -50,13 +50,13 @@ class Segment(NamedTuple):
     ticket: Ticket | None
 
     def begin(self) -> tuple[Iovec, int] | None:
-        """Begins to send it: its pieces in this process, and the GPU that holds them, -1 for host
+        """Begin to send it: its pieces in this process, and the GPU that holds them, -1 for host
         memory. None if the transfer has ended. Two works: the sender's, and the peer's answer."""
         transfer = self.transfer
         return (transfer.local[self.pieces], transfer.device()) if transfer.begin(2) else None
 
     def frame(self) -> tuple[frames.Header, bytes]:
-        """The header and the tables of the frame that carries it."""
+        """Return the header and the tables of the frame that carries it."""
         transfer = self.transfer
         regions = tables.region_rows(transfer.remote_regions)
         pieces = tables.piece_rows(transfer, self.pieces)
@@ -73,18 +73,18 @@ class Segment(NamedTuple):
         return header, regions.tobytes() + pieces.tobytes()
 
     def fail(self, error: EngineError) -> None:
-        """Ends the transfer with an error, once nobody works on it."""
+        """End the transfer with an error, once nobody works on it."""
         self.transfer.stop(error)
 
     def sent(self, error: EngineError | None = None) -> None:
-        """Ends the sending thread's work; with an error, nothing was sent."""
+        """End the sending thread's work; with an error, nothing was sent."""
         if error is not None:
             self.transfer.stop(error)
             self.transfer.end(0)  # the peer will not answer what it was not sent
         self.transfer.end(0)
 
     def placed(self, nbytes: int, error: EngineError | None, staged: bool) -> None:
-        """Ends the wait for a segment of a read: its bytes are placed, or could not be."""
+        """End the wait for a segment of a read: its bytes are placed, or could not be."""
         transfer = self.transfer
         if error is not None:
             transfer.stop(error)
@@ -107,11 +107,11 @@ class Reply(NamedTuple):
     ticket: Ticket | None = None  # the peer that reads keeps its own
 
     def begin(self) -> tuple[Iovec, int] | None:
-        """Returns its pieces, whose memory is in use already, and the GPU that holds them."""
+        """Return its pieces, whose memory is in use already, and the GPU that holds them."""
         return self.admitted.iov, self.admitted.device
 
     def frame(self) -> tuple[frames.Header, bytes]:
-        """The header of the frame that carries it; it has no tables."""
+        """Return the header of the frame that carries it; it has no tables."""
         header = frames.Header(
             kind=frames.DATA,
             flags=0,
@@ -125,11 +125,11 @@ class Reply(NamedTuple):
         return header, b""
 
     def fail(self, error: EngineError) -> None:
-        """Tells the peer that it will not get what it asked for."""
+        """Tell the peer that it will not get what it asked for."""
         _refuse(self.link, self.transfer, self.first, error)
 
     def sent(self, error: EngineError | None = None) -> None:
-        """Ends the use of its memory; with an error, nothing was sent."""
+        """End the use of its memory; with an error, nothing was sent."""
         self.admitted.release()
         if error is not None:
             self.fail(error)
@@ -165,7 +165,7 @@ class Outstanding:
     def submit(
         self, transfer: Transfer, cuts: Iterable[slice], send: Callable[[Segment], None]
     ) -> None:
-        """Hands the segments of a write to `send`; asks the peer for those of a read."""
+        """Hand the segments of a write to `send`; ask the peer for those of a read."""
         verify = self._link.core.verify
         for pieces in cuts:
             segment = Segment(transfer, pieces, verify, transfer.ticket)
@@ -184,12 +184,12 @@ class Outstanding:
                 )
 
     def sending(self, transfer: int) -> None:
-        """Notes that a segment of a write is being sent, which the peer will answer."""
+        """Note that a segment of a write is being sent, which the peer will answer."""
         with self._lock:
             self._unanswered[transfer] = self._unanswered.get(transfer, 0) + 1
 
     def acknowledged(self, message: Acknowledge) -> bool:
-        """Handles the peer's word that it has placed a segment of a write."""
+        """Handle the peer's word that it has placed a segment of a write."""
         transfer = self._link.transfer(message.transfer)
         if not self._answered(message.transfer) or transfer is None:
             self._link.fail(answer_to_nothing())
@@ -198,12 +198,12 @@ class Outstanding:
         return True
 
     def refused(self, message: Refuse) -> bool:
-        """Takes note of a refusal; False if nothing was asked that it answers."""
+        """Take note of a refusal; False if nothing was asked that it answers."""
         read = self._reads.pop((message.transfer, message.first), None)
         return read is not None or self._answered(message.transfer)
 
     def take_read(self, number: int, first: int, nbytes: int) -> Landing | None:
-        """Where a segment of a read goes that has come; None if it was not asked for.
+        """Return where a segment of a read goes that has come; None if it was not asked for.
 
         Raises:
             ProtocolError: so many bytes were not.
@@ -226,8 +226,8 @@ class Outstanding:
 
 
 def begin_counted(link: PathHost, transfer: Transfer) -> bool:
-    """Notes that a write is counted once all of its bytes are placed: they are counted one by one, as
-    they arrive. False if the transfer has none: it has ended."""
+    """Note that a write is counted once all of its bytes are placed: they are counted one by one,
+    as they arrive. False if the transfer has none: it has ended."""
     if transfer.write and transfer.imm is not None:
         done = Arrived(transfer.imm, 0, 1, write_nbytes=transfer.total_nbytes)
         transfer.on_placed = functools.partial(link.send, done)
@@ -237,7 +237,7 @@ def begin_counted(link: PathHost, transfer: Transfer) -> bool:
 
 
 def serve(link: PathHost, ask: ReadRequest, most_nbytes: int | None = None) -> Reply | None:
-    """Admits what a peer reads; None if it is refused, or the link has failed."""
+    """Admit what a peer reads; None if it is refused, or the link has failed."""
     try:
         admitted = tables.admit(link.core.regions, ask.regions, ask.pieces, staged=True)
     except LinkError as error:
@@ -266,7 +266,7 @@ def admit_write(
     first: int = 0,
     slot: int | None = None,
 ) -> Landing | None:
-    """Admits a segment that a peer writes; None if it is refused.
+    """Admit a segment that a peer writes; None if it is refused.
 
     Args:
         rows: its tables of regions and of pieces.
@@ -300,7 +300,7 @@ def admit_write(
 
 
 def drop_replies(items: queue.SimpleQueue[Segment | Reply | None]) -> None:
-    """Ends the use of memory that peers wanted to read, of all that a queue holds."""
+    """End the use of memory that peers wanted to read, of all that a queue holds."""
     while True:
         try:
             item = items.get_nowait()
@@ -311,7 +311,7 @@ def drop_replies(items: queue.SimpleQueue[Segment | Reply | None]) -> None:
 
 
 def prepare_gpus(link: PathHost, prepare: Callable[[int], object]) -> None:
-    """Prepares staging for the GPUs whose memory is registered already: making it later could wait
+    """Prepare staging for the GPUs whose memory is registered already: making it later could wait
     for a stream that waits for us."""
     for device in link.core.regions.gpus():
         try:
@@ -321,12 +321,12 @@ def prepare_gpus(link: PathHost, prepare: Callable[[int], object]) -> None:
 
 
 def answer_to_nothing() -> ProtocolError:
-    """The error for a peer that acknowledges, checks or refuses what it was not asked."""
+    """Return the error for a peer that acknowledges, checks or refuses what it was not asked."""
     return ProtocolError("the peer answers something that it was not asked")
 
 
 def checksum_mismatch(peer: str, imm: int | None) -> ChecksumMismatch:
-    """The error for bytes that changed on their way."""
+    """Return the error for bytes that changed on their way."""
     return ChecksumMismatch(
         "the bytes that arrived are not the bytes that were sent; nothing was counted",
         operation="verify",

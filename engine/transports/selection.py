@@ -66,7 +66,8 @@ class TransportSelection:
         return bool({"tcp", "verbs"} & set(self.offered))
 
     def mismatch(self, name: str, address: EngineAddress, host_id: str) -> str:
-        """Why a transport cannot serve this engine, of host `host_id`, and that one, or ""."""
+        """Return why a transport cannot serve this engine, of host `host_id`, and that one, or
+        ""."""
         if name not in TRANSPORTS:
             return f"unknown: use {' or '.join(TRANSPORTS)}"
         if name not in self.offered:
@@ -94,7 +95,8 @@ class TransportSelection:
 
 
 def unsuited(name: str, regions: RegionTable) -> str:
-    """Why a transport is not tried unless it is asked for, with what is registered, or ""."""
+    """Return why a transport is not tried unless it is asked for, with what is registered, or
+    ""."""
     if name == "cuda_ipc" and not regions.gpus():
         return "no GPU memory is registered in this engine yet"
     return ""

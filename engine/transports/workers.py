@@ -18,7 +18,7 @@ class Breakable(Protocol):
     """What workers may do to their link."""
 
     def fail(self, error: EngineError, /) -> None:
-        """Takes it down."""
+        """Take it down."""
 
     def suspect(self) -> None:
         """The peer may be gone."""
@@ -50,7 +50,7 @@ class Workers:
         return self._closed
 
     def enter(self) -> bool:
-        """Lets one more begin, who must then `run` or `leave`; False if none may any more."""
+        """Let one more begin, who must then `run` or `leave`; False if none may any more."""
         with self._lock:
             if self._closed:
                 return False
@@ -66,14 +66,14 @@ class Workers:
             after()
 
     def run(self, work: Callable[[], None]) -> None:
-        """Does the work of one who has entered, then leaves. Raises nothing."""
+        """Do the work of one who has entered, then leave. Raises nothing."""
         try:
             guard(self._link, self._what, work, self._disconnected)
         finally:
             self.leave()
 
     def enter_and_run(self, work: Callable[[], None]) -> None:
-        """Does a work on the calling thread, unless nobody may enter any more. Raises nothing."""
+        """Do a work on the calling thread, unless nobody may enter any more. Raises nothing."""
         if self.enter():
             self.run(work)
 
@@ -99,7 +99,7 @@ def guard(
     work: Callable[[], None],
     disconnected: tuple[type[Exception], ...] = (),
 ) -> None:
-    """Does work for a link; what it raises takes the link down."""
+    """Do work for a link; what it raises takes the link down."""
     try:
         work()
     except EngineError as error:

@@ -57,7 +57,7 @@ class ControlChannel:
         handle: Callable[[LinkMessage], None],
         ended: Callable[[], None],
     ) -> None:
-        """Begins to receive.
+        """Begin to receive.
 
         Args:
             heard: called when anything has come.
@@ -69,7 +69,7 @@ class ControlChannel:
         self._progress.watch(self._sock.fileno(), select.EPOLLIN, self._ready)
 
     def send(self, message: LinkMessage) -> None:
-        """Sends a message; never blocks. On a closed channel it does nothing."""
+        """Send a message; never blocks. On a closed channel it does nothing."""
         data = wire.encode(message)
         with self._lock:
             if self.closed:
@@ -124,7 +124,7 @@ class ControlChannel:
         self._progress.unwatch(self._sock.fileno())
 
     def close(self) -> bool:
-        """Closes the socket; False if it was closed."""
+        """Close the socket; False if it was closed."""
         with self._lock:
             if self.closed:
                 return False

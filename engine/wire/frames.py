@@ -40,13 +40,13 @@ class Header(NamedTuple):
 
 
 def encode(header: Header) -> bytes:
-    """The header's bytes."""
+    """Return the header's bytes."""
     body = _BODY.pack(MAGIC, *header)
     return body + _CRC.pack(zlib.crc32(body))
 
 
 def decode(data: bytes) -> Header:
-    """Reads a header and checks everything that can be checked without a region.
+    """Read a header and check everything that can be checked without a region.
 
     Raises:
         ProtocolError: naming the first thing that is wrong.

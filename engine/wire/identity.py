@@ -46,7 +46,7 @@ class EngineAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def decode(cls, data: bytes) -> EngineAddress:
-        """Reads what `encode` wrote.
+        """Read what `encode` wrote.
 
         Raises:
             ProtocolError: it is not an engine address.

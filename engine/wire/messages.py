@@ -262,13 +262,13 @@ _decoder: msgspec.msgpack.Decoder[LinkMessage] = msgspec.msgpack.Decoder(LinkMes
 
 
 def encode(message: LinkMessage) -> bytes:
-    """One message with its length in front."""
+    """Return one message with its length in front."""
     body = _encoder.encode(message)
     return len(body).to_bytes(LENGTH_NBYTES, "little") + body
 
 
 def decode_all(buffer: bytearray) -> list[LinkMessage]:
-    """Takes every complete message out of `buffer`.
+    """Take every complete message out of `buffer`.
 
     Raises:
         ProtocolError: a length or a message is not of this protocol.

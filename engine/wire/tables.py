@@ -35,13 +35,13 @@ class Admitted(NamedTuple):
     device: int = -1  # the GPU that holds all of them; -1 for host memory
 
     def release(self) -> None:
-        """Ends the use."""
+        """End the use."""
         for region in self.regions:
             region.release()
 
 
 def region_rows(regions: tuple[RegionDescriptor, ...]) -> npt.NDArray[np.void]:
-    """The region table of descriptors that a peer gave us."""
+    """Return the region table of descriptors that a peer gave us."""
     rows = np.zeros(len(regions), REGION_ROW)
     rows["region"] = [region.region_id for region in regions]
     keys = b"".join(region.key for region in regions)
@@ -50,7 +50,7 @@ def region_rows(regions: tuple[RegionDescriptor, ...]) -> npt.NDArray[np.void]:
 
 
 def piece_rows(transfer: Transfer, part: slice) -> npt.NDArray[np.void]:
-    """The remote side of some of a transfer's pieces."""
+    """Return the remote side of some of a transfer's pieces."""
     offsets = transfer.remote_offset[part]
     rows = np.zeros(len(offsets), PIECE_ROW)
     rows["region"] = transfer.remote_index[part]
@@ -62,7 +62,7 @@ def piece_rows(transfer: Transfer, part: slice) -> npt.NDArray[np.void]:
 def admit(
     table: RegionTable, region_data: bytes, piece_data: bytes, *, staged: bool = False
 ) -> Admitted:
-    """Checks keys and ranges and marks the regions as in use.
+    """Check keys and ranges and marks the regions as in use.
 
     Args:
         staged: whether the caller has staging for GPU memory.

@@ -118,7 +118,7 @@ def busy() -> Iterator[list[int]]:
 def calls(
     cuda: Driver, launcher: LoadedKernel | LaunchByCtypes, stream: int, there: int, here: int
 ) -> dict[str, Callable[[], object]]:
-    """The calls, in one way, of 256 bytes between two addresses."""
+    """Return the calls, in one way, of 256 bytes between two addresses."""
     event = cuda.new_event(0)
 
     def enter_and_leave() -> None:

@@ -39,7 +39,7 @@ class IdleMemory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def start() -> Callable[[], tuple[IdleMemory, ...]]:
-    """Starts to measure every subject; the returned function waits and says what came out."""
+    """Start to measure every subject; the returned function waits and says what came out."""
     command = [sys.executable, "-m", "kvferry.tools.bench.idle_memory"]
     running = {
         name: subprocess.Popen(
@@ -94,7 +94,7 @@ def _resident_nbytes() -> int:
 
 
 def main(name: str) -> None:
-    """Prints resident bytes with torch, with the subject's module, and with the idle subject."""
+    """Print resident bytes with torch, with the subject's module, and with the idle subject."""
     importlib.import_module("torch")
     torch_nbytes = _resident_nbytes()
     path, make = _SUBJECTS[name]

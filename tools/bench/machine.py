@@ -41,13 +41,13 @@ def describe(versions: dict[str, str]) -> Machine:
 
 
 def memory_nbytes(field: str) -> int:
-    """A field of /proc/meminfo in bytes; 0 if it has none."""
+    """Return a field of /proc/meminfo in bytes; 0 if it has none."""
     value = _field("/proc/meminfo", field)
     return int(value.split()[0]) << 10 if value else 0
 
 
 def _field(path: str, name: str) -> str:
-    """What follows the colon of the first line that begins with `name`."""
+    """Return what follows the colon of the first line that begins with `name`."""
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         key, _, value = line.partition(":")
         if key.strip() == name:

@@ -64,7 +64,7 @@ class Missing(RuntimeError):
 
 
 def crossover(speeds: dict[int, tuple[float, float]]) -> int:
-    """The smallest piece from which on direct is at least as fast as staged, up to noise."""
+    """Return the smallest piece from which on direct is at least as fast as staged, up to noise."""
     limit = NEVER_DIRECT
     for nbytes, (direct, staged) in sorted(speeds.items(), reverse=True):
         if direct < BETTER * staged:
@@ -104,7 +104,7 @@ def _pool(transport: str, *, here: bool) -> Any:
 
 
 def _engines(transport: str, stack: contextlib.ExitStack) -> list[TransferEngine]:
-    """One for each way."""
+    """Return one for each way."""
     return [
         stack.enter_context(
             TransferEngine(

@@ -51,7 +51,7 @@ def choose_devices(wanted: str) -> tuple[str, str]:
 
 
 def _gpus() -> tuple[str, int]:
-    """Why there are none, or how many there are."""
+    """Return why there are none, or how many there are."""
     reason = cuda.absence()
     if reason:
         return reason, 0

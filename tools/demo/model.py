@@ -30,7 +30,7 @@ _MODEL_SEED, _PROMPT_SEED = 20, 21
 
 
 def make_model(device: str = "cpu") -> Any:
-    """The demo's `LlamaForCausalLM`, in bf16; takes no file and no network.
+    """Return the demo's `LlamaForCausalLM`, in bf16; take no file and no network.
 
     The weights are drawn on the CPU, so that they are the same everywhere.
     """
@@ -63,7 +63,7 @@ def make_prompts(num_prompts: int) -> list[list[int]]:
 
 
 def batches(num_prompts: int) -> list[range]:
-    """Which prompts decode together; neighbours in length, so that little is padding."""
+    """Return which prompts decode together; neighbours in length, so that little is padding."""
     return [
         range(start, min(start + BATCH_SIZE, num_prompts))
         for start in range(0, num_prompts, BATCH_SIZE)
@@ -72,7 +72,7 @@ def batches(num_prompts: int) -> list[range]:
 
 @torch.inference_mode()
 def prefill(model: Any, prompt: Sequence[int]) -> DynamicCache:
-    """Runs one prompt through the model; the cache holds every token of it."""
+    """Run one prompt through the model; the cache holds every token of it."""
     cache = DynamicCache(config=model.config)
     ids = torch.tensor([prompt], device=model.device)
     model(input_ids=ids, use_cache=True, logits_to_keep=1, **{cache_argument(model): cache})
@@ -121,7 +121,8 @@ def generate(
 
 
 def _left_padded(caches: Sequence[Any], lengths: Sequence[int], config: Any) -> DynamicCache:
-    """The first `lengths[i]` tokens of each cache as one batch, zeros before the shorter ones."""
+    """Return the first `lengths[i]` tokens of each cache as one batch, zeros before the shorter
+    ones."""
     longest = max(lengths)
     batch = DynamicCache(config=config)
     for number, layer in enumerate(caches[0].layers):

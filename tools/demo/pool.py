@@ -32,7 +32,7 @@ class FragmentedPool:
     """
 
     def __init__(self, config: Any, num_blocks: int, *, seed: int, device: str = "cpu") -> None:
-        """Poisons `num_blocks` blocks for a model's layers and KV heads; owns their memory."""
+        """Poison `num_blocks` blocks for a model's layers and KV heads; owns their memory."""
         shape = (2, num_blocks, TOKENS_PER_BLOCK, config.num_key_value_heads, config.head_dim)
         self.tensors = [
             torch.full(shape, POISON, dtype=torch.int16, device=device).view(torch.bfloat16)
@@ -71,7 +71,7 @@ class FragmentedPool:
         return np.fromiter(taken, dtype=np.int64, count=needed)
 
     def free(self, block_ids: Sequence[int] | np.ndarray[Any, Any]) -> None:
-        """Takes blocks back and poisons them. The caller vouches that no writer can reach them.
+        """Take blocks back and poison them. The caller vouches that no writer can reach them.
 
         Raises:
             ValueError: a block is free already.
@@ -85,7 +85,8 @@ class FragmentedPool:
         self._free.update(ids)
 
     def stray_blocks(self) -> int:
-        """How many free blocks hold anything but poison: something wrote where it had no right."""
+        """Return how many free blocks hold anything but poison: something wrote where it had no
+        right."""
         ids = sorted(self._free)
         touched = torch.zeros(len(ids), dtype=torch.bool)
         for layer in self.tensors:
@@ -93,5 +94,5 @@ class FragmentedPool:
         return int(touched.sum())
 
     def flip_bits(self, block: int, layer: int) -> None:
-        """Flips the lowest bit of every byte of a block in one layer: the negative control."""
+        """Flip the lowest bit of every byte of a block in one layer: the negative control."""
         self.tensors[layer].view(torch.uint8)[:, block] ^= 1

@@ -63,7 +63,7 @@ class DemoProgress:
             self._bars.stop()
 
     def show(self, event: Event) -> None:
-        """Shows one event."""
+        """Show one event."""
         match event:
             case Started(role, pid) if not self._bars:
                 self._print(f"{role} is process {pid}")
@@ -140,7 +140,7 @@ class Collector:
                 self.skipped[transport] = reason
 
     def results(self) -> list[TransportResult]:
-        """One result a transport that ran, in the order of the options."""
+        """Return one result a transport that ran, in the order of the options."""
         return [
             self._result(name, self.received[name])
             for name in self.options.transports
@@ -172,7 +172,7 @@ class Collector:
         return sum(len(set(tokens)) for tokens in answers) / len(answers)
 
     def problems(self) -> list[str]:
-        """Why the demo has to fail; empty when all is well."""
+        """Return why the demo has to fail; empty when all is well."""
         found = []
         note = " (a block was damaged on purpose)" if self.options.corrupt else ""
         results = self.results()
@@ -217,7 +217,7 @@ class Collector:
         }
 
     def table(self) -> Table:
-        """A row a transport, for people."""
+        """Return a row a transport, for people."""
         table = Table(
             title="KV cache handed from process to process; p50 and p99 of one handoff",
             box=SIMPLE_HEAD,
@@ -244,7 +244,7 @@ class Collector:
         return table
 
     def lines(self, wall_s: float) -> list[str]:
-        """What the table leaves out, a sentence each."""
+        """Return what the table leaves out, a sentence each."""
         pools = ", ".join(
             f"{role} {pool.num_free} of {pool.num_blocks}" for role, pool in self.finished.items()
         )
@@ -270,5 +270,5 @@ def mismatches(reference: Sequence[int], decoded: Sequence[int]) -> int:
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """The nearest-rank percentile of sorted values."""
+    """Return the nearest-rank percentile of sorted values."""
     return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)]

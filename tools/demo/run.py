@@ -32,7 +32,7 @@ class DemoError(RuntimeError):
 
 
 def check_requirements() -> None:
-    """Looks for transformers by its metadata: importing it takes seconds.
+    """Look for transformers by its metadata: importing it takes seconds.
 
     Raises:
         DemoError: it is missing or too old.
@@ -48,7 +48,7 @@ def check_requirements() -> None:
 
 
 def run(options: Options, on_event: Callable[[Event], None]) -> None:
-    """Runs both workers to their end; `on_event` sees everything they tell, in this thread.
+    """Run both workers to their end; `on_event` sees everything they tell, in this thread.
 
     When it returns or raises, neither worker is running.
 
@@ -88,7 +88,7 @@ def _follow(
     workers: dict[str, SpawnProcess],
     on_event: Callable[[Event], None],
 ) -> None:
-    """Passes events on until both workers have finished."""
+    """Pass events on until both workers have finished."""
     running: dict[Any, str] = {pipe: role for role, pipe in pipes.items()}
     unfinished = set(pipes)
     deadline_s = time.monotonic() + options.silence_s
@@ -114,7 +114,7 @@ def _follow(
 
 
 def _blame(role: str, message: str, workers: dict[str, SpawnProcess]) -> str:
-    """What to say when `role` failed with `message`, or ended without one.
+    """Return what to say when `role` failed with `message`, or ended without one.
 
     A worker that a signal killed could not speak for itself, and the other's complaint is only
     what followed: so it is named, if there is one.
@@ -159,7 +159,7 @@ def _work(role: str, options: Options, parent: Connection, peer: Connection) -> 
 
 
 def _repeat_exactly() -> None:
-    """Leaves torch the one attention kernel for CUDA that gives the same bits every time.
+    """Leave torch the one attention kernel for CUDA that gives the same bits every time.
 
     With the others, equal caches gave other tokens in one of twelve batches on an H200.
     """
@@ -172,7 +172,7 @@ def _repeat_exactly() -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this process with its parent, however that one ended."""
+    """End this process with its parent, however that one ended."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -149,7 +149,7 @@ def _generate(
     options: Options,
     parent: Connection,
 ) -> None:
-    """Generates a batch and tells the parent, a step at a time and then the tokens."""
+    """Generate a batch and tell the parent, a step at a time and then the tokens."""
     tokens = demo_model.generate(
         model,
         [prompts[prompt] for prompt in batch],
@@ -163,7 +163,7 @@ def _generate(
 def _make_agents(
     role: Role, options: Options, pool: FragmentedPool
 ) -> tuple[dict[str, Agent], dict[str, str]]:
-    """An agent for each transport, all of them on the one pool; and why some have none."""
+    """Return an agent for each transport, all of them on the one pool; and why some have none."""
     agents, unavailable = {}, {}
     for name in options.transports:
         try:
@@ -187,7 +187,7 @@ def _connect(
     unavailable: dict[str, str],
     options: Options,
 ) -> dict[str, str]:
-    """Connects agents to their peers: the peer's name by transport, of those that work.
+    """Connect agents to their peers: the peer's name by transport, of those that work.
 
     Adds to `unavailable` those that do not.
 
@@ -213,23 +213,23 @@ def _connect(
 
 
 def _make_pool(model: Any, blocks_in_use: int, *, seed: int, device: str) -> FragmentedPool:
-    """A pool with room to scatter: three times the blocks that are ever held together."""
+    """Return a pool with room to scatter: three times the blocks that are ever held together."""
     return FragmentedPool(model.config, 3 * blocks_in_use, seed=seed, device=device)
 
 
 def _synchronize(device: str) -> None:
-    """Waits for what this process has enqueued on its GPU, if it has one."""
+    """Wait for what this process has enqueued on its GPU, if it has one."""
     if device != "cpu":
         torch.cuda.synchronize(device)
 
 
 def _num_blocks(prompts: list[list[int]], batch: range) -> int:
-    """How many blocks the prompts of a batch fill."""
+    """Return how many blocks the prompts of a batch fill."""
     return sum(blocks_for(len(prompts[prompt]), TOKENS_PER_BLOCK) for prompt in batch)
 
 
 def _receive(peer: Connection, kind: Any, options: Options) -> Any:
-    """The other worker's next message, which must be a `kind`.
+    """Return the other worker's next message, which must be a `kind`.
 
     Raises:
         PeerGone: it ended, or said nothing for `options.deadline_s`.
@@ -248,7 +248,7 @@ def _receive(peer: Connection, kind: Any, options: Options) -> Any:
 def _finish(
     role: Role, agents: dict[str, Agent], pool: FragmentedPool, parent: Connection
 ) -> Finished:
-    """Closes the agents, looks the pool over, and tells the parent."""
+    """Close the agents, look the pool over, and tell the parent."""
     for agent in agents.values():
         agent.close()
     finished = Finished(role, pool.num_blocks, pool.num_free, pool.stray_blocks())

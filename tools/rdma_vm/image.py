@@ -45,12 +45,13 @@ class Image(NamedTuple):
 
 
 def cache_folder() -> Path:
-    """Where images are kept: `$XDG_CACHE_HOME/kvferry/rdma-vm`."""
+    """Return where images are kept: `$XDG_CACHE_HOME/kvferry/rdma-vm`."""
     return pinned.cache_folder() / "rdma-vm"
 
 
 def build() -> Image:
-    """The image of Debian's current kernel; made if it is not in the cache. Several may ask at once.
+    """Return the image of Debian's current kernel; made if it is not in the cache. Several may ask
+    at once.
 
     Raises:
         ImageError: a step failed.
@@ -70,7 +71,8 @@ def build() -> Image:
 
 
 def kernel_package() -> str:
-    """The package that Debian's current kernel is in; the newest one in the cache if apt is silent.
+    """Return the package that Debian's current kernel is in; the newest one in the cache if apt is
+    silent.
 
     Raises:
         ImageError: neither knows one.
@@ -88,7 +90,7 @@ def kernel_package() -> str:
 
 
 def _build(package: str, scratch: Path) -> None:
-    """Makes `scratch/image` with a kernel and an initramfs."""
+    """Make `scratch/image` with a kernel and an initramfs."""
     _run(["apt-get", "download", package], cwd=scratch)
     (archive,) = scratch.glob("*.deb")
     tree, root, image = scratch / "tree", scratch / "root", scratch / "image"
@@ -119,7 +121,7 @@ def _build(package: str, scratch: Path) -> None:
 
 
 def _modules(tree: Path, version: str, into: Path) -> list[str]:
-    """Copies the modules and what they depend on; returns their file names in loading order."""
+    """Copy the modules and what they depend on; return their file names in loading order."""
     order: dict[str, None] = {}
     for module in MODULES:
         lines = _run(["modprobe", "-d", str(tree), "-S", version, "--show-depends", module])

@@ -38,7 +38,7 @@ class MachineError(Exception):
 def run(
     command: Sequence[str], *, pairs: int = 1, mtu: int = MAX_MTU, timeout_s: float = 600.0
 ) -> int:
-    """Runs `command` inside, its output on this process's; returns its exit status.
+    """Run `command` inside, its output on this process's; return its exit status.
 
     Args:
         pairs: veth pairs, each with two rxe devices that reach each other: rxe0 and rxe1, …

@@ -32,7 +32,7 @@ SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def which(program: str) -> str | None:
-    """Where a program is; system folders are searched whatever PATH says."""
+    """Return where a program is; system folders are searched whatever PATH says."""
     return shutil.which(program) or shutil.which(program, path=SYSTEM_PATH)
 
 
@@ -45,7 +45,7 @@ def packages() -> set[str]:
 
 
 def missing() -> str:
-    """Why the machine cannot run here, in one line that says what to install; or ""."""
+    """Return why the machine cannot run here, in one line that says what to install; or ""."""
     if not _is_its_kind_of_host():
         return f"it is a Linux x86-64 machine, and this is {platform.system()} {platform.machine()}"
     lacking = packages()

@@ -44,17 +44,17 @@ class Backends(Protocol):
     """Where servers come from. `place` and `close` may block, and come from any one thread."""
 
     def known(self) -> dict[str, list[Backend]]:
-        """All servers, by role: `prefill` and `decode`. A server may have both."""
+        """Return all servers, by role: `prefill` and `decode`. A server may have both."""
 
     def place(self, model: str, tokens: int, exclude: Collection[str]) -> Pair:
-        """The pair for a request.
+        """Return the pair for a request.
 
         Raises:
             PlacementError: none is left; says what is missing.
         """
 
     def close(self) -> None:
-        """Lets go of what it holds."""
+        """Let go of what it holds."""
 
 
 class FixedBackends:
@@ -111,7 +111,7 @@ class DaemonBackends:
         }
 
     def models(self) -> list[str]:
-        """What the servers serve."""
+        """Return what the servers serve."""
         return sorted({m.registration.model for m in self._serving()})
 
     def place(self, model: str, tokens: int, exclude: Collection[str]) -> Pair:

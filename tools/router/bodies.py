@@ -22,7 +22,7 @@ class Ask(NamedTuple):
     headers: dict[str, str]
 
     def with_params(self, params: Body) -> Ask:
-        """The same with what tells the server where its KV goes or comes from."""
+        """Return the same with what tells the server where its KV goes or comes from."""
         return self._replace(body=self.body | {"kv_transfer_params": params})
 
 
@@ -31,7 +31,7 @@ class BadRequest(Exception):
 
 
 def read_body(raw: bytes) -> Body:
-    """The body of a request.
+    """Return the body of a request.
 
     Raises:
         BadRequest: it is no JSON object.
@@ -46,7 +46,7 @@ def read_body(raw: bytes) -> Body:
 
 
 def one_engine_only(body: Body) -> str:
-    """Why a request cannot be split over two engines, so that decode computes all; or ""."""
+    """Return why a request cannot be split over two engines, so that decode computes all; or ""."""
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int):
         return "it has several prompts"
@@ -59,7 +59,7 @@ def one_engine_only(body: Body) -> str:
 
 
 def for_prefill(body: Body) -> Body:
-    """The request as prefill gets it: one token, in one answer."""
+    """Return the request as prefill gets it: one token, in one answer."""
     dropped = ("stream", "stream_options", "min_tokens", "best_of", "max_completion_tokens")
     short = {key: value for key, value in body.items() if key not in dropped}
     limit = "max_completion_tokens" if "messages" in body else "max_tokens"
@@ -80,30 +80,31 @@ def estimate_tokens(body: Body) -> int:
 
 
 def address_in(params: Body) -> Body:
-    """Where a prefill engine's agents are, out of what it answered; {} if that is not all there."""
+    """Return where a prefill engine's agents are, out of what it answered; {} if that is not all
+    there."""
     address = {key: params[key] for key in ADDRESS_KEYS if params.get(key)}
     return address if set(ADDRESS_KEYS[:3]) <= address.keys() else {}
 
 
 def error_body(message: str, kind: str, status: int) -> bytes:
-    """An error as OpenAI's clients read it."""
+    """Return an error as OpenAI's clients read it."""
     error = {"message": message, "type": kind, "param": None, "code": status}
     return json.dumps({"error": error}).encode()
 
 
 def event(data: bytes) -> bytes:
-    """One server-sent event."""
+    """Return one server-sent event."""
     return b"data: " + data + b"\n\n"
 
 
 def split_events(held: bytes) -> tuple[list[bytes], bytes]:
-    """The whole events in what has come so far, and the beginning of the next."""
+    """Return the whole events in what has come so far, and the beginning of the next."""
     *whole, rest = held.replace(b"\r\n", b"\n").split(b"\n\n")
     return [each + b"\n\n" for each in whole], rest
 
 
 def error_in(one: bytes) -> str:
-    """The error that an event carries, or ""."""
+    """Return the error that an event carries, or ""."""
     data = _data(one)
     error = data.get("error") if data else None
     if not error:
@@ -112,7 +113,7 @@ def error_in(one: bytes) -> str:
 
 
 def opens_only(one: bytes) -> bool:
-    """Whether an event only opens an answer: a role, and no token yet."""
+    """Return whether an event only opens an answer: a role, and no token yet."""
     data = _data(one)
     choices = data.get("choices") if data else None
     if not choices or not all(isinstance(choice, dict) for choice in choices):

@@ -41,7 +41,7 @@ def router(
         bool, typer.Option(help="Call both servers at once, so that layers go out one by one.")
     ] = True,
 ) -> None:
-    """Serves the OpenAI API: prompts on prefill servers, tokens from decode servers."""
+    """Serve the OpenAI API: prompts on prefill servers, tokens from decode servers."""
     try:
         from .server import Router
     except ModuleNotFoundError as error:
@@ -76,7 +76,7 @@ def router(
 
 
 async def _serve(router: Any, host: str, port: int) -> None:
-    """Serves until a signal."""
+    """Serve until a signal."""
     from aiohttp import web
 
     runner = web.AppRunner(router.app, handler_cancellation=True, shutdown_timeout=CLOSE_S)

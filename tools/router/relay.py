@@ -98,7 +98,7 @@ class Relay:
         self._addresses.pop(backend.name, None)
 
     async def begin(self, pair: Pair, ask: Ask) -> Answer:
-        """One attempt, up to decode's first token.
+        """Return one attempt, up to decode's first token.
 
         Raises:
             ServerFailed: try another. Refused: nobody would do better.
@@ -145,7 +145,7 @@ class Relay:
                 found.close()
 
     async def _prefill(self, backend: Backend, ask: Ask) -> Body:
-        """What prefill says of where the KV is."""
+        """Return what prefill says of where the KV is."""
         started_s = time.monotonic()
         short = bodies.for_prefill(ask.body)
         try:
@@ -192,7 +192,8 @@ class Relay:
     async def _first_token(
         self, backend: Backend, answer: aiohttp.ClientResponse
     ) -> tuple[list[bytes], bytes]:
-        """The events up to the first that is no mere opening, and what has come of the next."""
+        """Return the events up to the first that is no mere opening, and what has come of the
+        next."""
         held: list[bytes] = []
         rest = b""
         while sum(map(len, held)) + len(rest) < MAX_HELD_NBYTES:
@@ -212,7 +213,7 @@ class Relay:
     async def _events(
         self, backend: Backend, answer: aiohttp.ClientResponse, first: list[bytes], rest: bytes
     ) -> AsyncIterator[bytes]:
-        """The stream as it comes; an error event if it breaks."""
+        """Return the stream as it comes; an error event if it breaks."""
         ended = False
         try:
             yield b"".join(first)

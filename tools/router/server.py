@@ -156,7 +156,7 @@ class Router:
         raise failed
 
     async def _place(self, body: Body, tried: tuple[set[str], set[str]]) -> Pair:
-        """A pair of servers that were not tried, or of as few that were as can be.
+        """Return a pair of servers that were not tried, or of as few that were as can be.
 
         Raises:
             ControlError: nobody is there.

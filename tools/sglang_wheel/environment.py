@@ -17,7 +17,8 @@ VARIABLE = "KVFERRY_SGLANG_ENV"
 
 
 def ensure() -> Path:
-    """Unpacks it unless it is there; returns the folder to import from. Processes wait for each other.
+    """Unpack it unless it is there; return the folder to import from. Processes wait for each
+    other.
 
     Raises:
         CannotInstall: no package index, or no wheel for this Python.

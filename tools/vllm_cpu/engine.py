@@ -83,7 +83,7 @@ class Engine:
     def submit(
         self, prompt: list[int], max_tokens: int, params: Any = None, name: str = ""
     ) -> tuple[str, Any]:
-        """Adds a request; returns its name, a new one if "", and the future of its output."""
+        """Add a request; return its name, a new one if "", and the future of its output."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -107,7 +107,7 @@ class Engine:
         return name, future
 
     def abort(self, name: str) -> None:
-        """Aborts a request; its future ends with None."""
+        """Abort a request; its future ends with None."""
 
         def stop() -> None:
             self._engine.abort_request([name])
@@ -118,7 +118,7 @@ class Engine:
         self._commands.put(stop)
 
     def call(self, function: Any) -> Any:
-        """Runs `function(llm)` between two steps."""
+        """Run `function(llm)` between two steps."""
         done: Future[Any] = Future()
 
         def run() -> None:
@@ -133,12 +133,12 @@ class Engine:
     def generate(
         self, prompt: list[int], max_tokens: int, params: Any = None, name: str = ""
     ) -> Any:
-        """One request, to its end."""
+        """Return one request, to its end."""
         _, future = self.submit(prompt, max_tokens, params, name)
         return future.result(WAIT_S)
 
     def processes(self) -> list[int]:
-        """The engine's processes, its scheduler's first."""
+        """Return the engine's processes, its scheduler's first."""
         children: dict[int, list[int]] = {}
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
@@ -152,11 +152,11 @@ class Engine:
         return found
 
     def close(self) -> None:
-        """Ends its processes."""
+        """End its processes."""
         self._engine.engine_core.shutdown()
 
     def forget_prefixes(self, wait_s: float = 30.0) -> bool:
-        """Empties the prefix cache; False if blocks are still held by requests after `wait_s`."""
+        """Empty the prefix cache; False if blocks are still held by requests after `wait_s`."""
         deadline_s = time.monotonic() + wait_s
         while not self.call(lambda llm: llm.reset_prefix_cache()):
             if time.monotonic() > deadline_s:
@@ -165,7 +165,7 @@ class Engine:
         return True
 
     def zero_caches(self) -> None:
-        """Overwrites the whole cache of the engine's workers with zeros."""
+        """Overwrite the whole cache of the engine's workers with zeros."""
         self.call(lambda llm: llm.collective_rpc(_zero_caches))
 
 
@@ -175,5 +175,5 @@ def _zero_caches(worker: Any) -> None:
 
 
 def tokens(output: Any) -> list[int]:
-    """What was generated."""
+    """Return what was generated."""
     return list(output.outputs[0].token_ids)

@@ -23,7 +23,7 @@ NEEDED_BYTES = 6 << 30  # 3.4 GB installed, as much again while pip unpacks
 
 
 def ensure() -> Path:
-    """Makes the environment unless it is there; returns its Python. Processes wait for each other.
+    """Make the environment unless it is there; return its Python. Processes wait for each other.
 
     Raises:
         CannotInstall: no disk, no package index, or pip failed.
@@ -32,7 +32,7 @@ def ensure() -> Path:
 
 
 def environ() -> dict[str, str]:
-    """What a process in the environment needs to import kvferry from this checkout."""
+    """Return what a process in the environment needs to import kvferry from this checkout."""
     paths = [str(HERE.parents[1] / "src"), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     clean = {key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"}
     return clean | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}

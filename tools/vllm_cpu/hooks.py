@@ -32,7 +32,7 @@ GOAL_US = 50.0  # that both together may cost
 
 
 def make(role: KVConnectorRole) -> Any:
-    """One of the two, of a model of 32 layers on a CPU."""
+    """Return one of the two, of a model of 32 layers on a CPU."""
     spec = FullAttentionSpec(
         block_size=TOKENS, num_kv_heads=HEADS, head_size=HEAD_SIZE, dtype=torch.float32
     )
@@ -58,7 +58,7 @@ def make(role: KVConnectorRole) -> Any:
 
 
 def scheduler_step(connector: Any, output: Any) -> Any:
-    """What vLLM's scheduler calls; returns what it sends the workers."""
+    """Return what vLLM's scheduler calls; return what it sends the workers."""
     metadata = connector.build_connector_meta(output)
     connector.update_connector_output(KVConnectorOutput())
     connector.has_pending_push_work()

@@ -44,7 +44,7 @@ UCX_TLS = {"cma": "tcp,sm,self", "tcp": "tcp,self"}
 
 
 def connector(kind: str, role: str) -> dict[str, Any]:
-    """A `KVTransferConfig`: `kvferry:MODE:TRANSPORT` or `nixl:MODE:TRANSPORT`."""
+    """Return a `KVTransferConfig`: `kvferry:MODE:TRANSPORT` or `nixl:MODE:TRANSPORT`."""
     name, mode, transport = kind.split(":")
     if name == "nixl":
         return {"kv_connector": f"Nixl{mode.title()}Connector", "kv_role": role}
@@ -76,7 +76,7 @@ class Pair:
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """Lets the engines' processes run."""
+        """Let the engines' processes run."""
         pids = self.prefill.processes() + self.decode.processes()
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
@@ -130,14 +130,14 @@ class Pair:
             self.found.setdefault(name, []).append(1e3 * seconds)
 
     def close(self) -> None:
-        """Ends the engines."""
+        """End the engines."""
         with self.turn():
             self.prefill.close()
             self.decode.close()
 
 
 def measure(pairs: list[Pair]) -> None:
-    """Prints a JSON line for each pair: medians in milliseconds, and quartiles of the load."""
+    """Print a JSON line for each pair: medians in milliseconds, and quartiles of the load."""
     for number in range(WARM_UP + ROUNDS):
         if number == WARM_UP:
             print("== measuring", flush=True)
@@ -162,7 +162,7 @@ def ratio(ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> float
 
 
 def main(model: str, *kinds: str) -> None:
-    """Measures all of them together, and ends their processes."""
+    """Measure all of them together, and end their processes."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # or stopped processes would stay
     pairs: list[Pair] = []
     try:

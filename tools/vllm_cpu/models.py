@@ -42,7 +42,7 @@ def make_tokenizer(folder: str) -> None:
 
 
 def make_llama() -> Any:
-    """A Llama of 4 layers with 4 KV heads."""
+    """Return a Llama of 4 layers with 4 KV heads."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
@@ -53,7 +53,7 @@ def make_llama() -> Any:
 
 
 def make_hybrid() -> Any:
-    """A Gemma 3 of 6 layers, every third of which attends to all, the others to a window.
+    """Return a Gemma 3 of 6 layers, every third of which attends to all, the others to a window.
 
     vLLM makes three groups of them, of two layers each, which share the same two tensors.
     """
@@ -74,7 +74,8 @@ def make_hybrid() -> Any:
 
 
 def make_mla() -> Any:
-    """A DeepSeek V2 of 3 dense layers, with the latent that vLLM's CPU kernel knows: 512 + 64."""
+    """Return a DeepSeek V2 of 3 dense layers, with the latent that vLLM's CPU kernel knows: 512 +
+    64."""
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
     return DeepseekV2ForCausalLM(
@@ -113,7 +114,7 @@ MODELS = {"llama": make_llama, "hybrid": make_hybrid, "mla": make_mla}
 
 
 def main(folder: str, kind: str = "llama") -> None:
-    """Writes one of them, as vLLM loads it."""
+    """Write one of them, as vLLM loads it."""
     import torch
 
     make_tokenizer(folder)

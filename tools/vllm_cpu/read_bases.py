@@ -48,7 +48,7 @@ Form = dict[str, Any]  # of a member: its parameters and decorators, or that it 
 
 
 def read_wheel(path: str) -> tuple[str, dict[str, dict[str, Form]]]:
-    """A wheel's version, and its classes' members."""
+    """Return a wheel's version, and its classes' members."""
     found: dict[str, dict[str, Form]] = {}
     with zipfile.ZipFile(path) as wheel:
         for file, names in CLASSES.items():
@@ -82,7 +82,7 @@ def members(node: ast.ClassDef) -> dict[str, Form]:
 
 
 def keep(cls: str, name: str) -> bool:
-    """Whether it is one that a connector may use: private ones of its own bases are."""
+    """Return whether it is one that a connector may use: private ones of its own bases are."""
     return not name.startswith("_") or name == "__init__" or cls in BASES_OF_OURS
 
 
@@ -127,7 +127,7 @@ def write(merged: dict[str, dict[str, list[Form]]]) -> str:
 
 
 def main(*paths: str) -> None:
-    """Prints what the wheels have."""
+    """Print what the wheels have."""
     if not paths:
         sys.exit("name the wheels of the versions to read")
     print(write(merge(dict(map(read_wheel, paths)))))

@@ -66,7 +66,7 @@ _PR_SET_PTRACER_ANY = ctypes.c_ulong(-1)
 
 
 def yama_scope() -> int:
-    """Reads Yama's ptrace_scope; 0 where there is no Yama."""
+    """Read Yama's ptrace_scope; 0 where there is no Yama."""
     try:
         with open(YAMA) as file:
             return int(file.read())
@@ -75,7 +75,7 @@ def yama_scope() -> int:
 
 
 def probe() -> Availability:
-    """Tries the system call on this process itself, and looks at what Yama would allow."""
+    """Try the system call on this process itself, and look at what Yama would allow."""
     word = np.arange(2, dtype=np.uint64)
     try:
         read_word(os.getpid(), word.ctypes.data)
@@ -101,7 +101,7 @@ def permit_peers() -> None:
 
 
 def read_word(pid: int, address: int) -> bytes:
-    """Reads 16 bytes of another process, to find out whether it may be reached.
+    """Read 16 bytes of another process, to find out whether it may be reached.
 
     Raises:
         OSError: it may not.
@@ -113,7 +113,7 @@ def read_word(pid: int, address: int) -> bytes:
 
 
 def refusal(error: OSError) -> str:
-    """Says why an attachment failed, and what to do."""
+    """Say why an attachment failed, and what to do."""
     if error.errno == errno.EPERM:
         return (
             "the kernel does not let one engine reach the other's memory (different users, "
@@ -174,7 +174,8 @@ class CmaPath(DataPath):
         )
 
     def _is_staged(self, transfer: Transfer) -> bool:
-        """Tells whether staging is needed: GPU memory at either end, or the table of paths says so."""
+        """Tell whether staging is needed: GPU memory at either end, or the table of paths says
+        so."""
         regions = (*transfer.local_regions, *transfer.remote_regions)
         if any(region.kind != "host" for region in regions):
             return True
@@ -210,7 +211,7 @@ class CmaPath(DataPath):
             self._start(transfer, [functools.partial(copy, share) for share in shares])
 
     def _announce(self, transfer: Transfer) -> bool:
-        """Notes that the write is counted at its end; ends an empty transfer, and returns False."""
+        """Note that the write is counted at its end; end an empty transfer, and return False."""
         if transfer.write and transfer.imm is not None:
             transfer.on_placed = functools.partial(self._count, transfer.imm, transfer)
         if not transfer.total_nbytes and transfer.begin():
@@ -239,7 +240,8 @@ class CmaPath(DataPath):
         return self._answered(message.transfer, message.first) is None
 
     def _answered(self, transfer: int, chunk: int) -> tuple[Transfer, int, int] | None:
-        """Takes a chunk's transfer, size and checksum off the list; fails the link if it was not asked."""
+        """Take a chunk's transfer, size and checksum off the list; fail the link if it was not
+        asked."""
         with self._lock:
             entry = self._unchecked.pop((transfer, chunk), None)
         if entry is None:
@@ -286,7 +288,8 @@ class CmaPath(DataPath):
         nbytes: int,
         placed: Callable[[], None] | None = None,
     ) -> None:
-        """Copies, unless the transfer has been stopped. What is `placed` ends, if that is not given."""
+        """Copy, unless the transfer has been stopped. What is `placed` ends, if that is not
+        given."""
         if not transfer.begin():
             return
         transfer.ticket._mark("on wire")
@@ -302,7 +305,7 @@ class CmaPath(DataPath):
             placed()
 
     def _count(self, imm: int, transfer: Transfer) -> None:
-        """Counts a write that is placed; the peer counts the bytes that it verifies."""
+        """Count a write that is placed; the peer counts the bytes that it verifies."""
         nbytes, verify = transfer.total_nbytes, self._link.core.verify
         done = Arrived(imm, 0, 1, write_nbytes=nbytes) if verify else Arrived(imm, nbytes, 1)
         self._link.send(done)
@@ -351,7 +354,7 @@ class CmaPath(DataPath):
         return True
 
     def _check(self, ask: Check) -> None:
-        """Compares the peer's checksum with one over this process's memory."""
+        """Compare the peer's checksum with one over this process's memory."""
         link = self._link
         try:
             admitted = tables.admit(link.core.regions, ask.regions, ask.pieces)

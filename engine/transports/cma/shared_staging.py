@@ -69,7 +69,7 @@ class _Gathered(NamedTuple):
     nbytes: int
 
     def end(self, error: EngineError | None) -> None:
-        """Ends the use of where they come from."""
+        """End the use of where they come from."""
         self.item.sent(error)
 
 
@@ -81,7 +81,7 @@ class _Scattered(NamedTuple):
     landing: Landing
 
     def end(self, error: EngineError | None) -> None:
-        """Ends the use of where its bytes go."""
+        """End the use of where its bytes go."""
         self.landing.placed(error, True)
 
 
@@ -121,11 +121,11 @@ class SharedStaging:
     # What the path calls.
 
     def submit(self, transfer: Transfer) -> None:
-        """Starts a transfer, once the compute before it is done."""
+        """Start a transfer, once the compute before it is done."""
         hold_until_computed(self._link.core.gate, transfer, self._submit)
 
     def prepare(self, device: int) -> None:
-        """Makes and pins this side's staging beforehand, and loads what the GPU needs. May block.
+        """Make and pins this side's staging beforehand, and loads what the GPU needs. May block.
 
         Raises:
             DeviceError: the GPU's driver refuses.
@@ -138,7 +138,7 @@ class SharedStaging:
         )
 
     def halt(self, halted: Callable[[], None]) -> None:
-        """Stops all work, then calls `halted` once, from any thread. Never blocks."""
+        """Stop all work, then calls `halted` once, from any thread. Never blocks."""
         self._workers.close()
         self._out.put(None)
         self._free.put(None)
@@ -232,7 +232,7 @@ class SharedStaging:
         item.sent(failure)
 
     def _region_rows(self, transfer: Transfer) -> bytes:
-        """Encodes a transfer's region table; most transfers name the regions of the one before."""
+        """Encode a transfer's region table; most transfers name the regions of the one before."""
         if self._named[0] is not transfer.remote_regions:
             rows = tables.region_rows(transfer.remote_regions).tobytes()
             self._named = (transfer.remote_regions, rows)
@@ -271,7 +271,7 @@ class SharedStaging:
         return _Scattered(staged.slot, moved, landing)
 
     def _landing(self, staged: Staged) -> Landing | None:
-        """Where staged bytes go; None if that is refused."""
+        """Return where staged bytes go; None if that is refused."""
         number, first, nbytes = staged.transfer, staged.first, staged.nbytes
         if not staged.reply:
             rows = (staged.regions, staged.pieces)
@@ -297,7 +297,7 @@ class SharedStaging:
         return iovec.checksum(iovec.one(slots.slot(slot), nbytes))
 
     def _slots(self) -> SharedSlots:
-        """Returns this side's slots; makes them with the first call, and tells the peer."""
+        """Return this side's slots; make them with the first call, and tell the peer."""
         with self._making:
             slots = self._mine
             if slots is None:
@@ -345,7 +345,7 @@ class SharedStaging:
     # Threads.
 
     def _start(self, name: str, work: Callable[[], None]) -> bool:
-        """Starts a thread if it does not run yet; False if the link is halting."""
+        """Start a thread if it does not run yet; False if the link is halting."""
         with self._lock:
             if self._workers.closed:
                 return False
@@ -363,7 +363,7 @@ class SharedStaging:
         return True
 
     def _leave(self, halted: Callable[[], None]) -> None:
-        """Frees everything: the last thread has ended."""
+        """Free everything: the last thread has ended."""
         drop_replies(self._out)
         for slots in (self._mine, self._theirs):
             if slots is not None:
@@ -374,7 +374,7 @@ class SharedStaging:
 
 
 def _cuts(nbytes: npt.NDArray[np.int64]) -> Iterator[slice]:
-    """Cuts a list of pieces into consecutive parts, each of which a slot holds."""
+    """Cut a list of pieces into consecutive parts, each of which a slot holds."""
     ends = np.cumsum(nbytes)
     start, done, limit_nbytes = 0, 0, FIRST_PART_NBYTES
     while start < len(ends):
@@ -395,5 +395,6 @@ def _done(begun: _Gathered | _Scattered) -> bool:
 
 
 def _drop(begun: _Gathered | _Scattered) -> None:
-    """Waits for the copies of a thread that fails: they end before anybody believes that they have."""
+    """Wait for the copies of a thread that fails: they end before anybody believes that they
+    have."""
     begun.end(outcome(begun.moved))

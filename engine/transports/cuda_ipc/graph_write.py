@@ -130,7 +130,7 @@ class GraphWrite:
         return None if isinstance(error, Cancelled) else error
 
     def launch(self, stream: torch.cuda.Stream | None = None) -> None:
-        """Launches on a stream, the current one if None; usually while it is being captured.
+        """Launch on a stream, the current one if None; usually while it is being captured.
 
         Raises:
             EngineError: it has ended.
@@ -159,7 +159,7 @@ class GraphWrite:
             )
 
     def poll(self) -> bool:
-        """Tells the peer's host what replays have moved since the last time; whether there was any.
+        """Tell the peer's host what replays have moved since the last time; whether there was any.
 
         Called often by the engine; call it yourself to hurry.
         """
@@ -180,7 +180,7 @@ class GraphWrite:
                 self._report(words[0] & 0xFFFFFFFF, words[1] & 0xFFFFFFFFFF, words[0] >> 32 & 1)
 
     def close(self) -> None:
-        """Ends it: replays move nothing from now on, and those that run have ended on return.
+        """End it: replays move nothing from now on, and those that run have ended on return.
 
         Waits for everything that was given to the GPU. Safe to call again.
         """

@@ -88,7 +88,7 @@ class _Flight(Event):
         self.lane._land(self)
 
     def stream_wait(self, _ticket: Ticket, stream: torch.cuda.Stream) -> bool:
-        """Lets a stream wait for the kernels."""
+        """Let a stream wait for the kernels."""
         cuda = driver()
         cuda.enter(stream.device_index)
         try:
@@ -135,7 +135,7 @@ class Lane:
         self._thread.start()
 
     def mark(self, stream: torch.cuda.Stream) -> Event:
-        """What a stream has been given so far, as an event for `Transfer.after`."""
+        """Return what a stream has been given so far, as an event for `Transfer.after`."""
         event = Event(self._some_events())
         self._cuda.enter(self.device)
         try:
@@ -145,7 +145,7 @@ class Lane:
         return event
 
     def warm(self) -> None:
-        """Copies once to and fro, so that what the driver loads for that is there."""
+        """Copy once to and fro, so that what the driver loads for that is there."""
         with self._lock, torch.cuda.stream(self.stream):
             scratch = self._take(FEWEST_WORDS)
             scratch.upload(16, self._raw_stream)
@@ -153,7 +153,7 @@ class Lane:
             self._free[scratch.num_words].append(scratch)
 
     def try_out(self, copies: tuple[LoadedCopy, ...], ids: CheckedIds, many: int) -> None:
-        """Loads and runs all kernels that copies of up to `many` ids may need; may take seconds.
+        """Load and runs all kernels that copies of up to `many` ids may need; may take seconds.
 
         Args:
             ids: of a block that does not exist, on the GPU.
@@ -187,7 +187,7 @@ class Lane:
         rows: npt.NDArray[np.int64] | None,
         kernels: Callable[[torch.Tensor | None], Launched],
     ) -> None:
-        """Enqueues a transfer's kernels; the lane's thread ends the transfer once they are done.
+        """Enqueue a transfer's kernels; the lane's thread ends the transfer once they are done.
 
         Args:
             nbytes: that the kernels move.
@@ -224,7 +224,7 @@ class Lane:
         stream: int | None,
         counter: int,
     ) -> None:
-        """Enqueues a transfer of blocks, which takes the host one launch and little more.
+        """Enqueue a transfer of blocks, which takes the host one launch and little more.
 
         Args:
             ids: at least one.
@@ -309,12 +309,12 @@ class Lane:
             self._failed(flight, error)
 
     def ring(self) -> None:
-        """Wakes the lane's thread if it sleeps."""
+        """Wake the lane's thread if it sleeps."""
         if self._asleep:
             self._bell.put(None)
 
     def close(self) -> None:
-        """Waits until nothing is in flight and ends the thread. Not on the lane's own thread."""
+        """Wait until nothing is in flight and end the thread. Not on the lane's own thread."""
         with self._lock:
             if self._closed:
                 return
@@ -326,7 +326,7 @@ class Lane:
         _idle_streams.setdefault(self.device, []).append(self._raw_stream)
 
     def _some_events(self) -> list[int]:
-        """The idle events of the device; at least one."""
+        """Return the idle events of the device; at least one."""
         if not self._idle_events:
             idle_events(self.device)  # the same list
         return self._idle_events
@@ -396,7 +396,7 @@ class Lane:
         return flight.bad_ids is not None and bool(flight.bad_ids.item())
 
     def _land(self, flight: _Flight) -> None:
-        """Waits for a transfer's kernels and ends it, on whichever thread is the first to see it:
+        """Wait for a transfer's kernels and end it, on whichever thread is the first to see it:
         a caller that waits need not be woken by the lane's thread."""
         transfer, moved = flight.transfer, flight.nbytes
         failure = None

@@ -48,13 +48,13 @@ _MANY_IDS = 1 << 30  # more work than any cap: what is loaded for them is loaded
 
 
 def available() -> Availability:
-    """Whether this machine may have CUDA. Starts nothing, so that a fork stays possible."""
+    """Return whether this machine may have CUDA. Starts nothing, so that a fork stays possible."""
     reason = cuda.absence()
     return Availability(not reason, reason or "there is an NVIDIA driver")
 
 
 def probe() -> Availability:
-    """Starts the driver and asks which GPUs reach each other."""
+    """Start the driver and ask which GPUs reach each other."""
     reason = cuda.absence()
     if reason:
         return Availability(False, reason)
@@ -227,7 +227,7 @@ class CudaIpcPath(DataPath):
         lane.copy_blocks(transfer, compiled.copies, move.ids, raw_stream, counter)
 
     def _raw_stream(self, transfer: Transfer, stream: torch.cuda.Stream | None, device: int) -> int:
-        """The caller's stream, or the device's current one: after what it has been given."""
+        """Return the caller's stream, or the device's current one: after what it has been given."""
         if stream is None:
             if self._current_stream is None:
                 import torch
@@ -303,7 +303,7 @@ class CudaIpcPath(DataPath):
         return write
 
     def _watch(self) -> bool:
-        """Passes on what graph writes have done; whether there was anything."""
+        """Pass on what graph writes have done; whether there was anything."""
         if not self._graph_writes:
             return False
         seen = False
@@ -357,7 +357,8 @@ class CudaIpcPath(DataPath):
     # Both.
 
     def _goes_direct(self, transfer: Transfer) -> bool:
-        """Whether a kernel moves the transfer; if not, `cma` does, by staging if a GPU is in it."""
+        """Return whether a kernel moves the transfer; if not, `cma` does, by staging if a GPU is in
+        it."""
         if transfer.move is not None:
             return True  # `takes` has said so
         if self._link.core.verify:
@@ -368,7 +369,7 @@ class CudaIpcPath(DataPath):
         )
 
     def _prepare(self, transfer: Transfer, kinds: set[str]) -> None:
-        """Refuses what this path cannot move; arranges the count of what it can."""
+        """Refuse what this path cannot move; arranges the count of what it can."""
         self._check_kinds(kinds, transfer.local_regions, transfer.ticket.operation)
         if transfer.write and transfer.imm is not None:
             transfer.on_placed = functools.partial(self._tell_placed, transfer)
@@ -387,7 +388,7 @@ class CudaIpcPath(DataPath):
         raise NotRegistered(why, operation=operation, peer=peer)
 
     def _tell_placed(self, transfer: Transfer) -> None:
-        """Tells the peer's host what the kernel has added to its device's counter."""
+        """Tell the peer's host what the kernel has added to its device's counter."""
         assert transfer.imm is not None
         nbytes = transfer.total_nbytes
         self._link.send(Arrived(transfer.imm, nbytes, 1, device_nbytes=nbytes))

@@ -49,7 +49,7 @@ class PeerReach:
         local: tuple[MemoryRegion | RegisteredCache, ...],
         remote: tuple[RegionDescriptor, ...],
     ) -> str:
-        """Why kernels of this side, beside `local`, do not reach these regions; or "".
+        """Return why kernels of this side, beside `local`, do not reach these regions; or "".
 
         Once the peer has granted them, they are mapped to find out; until then, as far as can be
         told. What has stood in the way once does so as long as the link lives.
@@ -112,7 +112,7 @@ class PeerMappings:
         self._closed = False
 
     def address(self, device: int, region: RegionDescriptor) -> int:
-        """Where kernels on `device` find the start of a peer's region; maps it if need be.
+        """Return where kernels on `device` find the start of a peer's region; maps it if need be.
 
         Raises:
             TransportUnavailable: they cannot reach it, and why.
@@ -131,7 +131,8 @@ class PeerMappings:
         return self._map(device, memory, name, region.region_id, memory.chunks) + memory.offset
 
     def counters(self, device: int, region: RegionDescriptor) -> int:
-        """Where kernels on `device` find the device counters of the engine that owns a region.
+        """Return where kernels on `device` find the device counters of the engine that owns a
+        region.
 
         Raises:
             TransportUnavailable: as for `address`.
@@ -143,8 +144,8 @@ class PeerMappings:
         return self._map(device, memory, memory.counters, 0)
 
     def obstacle(self, device: int, region: RegionDescriptor) -> str:
-        """Why kernels on `device` cannot reach a peer's region, as far as can be told without
-        mapping it; or ""."""
+        """Return why kernels on `device` cannot reach a peer's region, as far as can be told
+        without mapping it; or ""."""
         if region.cuda is None:
             return "it is not exported"
         cuda = driver()
@@ -154,7 +155,8 @@ class PeerMappings:
         return ""
 
     def _foreign(self, device: int, memory: CudaMemory) -> bool:
-        """Whether it is another process's, after a check that kernels on `device` can reach it."""
+        """Return whether it is another process's, after a check that kernels on `device` can reach
+        it."""
         cuda = driver()
         peer_device = cuda.find_device(memory.device_uuid)
         if peer_device >= 0 and not cuda.can_access(device, peer_device):
@@ -176,7 +178,7 @@ class PeerMappings:
         user: int,
         chunks: Sequence[tuple[int, int]] = (),
     ) -> int:
-        """Maps an allocation by its handle, or chunks, which `name` then only tells from others."""
+        """Map an allocation by its handle, or chunks, which `name` then only tells from others."""
         cuda = driver()
         key = (device, name)
         with self._lock:
@@ -218,7 +220,7 @@ class PeerMappings:
                     mapping.close()
 
     def close(self) -> None:
-        """Unmaps everything: no kernel uses it any more."""
+        """Unmap everything: no kernel uses it any more."""
         with self._lock:
             self._closed = True
             mappings, self._mappings = self._mappings, {}
@@ -239,7 +241,7 @@ class MappedChunks:
     """
 
     def __init__(self, device: int, pid: int, chunks: Sequence[tuple[int, int]]) -> None:
-        """Maps chunks that process `pid` has exported.
+        """Map chunks that process `pid` has exported.
 
         Raises:
             DeviceError: the kernel refuses the descriptors, or the driver what they stand for.
@@ -269,7 +271,7 @@ class MappedChunks:
             ) from error
 
     def close(self) -> None:
-        """Unmaps them: no kernel uses them any more."""
+        """Unmap them: no kernel uses them any more."""
         cuda = driver()
         for start, size in self._mapped:
             cuda.unmap_chunk(self._device, start, size)
@@ -278,7 +280,7 @@ class MappedChunks:
 
 @contextlib.contextmanager
 def _closing(fd: int) -> Iterator[int]:
-    """A file descriptor, closed at the end of the block."""
+    """Return a file descriptor, closed at the end of the block."""
     try:
         yield fd
     finally:
@@ -286,7 +288,7 @@ def _closing(fd: int) -> Iterator[int]:
 
 
 def _copy(pidfd: int, fd: int) -> int:
-    """A copy of another process's file descriptor. Raises OSError."""
+    """Return a copy of another process's file descriptor. Raises OSError."""
     copy: int = ctypes.CDLL(None, use_errno=True).syscall(_PIDFD_GETFD, pidfd, fd, 0)
     if copy < 0:
         code = ctypes.get_errno()

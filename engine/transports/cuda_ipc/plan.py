@@ -49,7 +49,7 @@ def compile_plan(
     device: int,
     max_programs: int | None,
 ) -> CudaPlan:
-    """Makes the tables on `device`.
+    """Make the tables on `device`.
 
     Args:
         remote_addresses: of the peer's regions, as kernels on `device` see them.

@@ -66,7 +66,7 @@ class Flag:
         return [cls(page, position) for position in range(count)]
 
     def take_down(self) -> bool:
-        """Whether it was set; it is down afterwards."""
+        """Return whether it was set; it is down afterwards."""
         word = self._word
         if not word.value:
             return False
@@ -102,7 +102,7 @@ class AnyonesEvent:
 
 
 def idle_events(device: int) -> list[int]:
-    """Where the idle events of a device are kept; at least one is there."""
+    """Return where the idle events of a device are kept; at least one is there."""
     idle = _idle_events.setdefault(device, [])
     if not idle:
         idle.extend(driver().new_event(device) for _ in range(AHEAD))

@@ -57,7 +57,7 @@ def compile_tokens(
     dst_addresses: Ids,
     device: torch.device,
 ) -> tuple[TokenLaunch, ...]:
-    """Makes the tables on `device`.
+    """Make the tables on `device`.
 
     Args:
         src_addresses, dst_addresses: of the layouts' regions, as kernels on `device` see them.
@@ -88,7 +88,7 @@ def compile_tokens(
 
 
 def span_of(launch: TokenLaunch, start: int, stop: int, num_states: int) -> Span:
-    """What a launch moves of tokens `[start, stop)`, or of so many pages of state."""
+    """Return what a launch moves of tokens `[start, stop)`, or of so many pages of state."""
     pair = launch.pair
     if not pair.unit:
         return Span(0, num_states)
@@ -152,7 +152,7 @@ def _relayout(
 def _scaling(
     copy_group: CopyGroup, scales: Sequence[Ids | None], split: int, device: torch.device
 ) -> Scaling | None:
-    """Where a copy group's scales are, as a kernel reads and writes them."""
+    """Return where a copy group's scales are, as a kernel reads and writes them."""
     src, dst = scales
     if src is None and dst is None:
         return None
@@ -187,7 +187,8 @@ def _scaling(
 
 
 def _merged(copy_group: CopyGroup, steps: list[Step], by_head: bool) -> tuple[list[Step], int]:
-    """The axes left to walk, innermost at the destination first, and the numbers of one run."""
+    """Return the axes left to walk, innermost at the destination first, and the numbers of one
+    run."""
     run = copy_group.elements
     steps.sort(key=lambda step: (step.dst_stride, step.src_stride))
     for number, step in enumerate(steps):
@@ -201,7 +202,8 @@ def _merged(copy_group: CopyGroup, steps: list[Step], by_head: bool) -> tuple[li
 
 
 def _group(pair: TablePair, token: Step | None, rest: list[Step]) -> int:
-    """How many units the destination interleaves with another axis: all of a block, or one."""
+    """Return how many units the destination interleaves with another axis: all of a block, or
+    one."""
     if token is None:
         return 1
     inside = any(step.name != "token" and step.dst_stride > token.dst_stride for step in rest)
@@ -240,7 +242,7 @@ def _end(
 
 
 def _dtype(name: str, nbytes: int) -> torch.dtype:
-    """The type of numbers; of bits that torch has no type for, an integer of their size."""
+    """Return the type of numbers; of bits that torch has no type for, an integer of their size."""
     dtype = getattr(torch, name, None)
     if isinstance(dtype, torch.dtype) and dtype.itemsize == nbytes:
         return dtype
@@ -255,7 +257,7 @@ def launch_tokens(
     counter: int | None,
     max_programs: int | None,
 ) -> None:
-    """Enqueues a transfer of tokens on a lane: one launch for each copy_group.
+    """Enqueue a transfer of tokens on a lane: one launch for each copy_group.
 
     Args:
         launches: from `compile_tokens`, for these layers.
@@ -304,7 +306,7 @@ def launch_tokens(
 def warm_tokens(
     launches: Sequence[TokenLaunch], max_programs: int | None, device: torch.device
 ) -> None:
-    """Loads the kernels of a plan by moving tokens of blocks that do not exist. May take seconds."""
+    """Load the kernels of a plan by moving tokens of blocks that do not exist. May take seconds."""
     state = torch.zeros(2, dtype=torch.int32, device=device)
     counter = torch.zeros(1, dtype=torch.int64, device=device)
     many = 1 << 16  # more work than any sensible cap, so that the capped kernel is loaded
@@ -333,7 +335,7 @@ def warm_tokens(
 
 
 def _flat(tables: Sequence[tuple[Ids, Ids]]) -> tuple[Ids, list[tuple[slice, slice]]]:
-    """The block tables of all pairs in one row, and where those of each pair lie in it."""
+    """Return the block tables of all pairs in one row, and where those of each pair lie in it."""
     parts: list[Ids] = []
     places = []
     used = 0

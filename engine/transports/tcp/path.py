@@ -45,7 +45,7 @@ DEFAULT_RAILS = 2  # 32 KiB pieces on two cores, loopback: 1 rail 2.6 GB/s, 2 ra
 
 
 def probe() -> Availability:
-    """Opens a connection to this host."""
+    """Open a connection to this host."""
     try:
         with (
             socket.create_server(("127.0.0.1", 0)) as server,

@@ -63,7 +63,7 @@ class _Rings:
         return self.ring(device)
 
     def ring(self, device: int) -> Ring:
-        """The ring of a device; made with the first call."""
+        """Return the ring of a device; made with the first call."""
         ring = self._rings.get(device)
         if ring is None:
             mover = new_mover(device, self._link.core.max_programs)
@@ -72,11 +72,11 @@ class _Rings:
         return ring
 
     def warm(self) -> None:
-        """Prepares the rings of this process's GPUs."""
+        """Prepare the rings of this process's GPUs."""
         prepare_gpus(self._link, lambda device: self.ring(device).fill())
 
     def close(self) -> None:
-        """Frees the staging."""
+        """Free the staging."""
         for ring in self._rings.values():
             ring.close()
 
@@ -100,18 +100,19 @@ class Sender:
         self.close = self._rings.close  # once the thread has ended
 
     def run(self) -> None:
-        """Sends what the queue holds, until it holds a None. Raises what ends the rail."""
+        """Send what the queue holds, until it holds a None. Raises what ends the rail."""
         self._rings.warm()
         work_off(self._items, self._begin, self._send, self._ahead, self._drop)
 
     def _ahead(self, latest: _Frame, begun: int) -> bool:
-        """A frame is gathered while another is sent, unless another rail would rather have it."""
+        """Say that a frame is gathered while another is sent, unless another rail would rather have
+        it."""
         if latest.staged is None or begun >= SENT_AT_ONCE:
             return False
         return self._items.qsize() >= self._num_rails
 
     def _begin(self, item: Segment | Reply) -> _Frame | None:
-        """Begins to gather an item's pieces, if they go through staging."""
+        """Begin to gather an item's pieces, if they go through staging."""
         source = item.begin()
         if source is None:
             return None
@@ -188,7 +189,7 @@ class Receiver:
         self.close = self._rings.close  # once the thread has ended, and what it began is finished
 
     def run(self) -> None:
-        """Receives until the connection ends. Raises what ends the rail."""
+        """Receive until the connection ends. Raises what ends the rail."""
         self._rings.warm()
         fd = self._rail.fileno()
         head = np.zeros(frames.HEADER_NBYTES, np.uint8)
@@ -208,7 +209,7 @@ class Receiver:
             took()
 
     def _landing(self, fd: int, header: frames.Header) -> Landing | None:
-        """Receives a frame's tables; returns where its bytes go, None if that is refused."""
+        """Receive a frame's tables; return where its bytes go, None if that is refused."""
         if header.kind != frames.WRITE:
             landing = self._outstanding.take_read(header.transfer, header.table, header.nbytes)
             if landing is None:
@@ -223,7 +224,7 @@ class Receiver:
         return admit_write(self._link, header.transfer, imm, rows, header.nbytes)
 
     def _take(self, fd: int, header: frames.Header, landing: Landing) -> Callable[[], None]:
-        """Receives a frame's bytes; what it returns must be called, and sees to `placed`."""
+        """Receive a frame's bytes; what it returns must be called, and sees to `placed`."""
         pieces, placed = landing.pieces, landing.placed
         ring = self._rings.ring_for(pieces, landing.device)
         checked = bool(header.flags & frames.HAS_CRC)
@@ -268,7 +269,7 @@ def _receive_array(fd: int, array: np.ndarray[tuple[int], np.dtype[np.uint8]]) -
 
 
 def _discard(fd: int, nbytes: int) -> None:
-    """Reads and drops a refused frame's bytes, so that the rail stays in step."""
+    """Read and drops a refused frame's bytes, so that the rail stays in step."""
     scratch = np.zeros(min(nbytes, DISCARD_NBYTES), np.uint8)
     while nbytes:
         size = min(nbytes, len(scratch))

@@ -76,7 +76,7 @@ class Offer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def decode(cls, data: bytes) -> Offer:
-        """Reads what `encode` wrote.
+        """Read what `encode` wrote.
 
         Raises:
             ProtocolError: it is no offer.
@@ -107,7 +107,8 @@ class GidPair(NamedTuple):
 
 
 def gid_cards(gids: list[Gid], link_layer: str) -> tuple[GidCard, ...]:
-    """The addresses that a peer may use: on Ethernet those of RoCE v2, which routers pass on."""
+    """Return the addresses that a peer may use: on Ethernet those of RoCE v2, which routers pass
+    on."""
     usable = [
         gid for gid in gids if gid.number < 256 and (link_layer != ETHERNET or gid.kind == ROCE_V2)
     ]
@@ -115,7 +116,7 @@ def gid_cards(gids: list[Gid], link_layer: str) -> tuple[GidCard, ...]:
 
 
 def route(mine: RailCard, theirs: RailCard) -> GidPair:
-    """How my end of a rail reaches theirs. Both ends come to the same pair of addresses.
+    """Return how my end of a rail reaches theirs. Both ends come to the same pair of addresses.
 
     Raises:
         TransportUnavailable: they have no kind of address in common.
@@ -151,5 +152,5 @@ def _common_bits(one: str, other: str) -> int:
 
 
 def _ordered(one: GidCard, other: GidCard) -> tuple[str, ...]:
-    """A tie is broken alike at both ends."""
+    """Break a tie alike at both ends."""
     return tuple(sorted((one.value, other.value)))

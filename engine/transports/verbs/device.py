@@ -97,7 +97,7 @@ class Device:
         return self._mtu
 
     def acquire(self) -> None:
-        """Begins one rail's use: the device stays open until it ends.
+        """Begin one rail's use: the device stays open until it ends.
 
         Raises:
             TransportUnavailable: the device is closed.
@@ -108,7 +108,7 @@ class Device:
             self._users += 1
 
     def release(self) -> None:
-        """Ends one rail's use. A device that is gone closes with its last one: its driver waits."""
+        """End one rail's use. A device that is gone closes with its last one: its driver waits."""
         with self._lock:
             self._users -= 1
             last = not self._users and self._closing
@@ -116,7 +116,8 @@ class Device:
             self.close()
 
     def register(self, region: MemoryRegion) -> Keys:
-        """The keys of a region of host memory, registered now or before. May take long: its pages are pinned.
+        """Return the keys of a region of host memory, registered now or before. May take long: its
+        pages are pinned.
 
         Raises:
             NotRegistered: the device does not take it; says why.
@@ -129,7 +130,7 @@ class Device:
             return Keys(entry.lkey, entry.rkey)
 
     def pin(self, address: int, nbytes: int) -> Any:
-        """A memory region of the library over this host memory; the caller closes it.
+        """Return a memory region of the library over this host memory; the caller closes it.
 
         Raises:
             NotRegistered: the device does not take it; says why.
@@ -146,7 +147,7 @@ class Device:
             ) from error
 
     def channel(self) -> tuple[Any, int]:
-        """A completion channel and its descriptor, which pyverbs 44 does not tell."""
+        """Return a completion channel and its descriptor, which pyverbs 44 does not tell."""
         with _descriptors:
             before = _channels()
             channel = self.library.cq.CompChannel(self.context)
@@ -156,7 +157,7 @@ class Device:
         return channel, fd
 
     def forget(self, region_id: int) -> None:
-        """Takes back a region's registration; no transfer and no peer uses it any more."""
+        """Take back a region's registration; no transfer and no peer uses it any more."""
         with self._lock:
             entry = self._regions.pop(region_id, None)
         if entry is not None:
@@ -164,8 +165,8 @@ class Device:
                 entry.close()
 
     def close(self) -> None:
-        """Closes the device: now, or when the last rail that is open on it ends its use. A rail whose
-        link goes down slowly may outlive its engine's patience. Safe to call twice."""
+        """Close the device: now, or when the last rail that is open on it ends its use. A rail
+        whose link goes down slowly may outlive its engine's patience. Safe to call twice."""
         with self._lock:
             self._closing = True
             if self._users or self._closed:
@@ -195,14 +196,14 @@ class Nics:
         self._open: list[Device] = []
 
     def usable(self) -> list[Nic]:
-        """The active ports that this engine would use for a link now."""
+        """Return the active ports that this engine would use for a link now."""
         nics = topology.nics(self._root)
         if self.names:
             return [nic for nic in nics if nic.active and nic.name in self.names]
         return topology.near_any(self.gpus(), nics, self._root)
 
     def devices(self) -> list[Device]:
-        """The usable devices, opened.
+        """Return the usable devices, opened.
 
         Raises:
             TransportUnavailable: there is none, or one does not open.
@@ -227,7 +228,7 @@ class Nics:
             device.forget(region_id)
 
     def close(self) -> None:
-        """Closes every device. No link may be up."""
+        """Close every device. No link may be up."""
         with self._lock:
             devices, self._open = self._open, []
         for device in devices:
@@ -235,7 +236,7 @@ class Nics:
 
 
 def absence(names: Iterable[str] = ()) -> str:
-    """Why there is no RDMA device to use, or ""."""
+    """Return why there is no RDMA device to use, or ""."""
     found = topology.nics()
     if not found:
         return f"no RDMA device in {topology.SYSFS / 'class' / 'infiniband'}"
@@ -263,7 +264,7 @@ def _inode(path: Path) -> int:
 
 
 def _channels() -> set[int]:
-    """The descriptors of this process that RDMA events come from."""
+    """Return the descriptors of this process that RDMA events come from."""
     found = set()
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):

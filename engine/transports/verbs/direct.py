@@ -37,15 +37,15 @@ class Direct:
         self._turn = 0
 
     def granted(self, region: RegionDescriptor, keys: tuple[int, ...]) -> None:
-        """Takes the keys of a region of the peer's, one for each of its devices. From any thread."""
+        """Take the keys of a region of the peer's, one for each of its devices. From any thread."""
         self._keys[region.region_id] = keys
 
     def forget(self, region_id: int) -> None:
-        """Forgets the keys of a region. From any thread."""
+        """Forget the keys of a region. From any thread."""
         self._keys.pop(region_id, None)
 
     def submit(self, transfer: Transfer, pieces: Pieces) -> None:
-        """Starts a transfer, now or once a rail is up; errors end it."""
+        """Start a transfer, now or once a rail is up; errors end it."""
         try:
             self._submit(transfer, pieces)
         except EngineError as error:
@@ -54,7 +54,7 @@ class Direct:
             transfer.stop(error)
 
     def resume(self) -> None:
-        """Starts what waited for a rail: one is up."""
+        """Start what waited for a rail: one is up."""
         waiting, self._waiting = self._waiting, deque()
         for transfer, pieces in waiting:
             if transfer.stopped is None:
@@ -77,7 +77,7 @@ class Direct:
             self.advance(rail, pair)
 
     def advance(self, rail: Rail, pair: QueuePair) -> None:
-        """Posts of a queue pair's waiting shares what it has room and credits for."""
+        """Post of a queue pair's waiting shares what it has room and credits for."""
         while pair.queue and rail.up:
             share = pair.queue[0]
             transfer = share.transfer

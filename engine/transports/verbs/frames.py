@@ -100,7 +100,7 @@ class Frames:
         return bool(self._frames or self._waiting)
 
     def submit(self, transfer: Transfer) -> None:
-        """Starts a transfer."""
+        """Start a transfer."""
         _cut(transfer)
         rails = sum(rail.up for rail in self._loop.rails)
         limit_nbytes = even_limit(transfer.total_nbytes, rails)
@@ -109,14 +109,14 @@ class Frames:
         self.advance()
 
     def serve(self, ask: ReadRequest) -> None:
-        """Answers a peer that reads."""
+        """Answer a peer that reads."""
         reply = serve(self._link, ask, FRAME_NBYTES)
         if reply is not None:
             self._waiting.append(reply)
             self.advance()
 
     def advance(self) -> None:
-        """Gathers into free slots, and posts what is gathered, as far as it goes."""
+        """Gather into free slots, and posts what is gathered, as far as it goes."""
         while self._free and self._waiting:
             item = self._waiting.popleft()
             source = item.begin()
@@ -147,7 +147,7 @@ class Frames:
             self._loop.post(rail, rail.staged, verbs_qp.WRITE, [row], slot, batch)
 
     def _next_rail(self) -> Rail | None:
-        """A rail that can take a frame, in turn; None if none can now."""
+        """Return a rail that can take a frame, in turn; None if none can now."""
         rails = self._loop.rails
         for _ in rails:
             self._turn = (self._turn + 1) % len(rails)
@@ -221,7 +221,7 @@ class Frames:
         self._settle(message.slot, frame)
 
     def expects_refusal(self, message: Refuse) -> bool:
-        """Whether a refusal is an answer to anything. On the progress thread."""
+        """Return whether a refusal is an answer to anything. On the progress thread."""
         return self._outstanding.refused(message) or any(
             isinstance(frame.item, Segment)
             and frame.item.transfer.id == message.transfer
@@ -271,7 +271,7 @@ class Frames:
         self._copy(functools.partial(self._take_apart, rail, slot, nbytes))
 
     def scattering(self, rail: Rail) -> bool:
-        """Whether frames that came over this rail are being taken apart."""
+        """Return whether frames that came over this rail are being taken apart."""
         return self._scattering.get(rail.number, 0) > 0
 
     def _take_apart(self, rail: Rail, slot: int, nbytes: int) -> None:
@@ -320,7 +320,7 @@ class Frames:
             landing.placed(failure, True)
 
     def _place(self, staged: Any, header: frames.Header, landing: Landing) -> EngineError | None:
-        """Puts a frame's bytes where they belong; the error if that fails or they are not what was
+        """Put a frame's bytes where they belong; the error if that fails or they are not what was
         sent. A checksum is that of host memory, or of what goes to a GPU."""
         checked, on_gpu = header.flags & frames.HAS_CRC, landing.device >= 0
         if checked and on_gpu and iovec.checksum(_whole(staged)) != header.crc:
@@ -358,7 +358,7 @@ def _check_size(nbytes: int, announced_nbytes: int) -> None:
 
 
 def _cut(transfer: Transfer) -> None:
-    """Cuts a transfer's pieces to what a frame takes. Nothing of it has begun."""
+    """Cut a transfer's pieces to what a frame takes. Nothing of it has begun."""
     if int(transfer.nbytes.max()) <= PIECE_NBYTES:
         return
     row, begin, nbytes = cuts(transfer.nbytes, PIECE_NBYTES)

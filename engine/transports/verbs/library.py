@@ -73,7 +73,7 @@ class Found(NamedTuple):
 
 
 def find() -> Found | None:
-    """Where pyverbs is, without loading it."""
+    """Return where pyverbs is, without loading it."""
     if importlib.util.find_spec("pyverbs") is not None:
         try:
             return Found(None, f"pyverbs {importlib.metadata.version('pyverbs')}")
@@ -88,7 +88,7 @@ def find() -> Found | None:
 
 
 def absence() -> str:
-    """Why pyverbs cannot be loaded here, as far as a look tells; or ""."""
+    """Return why pyverbs cannot be loaded here, as far as a look tells; or ""."""
     if find() is not None:
         return ""
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -100,7 +100,7 @@ def absence() -> str:
 
 @functools.cache
 def load() -> Library:
-    """Loads pyverbs.
+    """Load pyverbs.
 
     Raises:
         ImportError: there is none, or its rdma-core is another one; says what to do.
@@ -139,7 +139,7 @@ def core_version() -> int:
 
 
 def _adopt(folder: Path) -> None:
-    """Makes the package of this folder, and nothing beside it, importable as `pyverbs`."""
+    """Make the package of this folder, and nothing beside it, importable as `pyverbs`."""
     spec = importlib.util.spec_from_file_location(
         "pyverbs", folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
@@ -151,7 +151,7 @@ def _adopt(folder: Path) -> None:
 
 
 def _constants() -> SimpleNamespace:
-    """The constants, wherever this version has them: in a module called `enums` until 57, in
+    """Return the constants, wherever this version has them: in a module called `enums` until 57, in
     `libibverbs_enums` since then; by their own names, or within the enumerations that they are of.
 
     Raises:

@@ -75,26 +75,26 @@ class Loop:
     # From any thread.
 
     def start(self) -> None:
-        """Starts the thread, which listens to all rails."""
+        """Start the thread, which listens to all rails."""
         for rail in self.rails:
             self.watch(rail)
         self._thread.start()
 
     def soon(self, task: Callable[[], None]) -> None:
-        """Runs `task` on the thread."""
+        """Run `task` on the thread."""
         self._inbox.append(task)
         if threading.current_thread() is not self._thread:
             self._wake()
 
     def drain(self) -> None:
-        """Counts what has arrived and is not counted."""
+        """Count what has arrived and is not counted."""
         for rail in self.rails:
             left = self._poll(rail)
             if left:
                 self.soon(functools.partial(self._events.completed, rail, left))
 
     def halt(self, halted: Callable[[], None]) -> None:
-        """Ends the thread, then calls `halted` once. Never blocks."""
+        """End the thread, then calls `halted` once. Never blocks."""
         with self._lock:
             self._halted = halted
             ended = self._ended
@@ -109,12 +109,13 @@ class Loop:
     # On the thread.
 
     def watch(self, rail: Rail) -> None:
-        """Listens to a rail's completions."""
+        """Listen to a rail's completions."""
         self._watched[rail.fd] = rail
         self._epoll.register(rail.fd, select.EPOLLIN)
 
     def take_leave(self, rail: Rail) -> list[Any]:
-        """Listens no more to a rail that is stopped; returns the completions that it had left, counted."""
+        """Listen no more to a rail that is stopped; return the completions that it had left,
+        counted."""
         left = rail.flushed()
         with self._counting:
             self._count(rail, left)
@@ -132,7 +133,7 @@ class Loop:
         imm: int | None,
         batch: tuple[int, int, Transfer | None, int],
     ) -> None:
-        """Posts a batch, that of `QueuePair.launch`; one that is refused breaks the rail."""
+        """Post a batch, that of `QueuePair.launch`; one that is refused breaks the rail."""
         flying = pair.launch(*batch)
         if imm is not None:
             pair.credits -= flying.requests
@@ -147,7 +148,7 @@ class Loop:
     # Completions.
 
     def _poll(self, rail: Rail) -> list[Any]:
-        """Takes completions and counts what arrived, in one step for whoever asks next: when the
+        """Take completions and counts what arrived, in one step for whoever asks next: when the
         peer's goodbye is read, what it wrote before is counted. Returns all of them."""
         with self._counting:
             try:

@@ -69,13 +69,13 @@ log = logging.getLogger(__name__)
 
 
 def available() -> Availability:
-    """Whether this machine may have RDMA. Loads nothing."""
+    """Return whether this machine may have RDMA. Loads nothing."""
     reason = verbs_device.absence() or verbs_library.absence()
     return Availability(not reason, reason or "there is an RDMA device")
 
 
 def ready(nics: verbs_device.Nics) -> Availability:
-    """Loads the library and opens an engine's devices, so that a handshake need not."""
+    """Load the library and open an engine's devices, so that a handshake need not."""
     reason = verbs_device.absence(nics.names) or verbs_library.absence()
     if reason:
         return Availability(False, reason)
@@ -239,8 +239,8 @@ class VerbsPath(DataPath):
         return count >= STAGED_FROM_REQUESTS and nbytes < count * STAGED_BELOW_NBYTES
 
     def _register(self, region: Any) -> tuple[int, ...]:
-        """The keys of one of this engine's regions, for the peer: none of GPU memory, which frames
-        reach."""
+        """Return the keys of one of this engine's regions, for the peer: none of GPU memory, which
+        frames reach."""
         if region.device >= 0:
             return ()
         return tuple(device.register(region).remote for device in self._meeting.devices)
@@ -254,7 +254,7 @@ class VerbsPath(DataPath):
         self._frames.advance()
 
     def _copy(self, task: Callable[[], None]) -> None:
-        """Runs `task` on a copier thread; the path does not halt before it has ended."""
+        """Run `task` on a copier thread; the path does not halt before it has ended."""
         if self._copies.enter():
             self._link.core.copiers.run(functools.partial(self._copies.run, task))
 
@@ -328,7 +328,7 @@ class VerbsPath(DataPath):
             self.take_out(rail, LinkFlushed(why))
 
     def take_out(self, rail: Rail, error: RailError, culprit: Batch | None = None) -> None:
-        """Stops a rail and ends what was on its way there; the link lives on with the others.
+        """Stop a rail and end what was on its way there; the link lives on with the others.
 
         Args:
             error: gets the names of the rail and the peer.
@@ -390,6 +390,6 @@ class VerbsPath(DataPath):
 
 
 def _stop(transfer: Transfer, error: RailError) -> None:
-    """Ends a transfer with an error of its own: that of its rail."""
+    """End a transfer with an error of its own: that of its rail."""
     operation = transfer.ticket.operation
     transfer.stop(verbs_qp.same_error(error, operation=operation, imm=transfer.imm))

@@ -117,7 +117,7 @@ class QueuePair:
             )
 
     def connect(self, route: GidPair, peer: QueueCard) -> None:
-        """Makes it ready to receive and to send. Raises the library's error."""
+        """Make it ready to receive and to send. Raises the library's error."""
         library, nic = self._library, self._device.nic
         attributes = library.qp.QPAttr(port_num=nic.port)
         attributes.dest_qp_num = peer.number
@@ -145,12 +145,13 @@ class QueuePair:
         self.pair.to_rts(attributes)
 
     def replenish(self) -> None:
-        """Posts `REPLENISH` receives in one call."""
+        """Post `REPLENISH` receives in one call."""
         self.pair.post_recv(self._receives[-1])
         self.posted += REPLENISH
 
     def received(self) -> bool:
-        """A receive was used up; whether the peer is to be given `REPLENISH` credits for it."""
+        """Count a receive that was used up; return whether the peer is to be given `REPLENISH` credits for
+        it."""
         self.posted -= 1
         self._used += 1
         if self._used < REPLENISH:
@@ -160,7 +161,7 @@ class QueuePair:
         return True
 
     def launch(self, count: int, nbytes: int, transfer: Transfer | None, slot: int = -1) -> Batch:
-        """Takes note of a batch that is about to be posted."""
+        """Take note of a batch that is about to be posted."""
         batch = Batch(self._next, count, nbytes, transfer, slot)
         self._next += 1
         self.flying.append(batch)
@@ -168,7 +169,8 @@ class QueuePair:
         return batch
 
     def landed(self, number: int) -> list[Batch]:
-        """The batches that have completed with that of this number: they complete in order."""
+        """Return the batches that have completed with that of this number: they complete in
+        order."""
         done = []
         while self.flying and self.flying[0].number <= number:
             batch = self.flying.popleft()
@@ -188,7 +190,7 @@ class QueuePair:
                 self.pair.modify(attributes, self._enums.IBV_QP_STATE)
 
     def close(self) -> None:
-        """Gives it back to the device. Safe to call twice."""
+        """Give it back to the device. Safe to call twice."""
         with self._stopping:
             self._stopped = True
             with contextlib.suppress(self._library.error):
@@ -202,7 +204,7 @@ WRITE, READ = "write", "read"
 
 
 def post(pair: QueuePair, kind: str, rows: list[Any], imm: int | None, number: int) -> None:
-    """Posts one batch: one doorbell, the last work request signalled.
+    """Post one batch: one doorbell, the last work request signalled.
 
     Args:
         rows: remote address, remote key, then address, bytes and local key of each entry.
@@ -239,7 +241,8 @@ def post(pair: QueuePair, kind: str, rows: list[Any], imm: int | None, number: i
 
 
 def imm_of(completion: Any) -> int:
-    """The imm of a completed receive, in this machine's byte order, as pyverbs gives the wire's."""
+    """Return the imm of a completed receive, in this machine's byte order, as pyverbs gives the
+    wire's."""
     return socket.ntohl(completion.imm_data)
 
 
@@ -269,7 +272,7 @@ _OTHER = (RailError, "", "the device reports an error")
 
 
 def completion_error(status: int, vendor_code: int, *, rail: str) -> RailError:
-    """The error of a completion that went wrong."""
+    """Return the error of a completion that went wrong."""
     kind, name, meaning = _MEANINGS.get(status, _OTHER)
     return kind(
         f"{meaning} ({name or f'status {status}'}, vendor code {vendor_code:#x}) on rail {rail}",
@@ -279,13 +282,13 @@ def completion_error(status: int, vendor_code: int, *, rail: str) -> RailError:
 
 
 def call_error(error: Exception, *, rail: str) -> RailError:
-    """The error of a call that the library refused."""
+    """Return the error of a call that the library refused."""
     kind = DeviceLost if getattr(error, "errno", 0) == 5 else RailError  # EIO: it was unplugged
     return kind(f"{error} on rail {rail}", operation="transfer")
 
 
 def same_error(error: RailError, *, operation: str, imm: int | None) -> EngineError:
-    """The rail's error for one of the transfers that it ends."""
+    """Return the rail's error for one of the transfers that it ends."""
     return type(error)(
         error.message,
         operation=operation,

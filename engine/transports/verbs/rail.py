@@ -71,7 +71,7 @@ class Rail:
         return [self.staged, *self.direct] if self.staged is not None else []
 
     def create(self) -> None:
-        """Makes the queue pairs, not connected yet.
+        """Make the queue pairs, not connected yet.
 
         Raises:
             TransportUnavailable: the device does not give them.
@@ -97,7 +97,7 @@ class Rail:
         self.staged, *self.direct = pairs
 
     def card(self) -> RailCard:
-        """What the peer needs to connect its end."""
+        """Return what the peer needs to connect its end."""
         nic = self.device.nic
         return RailCard(
             rail=self.number,
@@ -114,7 +114,7 @@ class Rail:
         )
 
     def connect(self, mine: RailCard, theirs: RailCard) -> None:
-        """Connects the queue pairs; they receive from now on.
+        """Connect the queue pairs; they receive from now on.
 
         Raises:
             TransportUnavailable: the two ends do not reach each other.
@@ -136,7 +136,7 @@ class Rail:
         self.peer_slots = (theirs.slots, theirs.slots_key)
 
     def poll(self) -> list[Any]:
-        """The completions that have come, up to a limit. From any thread."""
+        """Return the completions that have come, up to a limit. From any thread."""
         with self._lock:
             if self._completions is None:
                 return []
@@ -144,14 +144,14 @@ class Rail:
             return completions
 
     def arm(self) -> None:
-        """Asks for an event with the next completion. What came before it gives none."""
+        """Ask for an event with the next completion. What came before it gives none."""
         with self._lock:
             if self._completions is not None:
                 with contextlib.suppress(self.device.library.error):  # `poll` finds out
                     self._completions.req_notify()
 
     def take_event(self) -> None:
-        """Takes the event that its descriptor announced."""
+        """Take the event that its descriptor announced."""
         with self._lock, contextlib.suppress(self.device.library.error):
             if self._completions is not None:
                 self._channel.get_cq_event(self._completions)
@@ -179,7 +179,7 @@ class Rail:
         return left
 
     def close(self) -> None:
-        """Gives everything back to the device. Safe to call twice."""
+        """Give everything back to the device. Safe to call twice."""
         if not self.open:
             return
         self.open = False
@@ -218,8 +218,8 @@ class Meeting:
         self._mine: tuple[RailCard, ...] = ()
 
     def offer(self, peer_nics: int, queues: int = DEFAULT_QUEUES) -> bytes:
-        """The dialing end's cards, for a peer with so many devices; `queues` for direct writes on each
-        rail.
+        """Return the dialing end's cards, for a peer with so many devices; `queues` for direct
+        writes on each rail.
 
         Raises:
             TransportUnavailable: a device does not give what it takes.
@@ -227,7 +227,7 @@ class Meeting:
         return self._create(min(MAX_RAILS, max(len(self.devices), peer_nics)), queues)
 
     def answer(self, data: bytes) -> bytes:
-        """The other end's cards, connected to those that came.
+        """Return the other end's cards, connected to those that came.
 
         Raises:
             ProtocolError, TransportUnavailable: these are none, or they do not reach each other.
@@ -238,7 +238,7 @@ class Meeting:
         return mine
 
     def take(self, data: bytes) -> None:
-        """Connects the dialing end's rails to the answer.
+        """Connect the dialing end's rails to the answer.
 
         Raises:
             ProtocolError, TransportUnavailable: as for `answer`.
@@ -248,7 +248,7 @@ class Meeting:
             rail.up = True
 
     def close(self) -> None:
-        """Gives everything back: the link did not come to be, or is down."""
+        """Give everything back: the link did not come to be, or is down."""
         for rail in self.rails:
             rail.stop()
             rail.close()

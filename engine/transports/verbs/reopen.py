@@ -58,7 +58,8 @@ class Watch:
         self._looked_s = 0.0
 
     def look(self, rails: list[Rail], now_s: float) -> list[Stall]:
-        """The rails to take out. While completions come, it compares two numbers a queue pair."""
+        """Return the rails to take out. While completions come, it compares two numbers a queue
+        pair."""
         elapsed_s = min(now_s - self._looked_s, LONGEST_LOOK_S)
         self._looked_s = now_s
         found = []
@@ -105,7 +106,7 @@ class Reopener:
         self._wait_s: dict[int, float] = {}
 
     def patience_s(self) -> float:
-        """How long the thread may sleep before `look` has something to do."""
+        """Return how long the thread may sleep before `look` has something to do."""
         if not self._next_s:
             return math.inf
         return max(0.0, min(self._next_s.values()) - time.monotonic())
@@ -119,7 +120,7 @@ class Reopener:
         self._plan(rail)
 
     def handle(self, message: RailMessage) -> None:
-        """Takes a message about a rail."""
+        """Take a message about a rail."""
         if message.rail >= len(self._loop.rails):
             raise ProtocolError(f"there is no rail {message.rail}")
         rail = self._loop.rails[message.rail]
@@ -129,7 +130,7 @@ class Reopener:
             self._handlers[type(message)](rail, message)
 
     def look(self, now_s: float) -> None:
-        """Tries the rails whose time has come."""
+        """Try the rails whose time has come."""
         for number in [number for number, when_s in self._next_s.items() if when_s <= now_s]:
             del self._next_s[number]
             self._try(self._loop.rails[number])
@@ -227,7 +228,7 @@ class Reopener:
 
 
 def _one_card(offer: bytes) -> RailCard:
-    """The card of the rail that is opened.
+    """Return the card of the rail that is opened.
 
     Raises:
         ProtocolError: there is none, or more than one.
@@ -279,5 +280,5 @@ def why_too_small(rail: Rail) -> str:
 
 
 def packet_nbytes(mtu: int) -> int:
-    """What the verbs' code of an MTU means: 1 to 5 are 256 to 4,096 bytes."""
+    """Return what the verbs' code of an MTU means: 1 to 5 are 256 to 4,096 bytes."""
     return 128 << mtu

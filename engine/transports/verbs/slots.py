@@ -67,22 +67,23 @@ class Slots:
         self._pinned: dict[Device, Any] = {}
 
     def keys(self, device: Device) -> tuple[int, int]:
-        """The local and the remote key of the slots on a device; pins them there at first."""
+        """Return the local and the remote key of the slots on a device; pins them there at
+        first."""
         if device not in self._pinned:
             self._pinned[device] = device.pin(self.address, len(self._memory))
         entry = self._pinned[device]
         return entry.lkey, entry.rkey
 
     def outgoing(self, slot: int) -> Bytes:
-        """The slot's bytes to send from."""
+        """Return the slot's bytes to send from."""
         return self._memory[slot * SLOT_NBYTES : (slot + 1) * SLOT_NBYTES]
 
     def incoming(self, slot: int) -> Bytes:
-        """The slot's bytes to receive into."""
+        """Return the slot's bytes to receive into."""
         return self.outgoing(NUM_SLOTS + slot)
 
     def release(self, device: Device) -> None:
-        """Unpins the slots from a device that no rail uses any more."""
+        """Unpin the slots from a device that no rail uses any more."""
         entry = self._pinned.pop(device, None)
         if entry is not None:
             try:
@@ -91,13 +92,13 @@ class Slots:
                 return  # the device is gone, and the registration with it
 
     def close(self) -> None:
-        """Unpins the slots everywhere."""
+        """Unpin the slots everywhere."""
         for device in list(self._pinned):
             self.release(device)
 
 
 def bytes_begin(head_nbytes: int) -> int:
-    """Where in a slot the bytes begin, behind a header and tables of this size."""
+    """Return where in a slot the bytes begin, behind a header and tables of this size."""
     return -(-head_nbytes // BYTES_ALIGN_NBYTES) * BYTES_ALIGN_NBYTES
 
 
@@ -113,7 +114,7 @@ class SlotCopies:
         self.close = self._movers.close
 
     def gather(self, into: Bytes, pieces: iovec.Iovec, device: int) -> None:
-        """Copies pieces of a GPU's memory, or the host's for -1, one after the other into a slot.
+        """Copy pieces of a GPU's memory, or the host's for -1, one after the other into a slot.
 
         Raises:
             DeviceError, RegionGone: the GPU failed, or the memory is gone.
@@ -127,7 +128,7 @@ class SlotCopies:
             moved.wait()
 
     def scatter(self, out_of: Bytes, pieces: iovec.Iovec, device: int) -> None:
-        """Copies what lies in a slot into the pieces. Raises DeviceError."""
+        """Copy what lies in a slot into the pieces. Raises DeviceError."""
         if device < 0:
             scatter(out_of, pieces)
         elif len(out_of):
@@ -137,7 +138,7 @@ class SlotCopies:
             moved.wait()
 
     def warm(self) -> None:
-        """Prepares the movers of this process's GPUs."""
+        """Prepare the movers of this process's GPUs."""
         prepare_gpus(self._link, self._mover)
 
     def _mover(self, device: int) -> Mover:

@@ -72,7 +72,7 @@ class Gpu(NamedTuple):
 
 
 def nics(root: Path = SYSFS) -> list[Nic]:
-    """Every port of every RDMA device, by name."""
+    """Return every port of every RDMA device, by name."""
     found = []
     folder = root / "class" / "infiniband"
     for device in sorted(folder.iterdir(), key=_natural) if folder.is_dir() else []:
@@ -93,7 +93,7 @@ def nics(root: Path = SYSFS) -> list[Nic]:
 
 
 def gids(nic: Nic, root: Path = SYSFS) -> list[Gid]:
-    """The port's GIDs that are in use."""
+    """Return the port's GIDs that are in use."""
     port = root / "class" / "infiniband" / nic.name / "ports" / str(nic.port)
     found = []
     for path in sorted((port / "gids").glob("*"), key=_natural):
@@ -140,7 +140,7 @@ _NO_COMMON_BRIDGE = 1000
 
 
 def distance(gpu: Gpu, nic: Nic) -> Distance:
-    """How far a NIC is from a GPU, by the PCI bridges that they share and by NUMA node."""
+    """Return how far a NIC is from a GPU, by the PCI bridges that they share and by NUMA node."""
     shared = 0
     for one, other in zip(gpu.pci[:-1], nic.pci[:-1], strict=False):
         if one != other:
@@ -153,7 +153,7 @@ def distance(gpu: Gpu, nic: Nic) -> Distance:
 
 
 def rank(gpu: Gpu, candidates: list[Nic]) -> list[Nic]:
-    """The active NICs, nearest to the GPU first; equals by rate, then by name."""
+    """Return the active NICs, nearest to the GPU first; equals by rate, then by name."""
     usable = [nic for nic in candidates if nic.active]
     return sorted(
         usable, key=lambda nic: (distance(gpu, nic), -nic.rate_gbps, _natural(Path(nic.name)))
@@ -161,13 +161,14 @@ def rank(gpu: Gpu, candidates: list[Nic]) -> list[Nic]:
 
 
 def nearest(gpu: Gpu, candidates: list[Nic]) -> list[Nic]:
-    """The active NICs that no other one is nearer than."""
+    """Return the active NICs that no other one is nearer than."""
     ranked = rank(gpu, candidates)
     return [nic for nic in ranked if distance(gpu, nic) == distance(gpu, ranked[0])]
 
 
 def near_any(addresses: Collection[str], candidates: list[Nic], root: Path = SYSFS) -> list[Nic]:
-    """The active NICs that are nearest to one of the GPUs at these PCI addresses, in the order given.
+    """Return the active NICs that are nearest to one of the GPUs at these PCI addresses, in the
+    order given.
 
     All active ones if there is no such GPU here.
     """
@@ -178,14 +179,15 @@ def near_any(addresses: Collection[str], candidates: list[Nic], root: Path = SYS
 
 
 def _pci_path(link: Path) -> tuple[str, ...]:
-    """The PCI addresses on the way to a device, outermost bridge first, out of its real path."""
+    """Return the PCI addresses on the way to a device, outermost bridge first, out of its real
+    path."""
     if not link.exists():
         return ()
     return tuple(part for part in link.resolve().parts if _PCI_ADDRESS.match(part))
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """Orders mlx5_2 before mlx5_10."""
+    """Order mlx5_2 before mlx5_10."""
     return [(int(d or 0), t) for d, t in re.findall(r"(\d*)(\D*)", path.name)]
 
 

@@ -53,7 +53,7 @@ def own_regions(transfer: Transfer) -> list[MemoryRegion]:
 
 
 def pieces_of(transfer: Transfer) -> Pieces:
-    """A transfer's pieces with their addresses and regions."""
+    """Return a transfer's pieces with their addresses and regions."""
     local = transfer.local[:, 0].astype(np.int64)
     bases = np.array([region.address for region in transfer.remote_regions], np.int64)
     remote = bases[transfer.remote_index] + transfer.remote_offset
@@ -62,7 +62,7 @@ def pieces_of(transfer: Transfer) -> Pieces:
 
 
 def _short(pieces: Pieces) -> Pieces:
-    """The same bytes in pieces that a work request may have."""
+    """Return the same bytes in pieces that a work request may have."""
     if int(pieces.nbytes.max()) <= MAX_REQUEST_NBYTES:
         return pieces
     row, begin, nbytes = cuts(pieces.nbytes, MAX_REQUEST_NBYTES)
@@ -84,7 +84,7 @@ def cuts(nbytes: Ints, limit_nbytes: int) -> tuple[Ints, Ints, Ints]:
 
 
 def _regions_of(transfer: Transfer, local: Ints) -> Ints:
-    """Which of the transfer's own regions each piece lies in."""
+    """Return which of the transfer's own regions each piece lies in."""
     regions = own_regions(transfer)
     if len(regions) == 1:
         return np.zeros(len(local), np.int64)
@@ -119,7 +119,7 @@ def starts_of_requests(pieces: Pieces, max_entries: int) -> Ints:
 
 
 def split(pieces: Pieces, parts: int) -> list[Pieces]:
-    """Cuts pieces into `parts` shares of equal bytes, at multiples of 8 KiB within a piece; fewer
+    """Cut pieces into `parts` shares of equal bytes, at multiples of 8 KiB within a piece; fewer
     shares where they would be too small to be worth it."""
     ends = np.cumsum(pieces.nbytes)
     total = int(ends[-1])
@@ -185,7 +185,7 @@ class Share:
         return self.count - self.done
 
     def take(self, count: int) -> tuple[list[list[int]], int]:
-        """The next work requests as rows for `verbs_qp.post`, and their bytes."""
+        """Return the next work requests as rows for `verbs_qp.post`, and their bytes."""
         first, last = int(self.starts[self.done]), int(self.starts[self.done + count])
         nbytes = int(self.ends[last] - self.ends[first])
         rows: list[list[int]] = np.stack([c[first:last] for c in self._columns], axis=1).tolist()

@@ -153,7 +153,7 @@ def _measure_round_trips(count: int) -> Spread:
 
 
 def measure_handoffs(latencies: int, burst: int, bursts: int) -> Handoffs:
-    """One-block handoffs of two processes: one after the other, then `burst` at a time."""
+    """Return one-block handoffs of two processes: one after the other, then `burst` at a time."""
     with Peer(_Prefill) as prefill, _new_agent("decode", "decode") as agent:
 
         def cpu_s() -> float:
@@ -227,7 +227,7 @@ class DaemonProcess:
         self.start()
 
     def start(self) -> None:
-        """Starts it; again where it was before."""
+        """Start it; again where it was before."""
         bind, publish = (a or "tcp://127.0.0.1:*" for a in (self.address, self.publisher))
         began_s = time.perf_counter()
         self.process = subprocess.Popen(

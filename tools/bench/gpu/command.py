@@ -25,7 +25,7 @@ class GpuBenchError(RuntimeError):
 
 
 def measure(*, quick: bool, nixl_python: str | None) -> dict[str, Any]:
-    """Runs everything that this machine can; the report as plain types.
+    """Run everything that this machine can; the report as plain types.
 
     Args:
         nixl_python: an interpreter that has NIXL, or None to leave it out.
@@ -71,7 +71,7 @@ def measure(*, quick: bool, nixl_python: str | None) -> dict[str, Any]:
 
 
 def add_nixl(report: dict[str, Any], python: str) -> None:
-    """Runs NIXL in a process of its own, by the interpreter that has it.
+    """Run NIXL in a process of its own, by the interpreter that has it.
 
     That sees nothing of this environment but kvferry, and need not have torch.
 
@@ -117,7 +117,7 @@ def add_nixl(report: dict[str, Any], python: str) -> None:
 
 
 def run(*, quick: bool, nixl_python: str | None, json_path: Path | None, plot: Path | None) -> None:
-    """Measures, prints and writes. Raises GpuBenchError."""
+    """Measure, prints and writes. Raises GpuBenchError."""
     report = measure(quick=quick, nixl_python=nixl_python)
     for name, reason in report["left_out"].items():
         print(f"left out: {name}: {reason}")

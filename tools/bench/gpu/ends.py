@@ -70,7 +70,7 @@ class Receiver:
         return self.cache.descriptor
 
     def sums(self, block_ids: Any) -> tuple[bool, list[Any]]:
-        """Whether all other blocks are blank, and the sums of these."""
+        """Return whether all other blocks are blank, and the sums of these."""
         ids = torch.from_numpy(block_ids).to(self.tensors[0].device)
         blank = all(_blank_elsewhere(tensor, ids) for tensor in self.tensors)
         return blank, [_sums(tensor, ids).cpu().numpy() for tensor in self.tensors]
@@ -94,7 +94,7 @@ class Sender:
 
     @contextlib.contextmanager
     def link(self, transport: str, **options: Any) -> Iterator[tuple[TransferEngine, Link]]:
-        """An engine with these options, and its link to the receiver's."""
+        """Return an engine with these options, and its link to the receiver's."""
         with TransferEngine(name="prefill", **options) as engine:
             # The warm-up of a link prepares the GPUs whose memory is registered by then.
             anchor = engine.register(torch.zeros(64, device="cuda:0"))
@@ -111,8 +111,8 @@ class Sender:
         factor: int,
         on_gpu: tuple[bool, bool] = (True, True),
     ) -> Any:
-        """A cache at each end for so many bytes in pieces of that size: tensors, the cache here, the
-        plan, and the ids of the blocks that move."""
+        """Return a cache at each end for so many bytes in pieces of that size: tensors, the cache
+        here, the plan, and the ids of the blocks that move."""
         remote = self.peer.call("make_cache", *shape, factor, on_gpu[1])
         where = "cuda:0" if on_gpu[0] else "cpu"
         tensors, num_ids = make_pool(*shape, where, random=True, factor=factor)
@@ -122,7 +122,7 @@ class Sender:
         return tensors, local, engine.plan(local, remote), ids
 
     def check(self, tensors: list[torch.Tensor], ids: Any) -> None:
-        """Compares every block that moved, and looks for bytes where none belong.
+        """Compare every block that moved, and look for bytes where none belong.
 
         Raises:
             WrongBytes: some arrived wrong, or elsewhere.
@@ -138,15 +138,15 @@ class Sender:
 
 
 def _sums(tensor: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """A checksum of each of these blocks, `[plane, block]`: every word has an odd factor of its own,
-    so that no word that is wrong alone, or in another place, goes unseen."""
+    """Return a checksum of each of these blocks, `[plane, block]`: every word has an odd factor of
+    its own, so that no word that is wrong alone, or in another place, goes unseen."""
     random = torch.Generator().manual_seed(1)
     factors = torch.randint(-(1 << 62), 1 << 62, tensor.shape[-1:], generator=random) * 2 + 1
     return (tensor[:, ids] * factors.to(tensor.device)).sum(-1)
 
 
 def _blank_elsewhere(tensor: torch.Tensor, ids: torch.Tensor) -> bool:
-    """Whether all blocks but these are zero, as they were made."""
+    """Return whether all blocks but these are zero, as they were made."""
     touched = tensor.any(-1)
     touched[:, ids] = False
     return not bool(touched.any())

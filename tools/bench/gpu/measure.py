@@ -92,7 +92,7 @@ class Report:
 
 
 def _flush() -> None:
-    """Takes everything else out of the current GPU's L2, on the current stream."""
+    """Take everything else out of the current GPU's L2, on the current stream."""
     torch.empty(FLUSH_NBYTES, dtype=torch.uint8, device="cuda").zero_()
 
 
@@ -135,7 +135,7 @@ def _ping_pong(
     *,
     first: bool,
 ) -> float:
-    """Enqueues all turns, each of blocks that no other turn touches, behind a sleeping kernel and
+    """Enqueue all turns, each of blocks that no other turn touches, behind a sleeping kernel and
     out of a cold L2; microseconds of one way."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     begin, end = figures.events()
@@ -194,7 +194,7 @@ class Bench(Sender):
         self._profile = profile
 
     def engine(self, max_programs: int | None = None) -> Any:
-        """An engine that moves blocks directly, and its link."""
+        """Return an engine that moves blocks directly, and its link."""
         return self.link("cuda_ipc", transports=("cuda_ipc",), max_programs=max_programs)
 
     def shape(self, engine: TransferEngine, total: int, piece: int) -> Any:
@@ -308,7 +308,7 @@ class Bench(Sender):
         return float(region.nbytes / seconds / 1e9)
 
     def host(self, engine: TransferEngine, link: Link) -> list[HostCost]:
-        """What calls take the host, by kind of ids, and the replay of a graph."""
+        """Return what calls take the host, by kind of ids, and the replay of a graph."""
         tensors, local, plan, _ = self.shape(engine, 1 << 30, 32 << 10)
         link.prepare(plan)
         num_blocks = int(tensors[0].shape[1])
@@ -354,7 +354,7 @@ def _cost(kind: str, count: int, seconds: list[float]) -> HostCost:
 
 
 def measure(*, quick: bool = False, profile: bool = False) -> Report:
-    """Runs everything.
+    """Run everything.
 
     Raises:
         WrongBytes: a transfer did not move what it should.
@@ -389,7 +389,7 @@ def measure(*, quick: bool = False, profile: bool = False) -> Report:
 
 
 def sweep() -> None:
-    """Prints GB/s of 1 GiB and 256 MiB in 32 KiB blocks for several tunings of the kernel."""
+    """Print GB/s of 1 GiB and 256 MiB in 32 KiB blocks for several tunings of the kernel."""
     from kvferry.kernels import launch
     from kvferry.kernels.tiles import Tuning
 
@@ -406,7 +406,7 @@ def sweep() -> None:
 
 
 def show(report: Report) -> None:
-    """Prints the report as tables."""
+    """Print the report as tables."""
     print(f"{' and '.join(report.devices)}; {report.versions}")
     print(f"ceiling, contiguous copy in one process: {report.ceiling_gb_per_s:.1f} GB/s")
     print(f"the same onto the other process's memory: {report.mapped_gb_per_s:.1f} GB/s")

@@ -127,7 +127,7 @@ def main() -> None:
 
 
 def measure() -> None:
-    """Prints a row a shape.
+    """Print a row a shape.
 
     Raises:
         NoNixl: it does not come up.

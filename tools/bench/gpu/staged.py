@@ -83,7 +83,7 @@ class Bench(Sender):
         super().__init__(StagedReceiver, int(torch.cuda.device_count() > 1))
 
     def staged(self, transport: str, rails: int = 2) -> Any:
-        """A link on which GPU memory is staged."""
+        """Return a link on which GPU memory is staged."""
         paths = DirectThresholds(direct_from_nbytes={"cuda_ipc": NEVER_DIRECT})
         return self.link(transport, paths=paths, rails=rails)
 
@@ -162,7 +162,7 @@ def movers(
 
 
 def measure(*, quick: bool = False) -> Report:
-    """Runs everything. Raises WrongBytes."""
+    """Run everything. Raises WrongBytes."""
     ceilings = pinned_copies()
     print({name: round(speed, 1) for name, speed in ceilings.items()}, flush=True)
     kernels = movers()
@@ -198,7 +198,7 @@ def measure(*, quick: bool = False) -> Report:
 
 
 def show(report: Report) -> None:
-    """Prints the report as a table."""
+    """Print the report as a table."""
     print(" and ".join(report.devices))
     for name, speed in report.ceilings_gb_per_s.items():
         print(f"ceiling, {name}: {speed:.2f} GB/s")

@@ -51,7 +51,7 @@ def kernels(
 
 
 def show(console: Console, report: Report) -> None:
-    """Prints the report as tables."""
+    """Print the report as tables."""
     console.print(
         f"{report.device}, {report.num_multiprocessors} multiprocessors; {_versions(report)}"
     )
@@ -93,7 +93,7 @@ def _table(title: str, rows: Iterable[Row]) -> Table:
 
 
 def _best(sweep: Iterable[Row]) -> list[Row]:
-    """The fastest tuning for each operation, piece and bound."""
+    """Return the fastest tuning for each operation, piece and bound."""
     best: dict[tuple[str, int, int | None], Row] = {}
     for row in sweep:
         key = (row.operation, row.piece_nbytes, row.max_programs)

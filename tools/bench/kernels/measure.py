@@ -127,7 +127,7 @@ class Workload:
     def operations(
         self, tuning: Tuning | None = None, max_programs: int | None = None
     ) -> dict[str, Callable[[], None]]:
-        """One launch of each operation."""
+        """Return one launch of each operation."""
         src, dst = Side(self.src, self.src_ids), Side(self.dst, self.dst_ids)
         staging, count = Side(self.staging, None), self.num_ids
         options: dict[str, Any] = {"tuning": tuning, "max_programs": max_programs}
@@ -138,7 +138,7 @@ class Workload:
         }
 
     def check(self, tuning: Tuning | None = None, max_programs: int | None = None) -> None:
-        """Runs each operation once and compares every byte with its reference.
+        """Run each operation once and compare every byte with its reference.
 
         Raises:
             WrongBytes: names the operation.
@@ -182,14 +182,14 @@ class Clock:
         self.flush = torch.empty(FLUSH_NBYTES, dtype=torch.uint8, device="cuda")
 
     def median_us(self, run: Callable[[], object]) -> float:
-        """The median over the repetitions, after two that are not counted."""
+        """Return the median over the repetitions, after two that are not counted."""
         for _ in range(2):
             run()
         return figures.gpu_median_s(run, self.repeats, self.flush.zero_) * 1e6
 
 
 def measure(options: Options, progress: Callable[[str], None]) -> Report:
-    """Checks, then measures. Uses about sixteen times `options.total_nbytes` of GPU memory.
+    """Check, then measure. Uses about sixteen times `options.total_nbytes` of GPU memory.
 
     Raises:
         RuntimeError: torch sees no CUDA device.
@@ -232,14 +232,14 @@ def measure(options: Options, progress: Callable[[str], None]) -> Report:
 
 
 def memcpy_gb_per_s(clock: Clock, nbytes: int) -> float:
-    """The ceiling: one device-to-device copy of the same bytes, contiguous."""
+    """Return the ceiling: one device-to-device copy of the same bytes, contiguous."""
     src = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
     dst = torch.empty_like(src)
     return nbytes / clock.median_us(lambda: dst.copy_(src)) / 1000
 
 
 def host_costs() -> list[HostCost]:
-    """What enqueuing a small launch takes the host: by itself, and as a CUDA graph."""
+    """Return what enqueuing a small launch takes the host: by itself, and as a CUDA graph."""
     work = Workload(32 << 10, 8 << 20)
     found = []
     for name, run in work.operations().items():
@@ -300,7 +300,7 @@ def _time_all(
 
 
 def _planes(layers: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The entries `[block, word]` of layers `[plane, block, word]`."""
+    """Return the entries `[block, word]` of layers `[plane, block, word]`."""
     return [plane for layer in layers for plane in layer]
 
 
@@ -320,7 +320,7 @@ def _zeros(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def main(arguments: list[str]) -> None:
-    """Prints the report as JSON: `[--sweep] [TOTAL_MIB]`."""
+    """Print the report as JSON: `[--sweep] [TOTAL_MIB]`."""
     numbers = [int(argument) for argument in arguments if argument.isdigit()]
     options = Options(
         total_nbytes=(numbers[0] if numbers else 1024) << 20, sweep="--sweep" in arguments

@@ -86,7 +86,8 @@ def copy_blocks(
 
 
 def gather_reference(views: Sequence[torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-    """The truth in plain PyTorch: of each entry `[block, …]` these blocks, one after the other."""
+    """Return the truth in plain PyTorch: of each entry `[block, …]` these blocks, one after the
+    other."""
     return torch.stack([view[ids.long()] for view in views])
 
 

@@ -94,22 +94,22 @@ class Cache:
         self.ids = torch.from_numpy(self.table).to(where)
 
     def logical(self, layer: int) -> torch.Tensor:
-        """A view `[plane, block, token, head, dim]`."""
+        """Return a view `[plane, block, token, head, dim]`."""
         pool = self.pools[layer]
         return pool if self.shape.order == NHD else pool.transpose(2, 3)
 
     def request(self, layer: int) -> torch.Tensor:
-        """The request's numbers, `[plane, token, head, dim]`: a copy."""
+        """Return the request's numbers, `[plane, token, head, dim]`: a copy."""
         return self.logical(layer)[:, self.ids].flatten(1, 2)[:, : self.num_tokens]
 
     def fill(self, layer: int, numbers: torch.Tensor) -> None:
-        """Puts such numbers into the request's blocks."""
+        """Put such numbers into the request's blocks."""
         tokens = torch.arange(self.num_tokens)
         blocks, places = self.ids[tokens // self.shape.tokens], tokens % self.shape.tokens
         self.logical(layer)[:, blocks, places] = numbers
 
     def check(self, layer: int, sent: torch.Tensor, heads: slice = slice(None)) -> None:
-        """Compares the request with numbers that were sent, cast as PyTorch does, to the bit.
+        """Compare the request with numbers that were sent, cast as PyTorch does, to the bit.
 
         Args:
             heads: of the cache's, those that were sent.

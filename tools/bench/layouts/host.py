@@ -60,14 +60,14 @@ CASES = (
 
 
 def _sent(cache: Cache, layer: int) -> torch.Tensor:
-    """The numbers `[plane, token, head, dim]` of a request, the same in both processes."""
+    """Return the numbers `[plane, token, head, dim]` of a request, the same in both processes."""
     generator = torch.Generator().manual_seed(layer)
     shape = (2, cache.num_tokens, cache.shape.num_heads, cache.shape.dim)
     return torch.randn(shape, generator=generator).to(torch.bfloat16)
 
 
 def measure(*, total_nbytes: int = 32 << 20, rounds: int = 7) -> list[Row]:
-    """Moves that many bytes of bf16 with each case, `rounds` times.
+    """Move that many bytes of bf16 with each case, `rounds` times.
 
     Raises:
         WrongBytes: something else arrived than was sent.
@@ -124,7 +124,7 @@ class Receiver:
         return self._engine.register_cache(cache.layout, cache.tensors).descriptor, cache.table
 
     def is_right(self) -> bool:
-        """Whether the last cache holds what was sent."""
+        """Return whether the last cache holds what was sent."""
         cache = self._caches[-1]
         try:
             for layer in range(LAYERS):

@@ -61,7 +61,7 @@ class Report:
 
 
 def on_gpu(shape: Shape, num_tokens: int, device: int) -> Cache:
-    """A cache of twice the blocks of its request; on GPU 0 it holds random numbers."""
+    """Return a cache of twice the blocks of its request; on GPU 0 it holds random numbers."""
     cache = Cache(shape, num_tokens, layers=NUM_LAYERS, spare=2, device=device)
     for pool in cache.pools if device == 0 else ():
         pool.copy_(torch.randn(pool.shape, device=pool.device, dtype=torch.float16))
@@ -69,7 +69,7 @@ def on_gpu(shape: Shape, num_tokens: int, device: int) -> Cache:
 
 
 def addresses(cache: Cache) -> Int64s:
-    """Where each tensor of a cache lies."""
+    """Return where each tensor of a cache lies."""
     return np.array([tensor.data_ptr() for tensor in cache.tensors], np.int64)
 
 
@@ -80,7 +80,7 @@ def timed(launch: Callable[[], object]) -> float:
 
 
 def mover(src: Cache, dst: Cache, num_tokens: int) -> Callable[[], object]:
-    """A launch that moves the request; checks it once."""
+    """Return a launch that moves the request; check it once."""
     plan = TokenPlan(src.layout, dst.layout)
     device = torch.device("cuda", 0)
     launches = compile_tokens(plan, None, addresses(src), addresses(dst), device)
@@ -98,7 +98,7 @@ def mover(src: Cache, dst: Cache, num_tokens: int) -> Callable[[], object]:
 
 
 def check(src: Cache, dst: Cache) -> None:
-    """Raises WrongBytes unless the heads that both hold are the source's, cast as PyTorch does."""
+    """Raise WrongBytes unless the heads that both hold are the source's, cast as PyTorch does."""
     low, high = _common_heads(src.shape, dst.shape)
     mine, theirs = (
         slice(low - cache.shape.heads[0], high - cache.shape.heads[0]) for cache in (src, dst)
@@ -112,7 +112,8 @@ def _common_heads(src: Shape, dst: Shape) -> tuple[int, int]:
 
 
 def plain_push(src: Cache, dst: Cache) -> Callable[[], object]:
-    """The same number of bytes between equal caches, by the kernel that moves whole blocks."""
+    """Return the same number of bytes between equal caches, by the kernel that moves whole
+    blocks."""
     shape = src.shape
     block_nbytes = shape.tokens * shape.token_nbytes
     device = torch.device("cuda", 0)
@@ -128,7 +129,8 @@ def plain_push(src: Cache, dst: Cache) -> Callable[[], object]:
 
 
 def permute(temporary: Cache, dst: Cache) -> Callable[[], object]:
-    """What a receiver does that got the source's layout: gather, permute and scatter in PyTorch."""
+    """Return what a receiver does that got the source's layout: gather, permute and scatter in
+    PyTorch."""
     low = temporary.shape.heads[0] - dst.shape.heads[0]
     heads = slice(low, low + temporary.shape.num_heads)
     tokens = dst.shape.tokens
@@ -164,14 +166,14 @@ def plan_ms() -> tuple[float, float]:
 
 
 def _imaginary(shape: Shape, num_blocks: int) -> KVLayout:
-    """A large cache that nobody allocates: 80 layers."""
+    """Return a large cache that nobody allocates: 80 layers."""
     size = shape.sizes(num_blocks)
     tensors = [torch.empty(size, dtype=shape.dtype, device="meta")] * PLAN_LAYERS
     return KVLayout.from_tensors(tensors, shape.order)
 
 
 def measure(*, total_nbytes: int = 1 << 30) -> Report:
-    """Runs everything.
+    """Run everything.
 
     Raises:
         WrongBytes: a move did not do what it should.
@@ -235,7 +237,7 @@ def measure(*, total_nbytes: int = 1 << 30) -> Report:
 
 
 def show(report: Report) -> None:
-    """Prints the report as a table."""
+    """Print the report as a table."""
     print(f"2 x {report.device}; {report.versions}")
     print(f"{'move':<46} {'MiB':>6} {'GB/s':>7} {'of plain':>8}")
     for row in report.rows:

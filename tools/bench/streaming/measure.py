@@ -161,13 +161,13 @@ class Rank:
             torch.distributed.destroy_process_group()
 
     def slots(self, blocks: list[int]) -> torch.Tensor:
-        """Where the prompt's tokens are in the rows."""
+        """Return where the prompt's tokens are in the rows."""
         rows = torch.tensor(blocks).repeat_interleave(TOKENS_A_BLOCK) * TOKENS_A_BLOCK
         rows += torch.arange(TOKENS_A_BLOCK).repeat(len(blocks))
         return rows[: self.case.num_tokens].to(self.case.device)
 
     def digest(self, blocks: list[int]) -> list[int]:
-        """A number a layer of what the prompt's blocks hold, in order."""
+        """Return a number a layer of what the prompt's blocks hold, in order."""
         index = torch.tensor(blocks, device=self.case.device)
         out = []
         for rows in self.rows:
@@ -179,7 +179,8 @@ class Rank:
     def forward(
         self, order: SendOrder | None, blocks: list[int], kind: str
     ) -> tuple[float, float, float]:
-        """One step of vLLM's model runner: milliseconds of it and of its tail, and when it ended."""
+        """Return one step of vLLM's model runner: milliseconds of it and of its tail, and when it
+        ended."""
         assert self.model is not None
         worker, orders = self.worker, Orders(sends=[order] if order is not None else [])
         slots = self.slots(blocks)
@@ -214,7 +215,7 @@ class Rank:
         raise TimeoutError(f"{req_id} is still being sent")
 
     def begin(self, order: ReceiveOrder) -> None:
-        """Asks prefill."""
+        """Ask prefill."""
         self._began_s = time.monotonic()
         self.worker.begin_receives(Orders(receives=[order]))
 
@@ -282,7 +283,7 @@ class Bench:
         close_all([*self._peers["prefill"], *self._peers["decode"]])
 
     def call(self, side: str, *command: Any) -> list[Any]:
-        """Every rank of a side at once."""
+        """Return every rank of a side at once."""
         self.tell(side, *command)
         return self.answers(side)
 
@@ -294,7 +295,7 @@ class Bench:
         return [peer.answer() for peer in self._peers[side]]
 
     def once(self, kind: str, *, check: bool = False) -> Sample:
-        """One prompt."""
+        """Return one prompt."""
         case = self.case
         total = POOL_FACTOR * case.num_blocks
         src, dst = (self._random.permutation(total)[: case.num_blocks].tolist() for _ in range(2))
@@ -366,12 +367,12 @@ CASES = (
 
 
 def cases(num_gpus: int) -> list[Case]:
-    """What so many GPUs can run."""
+    """Return what so many GPUs can run."""
     return [case for case in CASES if 2 * case.ranks <= num_gpus]
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Prints them as a table."""
+    """Print them as a table."""
     print(
         f"{'model':<12} {'TP':>2} {'tokens':>6} {'':<9} {'MiB':>6} {'forward ms':>10} "
         f"{'slower':>7} {'visible ms':>10} {'noticed ms':>10} {'tail ms':>8}"

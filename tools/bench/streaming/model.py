@@ -127,7 +127,7 @@ class StandIn:
         return hidden + out
 
     def _project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each `[head, token, dim]`, and what the cache keeps."""
+        """Query, keys and values, each `[head, token, dim]`, and what the cache keeps."""
         shape = self._shape
 
         def by_head(flat: Tensor, heads: int) -> Tensor:

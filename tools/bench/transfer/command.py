@@ -112,7 +112,7 @@ def _rails(text: str) -> tuple[int, ...]:
 
 
 def _peers(text: str, python: Path) -> tuple[str, ...]:
-    """The peers asked for, or those installed."""
+    """Return the peers asked for, or those installed."""
     wanted = tuple(part.strip() for part in text.split(",") if part.strip())
     unknown = set(wanted) - set(PEERS) - {"none"}
     if unknown:

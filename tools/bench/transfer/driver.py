@@ -33,30 +33,31 @@ class Driver(abc.ABC):
         self.shapes = tuple(shapes)
 
     def publish(self) -> dict[str, Any]:
-        """What the other end must know of this one, in JSON's types."""
+        """Return what the other end must know of this one, in JSON's types."""
         return {}
 
     def meet(self, other: dict[str, Any]) -> None:  # noqa: B027 - some have nobody to meet
-        """Connects to the other end, which published `other`."""
+        """Connect to the other end, which published `other`."""
 
     def select(self, shape: Shape) -> None:  # noqa: B027 - some prepare nothing
-        """Prepares what a library may prepare once for a pair of caches. Not timed."""
+        """Prepare what a library may prepare once for a pair of caches. Not timed."""
 
     def prepare(self, shape: Shape, request: int) -> int:
-        """The passive end gets ready for a request; returns a token for `transfer`. Not timed."""
+        """Get the passive end ready for a request; return a token for `transfer`. Not
+        timed."""
         del shape, request
         return 0
 
     @abc.abstractmethod
     def transfer(self, shape: Shape, request: int, operation: str, token: int) -> None:
-        """Moves a request; returns once the library says that it is complete. Timed."""
+        """Move a request; return once the library says that it is complete. Timed."""
 
     def arrived(self, shape: Shape, request: int) -> None:
         """The receiver's end of a write; returns once the library says that it has it all."""
         raise NotImplementedError
 
     def close(self) -> None:  # noqa: B027 - some hold nothing
-        """Gives everything back; the process ends right after."""
+        """Give everything back; the process ends right after."""
 
 
 def poll_s(shape: Shape) -> float:

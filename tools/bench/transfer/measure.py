@@ -61,7 +61,7 @@ class Options:
 
 
 def measure(options: Options, progress: Progress) -> Report:
-    """Measures everything; `progress` is told what runs, and what share of the time is over.
+    """Measure everything; `progress` is told what runs, and what share of the time is over.
 
     Raises:
         BenchError: there is too little memory.
@@ -127,7 +127,7 @@ class _Field:
                 self.versions |= pair.versions
 
     def rest(self, duration_s: float) -> tuple[IdleCpu, ...]:
-        """Measures what everybody takes while nobody asks anything; then freezes the peers."""
+        """Measure what everybody takes while nobody asks anything; then freezes the peers."""
         for pair in self._pairs.values():
             pair.start_resting(duration_s)
         idle = []
@@ -140,7 +140,7 @@ class _Field:
         return tuple(idle)
 
     def run(self, shape: Shape, seconds: float, rounds: int) -> Iterator[tuple[float, str]]:
-        """Measures one shape; yields the share that is done, and who is next."""
+        """Measure one shape; yields the share that is done, and who is next."""
         first = shape is self._shapes.large_blocks
         entries = [
             Entry(contender, operation)
@@ -162,7 +162,7 @@ class _Field:
                 spent_s[entry] += time.monotonic() - started_s
 
     def results(self, shape: Shape) -> list[Result]:
-        """The rows of the shape that ran last, the fastest memcpy being the measure."""
+        """Return the rows of the shape that ran last, the fastest memcpy being the measure."""
         p50_ms = {
             entry: statistics.median(_latencies_ms(bursts))
             for entry, bursts in self._bursts.items()
@@ -192,7 +192,8 @@ class _Field:
     def _or_leave_out(
         self, contender: Contender, shape: Shape | None = None, entry: Entry | None = None
     ) -> Iterator[None]:
-        """A failure leaves a contender out: of one shape if it can go on, else altogether."""
+        """Return a failure leaves a contender out: of one shape if it can go on, else
+        altogether."""
         try:
             yield
         except WorkerFailed as failure:

@@ -73,14 +73,14 @@ class Child:
         self._connection = Connection(mine.detach())
 
     def send(self, name: str, **arguments: Any) -> None:
-        """Sends a command."""
+        """Send a command."""
         try:
             self._connection.send_bytes(json.dumps({"do": name} | arguments).encode())
         except OSError:
             raise WorkerFailed(self._obituary(), usable=False) from None
 
     def reply(self, timeout_s: float = TIMEOUT_S) -> Any:
-        """The result of the last command.
+        """Return the result of the last command.
 
         Raises:
             WorkerFailed: the command raised, or the process died or is silent.
@@ -96,12 +96,12 @@ class Child:
         return reply["result"]
 
     def call(self, name: str, **arguments: Any) -> Any:
-        """Sends a command and waits for its result."""
+        """Send a command and wait for its result."""
         self.send(name, **arguments)
         return self.reply()
 
     def close(self) -> None:
-        """Ends the process. Safe to call again."""
+        """End the process. Safe to call again."""
         self._connection.close()
         try:
             self.process.wait(2.0)
@@ -165,13 +165,13 @@ class Pair:
         return [child.process.pid for child in self._children.values()]
 
     def start_opening(self, shapes: Sequence[Shape]) -> None:
-        """Tells both ends to make their pools; `finish_opening` waits for them."""
+        """Tell both ends to make their pools; `finish_opening` waits for them."""
         plain = [dataclasses.asdict(shape) for shape in shapes]
         for end, child in self._children.items():
             child.send("open", end=end, shapes=plain, **self._opening)
 
     def finish_opening(self) -> None:
-        """Connects the two ends.
+        """Connect the two ends.
 
         Raises:
             WorkerFailed: the library is not there, or does not start.
@@ -185,7 +185,8 @@ class Pair:
                 child.reply(OPEN_TIMEOUT_S)
 
     def burst(self, shape: Shape, operation: str, *, slot_s: float, count: int = 10_000) -> Burst:
-        """One checked transfer to warm up, then at least one until `slot_s` is over or `count`.
+        """Return one checked transfer to warm up, then at least one until `slot_s` is over or
+        `count`.
 
         Raises:
             WorkerFailed: a transfer failed.
@@ -200,7 +201,7 @@ class Pair:
         return dataclasses.replace(burst, verified=verified)
 
     def start_resting(self, duration_s: float) -> None:
-        """Asks both ends to do nothing for a while; `finish_resting` waits for them."""
+        """Ask both ends to do nothing for a while; `finish_resting` waits for them."""
         for child in self._children.values():
             child.send("rest", duration_s=duration_s)
 
@@ -209,15 +210,15 @@ class Pair:
         return sum(float(child.reply()) for child in self._children.values())
 
     def freeze(self) -> None:
-        """Stops both processes: an idle library that polls would slow the others down."""
+        """Stop both processes: an idle library that polls would slow the others down."""
         self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Lets them go on."""
+        """Let them go on."""
         self._signal(signal.SIGCONT)
 
     def close(self) -> None:
-        """Ends both processes. Safe to call again."""
+        """End both processes. Safe to call again."""
         self.thaw()
         for child in self._children.values():
             with contextlib.suppress(WorkerFailed):
@@ -261,13 +262,14 @@ class Pair:
 
 
 def package_root() -> tempfile.TemporaryDirectory[str]:
-    """A folder with nothing but a link to kvferry: the one thing of this environment that another
-    interpreter gets to see."""
+    """Return a folder with nothing but a link to kvferry: the one thing of this environment that
+    another interpreter gets to see."""
     folder = tempfile.TemporaryDirectory(prefix="kvferry-bench-")
     (Path(folder.name) / "kvferry").symlink_to(Path(kvferry.__path__[0]).resolve())
     return folder
 
 
 def environ(folder: str) -> dict[str, str]:
-    """What such an interpreter's process is given, so that it imports kvferry and writes nothing."""
+    """Return what such an interpreter's process is given, so that it imports kvferry and writes
+    nothing."""
     return os.environ | {"PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}

@@ -110,7 +110,7 @@ class Report(_Part, frozen=True):
     schema: str = SCHEMA
 
     def find(self, shape: str, engine: str, operation: str) -> Result | None:
-        """The result of this shape, engine and operation."""
+        """Return the result of this shape, engine and operation."""
         for result in self.results:
             if (result.shape, result.engine, result.operation) == (shape, engine, operation):
                 return result
@@ -133,7 +133,7 @@ def encode(report: Report) -> bytes:
 
 
 def decode(data: bytes) -> Report:
-    """Reads what `encode` wrote, checking every field.
+    """Read what `encode` wrote, checking every field.
 
     Raises:
         msgspec.ValidationError: it is not a report.
@@ -142,7 +142,7 @@ def decode(data: bytes) -> Report:
 
 
 def judge(report: Report, shapes: Shapes) -> Report:
-    """The report with its targets."""
+    """Return the report with its targets."""
     large = shapes.large_blocks
 
     def written(engine: str, shape: Shape = large) -> Result | None:
@@ -184,7 +184,7 @@ def _fastest(results: Iterable[Result | None]) -> Result | None:
 
 
 def _speed_up(ours: Result | None, theirs: Result | None) -> float | None:
-    """How much faster ours is, by medians."""
+    """Return how much faster ours is, by medians."""
     if ours is None or theirs is None:
         return None
     return (ours.nbytes / ours.p50_ms) / (theirs.nbytes / theirs.p50_ms)

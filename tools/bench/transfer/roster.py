@@ -59,7 +59,7 @@ class Contender:
 
 
 def tcp_key(rails: int, *, verify: bool = False) -> str:
-    """The key of kvferry's tcp with so many rails."""
+    """Return the key of kvferry's tcp with so many rails."""
     return f"tcp-{rails}" + ("-verify" if verify else "")
 
 
@@ -96,7 +96,7 @@ def roster(rails: tuple[int, ...], peers: tuple[str, ...], peer_python: str) -> 
 
 
 def installed_peers(python: str) -> tuple[str, ...]:
-    """Which peers an interpreter could import, without importing them.
+    """Return which peers an interpreter could import, without importing them.
 
     Raises:
         OSError: there is no such interpreter.

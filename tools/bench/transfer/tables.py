@@ -28,7 +28,7 @@ _MARKS = {True: "[green]met[/]", False: "[bold red]missed[/]", None: "not measur
 
 
 def show(console: Console, report: Report) -> None:
-    """Prints everything."""
+    """Print everything."""
     say = functools.partial(console.print, highlight=False, soft_wrap=True)
     for line in _head(report.machine):
         say(line)
@@ -57,7 +57,7 @@ def show(console: Console, report: Report) -> None:
 
 
 def _table(title: str, *headings: str, **options: Any) -> Table:
-    """A table whose first column is text, all others figures."""
+    """Return a table whose first column is text, all others figures."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, **options)
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left", no_wrap=True)
@@ -74,7 +74,7 @@ def _head(machine: Machine) -> list[str]:
 
 
 def name_of(result: Result) -> str:
-    """The label of a result, with its operation where that is not a write."""
+    """Return the label of a result, with its operation where that is not a write."""
     if result.operation == WRITE:
         return result.label
     return f"{result.label} {'READ' if result.operation == READ else '(' + result.operation + ')'}"

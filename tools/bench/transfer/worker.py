@@ -51,7 +51,7 @@ class Worker:
         shapes: Sequence[dict[str, Any]],
         packages: Sequence[str],
     ) -> dict[str, Any]:
-        """Makes the pool and the library's end; returns what the other end must know."""
+        """Make the pool and the library's end; return what the other end must know."""
         made = [Shape(**each) for each in shapes]
         self._shapes = {shape.name: shape for shape in made}
         self._pool = Pool(max(shape.pool_nbytes for shape in made))
@@ -66,13 +66,13 @@ class Worker:
         return {"published": self._driver.publish(), "versions": _versions(packages)}
 
     def meet(self, other: dict[str, Any]) -> None:
-        """Connects to the other end."""
+        """Connect to the other end."""
         self._driver.meet(other)
 
     def drive(
         self, shape: str, operation: str, first: int, count: int, limit_s: float
     ) -> dict[str, Any]:
-        """Starts up to `count` transfers, and none after `limit_s`; returns their latencies."""
+        """Start up to `count` transfers, and none after `limit_s`; return their latencies."""
         driver, what, talk = self._driver, self._shapes[shape], self._talk
         waits = operation == WRITE and driver.notifies
         latencies_ns = []
@@ -116,11 +116,11 @@ class Worker:
         return {"cpu_s": time.process_time() - cpu_s}
 
     def poison(self, shape: str, request: int) -> None:
-        """Spoils the sampled bytes that a request will write."""
+        """Spoil the sampled bytes that a request will write."""
         self._pool.poison(self._shapes[shape], request)
 
     def verify(self, shape: str, request: int) -> bool:
-        """Whether the sampled bytes of a request have arrived."""
+        """Return whether the sampled bytes of a request have arrived."""
         return self._pool.holds(self._shapes[shape], request)
 
     def rest(self, duration_s: float) -> float:
@@ -130,7 +130,7 @@ class Worker:
         return time.process_time() - cpu_s
 
     def close(self) -> None:
-        """Gives back what the library holds."""
+        """Give back what the library holds."""
         self._driver.close()
 
 
@@ -165,7 +165,7 @@ def _receive_any(talk: socket.socket) -> tuple[bytes, int]:
 
 
 def serve_parent(parent: Connection, worker: Worker) -> None:
-    """Executes commands until the parent goes away."""
+    """Execute commands until the parent goes away."""
     while True:
         try:
             command: dict[str, Any] = json.loads(parent.recv_bytes())

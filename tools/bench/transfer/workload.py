@@ -78,7 +78,7 @@ def block_ids(shape: Shape, request: int) -> tuple[Int64s, Int64s]:
 
 
 def piece_numbers(shape: Shape, ids: Int64s) -> Int64s:
-    """Which blocks of the pool, counted from its start, the pieces of these ids are."""
+    """Return which blocks of the pool, counted from its start, the pieces of these ids are."""
     rows = np.arange(shape.num_rows, dtype=np.int64) * shape.pool_blocks
     numbers: Int64s = (rows[:, None] + ids).reshape(-1)
     return numbers
@@ -100,26 +100,26 @@ class Pool:
         self.nbytes = nbytes
 
     def fill(self) -> None:
-        """Writes the pattern: no two words of the pool are equal."""
+        """Write the pattern: no two words of the pool are equal."""
         words = self.bytes.view(np.uint64)
         words[:] = np.arange(1, len(words) + 1, dtype=np.uint64)
         words *= np.uint64(_MULTIPLIER)
 
     def clear(self) -> None:
-        """Writes zeros, so that every page is there before a clock runs."""
+        """Write zeros, so that every page is there before a clock runs."""
         self.bytes[:] = 0
 
     def blocks(self, shape: Shape) -> Bytes:
-        """The pool's blocks as rows."""
+        """Return the pool's blocks as rows."""
         return self.bytes[: shape.pool_nbytes].reshape(-1, shape.block_nbytes)
 
     def poison(self, shape: Shape, request: int) -> None:
-        """Spoils the sampled bytes of a request's destination."""
+        """Spoil the sampled bytes of a request's destination."""
         for _, dst_offset, nbytes in _samples(shape, request):
             self.bytes[dst_offset : dst_offset + nbytes] = POISON
 
     def holds(self, shape: Shape, request: int) -> bool:
-        """Whether the sampled bytes of a request's destination are those of its source."""
+        """Return whether the sampled bytes of a request's destination are those of its source."""
         return all(
             np.array_equal(
                 self.bytes[dst_offset : dst_offset + nbytes], _pattern(src_offset, nbytes)

@@ -63,7 +63,7 @@ class Report(NamedTuple):
 
 
 def measure(near: str, far: str, rounds: int) -> Report:
-    """Runs everything.
+    """Run everything.
 
     Raises:
         BenchError: a device or perftest is missing, or bytes arrived wrong.
@@ -112,7 +112,7 @@ def measure(near: str, far: str, rounds: int) -> Report:
 
 
 def lines(report: Report) -> list[str]:
-    """The report for people."""
+    """Return the report for people."""
     r = report
     return [
         f"ib_write_bw, 1 MiB messages                  {r.perftest_1m:8.1f} MB/s",
@@ -134,7 +134,7 @@ def lines(report: Report) -> list[str]:
 
 
 def piece_nbytes(post_us: float) -> float:
-    """The piece from which one core that needs so long a work request fills `WIRE_GBPS`."""
+    """Return the piece from which one core that needs so long a work request fills `WIRE_GBPS`."""
     return WIRE_GBPS * 1e9 / 8 * post_us * 1e-6
 
 
@@ -242,7 +242,8 @@ def _gid_index(name: str) -> int:
 
 
 def _posting(near: str, far: str) -> tuple[float, float, float]:
-    """One posted write a block in MB/s, and the work for a request in a batch and as an object, us."""
+    """Return one posted write a block in MB/s, and the work for a request in a batch and as an
+    object, us."""
     ends = Meeting(Nics((near,)), dialed=True), Meeting(Nics((far,)), dialed=False)
     ends[0].take(ends[1].answer(ends[0].offer(1)))
     rail, other = ends[0].rails[0], ends[1].rails[0]
@@ -288,7 +289,7 @@ def _posting(near: str, far: str) -> tuple[float, float, float]:
 
 
 def _fill(pair: verbs_qp.QueuePair, rows: list[Any]) -> None:
-    """Fills the queue as `verbs_qp.post` does, then forgets it instead of ringing the doorbell."""
+    """Fill the queue as `verbs_qp.post` does, then forget it instead of ringing the doorbell."""
     queue, entry, enums = pair.pair, pair.entries[0], verbs_library.load().enums
     queue.wr_start()
     queue.wr_id = 1

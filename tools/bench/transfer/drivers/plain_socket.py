@@ -64,7 +64,7 @@ class SocketDriver(Driver):
         return [view[offset : offset + nbytes] for offset in offsets]
 
     def _run(self, call: Any, views: list[memoryview]) -> None:
-        """Repeats `call` until every view is done; a call may stop in the middle of one."""
+        """Repeat `call` until every view is done; a call may stop in the middle of one."""
         first = 0
         while first < len(views):
             done = call(views[first : first + VIEWS])

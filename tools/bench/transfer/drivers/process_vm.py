@@ -68,7 +68,8 @@ class VmDriver(SocketDriver):
         super().close()
 
     def _cut(self, shape: Shape, request: int) -> list[tuple[iovec.Iovec, iovec.Iovec]]:
-        """A part for each thread; blocks in the order of their destinations, as kvferry does."""
+        """Return a part for each thread; blocks in the order of their destinations, as kvferry
+        does."""
         src_ids, dst_ids = block_ids(shape, request)
         order = dst_ids.argsort()
         src = piece_numbers(shape, src_ids[order]) * shape.block_nbytes + self.pool.address
