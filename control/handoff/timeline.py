@@ -25,7 +25,6 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-import msgpack  # type: ignore[import-untyped]
 import msgspec
 
 from ..errors import ConfigError
@@ -117,6 +116,8 @@ def decode(data: bytes, source: str) -> list[Timeline]:
     Raises:
         ConfigError: it is no trace.
     """
+    import msgpack  # type: ignore[import-untyped]  # late: engines write traces, and tools read them
+
     records = msgpack.Unpacker(max_buffer_size=0)
     records.feed(data)
     timelines, at = [], 0
