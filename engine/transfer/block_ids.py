@@ -93,8 +93,9 @@ def upload_ids(plan: TransferPlan, src: Any, dst: Any) -> UploadedIds:
         order = torch.argsort(ids.dst)
         rows = torch.stack([ids.src[order].long(), ids.dst[order].long()])
     else:
-        pairs = np.stack([ids.src, ids.dst])
-        rows = torch.from_numpy(pairs[:, np.argsort(pairs[1], kind="stable")]).to(device)
+        by_dst = np.argsort(np.asarray(ids.dst), kind="stable")
+        pairs = np.stack([np.asarray(side, np.int64)[by_dst] for side in (ids.src, ids.dst)])
+        rows = torch.from_numpy(pairs).to(device)  # each row contiguous: kernels walk them
     torch.cuda.current_stream(device).synchronize()
     return UploadedIds(plan, rows)
 
