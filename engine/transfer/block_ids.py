@@ -80,7 +80,7 @@ def check_ids(plan: TransferPlan, src: Any, dst: Any) -> CheckedIds:
 
 
 def upload_ids(plan: TransferPlan, src: Any, dst: Any) -> UploadedIds:
-    """Check block ids, order them by destination and copy them to the plan's GPU. Waits for the copy.
+    """Check block ids, order them as `check_ids` does and copy them to the plan's GPU. Waits for it.
 
     Raises:
         BlockOutOfRange, OverlappingBlocks, PlanError: as for `check_ids`.
@@ -93,9 +93,7 @@ def upload_ids(plan: TransferPlan, src: Any, dst: Any) -> UploadedIds:
         order = torch.argsort(ids.dst)
         rows = torch.stack([ids.src[order].long(), ids.dst[order].long()])
     else:
-        by_dst = np.argsort(np.asarray(ids.dst), kind="stable")
-        pairs = np.stack([np.asarray(side, np.int64)[by_dst] for side in (ids.src, ids.dst)])
-        rows = torch.from_numpy(pairs).to(device)  # each row contiguous: kernels walk them
+        rows = torch.from_numpy(np.stack([ids.src, ids.dst])).to(device)
     torch.cuda.current_stream(device).synchronize()
     return UploadedIds(plan, rows)
 
