@@ -64,6 +64,9 @@ def begin(decode: Local, prefill: Remote, gate: Gate, mode: Any, **options: Any)
 def let_go(decode: Local, prefill: Remote, gate: Gate) -> None:
     """Lets the bytes move, once both agents have taken what they were told so far."""
     decode.agent.connect(prefill.address)
+    # Of no blocks: its request comes behind all that prefill was told, on the same way.
+    prefill.call("send", "behind", [])
+    decode.agent.receive("behind", "prefill-0", []).wait(WAIT_S)
     prefill.call("settle")
     gate.open()
     prefill.call("open_gate")
