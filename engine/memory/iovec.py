@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..errors import RegionGone
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -66,6 +68,51 @@ _memory_at.restype = ctypes.py_object
 _memory_at.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
 _WRITABLE = 0x200  # PyBUF_WRITE
 _recvmsg = _function("recvmsg", ctypes.c_int, ctypes.POINTER(_MsgHeader), ctypes.c_int)
+_msync = _function("msync", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_msync.restype = ctypes.c_int
+_MS_ASYNC = 1  # starts nothing on Linux; what is left is the check that every page is mapped
+_PAGE_NBYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+def is_mapped(addresses: npt.NDArray[np.integer], nbytes: npt.NDArray[np.integer] | int) -> bool:
+    """Return whether all pages of the pieces are mapped: whoever dereferences others is killed.
+
+    One system call of 0.8 us where nothing is missing between the first byte and the last, whatever
+    the number of pieces and their sizes; two more for each hole.
+    """
+    starts = addresses.view(np.int64)
+    ends = starts + (nbytes if isinstance(nbytes, int) else nbytes.view(np.int64))
+    if not len(starts) or _all_mapped(int(np.minimum.reduce(starts)), int(np.maximum.reduce(ends))):
+        return True
+    order = np.argsort(starts)
+    first = starts[order] & -_PAGE_NBYTES
+    end = np.maximum.accumulate(ends[order])
+    gaps = first[1:] - (end[:-1] + _PAGE_NBYTES - 1 & -_PAGE_NBYTES)
+    stretches = [(0, len(starts))]
+    while stretches:
+        start, stop = stretches.pop()
+        if _all_mapped(int(first[start]), int(end[stop - 1])):
+            continue
+        between = gaps[start : stop - 1]
+        if not len(between) or int(between.max()) <= 0:
+            return False
+        cut = start + int(between.argmax()) + 1
+        stretches += [(start, cut), (cut, stop)]
+    return True
+
+
+def not_mapped(operation: str) -> RegionGone:
+    """Return the error for memory that was unmapped behind the engine."""
+    return RegionGone(
+        f"memory of a region is not mapped any more ({os.strerror(errno.EFAULT)}): it was freed "
+        "while registered",
+        operation=operation,
+    )
+
+
+def _all_mapped(start: int, end: int) -> bool:
+    first = start & -_PAGE_NBYTES
+    return end <= start or _msync(first, end - first, _MS_ASYNC) == 0
 
 
 def make(addresses: npt.NDArray[np.integer], nbytes: npt.NDArray[np.integer]) -> Iovec:
@@ -200,7 +247,13 @@ def receive(fd: int, iov: Iovec) -> None:
 
 
 def checksum(iov: Iovec) -> int:
-    """CRC-32 over the pieces in order. Walks them one by one: for verification only."""
+    """CRC-32 over the pieces in order. Walks them one by one: for verification only.
+
+    Raises:
+        RegionGone: memory is not mapped.
+    """
+    if not is_mapped(iov[:, 0], iov[:, 1]):
+        raise not_mapped("verify")
     crc = 0
     for address, nbytes in iov.tolist():
         crc = zlib.crc32((ctypes.c_char * nbytes).from_address(address), crc)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from ..errors import DeviceError, EngineError, RegionGone
+from ..errors import DeviceError, EngineError
 from ..memory import iovec
 from .thresholds import NEVER_DIRECT
 
@@ -248,7 +248,7 @@ def rows_at(addresses: Ids, nbytes: int) -> Bytes:
     """Read rows of equal size: `[row, byte]`, a view if they lie one after the other, else a copy."""
     first, last = int(addresses.min()), int(addresses.max())
     if _dense(addresses, last - first, nbytes):
-        return iovec.bytes_at(first, len(addresses) * nbytes).reshape(-1, nbytes)
+        return _span(addresses, nbytes, None)[0].reshape(-1, nbytes)
     return take_rows(addresses, nbytes).reshape(-1, nbytes)
 
 
@@ -299,7 +299,13 @@ def put_rows(addresses: Ids, nbytes: int, counts: Ids | None = None, *, data: By
 
 
 def _span(addresses: Ids, nbytes: int, counts: Ids | None) -> tuple[Bytes, Ids]:
-    """View the memory from the first row to the last; and say where in it each address is."""
+    """View the memory from the first row to the last; and say where in it each address is.
+
+    Raises:
+        RegionGone: some of the rows are not mapped. (NumPy would end the process.)
+    """
+    if not iovec.is_mapped(addresses, nbytes if counts is None else counts * nbytes):
+        raise iovec.not_mapped("stage")
     first = int(np.minimum.reduce(addresses))  # half the time of `addresses.min()`
     ends = addresses if counts is None else addresses + (counts - 1) * nbytes
     stop = int(np.maximum.reduce(ends)) + nbytes
@@ -356,15 +362,13 @@ def _copy(pieces: iovec.Iovec, buffer: Bytes, *, gather: bool) -> None:
         iovec.process_vm(os.getpid(), local, remote, nbytes, write=write)
     except OSError as error:
         if error.errno == errno.EFAULT:
-            raise RegionGone(
-                f"memory of a region is not mapped any more ({error.strerror}): it was freed "
-                "while registered",
-                operation="stage",
-            ) from error
+            raise iovec.not_mapped("stage") from error
         if error.errno not in (errno.EPERM, errno.ENOSYS):
             raise DeviceError(
                 f"the kernel could not copy: {error.strerror}", operation="stage"
             ) from error
+        if not iovec.is_mapped(pieces[:, 0], pieces[:, 1]):
+            raise iovec.not_mapped("stage") from error
         for place, size in pieces.tolist():  # a sandbox forbids the call: one by one, then
             into, out_of = (address, place) if gather else (place, address)
             ctypes.memmove(into, out_of, size)

@@ -6,7 +6,9 @@ JSON. Takes `(command, arguments, options)` and answers `(ok, value or exception
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
 import resource
 import sys
@@ -54,6 +56,26 @@ class Commands:
         array = np.full(nbytes, fill, np.uint8)
         region = self._engine.register(array)
         self._arrays[region.region_id], self._regions[region.region_id] = array, region
+        return region.descriptor
+
+    def unmapped(self, nbytes: int) -> RegionDescriptor:
+        """Registers memory, and unmaps it behind the engine."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype, libc.mmap.argtypes = (
+            ctypes.c_void_p,
+            (
+                ctypes.c_void_p,
+                ctypes.c_size_t,
+                *(ctypes.c_int,) * 3,
+                ctypes.c_long,
+            ),
+        )
+        libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        address = libc.mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+        region = self._engine.register(iovec.bytes_at(address, nbytes))
+        self._regions[region.region_id] = region
+        assert libc.munmap(address, nbytes) == 0
         return region.descriptor
 
     def peek(self, region_id: int, start: int = 0, stop: int | None = None) -> bytes:

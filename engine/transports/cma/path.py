@@ -332,7 +332,12 @@ class CmaPath(DataPath):
     # Verification: the sender's checksum is compared where the bytes lie, before they count.
 
     def _ask_check(self, transfer: Transfer, number: int, part: slice, nbytes: int) -> None:
-        crc = iovec.checksum(transfer.local[part])
+        try:
+            crc = iovec.checksum(transfer.local[part])
+        except RegionGone as error:
+            transfer.stop(error)
+            transfer.end(0)
+            return
         with self._lock:
             self._unchecked[transfer.id, number] = (transfer, nbytes, crc)
         self._link.send(

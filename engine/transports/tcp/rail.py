@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ...errors import DeviceError, EngineError, ProtocolError
+from ...errors import EngineError, ProtocolError
 from ...memory import iovec
 from ...runtime.pipeline import work_off
 from ...staging.mover import new_mover, outcome, suits
@@ -145,7 +145,7 @@ class Sender:
                 if frame.item.ticket is not None:
                     frame.item.ticket._mark_staged("gathered", frame.header.nbytes)
             self._put(frame)
-        except DeviceError as error:
+        except EngineError as error:
             failure = error
         finally:
             if frame.staged is not None:

@@ -165,13 +165,13 @@ class Frames:
         staged = buffer[start : start + header.nbytes]
         try:
             self._copies.gather(staged, pieces, device)
+            if item.verify:
+                # No processor reads a GPU's memory: there, what lies in the slot has to do.
+                crc = iovec.checksum(pieces if device < 0 else _whole(staged))
+                header = header._replace(flags=header.flags | frames.HAS_CRC, crc=crc)
         except EngineError as error:
             self._loop.soon(functools.partial(self._not_gathered, slot, error))
             return
-        if item.verify:
-            # No processor reads a GPU's memory: there, what lies in the slot has to do.
-            crc = iovec.checksum(pieces if device < 0 else _whole(staged))
-            header = header._replace(flags=header.flags | frames.HAS_CRC, crc=crc)
         buffer[:head_nbytes] = np.frombuffer(frames.encode(header) + body, np.uint8)
         if item.ticket is not None:
             item.ticket._mark_staged("gathered", header.nbytes)
@@ -327,13 +327,13 @@ class Frames:
             return checksum_mismatch(self._link.peer.name, landing.imm)
         try:
             self._copies.scatter(staged, landing.pieces, landing.device)
+            if checked and not on_gpu and iovec.checksum(landing.pieces) != header.crc:
+                return checksum_mismatch(self._link.peer.name, landing.imm)
         except EngineError as error:
             return error
         except BaseException:
             landing.give_up()
             raise
-        if checked and not on_gpu and iovec.checksum(landing.pieces) != header.crc:
-            return checksum_mismatch(self._link.peer.name, landing.imm)
         return None
 
 

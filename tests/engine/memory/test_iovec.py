@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import itertools
+import mmap
 import os
 
 import numpy as np
@@ -17,6 +19,16 @@ PIECE = 24
 
 def pieces(array: np.ndarray[tuple[int], np.dtype[np.uint8]], offsets: list[int]) -> iovec.Iovec:
     return iovec.make(array.ctypes.data + np.array(offsets), np.full(len(offsets), PIECE))
+
+
+def mapped(nbytes: int) -> tuple[int, ctypes.CDLL]:
+    """Maps memory that nobody else frees; its address, and what unmaps it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
+    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return libc.mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0), libc
 
 
 @pytest.mark.parametrize("run", [2, 16, 1024, 3000])
@@ -80,3 +92,25 @@ def test_a_few_entries_that_cannot_all_be_copied_fail_as_many_do() -> None:
         iovec.process_vm(os.getpid(), local, remote, 2 * PIECE, write=True)
     assert caught.value.errno == errno.EFAULT
     assert np.array_equal(theirs, ours)
+
+
+def test_holes_between_pieces_are_none_in_them() -> None:
+    """Pieces in two mappings, in any order, one inside another; then pieces that reach the hole."""
+    page = mmap.PAGESIZE
+    base, libc = mapped(64 * page)
+    rng = np.random.default_rng(1)
+    low = rng.integers(0, 8 * page - PIECE, 50)
+    high = rng.integers(12 * page, 64 * page - PIECE, 50)
+    addresses = base + rng.permutation(np.concatenate((low, high)))
+    assert iovec.is_mapped(addresses, 8 * page - PIECE)
+    assert libc.munmap(base + 8 * page, 4 * page) == 0
+    assert iovec.is_mapped(addresses, PIECE)
+    with_a_long_one, nbytes = np.append(addresses, base), np.full(101, PIECE)
+    for reach, whole in ((8 * page, True), (8 * page + 1, False)):
+        nbytes[-1] = reach
+        assert iovec.is_mapped(with_a_long_one, nbytes) is whole
+    for place, whole in ((8 * page - PIECE, True), (12 * page - 1, False), (10 * page, False)):
+        assert iovec.is_mapped(np.append(addresses, base + place), PIECE) is whole
+    assert libc.munmap(base, 64 * page) == 0
+    assert not iovec.is_mapped(addresses, PIECE)
+    assert iovec.is_mapped(addresses[:0], PIECE)
