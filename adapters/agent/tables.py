@@ -52,7 +52,7 @@ def pack_tables(
             check_ids(side, ids, num_blocks, None)
             if distinct:
                 check_distinct(ids)
-        elif len(ids) and not low <= int(np.min(table)) <= int(np.max(table)) < end:
+        elif len(ids) and not low <= int(ids.min()) <= int(ids.max()) < end:
             raise PlanError(
                 f"{side} block table {number} has an id beyond 32 bits", operation="plan"
             )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import LayoutMismatch, PlanError
-from .block_tables import FEW_IDS, as_row, check_distinct, check_ids
+from .block_tables import FEW_IDS, as_ids, check_distinct, check_ids
 from .template import Pieces, Template, join, merge, product, runs
 from .token_plan import layer_key
 
@@ -118,8 +118,8 @@ class BlockPlan:
 
         Not `ordered`, they come back as they are, and checking them takes half the time.
         """
-        src_ids = as_row("source block ids", src_block_ids).astype(np.int64, copy=False)
-        dst_ids = as_row("destination block ids", dst_block_ids).astype(np.int64, copy=False)
+        src_ids = as_ids("source block ids", src_block_ids)
+        dst_ids = as_ids("destination block ids", dst_block_ids)
         if len(src_ids) != len(dst_ids):
             raise PlanError(
                 f"{len(src_ids)} source block ids but {len(dst_ids)} destination block ids"

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # Up to so many ids Python's own sort and comparisons are quicker than NumPy's ten calls, which cost
 # 10 to 20 microseconds each when the caches are cold.
 FEW_IDS = 32
+_INT64_MAX = (1 << 63) - 1
 
 
 def as_row(what: str, values: object, *, operation: str = "plan") -> npt.NDArray[np.integer]:
@@ -47,19 +48,31 @@ def as_row(what: str, values: object, *, operation: str = "plan") -> npt.NDArray
     return row
 
 
+def as_ids(what: str, values: object) -> Row:
+    """Read ids as one row of int64.
+
+    Raises:
+        PlanError: they are no row of integers.
+        BlockOutOfRange: one is so large that no cache has it.
+    """
+    row = as_row(what, values)
+    if row.dtype == np.uint64 and int(row.max()) > _INT64_MAX:
+        raise BlockOutOfRange(f"{what}: {int(row.max())} is a block of no cache")
+    return row.astype(np.int64, copy=False)
+
+
 def block_table(side: str, tables: Sequence[BlockIds], group: int) -> Row:
     """Read one group's table as int64.
 
     Raises:
-        PlanError: it is missing, or no row of integers.
+        BlockOutOfRange, PlanError: it is missing, or as for `as_ids`.
     """
     if group >= len(tables):
         raise PlanError(
             f"{len(tables)} {side} block tables, but group {group} is to be moved: give one for "
             "each group of the layout"
         )
-    row = as_row(f"{side} block table {group}", tables[group])
-    return row.astype(np.int64, copy=False)
+    return as_ids(f"{side} block table {group}", tables[group])
 
 
 def state_ids(pair: TablePair, src_ids: Row, dst_ids: Row) -> tuple[Row, Row]:

@@ -187,6 +187,8 @@ class CmaPath(DataPath):
     def takes(self, move: BlockMove | TokenMove) -> bool:
         if self._link.core.verify or self._link.core.paths.limit_nbytes("cma"):
             return False  # checksums, and the choice of a path, want a list of pieces
+        if move.on_gpu:
+            return False  # ids that nobody here has looked at
         plan = move.plan
         return type(move) is BlockMove and plan.local.kind == plan.remote_kind == "host"
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 
 from kvferry.adapters.agent.agent import Agent
 from kvferry.adapters.agent.handoff import Handoff, HandoffSet
@@ -234,6 +235,12 @@ def test_tables_are_packed_once_they_are_checked() -> None:
     for ids, error in refused:
         with pytest.raises(error):
             pack_tables("destination", [ids], 64)
-    for value in (1 << 31, (1 << 64) - 1):
+    for value in (1 << 31, -(1 << 31) - 1):
         with pytest.raises(PlanError, match="destination block table 1 has an id beyond 32 bits"):
             pack_tables("destination", [[1], [value]])
+    with pytest.raises(
+        BlockOutOfRange, match=r"destination block table 1: [0-9]+ is a block of no cache"
+    ):
+        pack_tables("destination", [[1], [(1 << 64) - 1]])
+    rows: list[Any] = [[3, -1], np.array([3, -1], np.int16), torch.tensor([3, -1])]
+    assert len({pack_tables("source", [row]) for row in rows}) == 1

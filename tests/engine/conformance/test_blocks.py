@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from kvferry.engine.errors import PlanError
 from kvferry.engine.layout.kv_layout import KVLayout
+from kvferry.engine.transfer.block_ids import UploadedIds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -214,6 +216,18 @@ def test_no_blocks_are_a_write_of_nothing(
     assert link.read_blocks(engine.plan(pair.theirs, pair.mine), [], []).wait(15.0) == 0
     assert np.array_equal(pair.there(), pair.theirs_before)
     assert np.array_equal(pair.here(), pair.before)
+
+
+def test_ids_that_only_a_kernel_checks_do_not_serve_host_memory(
+    link: Link, engine: TransferEngine, caches: Callable[..., Caches]
+) -> None:
+    torch = pytest.importorskip("torch")
+    pair = caches()
+    plan = engine.plan(pair.mine, pair.theirs)
+    uploaded = UploadedIds(plan, torch.tensor([[1], [SIZES["block"]]]))
+    with pytest.raises(PlanError, match="ids on a GPU, or uploaded there, need GPU memory"):
+        link.write_blocks(plan, uploaded)
+    assert np.array_equal(pair.there(), pair.theirs_before)
 
 
 def test_a_block_larger_than_a_frame(

@@ -167,6 +167,7 @@ def test_no_blocks_are_no_pieces() -> None:
         ([1, 2], [3], PlanError, "2 source block ids but 1 destination block ids"),
         ([16], [0], BlockOutOfRange, "source block id 16 is not in a cache of 16 blocks"),
         ([0], [-1], BlockOutOfRange, "destination block id -1"),
+        ([0], [2**64 - 1], BlockOutOfRange, f"destination block ids: {2**64 - 1} is"),
         ([0, 1, 2], [5, 3, 5], OverlappingBlocks, "destination block id 5 is named twice"),
         ([0.5], [1], PlanError, "source block ids must be one row of integers"),
         ([[1, 2]], [[1, 2]], PlanError, "one row of integers"),
