@@ -92,6 +92,13 @@ def device_names() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(min(2, torch.cuda.device_count()))]
 
 
+def far_gpu() -> int:
+    """Return the GPU of the other end: the second one, or the only one, for both ends."""
+    import torch
+
+    return min(1, torch.cuda.device_count() - 1)
+
+
 def write_json(path: str | Path | None, report: object) -> None:
     """Write a report of dataclasses, if a path is given."""
     if path is not None:
@@ -99,11 +106,11 @@ def write_json(path: str | Path | None, report: object) -> None:
         Path(path).write_text(text, encoding="utf-8")
 
 
-def options(doc: str | None, *, gpus: int = 0, **flags: str | None) -> Any:
+def options(doc: str | None, *, gpu: bool = False, **flags: str | None) -> Any:
     """Read the options of a benchmark that runs where there is no typer: `--json FILE` and flags.
 
     Args:
-        gpus: how many must be there; else the program ends.
+        gpu: whether there must be one; else the program ends.
         flags: what each does, if its name does not say it.
     """
     parser = argparse.ArgumentParser(description=doc)
@@ -111,9 +118,9 @@ def options(doc: str | None, *, gpus: int = 0, **flags: str | None) -> Any:
     for flag, what in flags.items():
         parser.add_argument(f"--{flag}", action="store_true", help=what)
     given = parser.parse_args()
-    if gpus:
+    if gpu:
         import torch
 
-        if torch.cuda.device_count() < gpus:
-            sys.exit("two GPUs are needed")
+        if not torch.cuda.is_available():
+            sys.exit("torch sees no CUDA device")
     return given

@@ -18,12 +18,12 @@ def test_planning_is_measured_without_a_gpu() -> None:
     assert re.search(r"131072 tokens, 80 layers: [\d.]+ ms the first time", result.output)
 
 
-def test_two_gpus_are_asked_for() -> None:
-    if torch.cuda.device_count() >= 2:
-        pytest.skip("this machine has them")
+def test_a_gpu_is_asked_for() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
     result = CliRunner().invoke(app, ["bench", "layouts"])
     assert result.exit_code == 1
-    assert "two GPUs are needed" in result.output
+    assert "torch sees no CUDA device" in result.output
 
 
 @pytest.mark.slow

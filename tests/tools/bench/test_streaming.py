@@ -18,12 +18,12 @@ HEADS = Shape("tiny", 3, 64, 4, 2, 16, 96)
 LATENT = Shape("tiny latent", 2, 64, 4, 1, 16, 96, 24, (32, 16))
 
 
-def test_two_gpus_are_asked_for() -> None:
-    if torch.cuda.device_count() >= 2:
-        pytest.skip("this machine has them")
+def test_a_gpu_is_asked_for() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
     result = CliRunner().invoke(app, ["bench", "streaming"])
     assert result.exit_code == 1
-    assert "two GPUs are needed" in result.output
+    assert "torch sees no CUDA device" in result.output
 
 
 @pytest.mark.slow

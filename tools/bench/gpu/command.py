@@ -40,7 +40,6 @@ def measure(*, quick: bool, nixl_python: str | None) -> dict[str, Any]:
     from kvferry.tools.bench.gpu import measure as gpu_measure
     from kvferry.tools.bench.gpu import staged as gpu_staged
 
-    alone = "one GPU: from GPU to GPU needs two" if torch.cuda.device_count() < 2 else ""
     report: dict[str, Any] = {
         "schema": SCHEMA,
         "devices": figures.device_names(),
@@ -50,12 +49,9 @@ def measure(*, quick: bool, nixl_python: str | None) -> dict[str, Any]:
         "left_out": {},
     }
     try:
-        if alone:
-            report["left_out"]["direct"] = alone
-        else:
-            direct = gpu_measure.measure(quick=quick)
-            gpu_measure.show(direct)
-            report["direct"] = dataclasses.asdict(direct)
+        direct = gpu_measure.measure(quick=quick)
+        gpu_measure.show(direct)
+        report["direct"] = dataclasses.asdict(direct)
         staged = gpu_staged.measure(quick=quick)
     except figures.WrongBytes:
         raise GpuBenchError("bytes arrived wrong") from None
@@ -63,9 +59,7 @@ def measure(*, quick: bool, nixl_python: str | None) -> dict[str, Any]:
         raise GpuBenchError(str(error)) from None
     gpu_staged.show(staged)
     report["staged"] = dataclasses.asdict(staged)
-    if nixl_python is not None and alone:
-        report["left_out"]["nixl"] = alone
-    elif nixl_python is not None:
+    if nixl_python is not None:
         add_nixl(report, nixl_python)
     return report
 

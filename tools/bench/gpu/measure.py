@@ -1,8 +1,8 @@
-"""Measures `cuda_ipc` between two processes on two GPUs. Needs torch, Triton, NumPy and msgspec:
+"""Measures `cuda_ipc` between two processes, on two GPUs or on one. Needs torch, Triton, NumPy and msgspec:
 
 PYTHONPATH=src python3 -m kvferry.tools.bench.gpu.measure --json report.json
 
-Ratios are within one run: the ceiling is one contiguous copy between the two GPUs in one process.
+Ratios are within one run: the ceiling is one contiguous copy of the same bytes in one process.
 """
 
 from __future__ import annotations
@@ -97,10 +97,10 @@ def _flush() -> None:
 
 
 class DirectReceiver(Receiver):
-    """The receiving process, on GPU 1."""
+    """The receiving process."""
 
     def __init__(self) -> None:
-        super().__init__(1, transports=("cuda_ipc",))
+        super().__init__(figures.far_gpu(), transports=("cuda_ipc",))
 
     def expect(self, nbytes: int, count: int) -> Iterator[Any]:
         """Answer with so many imms, then once for each whose bytes have come."""
@@ -177,9 +177,9 @@ def _enqueued(move: Callable[..., Ticket], plan: TransferPlan, ids: Any, count: 
 
 
 def ceiling(total_nbytes: int) -> float:
-    """GB/s of one contiguous copy between two GPUs in one process."""
+    """GB/s of one contiguous copy from GPU to GPU, or within the only one, in one process."""
     src = torch.empty(total_nbytes, dtype=torch.uint8, device="cuda:0").random_()
-    dst = torch.empty(total_nbytes, dtype=torch.uint8, device="cuda:1")
+    dst = torch.empty(total_nbytes, dtype=torch.uint8, device=figures.far_gpu())
     seconds = figures.gpu_median_s(
         lambda: dst.copy_(src, non_blocking=True), REPEATS, figures.sleep
     )
@@ -433,7 +433,7 @@ def show(report: Report) -> None:
 
 
 def main() -> None:
-    options = figures.options(__doc__, gpus=2, quick=None, profile=None, sweep=None)
+    options = figures.options(__doc__, gpu=True, quick=None, profile=None, sweep=None)
     if options.sweep:
         sweep()
         return

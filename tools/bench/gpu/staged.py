@@ -80,7 +80,7 @@ class Bench(Sender):
     """The sending process."""
 
     def __init__(self) -> None:
-        super().__init__(StagedReceiver, int(torch.cuda.device_count() > 1))
+        super().__init__(StagedReceiver, figures.far_gpu())
 
     def staged(self, transport: str, rails: int = 2) -> Any:
         """Return a link on which GPU memory is staged."""

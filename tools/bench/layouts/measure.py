@@ -1,4 +1,4 @@
-"""Measures moves between caches that differ, from GPU 0 to GPU 1, beside a push of equal ones.
+"""Measures moves between caches that differ, from GPU to GPU, beside a push of equal ones.
 
 PYTHONPATH=src python3 -m kvferry.tools.bench.layouts.measure
 
@@ -60,10 +60,12 @@ class Report:
     plan_cached_ms: float
 
 
-def on_gpu(shape: Shape, num_tokens: int, device: int) -> Cache:
-    """Return a cache of twice the blocks of its request; on GPU 0 it holds random numbers."""
+def on_gpu(shape: Shape, num_tokens: int, *, far: bool = False) -> Cache:
+    """Return a cache of twice the blocks of its request: empty at the far end, else of random
+    numbers."""
+    device = figures.far_gpu() if far else 0
     cache = Cache(shape, num_tokens, layers=NUM_LAYERS, spare=2, device=device)
-    for pool in cache.pools if device == 0 else ():
+    for pool in () if far else cache.pools:
         pool.copy_(torch.randn(pool.shape, device=pool.device, dtype=torch.float16))
     return cache
 
@@ -180,7 +182,9 @@ def measure(*, total_nbytes: int = 1 << 30) -> Report:
     """
     first, cached = plan_ms()
     print(f"planning 131072 tokens: first {first:.2f} ms, then {cached:.3f} ms", flush=True)
-    torch.empty(1, device="cuda:1").copy_(torch.empty(1, device="cuda:0"))  # enables peer access
+    torch.empty(1, device=figures.far_gpu()).copy_(
+        torch.empty(1, device="cuda:0")
+    )  # enables peer access
     bf16 = Shape(NHD, 16)
     rows: list[Row] = []
 
@@ -188,7 +192,7 @@ def measure(*, total_nbytes: int = 1 << 30) -> Report:
         num_tokens = total_nbytes // (2 * NUM_LAYERS * src.token_nbytes)
         low, high = _common_heads(src, dst)
         share = (high - low) / src.num_heads
-        caches = on_gpu(src, num_tokens, 0), on_gpu(dst, num_tokens, 1)
+        caches = on_gpu(src, num_tokens), on_gpu(dst, num_tokens, far=True)
         seconds = timed(mover(*caches, num_tokens))
         moved = int(2 * NUM_LAYERS * src.token_nbytes * num_tokens * share)
         speed = moved / seconds
@@ -196,18 +200,18 @@ def measure(*, total_nbytes: int = 1 << 30) -> Report:
         print(f"{name}: {speed / 1e9:.1f} GB/s, {rows[-1].of_plain:.2f} of plain", flush=True)
 
     num_tokens = total_nbytes // (2 * NUM_LAYERS * bf16.token_nbytes)
-    equal = on_gpu(bf16, num_tokens, 0), on_gpu(bf16, num_tokens, 1)
+    equal = on_gpu(bf16, num_tokens), on_gpu(bf16, num_tokens, far=True)
     seconds = timed(plain_push(*equal))
     check(*equal)
     unit = seconds / total_nbytes
     rows.append(Row("plain push, NHD 16, 8 heads", total_nbytes, 1e-9 / unit, 1.0))
     print(f"plain push {1e-9 / unit:.1f} GB/s", flush=True)
-    wide = on_gpu(Shape(HND, 64, (0, 16)), num_tokens, 1)
+    wide = on_gpu(Shape(HND, 64, (0, 16)), num_tokens, far=True)
     permuting = permute(equal[1], wide)
     permuting()
     torch.cuda.synchronize()
     check(equal[0], wide)
-    with torch.cuda.device(1):
+    with torch.cuda.device(figures.far_gpu()):
         permuted_s = seconds + timed(permuting)
     print(f"push, then permute: {total_nbytes / permuted_s / 1e9:.1f} GB/s", flush=True)
     del equal, wide, permuting
@@ -253,8 +257,8 @@ def show(report: Report) -> None:
 
 
 def main() -> None:
-    if torch.cuda.device_count() < 2:
-        sys.exit("two GPUs are needed")
+    if not torch.cuda.is_available():
+        sys.exit("torch sees no CUDA device")
     report = measure()
     show(report)
     figures.write_json(sys.argv[1] if len(sys.argv) > 1 else None, report)

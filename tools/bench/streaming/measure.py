@@ -1,4 +1,4 @@
-"""Measures the vLLM worker's streaming beside a forward pass, on two GPUs and more. Needs what kvferry
+"""Measures the vLLM worker's streaming beside a forward pass, on one GPU and more. Needs what kvferry
 needs, not vLLM:
 
 PYTHONPATH=src python3 -m kvferry.tools.bench.streaming.measure --json report.json
@@ -100,7 +100,8 @@ class Rank:
         self.case, self.side, self.rank = case, side, rank
         self.cuda = device == "cuda"
         if self.cuda:
-            torch.cuda.set_device(rank + (case.ranks if side == "decode" else 0))
+            first = min(case.ranks, torch.cuda.device_count() - 1) if side == "decode" else 0
+            torch.cuda.set_device(first + rank)
         else:
             torch.set_num_threads(1)
         heads = max(1, shape.kv_heads // case.ranks)
@@ -368,7 +369,7 @@ CASES = (
 
 def cases(num_gpus: int) -> list[Case]:
     """Return what so many GPUs can run."""
-    return [case for case in CASES if 2 * case.ranks <= num_gpus]
+    return [case for case in CASES if case.ranks == 1 or 2 * case.ranks <= num_gpus]
 
 
 def show(rows: Sequence[Row]) -> None:
@@ -403,7 +404,7 @@ def measure_all(chosen: Sequence[Case], wanted: Sequence[str] = KINDS) -> list[R
 
 
 def main() -> None:
-    options = figures.options(__doc__, gpus=2, caps="Try limits of programs instead.")
+    options = figures.options(__doc__, gpu=True, caps="Try limits of programs instead.")
     chosen, wanted = cases(torch.cuda.device_count()), KINDS
     if options.caps:
         caps = (0, 8, 16, 24, 48, 0)
