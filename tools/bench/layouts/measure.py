@@ -242,7 +242,7 @@ def measure(*, total_nbytes: int = 1 << 30) -> Report:
 
 def show(report: Report) -> None:
     """Print the report as a table."""
-    print(f"2 x {report.device}; {report.versions}")
+    print(f"{report.device}; {report.versions}")
     print(f"{'move':<46} {'MiB':>6} {'GB/s':>7} {'of plain':>8}")
     for row in report.rows:
         print(f"{row.name:<46} {row.src_nbytes >> 20:>6} {row.gb_per_s:7.1f} {row.of_plain:8.2f}")
