@@ -41,13 +41,11 @@ class Engine:
         connector = options.pop("connector", None)
         others = active_children()
         self.name = name
+        log_stats = options.pop("log_stats", False)
         self.llm = LLM(
-            enforce_eager=True,
-            max_num_seqs=8,
-            max_model_len=options.pop("max_model_len", 2048),
+            **{"enforce_eager": True, "max_num_seqs": 8, "max_model_len": 2048} | options,
             kv_transfer_config=KVTransferConfig(**connector) if connector else None,
-            disable_log_stats=not options.pop("log_stats", False),
-            **options,
+            disable_log_stats=not log_stats,
         )
         self._engine = self.llm.llm_engine
         self._started = [each for each in active_children() if each not in others]
@@ -55,7 +53,8 @@ class Engine:
         self._futures: dict[str, Future[Any]] = {}
         self._count = 0
         self.started: dict[str, float] = {}
-        self.first_token_s: dict[str, float] = {}
+        self.first_token_s: dict[str, float] = {}  # since it was started
+        self.ended_s: dict[str, float] = {}
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
@@ -76,6 +75,7 @@ class Engine:
                 output.request_id, time.monotonic() - self.started[output.request_id]
             )
         if output.finished:
+            self.ended_s[output.request_id] = time.monotonic()
             future = self._futures.pop(output.request_id, None)
             if future is not None:
                 future.set_result(output)
