@@ -108,8 +108,9 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        """Layers are sent between the pieces of a forward pass."""
-        return True
+        """No: batches that compute a prompt are not whole graphs in vLLM's own choice, so that their
+        layers go out one by one; what a whole graph computed goes out when it has ended."""
+        return False
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVFerryStats:
