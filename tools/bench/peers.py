@@ -26,15 +26,16 @@ class Peer:
         make: found by its name in a module. The object that it makes has a `close()`, which is
             called when this end has closed the pipe. A method that answers more than once is a
             generator. What is called `idle()` is called again and again between commands.
+        daemon: whether it is killed with this process; then it cannot start processes itself.
 
     Attributes:
         process: to ask for its state.
     """
 
-    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
+    def __init__(self, make: Callable[..., Any], *arguments: Any, daemon: bool = True) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=daemon)
         self.process.start()
         theirs.close()  # else its end would not be seen here
 

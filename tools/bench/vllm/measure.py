@@ -30,6 +30,7 @@ os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 os.environ.setdefault("UCX_TLS", "all")
 
+from kvferry.tools.bench.peers import Peer, close_all
 from kvferry.tools.vllm_cpu.engine import Engine, tokens
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ DECODED_TOKENS = 128
 PROMPTS_TOKENS = (17, 100, 1000, 4000, 8000)
 LOAD_ROUNDS = 6
 COMPARED_TOKENS = 24
+START_S = 400.0
+PORT = 5600  # of NIXL's first engine
 
 
 def make_model(folder: Path) -> None:
@@ -90,66 +93,102 @@ def connector(kind: str, role: str) -> dict[str, Any] | None:
     }
 
 
-class Pair:
-    """The engines of one kind."""
+class Timed:
+    """One engine, in a process of its own: what takes time is timed there."""
 
-    def __init__(self, kind: str, number: int, model: Path, options: dict[str, Any]) -> None:
+    def __init__(self, role: str, options: dict[str, Any], port: int) -> None:
+        os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(port)
+        started_s = time.monotonic()
+        self._engine = Engine(role, options)
+        self._start_s = time.monotonic() - started_s
+
+    def start_s(self) -> float:
+        """Return how long the engine took to start."""
+        return self._start_s
+
+    def prefill(self, prompt: list[int], name: str) -> Any:
+        """Compute a prompt; return where decode finds it."""
+        return self._engine.generate(prompt, 1, dict(TO_PREFILL), name).kv_transfer_params
+
+    def generate(self, prompt: list[int], count: int, params: Any, name: str) -> list[int]:
+        """Return so many tokens."""
+        return tokens(self._engine.generate(prompt, count, params, name))
+
+    def first_token_ms(self, prompt: list[int], params: Any = None, name: str = "") -> float:
+        """Return what one token takes, from the request's arrival."""
+        name, future = self._engine.submit(prompt, 1, params, name)
+        future.result(120)
+        return 1e3 * self._engine.first_token_s[name]
+
+    def decode_ms(self, prompts: Sequence[list[int]], count: int) -> float:
+        """Return what a token takes in a batch, from the first to the last."""
+        begun = [self._engine.submit(each, count) for each in prompts]
+        for _, future in begun:
+            future.result(120)
+        engine, names = self._engine, [name for name, _ in begun]
+        first_s = max(engine.started[name] + engine.first_token_s[name] for name in names)
+        last_s = max(engine.ended_s[name] for name in names)
+        return 1e3 * (last_s - first_s) / (count - 1)
+
+    def close(self) -> None:
+        """End its processes."""
+        self._engine.close()
+
+
+class Pair:
+    """The engines of one kind, which start side by side with others'."""
+
+    def __init__(self, kind: str, number: int, options: dict[str, Any]) -> None:
         self.kind = kind
         self._count = 0
         self.first_load_ms: float | None = None
-        self._options = {"model": str(model), **options}
-        self.decode = self._engine("kv_consumer", 5650 + 100 * number)
-        loads = connector(kind, "kv_producer") is not None
-        self.prefill = self._engine("kv_producer", 5600 + 100 * number) if loads else None
+        self.engines = {
+            role: Peer(
+                Timed,
+                role,
+                options | {"connector": connector(kind, role)},
+                PORT + 10 * (2 * number + place),
+                daemon=False,
+            )
+            for place, role in enumerate(("kv_consumer", "kv_producer"))
+            if role == "kv_consumer" or connector(kind, role) is not None
+        }
+        for engine in self.engines.values():
+            engine.tell("start_s")
+        self.decode = self.engines["kv_consumer"]
+        self.prefill = self.engines.get("kv_producer")
 
-    def _engine(self, role: str, port: int) -> Engine:
-        os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(port)
-        started_s = time.monotonic()
-        engine = Engine(role, self._options | {"connector": connector(self.kind, role)})
-        print(f"{self.kind} {role}: up in {time.monotonic() - started_s:.0f} s", flush=True)
-        return engine
+    def wait(self) -> None:
+        """Return when its engines have started."""
+        for role, engine in self.engines.items():
+            print(f"{self.kind} {role}: up in {engine.answer(START_S):.0f} s", flush=True)
 
     def decode_ms(self, prompts: Sequence[list[int]]) -> float:
-        """Return what a token takes in a batch, from the first to the last."""
-        begun = [self.decode.submit(each, DECODED_TOKENS) for each in prompts]
-        for _, future in begun:
-            future.result(120)
-        engine, names = self.decode, [name for name, _ in begun]
-        first_s = max(engine.started[name] + engine.first_token_s[name] for name in names)
-        last_s = max(engine.ended_s[name] for name in names)
-        return 1e3 * (last_s - first_s) / (DECODED_TOKENS - 1)
+        return float(self.decode.call("decode_ms", prompts, DECODED_TOKENS))
 
     def step_ms(self, new: Callable[[], list[int]]) -> float:
         """Return what one token takes without a load."""
-        return self._first_token_ms(new()[:1], None)
+        return float(self.decode.call("first_token_ms", new()[:1]))
 
     def load_ms(self, new: Callable[[], list[int]]) -> float:
         """Return what one token takes at decode when prefill has finished."""
         prompt = new()
-        took_ms = self._first_token_ms(prompt, self._prefilled(prompt))
+        took_ms = float(self.decode.call("first_token_ms", prompt, *self._prefilled(prompt)))
         if self.first_load_ms is None:
             self.first_load_ms = took_ms
         return took_ms
 
     def tokens_after_load(self, prompt: list[int]) -> list[int]:
-        return tokens(self.decode.generate(prompt, COMPARED_TOKENS, *self._prefilled(prompt)))
+        found: list[int] = self.decode.call(
+            "generate", prompt, COMPARED_TOKENS, *self._prefilled(prompt)
+        )
+        return found
 
     def _prefilled(self, prompt: list[int]) -> tuple[Any, str]:
         assert self.prefill is not None
         self._count += 1
         name = f"{self.kind}-{self._count}"
-        return self.prefill.generate(prompt, 1, dict(TO_PREFILL), name).kv_transfer_params, name
-
-    def _first_token_ms(self, prompt: list[int], prefilled: tuple[Any, str] | None) -> float:
-        params, name = prefilled or (None, "")
-        name, future = self.decode.submit(prompt, 1, params, name)
-        future.result(120)
-        return 1e3 * self.decode.first_token_s[name]
-
-    def close(self) -> None:
-        for engine in (self.prefill, self.decode):
-            if engine is not None:
-                engine.close()
+        return self.prefill.call("prefill", prompt, name), name
 
 
 def in_rounds(
@@ -218,6 +257,7 @@ def main() -> None:
     given = parser.parse_args()
     make_model(given.model)
     options = {
+        "model": str(given.model),
         "skip_tokenizer_init": True,
         "dtype": "bfloat16",
         "max_model_len": 9000,
@@ -232,11 +272,12 @@ def main() -> None:
     pairs: list[Pair] = []
     try:
         for number, kind in enumerate(given.kinds):
-            pairs.append(Pair(kind, number, given.model, options))
+            pairs.append(Pair(kind, number, options))
+        for pair in pairs:
+            pair.wait()
         report = measure(pairs)
     finally:
-        for pair in pairs:
-            pair.close()
+        close_all([engine for pair in pairs for engine in pair.engines.values()])
     if given.json is not None:
         given.json.write_text(json.dumps(report, indent=1))
     sys.exit(not all(row["equal"] for row in report["tokens"]))
