@@ -240,6 +240,20 @@ class TransferEngine:
         self._check_open("register")
         return self._core.regions.register_cache(layout, tensors)
 
+    def warm_up(self, cache: RegisteredCache) -> None:
+        """Compile what the first transfers between this cache and a peer's of the same layout would
+        wait for. Takes up to seconds on a GPU whose kernels were never compiled; for host memory
+        there is nothing to do.
+
+        Raises:
+            DeviceError: the GPU failed.
+        """
+        if cache.kind != "cuda" or "cuda_ipc" not in self.transports:
+            return
+        from .transports.cuda_ipc.plan import load_kernels
+
+        load_kernels(TransferPlan(cache, cache.descriptor, writes=True), self._core.max_programs)
+
     def plan(
         self,
         src: RegisteredCache | CacheDescriptor,

@@ -167,6 +167,7 @@ class Agent:
                 self._cache.descriptor, ranks=tuple(ranks), rank=rank
             )
             self.descriptor.check()
+            self.engine.warm_up(self._cache)
             timing = timing or Timing()
             self._core = AgentCore(
                 name, role, self.engine, self._cache, self.descriptor, bind, timing, keys

@@ -44,9 +44,6 @@ if TYPE_CHECKING:
     from .tokens import TokenLaunch
 
 
-_MANY_IDS = 1 << 30  # more work than any cap: what is loaded for them is loaded for all
-
-
 def available() -> Availability:
     """Return whether this machine may have CUDA. Starts nothing, so that a fork stays possible."""
     reason = cuda.absence()
@@ -270,6 +267,7 @@ class CudaIpcPath(DataPath):
         import torch
 
         from ...transfer.block_ids import CheckedIds
+        from .plan import MANY_IDS
         from .tokens import warm_tokens
 
         device = plan.local.device
@@ -279,7 +277,7 @@ class CudaIpcPath(DataPath):
             with torch.cuda.device(device):
                 # A block that does not exist: the kernels are loaded and run, and touch nothing.
                 nowhere = torch.full((1,), -1, dtype=torch.int64, device=device)
-                lane.try_out(compiled.copies, CheckedIds(nowhere, nowhere, True, 1), _MANY_IDS)
+                lane.try_out(compiled.copies, CheckedIds(nowhere, nowhere, True, 1), MANY_IDS)
         else:
             launches = self._compiled_tokens(plan, layers, device)
             if plan.remote.regions:

@@ -7,6 +7,7 @@ of two ordinary caches that is all of them.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
     from ...layout.kv_layout import KVLayout
     from ...transfer.plan import TransferPlan
+
+
+MANY_IDS = 1 << 30  # more work than any cap: what is loaded for them is loaded for all
 
 
 class CudaPlan(NamedTuple):
@@ -79,6 +83,22 @@ def compile_plan(
         )
     key = (id(plan), None if layers is None else tuple(layers))
     return CudaPlan(key, plan, tuple(copies), counters)
+
+
+def load_kernels(plan: TransferPlan, max_programs: int | None) -> None:
+    """Compile the kernels of a plan whose remote cache is as the local one, without a link.
+
+    Triton keeps them: a plan of the same shapes finds them.
+    """
+    device = plan.local.device
+    if not plan.blocks_pair:
+        return
+    with torch.cuda.device(device):
+        copies = compile_plan(plan, None, plan.addresses, 0, device, max_programs).copies
+        for copy, dtype, num_ids in itertools.product(
+            copies, (torch.int32, torch.int64), (1, MANY_IDS)
+        ):
+            copy.load(dtype, dtype, num_ids)
 
 
 def _side(

@@ -22,6 +22,7 @@ from kvferry.engine.errors import (
 from kvferry.engine.layout.kv_layout import KVLayout
 from kvferry.engine.memory.cuda_driver import driver
 from kvferry.engine.transfer_engine import TransferEngine
+from kvferry.kernels.copy import copy_kernel
 
 if TYPE_CHECKING:
     from kvferry.engine.link.link import Link
@@ -439,3 +440,41 @@ def test_a_thread_may_have_used_no_gpu_before(
     thread.start()
     thread.join(60)
     assert done == [plan.nbytes(2)]
+
+
+def test_a_first_transfer_compiles_nothing_after_the_warm_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a shape that no other test has: 7 heads of 24 numbers."""
+    layout_of = "plane block token head dim"
+    caches = [
+        [torch.zeros(2, 9, 5, 7, 24, dtype=torch.int16, device="cuda") for _ in range(3)]
+        for _ in range(2)
+    ]
+    for tensor in caches[0]:
+        tensor.random_(generator=torch.Generator("cuda").manual_seed(1))
+    layout = KVLayout.from_tensors(caches[0], layout_of)
+    compiled: list[object] = []
+    do_compile = copy_kernel._do_compile
+
+    def seen(*arguments: Any, **options: Any) -> Any:
+        compiled.append(arguments)
+        return do_compile(*arguments, **options)
+
+    monkeypatch.setattr(copy_kernel, "_do_compile", seen)
+    with TransferEngine(name="one") as one, TransferEngine(name="other") as other:
+        src, dst = (
+            each.register_cache(layout, tensors)
+            for each, tensors in zip((one, other), caches, strict=True)
+        )
+        one.warm_up(src)
+        assert compiled
+        compiled.clear()
+        link = one.connect(other.address, transport="cuda_ipc")
+        plan = one.plan(src, dst.descriptor)
+        few = link.write_blocks(plan, [1, 2], [3, 4], layers=[1])
+        many = link.write_blocks(plan, np.arange(9), np.arange(9), imm=other.new_imm())
+        few.wait(60), many.wait(60)
+        assert not compiled
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, *caches))
