@@ -28,6 +28,10 @@ class ApiServer:
         gone_away: set when a client went away while it was being answered.
         hanging: set when a request hangs, or waits for what prefill computes.
         after: what it waits for before it does anything else with a request.
+        health: the status of `/health`; None leaves who asks without an answer.
+        models: what it says it serves.
+        cached_tokens: what its answers say of the prompt; nothing if None.
+        engine_ids: of the engines behind it, which take requests by turns.
     """
 
     def __init__(self, name: str, role: str, port: int = 0) -> None:
@@ -41,13 +45,22 @@ class ApiServer:
         self.released = threading.Event()
         self.after: threading.Event | None = None
         self.engine_id = f"engine-of-{name}"
+        self.engine_ids = [self.engine_id]
+        self.health: int | None = 200
+        self.models = ["tiny"]
+        self.cached_tokens: int | None = None
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                models = {"object": "list", "data": [{"id": "tiny"}]}
-                answer = models if self.path == "/v1/models" else {}
-                self.reply(200, answer)
+                models = {"object": "list", "data": [{"id": each} for each in outer.models]}
+                if self.path == "/v1/models":
+                    self.reply(200, models)
+                elif outer.health is None:
+                    outer._hang(self, lambda: outer.health is not None)
+                    self.close_connection = True
+                else:
+                    self.reply(outer.health, {})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -103,13 +116,17 @@ class ApiServer:
             handler.reply(int(fate), error)
         elif self.role == "prefill":
             _computed.add(params.get("transfer_id", ""))
-            handler.reply(200, {"choices": [], "kv_transfer_params": self._params(body)})
+            answer = {"choices": [], "kv_transfer_params": self._params(body)}
+            handler.reply(200, answer | self._usage())
         elif body.get("stream"):
             self._stream(handler, path, body, fate)
         else:
             text = self._text(body)
-            choice = {"message": {"content": text}} if "chat" in path else {"text": text}
-            handler.reply(200, {"choices": [choice | {"finish_reason": "length"}]})
+            choice: dict[str, Any] = (
+                {"message": {"content": text}} if "chat" in path else {"text": text}
+            )
+            answer = {"choices": [choice | {"finish_reason": "length"}]}
+            handler.reply(200, answer | self._usage())
 
     def _hang(self, handler: Any, over: Callable[[], bool]) -> bool:
         """Waits until it is over; False if the client went away."""
@@ -130,11 +147,17 @@ class ApiServer:
         return {
             "do_remote_prefill": True,
             "do_remote_decode": False,
-            "remote_engine_id": self.engine_id,
+            "remote_engine_id": self.engine_ids[len(self.bodies) % len(self.engine_ids)],
             "remote_request_id": asked.get("transfer_id") or f"{self.name}-{len(self.bodies)}",
             "remote_host": "127.0.0.1",
             "remote_port": 7000,
         }
+
+    def _usage(self) -> dict[str, Any]:
+        if self.cached_tokens is None:
+            return {}
+        details = {"cached_tokens": self.cached_tokens}
+        return {"usage": {"prompt_tokens": 32, "prompt_tokens_details": details}}
 
     def _text(self, body: dict[str, Any]) -> str:
         params = body.get("kv_transfer_params")
@@ -169,6 +192,8 @@ class ApiServer:
                     assert self.released.wait(WAIT_S)
             while fate == "endless":
                 say({"choices": [{"text": "more "}]})
+            if self.cached_tokens is not None:
+                say({"choices": []} | self._usage())
             handler.wfile.write(b"data: [DONE]\n\n")
         except OSError:
             self.gone_away.set()

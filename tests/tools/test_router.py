@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from kvferry.control.cluster.messages import Register, Registration, answers, requests
 from kvferry.tools.cli import app
-from kvferry.tools.router import bodies
+from kvferry.tools.router import bodies, health
 from kvferry.tools.router.backends import DaemonBackends, FixedBackends
 from kvferry.tools.router.server import Router
 from tests import ROOT
@@ -376,7 +376,10 @@ def test_a_server_without_the_connector_is_named(serve: Serve) -> None:
     assert "--kv-transfer-config" in answer["error"]["message"]
 
 
-@pytest.mark.parametrize("change", [{"n": 2}, {"prompt": ["a", "b"]}, {"prompt_logprobs": 1}])
+@pytest.mark.parametrize(
+    "change",
+    [{"n": 2}, {"use_beam_search": True}, {"prompt": ["a", "b"]}, {"prompt_logprobs": 1}],
+)
 def test_what_cannot_be_split_is_computed_by_decode(
     serve: Serve, start_router: StartRouter, change: dict[str, Any]
 ) -> None:
@@ -389,13 +392,16 @@ def test_what_cannot_be_split_is_computed_by_decode(
 def test_it_is_ready_while_there_is_one_of_each(serve: Serve, start_router: StartRouter) -> None:
     prefill, decode = serve("p", "prefill"), serve("d", "decode")
     router = start_router(prefill, decode)
-    assert router.get("/readyz") == (200, "ok\n")
+    until(lambda: router.get("/readyz") == (200, "ok\n"), "it is not ready")
     assert json.loads(router.get("/v1/models")[1])["data"] == [{"id": "tiny"}]
     prefill.close()
     status, answer = router.post("/v1/completions", COMPLETION)
     assert status == 502
     assert prefill.url in answer["error"]["message"]
-    assert router.get("/health") == (503, "no prefill server is up\n")
+    status, text = router.get("/health")
+    assert status == 503
+    assert text.splitlines()[0] == "no prefill server is up"
+    assert text.splitlines()[1].startswith(f"prefill {prefill.url}: ")
     assert router.get("/healthz")[0] == 200
     status, answer = router.post("/v1/completions", COMPLETION)
     assert status == 503
@@ -411,6 +417,164 @@ def until(condition: Callable[[], bool], why: str) -> None:
     while not condition():
         assert time.monotonic() < deadline_s, why
         time.sleep(0.02)
+
+
+# What clients may not say, and what they are told
+
+
+@pytest.mark.parametrize("change", [{}, {"n": 2}])
+def test_clients_do_not_say_where_kv_comes_from(
+    serve: Serve, start_router: StartRouter, change: dict[str, Any]
+) -> None:
+    """However the request goes, and in whichever way vLLM would take it."""
+    prefill, decode = serve("p", "prefill"), serve("d", "decode")
+    router = start_router(prefill, decode)
+    forged = {"do_remote_prefill": True, "remote_host": "10.0.0.1", "remote_port": 1}
+    router.complete(
+        kv_transfer_params=forged,
+        vllm_xargs={"kv_transfer_params": "x", "other": 1},
+        **change,
+    )
+    for body in prefill.bodies + decode.bodies:
+        assert body.get("kv_transfer_params", {}).get("remote_host") != "10.0.0.1"
+        assert body["vllm_xargs"] == {"other": 1}
+    raw = json.dumps(COMPLETION | {"n": 2}).encode()[:-1]
+    twice = raw + b', "kv_transfer_params": {"a": 1}, "kv_transfer_params": {"b": 2}}'
+    assert router.post("/v1/completions", twice)[0] == 200
+    assert "kv_transfer_params" not in decode.bodies[-1]
+
+
+def test_a_body_that_is_nested_too_deeply_is_refused(
+    serve: Serve, start_router: StartRouter
+) -> None:
+    router = start_router(serve("p", "prefill"), serve("d", "decode"))
+    deep = b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    status, answer = router.post("/v1/completions", deep)
+    assert status == 400
+    assert answer["error"]["message"] == "the body is nested too deeply"
+    assert router.complete() == "d with KV of engine-of-p"
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+def test_cached_tokens_are_those_that_prefill_had(
+    serve: Serve, start_router: StartRouter, together: bool, stream: bool
+) -> None:
+    """What decode loaded is in no cache of its own, though it says so."""
+    prefill, decode = serve("p", "prefill"), serve("d", "decode")
+    router = start_router(prefill, decode, together=together)
+    router.complete()
+    prefill.cached_tokens, decode.cached_tokens = 16, 31
+    if stream:
+        usages = [
+            each["usage"]
+            for each in router.stream("/v1/completions", COMPLETION)
+            if each != "[DONE]" and "usage" in each
+        ]
+    else:
+        usages = [router.post("/v1/completions", COMPLETION)[1]["usage"]]
+    assert usages == [{"prompt_tokens": 32, "prompt_tokens_details": {"cached_tokens": 16}}]
+    whole = router.post("/v1/completions", COMPLETION | {"n": 2})[1]["usage"]
+    assert whole["prompt_tokens_details"] == {"cached_tokens": 31}, "decode computed it all"
+
+
+def test_what_decode_refuses_gives_prefills_blocks_back(
+    serve: Serve, start_router: StartRouter
+) -> None:
+    """By a request for the same KV that prefill found right, of one token."""
+    prefill, decode = serve("p", "prefill"), serve("d", "decode")
+    router = start_router(prefill, decode, together=False)
+    decode.plan.put("400")
+    bad = COMPLETION | {"stream_options": "bad", "max_tokens": -1}
+    status, answer = router.post("/v1/completions", bad)
+    assert (status, answer["error"]["message"]) == (400, "d says no")
+    until(lambda: len(decode.bodies) == 2, "nobody asks for the KV")
+    assert decode.bodies[1]["kv_transfer_params"]["remote_request_id"] == "p-1"
+    assert decode.bodies[1]["max_tokens"] == 1
+    assert "stream_options" not in decode.bodies[1]
+
+
+# Servers that are not well
+
+
+def test_it_is_ready_when_servers_say_that_they_are(
+    serve: Serve, start_router: StartRouter
+) -> None:
+    prefill, decode = serve("p", "prefill"), serve("d", "decode")
+    prefill.health = 503
+    router = start_router(prefill, decode)
+    until(lambda: "/health says 503" in router.get("/health")[1], "it does not ask")
+    assert router.get("/health")[0] == 503
+    prefill.health = 200
+    until(lambda: router.get("/health")[0] == 200, "it does not ask again")
+    decode.close()
+    until(lambda: "no decode server is up" in router.get("/health")[1], "it does not notice")
+
+
+def test_a_server_that_fails_is_left_alone(serve: Serve, start_router: StartRouter) -> None:
+    """Though it says that it is well; and it is asked all the same when nobody else is left."""
+    first, second, decode = serve("p1", "prefill"), serve("p2", "prefill"), serve("d", "decode")
+    router = start_router(first, second, decode, together=False)
+    for _ in range(3):
+        first.plan.put("500")
+    for _ in range(6):
+        assert router.complete() == "d with KV of engine-of-p2"
+    asked = len(first.bodies)
+    assert asked == 3
+    for _ in range(4):
+        assert router.complete() == "d with KV of engine-of-p2"
+    assert len(first.bodies) == asked
+    second.close()
+    assert router.complete() == "d with KV of engine-of-p1"
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_an_attempt_ends_when_its_server_falls_silent(
+    serve: Serve, start_router: StartRouter, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    monkeypatch.setattr(health, "PROBE_S", 0.2)
+    monkeypatch.setattr(health, "LOOK_S", 0.05)
+    first, second, decode = serve("p1", "prefill"), serve("p2", "prefill"), serve("d", "decode")
+    router = start_router(first, second, decode)
+    if known:
+        router.complete()
+        router.complete()
+    until(lambda: router.get("/health")[0] == 200, "it is not ready")
+    first.plan.put("hang")
+    first.health = None
+    for _ in range(2):
+        assert router.complete() == "d with KV of engine-of-p2"
+    assert first.bodies
+    first.health = 200
+
+
+def test_decodes_failure_does_not_wait_for_a_prefill_that_hangs(
+    serve: Serve, start_router: StartRouter
+) -> None:
+    """Its `/health` answers, as a front end's does whose engine stands still."""
+    first, second, decode = serve("p1", "prefill"), serve("p2", "prefill"), serve("d", "decode")
+    router = start_router(first, second, decode)
+    router.complete()
+    router.complete()
+    first.plan.put("hang")
+    decode.plan.put("500")
+    assert router.complete() == "d with KV of engine-of-p2"
+    assert first.gone_away.wait(WAIT_S), "the first attempt at prefill goes on"
+
+
+@pytest.mark.parametrize("ids", [["a_dp0", "a_dp1"], ["a", "b"]])
+def test_servers_of_several_engines_are_asked_first(
+    serve: Serve, start_router: StartRouter, ids: list[str]
+) -> None:
+    """Whose name decode would need is known when prefill has answered. Where names do not tell it, the
+    first that comes back does."""
+    prefill, decode = serve("p", "prefill"), serve("d", "decode")
+    prefill.engine_ids = ids
+    router = start_router(prefill, decode)
+    for _ in range(6):
+        router.complete()
+    late = decode.bodies[3:] if ids[0] == "a" else decode.bodies
+    assert all("transfer_id" not in body["kv_transfer_params"] for body in late)
 
 
 # With the daemon
@@ -470,6 +634,56 @@ def test_a_prefill_server_that_the_daemon_still_counts_on_is_passed_over(
     first.close()
     for _ in range(4):
         assert router.complete() == "d with KV of engine-of-p2"
+
+
+def test_adapters_and_aliases_are_found_by_what_servers_say(
+    serve: Serve, daemon: DaemonProcess, start_router: StartRouter
+) -> None:
+    prefill, decode, plain = serve("p", "prefill"), serve("d", "decode"), serve("d2", "decode")
+    prefill.models = decode.models = ["tiny", "tiny-lora"]
+    for server in (prefill, decode, plain):
+        enrol(daemon, server)
+    router = start_router(daemon=daemon.address)
+    until(lambda: router.post("/v1/completions", COMPLETION | {"model": "tiny-lora"})[0] == 200, "")
+    for _ in range(4):
+        assert router.complete(model="tiny-lora") == "d with KV of engine-of-p"
+    status, answer = router.post("/v1/completions", COMPLETION | {"model": "other-lora"})
+    assert status == 503
+    assert "other-lora" in answer["error"]["message"]
+
+
+def test_the_daemon_is_not_asked_while_it_is_away(
+    daemon: DaemonProcess, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for server in (serve("p", "prefill"), serve("d", "decode")):
+        enrol(daemon, server)
+    backends = DaemonBackends(daemon.address)
+    try:
+        daemon.kill()
+        first = backends.place("tiny", 1, [], ())
+        asked: list[object] = []
+        monkeypatch.setattr(backends._client, "place", lambda *given, **_: asked.append(given))
+        for _ in range(20):
+            assert backends.place("tiny", 1, [], ()) == first
+        assert not asked
+    finally:
+        backends.close()
+
+
+def test_servers_that_have_left_take_no_room_among_those_to_avoid(
+    daemon: DaemonProcess, serve: Serve
+) -> None:
+    first, second, decode = serve("p1", "prefill"), serve("p2", "prefill"), serve("d", "decode")
+    for server in (first, second, decode):
+        enrol(daemon, server)
+    backends = DaemonBackends(daemon.address)
+    try:
+        left = [f"left-{number}" for number in range(400)]
+        for _ in range(4):
+            placed = backends.place("tiny", 1, [*left, f"{first.engine_id}/0"], ())
+            assert placed.prefill.name == f"{second.engine_id}/0"
+    finally:
+        backends.close()
 
 
 @pytest.mark.parametrize(

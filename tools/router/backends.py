@@ -46,8 +46,15 @@ class Backends(Protocol):
     def known(self) -> dict[str, list[Backend]]:
         """Return all servers, by role: `prefill` and `decode`. A server may have both."""
 
-    def place(self, model: str, tokens: int, exclude: Collection[str]) -> Pair:
+    def place(
+        self, model: str, tokens: int, exclude: Sequence[str], serving: Collection[str]
+    ) -> Pair:
         """Return the pair for a request.
+
+        Args:
+            exclude: names of servers, those first that matter most.
+            serving: names of servers that say themselves that they serve the model: it may be an
+                adapter, or an alias.
 
         Raises:
             PlacementError: none is left; says what is missing.
@@ -68,7 +75,9 @@ class FixedBackends:
     def known(self) -> dict[str, list[Backend]]:
         return {"prefill": self._prefills, "decode": self._decodes}
 
-    def place(self, model: str, tokens: int, exclude: Collection[str]) -> Pair:
+    def place(
+        self, model: str, tokens: int, exclude: Sequence[str], serving: Collection[str]
+    ) -> Pair:
         return _take_turns(
             self.known(), exclude, next(self._turns), "none of {count} {role} servers answers"
         )
@@ -93,6 +102,7 @@ class DaemonBackends:
         self._client = DaemonClient(address, keys)
         self._members: dict[str, Member] = {}
         self._turns = itertools.count()
+        self._away = self._told = False
         self._ended = threading.Event()
         try:
             self._take(self._client.look(loads=False))
@@ -114,21 +124,32 @@ class DaemonBackends:
         """Return what the servers serve."""
         return sorted({m.registration.model for m in self._serving()})
 
-    def place(self, model: str, tokens: int, exclude: Collection[str]) -> Pair:
+    def place(
+        self, model: str, tokens: int, exclude: Sequence[str], serving: Collection[str]
+    ) -> Pair:
+        members = self._members
+        base = self._base_model(model, serving)
+        others = [] if base == model else [name for name in members if name not in serving]
+        if self._away:  # asking would cost each request the daemon's patience
+            return self._place_alone(base, {*exclude, *others})
         # Agents of other programs have no HTTP address.
-        strangers = [m.name for m in self._members.values() if not m.registration.service]
+        strangers = [m.name for m in members.values() if not m.registration.service]
+        avoided = [
+            name for name in dict.fromkeys((*exclude, *others, *strangers)) if name in members
+        ]
         try:
             placed = self._client.place(
                 tokens,
-                model=model or self._only_model(),
-                exclude=(*exclude, *strangers)[:MAX_EXCLUDED],
+                model=base or self._only_model(),
+                exclude=tuple(avoided[:MAX_EXCLUDED]),
                 policy=self._policy,
                 timeout_s=DAEMON_S,
             )
-            if not {placed.prefill, placed.decode} <= self._members.keys():  # it came just now
+            if not {placed.prefill, placed.decode} <= members.keys():  # it came just now
                 self._take(self._client.look(loads=False, timeout_s=DAEMON_S))
         except DaemonTimeout:
-            return self._place_alone(model, exclude)
+            self._away = True  # until the watcher hears from it
+            return self._place_alone(base, {*exclude, *others})
         members, pair = self._members, []
         for name in (placed.prefill, placed.decode):
             if name not in members or not members[name].registration.service:
@@ -139,6 +160,13 @@ class DaemonBackends:
                 )
             pair.append(_backend(members[name]))
         return Pair(*pair)
+
+    def _base_model(self, model: str, serving: Collection[str]) -> str:
+        """Return the model that agents are registered with, for an adapter or an alias of it."""
+        if model in self.models():
+            return model
+        bases = {self._members[name].registration.model for name in self._members.keys() & serving}
+        return bases.pop() if len(bases) == 1 else model
 
     def _place_alone(self, model: str, exclude: Collection[str]) -> Pair:
         others = [n for n, m in self._members.items() if model not in ("", m.registration.model)]
@@ -163,16 +191,15 @@ class DaemonBackends:
     def _follow(self, address: str, keys: Keys | None) -> None:
         """On a thread of its own, with a client of its own: keeps the picture fresh."""
         with DaemonClient(address, keys) as client:
-            away = False
             while not self._ended.wait(LOOK_S):
                 try:
                     picture = client.look(loads=False, timeout_s=DAEMON_S)
                 except DaemonError as error:
-                    if not away:
+                    if not self._told:
                         log.warning("placing by the last picture of the cluster: %s", error)
-                    away = True
+                    self._away = self._told = True
                     continue
-                away = False
+                self._away = self._told = False
                 self._take(picture)
 
     def _take(self, picture: Snapshot) -> None:

@@ -16,8 +16,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from kvferry.control.errors import ControlError
 
 from . import bodies
+from .health import Health
 from .metrics import RouterMetrics
-from .relay import AWAY, Refused, Relay, ServerFailed
+from .relay import AWAY, LARGE_NBYTES, Refused, Relay, ServerFailed
 
 if TYPE_CHECKING:
     from .backends import Backend, Backends, Pair
@@ -25,9 +26,8 @@ if TYPE_CHECKING:
     from .relay import Answer
 
 CONNECT_S = 5.0
-PROBE_S = 1.0  # between looks whether a server that went away is back
 MAX_BODY_NBYTES = 64 << 20
-PASSED_ON = ("Authorization", "Traceparent", "Tracestate")
+PASSED_ON = ("Authorization", "Traceparent", "Tracestate", "X-Data-Parallel-Rank")
 
 log = logging.getLogger("kvferry.router")
 
@@ -49,7 +49,6 @@ class Router:
         self._attempts = attempts
         self._timeout_s = timeout_s
         self._together = together
-        self._down: dict[str, asyncio.Task[None]] = {}
         self._metrics = RouterMetrics(self._num_up)
         # The daemon's client blocks, and is for one thread.
         self._placing = ThreadPoolExecutor(1, "kvferry-router-place")
@@ -75,12 +74,15 @@ class Router:
                 total=None, sock_connect=CONNECT_S, sock_read=self._timeout_s
             ),
         )
-        self._relay = Relay(self._session, self._metrics, together=self._together)
+        self._health = Health(self._session, self._known, self._forget)
+        self._relay = Relay(self._session, self._metrics, self._health, together=self._together)
+
+    def _forget(self, backend: Backend) -> None:
+        self._relay.forget(backend)
 
     async def _stop(self, _: web.Application) -> None:
-        for task in self._down.values():
-            task.cancel()
-        await asyncio.gather(*self._down.values(), return_exceptions=True)
+        await self._relay.close()
+        await self._health.close()
         await self._session.close()
         await asyncio.get_running_loop().run_in_executor(self._placing, self._backends.close)
         self._placing.shutdown()
@@ -103,11 +105,15 @@ class Router:
         name = request.headers.get("X-Request-Id") or uuid.uuid4().hex
         headers = _passed_on(request) | {"X-Request-Id": name}
         try:
-            body = bodies.read_body(await request.read())
+            raw = await request.read()
+            large = len(raw) >= LARGE_NBYTES
+            body = (
+                await asyncio.to_thread(bodies.read_body, raw) if large else bodies.read_body(raw)
+            )
         except bodies.BadRequest as error:
             return _error(str(error), "invalid_request_error", 400)
         try:
-            answer = await self._try_pairs(bodies.Ask(request.path, body, headers))
+            answer = await self._try_pairs(bodies.Ask(request.path, body, headers, len(raw)))
         except Refused as refused:
             return web.Response(status=refused.status, body=refused.body, content_type=refused.kind)
         except ControlError as error:
@@ -149,14 +155,13 @@ class Router:
                 tried[0].add(pair.prefill.name)
                 if error.role == "decode":  # or its prefill, whose KV it could not load
                     tried[1].add(pair.decode.name)
-                if error.gone:
-                    self._look_after(error.backend)
                 log.warning("request %s: %s", ask.headers["X-Request-Id"], error)
         assert failed is not None
         raise failed
 
     async def _place(self, body: Body, tried: tuple[set[str], set[str]]) -> Pair:
-        """Return a pair of servers that were not tried, or of as few that were as can be.
+        """Return a pair of servers that were not tried and failed no request lately, or of as few
+        that were or did as can be.
 
         Raises:
             ControlError: nobody is there.
@@ -164,41 +169,26 @@ class Router:
         prefills, decodes = tried
         tokens, model = bodies.estimate_tokens(body), str(body.get("model") or "")
         loop = asyncio.get_running_loop()
-        choices = [prefills | decodes, prefills, decodes, set()]
+        resting = {*self._health.resting()}
+        choices = [prefills | decodes | resting, prefills | decodes, prefills, decodes, set()]
+        serving = self._health.serving(model) if model else set()
         for number, avoided in enumerate(choices):
             if avoided in choices[:number]:
                 continue
-            exclude = avoided | self._down.keys()
+            exclude = [*avoided, *self._health.down()]
             try:
                 return await loop.run_in_executor(
-                    self._placing, self._backends.place, model, tokens, exclude
+                    self._placing, self._backends.place, model, tokens, exclude, serving
                 )
             except ControlError as error:
                 nobody = error
         raise nobody
 
-    # Servers that went away
-
-    def _look_after(self, backend: Backend) -> None:
-        """Places nothing on a server until it answers again."""
-        if backend.name not in self._down:
-            self._down[backend.name] = asyncio.ensure_future(self._probe(backend))
-
-    async def _probe(self, backend: Backend) -> None:
-        timeout = aiohttp.ClientTimeout(total=CONNECT_S)
-        while True:
-            try:
-                async with self._session.get(f"{backend.url}/health", timeout=timeout) as answer:
-                    if answer.status == 200:
-                        break
-            except AWAY:
-                pass  # still away: that is what is being asked
-            await asyncio.sleep(PROBE_S)
-        log.info("%s answers again", backend.url)
-        del self._down[backend.name]
+    def _known(self) -> set[Backend]:
+        return {each for backends in self._backends.known().values() for each in backends}
 
     def _num_up(self, role: str) -> int:
-        return sum(backend.name not in self._down for backend in self._backends.known()[role])
+        return sum(not self._health.why_down(each) for each in self._backends.known()[role])
 
     # Pages
 
@@ -206,7 +196,7 @@ class Router:
         """As the first decode server that answers says."""
         headers = _passed_on(request)
         for backend in self._backends.known()["decode"]:
-            if backend.name in self._down:
+            if backend.name in self._health.down():
                 continue
             try:
                 async with self._session.get(f"{backend.url}/v1/models", headers=headers) as answer:
@@ -215,7 +205,7 @@ class Router:
                         status=answer.status, body=raw, content_type=answer.content_type
                     )
             except AWAY:
-                self._look_after(backend)
+                self._health.failed(backend, gone=True)
         return _error("no decode server answers", "service_unavailable", 503)
 
     async def _alive(self, _: web.Request) -> web.Response:
@@ -223,9 +213,13 @@ class Router:
 
     async def _ready(self, _: web.Request) -> web.Response:
         missing = [role for role in ("prefill", "decode") if not self._num_up(role)]
-        if missing:
-            return web.Response(status=503, text=f"no {' and no '.join(missing)} server is up\n")
-        return web.Response(text="ok\n")
+        if not missing:
+            return web.Response(text="ok\n")
+        lines = [f"no {' and no '.join(missing)} server is up"]
+        for role in missing:
+            for each in self._backends.known()[role]:
+                lines.append(f"{role} {each.url}: {self._health.why_down(each)}")
+        return web.Response(status=503, text="\n".join(lines) + "\n")
 
     async def _figures(self, _: web.Request) -> web.Response:
         return web.Response(
