@@ -82,7 +82,8 @@ class Segment(NamedTuple):
     def table_nbytes(self) -> int:
         """How large the tables are that ask for it."""
         regions = len(self.transfer.remote_regions) * tables.REGION_ROW.itemsize
-        return regions + (self.pieces.stop - self.pieces.start) * tables.PIECE_ROW.itemsize
+        pieces = (self.pieces.stop - self.pieces.start) * tables.PIECE_ROW.itemsize
+        return int(regions + pieces)
 
     def ask(self) -> ReadRequest:
         """Return what asks the peer for it."""
