@@ -74,7 +74,8 @@ class TransferEngine:
             is a flow of its own to the network: more of them spread a rail over several paths.
         verify: compare a checksum of every chunk that this engine writes or reads, before it is
             counted. Costs a pass over the bytes at each end, and GPU memory is staged for it.
-        peer_timeout_s: silence after which a peer counts as frozen or unreachable.
+        peer_timeout_s: silence after which a peer is lost whose process is stopped, or whose host
+            acknowledges nothing; one that may be busy has 10 s.
         max_programs: programs that a kernel of a transfer between GPUs may use at a time, to leave
             multiprocessors to a model; no limit if None.
         paths: which pieces go direct and which through staging; the table that
