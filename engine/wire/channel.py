@@ -112,6 +112,8 @@ class ControlChannel:
                 info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
             except OSError:
                 return 0.0  # the reading side finds out
+        if len(info) < _TCP_INFO.size:
+            return 0.0  # a sandbox that tells less
         unacknowledged, last_answer_ms = _TCP_INFO.unpack(info)
         return last_answer_ms / 1e3 if unacknowledged else 0.0
 
