@@ -22,6 +22,7 @@
     │   └── PlacementError     no pair of agents, or no policy, fits a request
     ├── ConfigError            a setting that cannot be
     │   └── InsecureAddress    (also a ValueError) an address beyond this machine, without keys
+    ├── ForkedProcess          a child of fork() used what its parent has made
     ├── NotConnected           no peer of that name
     ├── AgentDraining          the agent takes nothing new until it is restored
     └── AgentClosed            the agent was closed
@@ -182,6 +183,10 @@ class AgentDraining(ControlError):
     """The agent is being drained, or is about to change its role: it takes nothing new."""
 
     retryable = True
+
+
+class ForkedProcess(ControlError):
+    """A child of fork() used what its parent has made: it works in the parent alone."""
 
 
 class NotConnected(ControlError):

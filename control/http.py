@@ -90,6 +90,10 @@ class HttpServer:
         )
         self._thread.start()
 
+    def fileno(self) -> int:
+        """Return the descriptor that it listens on."""
+        return self._server.fileno()
+
     def close(self) -> None:
         """Stop serving. Once."""
         self._server.shutdown()

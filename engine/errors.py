@@ -17,6 +17,7 @@
     ├── DeadlineExceeded       (also a TimeoutError) a wait ended without its event
     ├── Cancelled              this side cancelled
     ├── DeviceError            a GPU or its driver refused an operation
+    ├── ForkedProcess          a child of fork() used what its parent has made
     └── LinkError              a link ended or lied
         ├── LinkClosed         this side closed it
         ├── PeerLost           the peer's process died, froze or became unreachable
@@ -181,6 +182,12 @@ class DeviceError(EngineError):
     def __init__(self, message: str, *, code: int = 0, **where: Unpack[_Where]) -> None:
         super().__init__(message, **where)
         self.code = code
+
+
+class ForkedProcess(EngineError):
+    """A child of fork() used what its parent has made: it works in the parent alone."""
+
+    default_operation = "use"
 
 
 class LinkError(EngineError, ConnectionError):

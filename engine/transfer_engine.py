@@ -30,6 +30,7 @@ from .errors import (
 )
 from .memory.descriptors import CacheDescriptor
 from .memory.regions import MemoryRegion, RegionTable, RegisteredCache, quarantine
+from .runtime import fork
 from .runtime.copy_threads import Copiers, InlineCopies
 from .runtime.progress import TICK_S, Progress
 from .staging.thresholds import DirectThresholds
@@ -43,7 +44,7 @@ from .transports.cma import path as cma
 from .transports.selection import TRANSPORTS, TransportSelection
 from .transports.tcp import path as tcp
 from .transports.verbs.cards import MAX_QUEUES
-from .transports.verbs.device import Nics
+from .transports.verbs.device import Nics, check_names
 from .transports.verbs.rail import DEFAULT_QUEUES
 from .wire.identity import EngineAddress, Identity
 
@@ -73,7 +74,8 @@ class TransferEngine:
             is a flow of its own to the network: more of them spread a rail over several paths.
         verify: compare a checksum of every chunk that this engine writes or reads, before it is
             counted. Costs a pass over the bytes at each end, and GPU memory is staged for it.
-        peer_timeout_s: silence after which a peer counts as frozen or unreachable.
+        peer_timeout_s: silence after which a peer is lost whose process is stopped, or whose host
+            acknowledges nothing; one that may be busy has 10 s.
         max_programs: programs that a kernel of a transfer between GPUs may use at a time, to leave
             multiprocessors to a model; no limit if None.
         paths: which pieces go direct and which through staging; the table that
@@ -82,9 +84,11 @@ class TransferEngine:
         require_tokens: refuse every link that does not prove a one-time token; see `admit`.
 
     Raises:
-        TransportUnavailable: none of the transports works here.
+        TransportUnavailable: none of the transports works here, one is unknown, or a NIC is not
+            there.
 
-    Thread-safe. Close it, or use it as a context manager. Not usable in a forked child.
+    Thread-safe. Close it, or use it as a context manager. In a child of fork() everything that is
+    asked of it, of its links and of its tickets raises `ForkedProcess`, and closing it does nothing.
     """
 
     def __init__(
@@ -112,6 +116,8 @@ class TransferEngine:
                 f"queues is {queues}: a rail of a verbs link has 1 to {MAX_QUEUES - 1}",
                 operation="start",
             )
+        if nics is not None and "verbs" in transports:
+            check_names(nics)
         nics_here = Nics(nics)
         self._selection = TransportSelection(transports, nics_here)
         self.unavailable = self._selection.unavailable
@@ -163,6 +169,8 @@ class TransferEngine:
         self._listener = Listener(*shared, socks, secret, self._admissions)
         self._listener.start()
         self._core.progress.start()
+        self._generation = fork.generation
+        fork.disown_in_child(self)
 
     def __enter__(self) -> TransferEngine:
         return self
@@ -321,7 +329,7 @@ class TransferEngine:
             timeout_s: deadline.
 
         Raises:
-            ImmInUse: somebody waits on this imm already.
+            ImmInUse: somebody waits on this imm already. OutOfRange: a number is none from 0 up.
         """
         self._check_open("expect")
         if nbytes is None and writes is None:
@@ -465,6 +473,8 @@ class TransferEngine:
 
         Memory that a frozen peer could still write into is kept until this process ends.
         """
+        if fork.generation != self._generation:
+            return
         links = self._links.close()
         if links is None:
             return
@@ -491,6 +501,12 @@ class TransferEngine:
             link.discard()
         self._selection.nics.close()
         self._listener.join()
+
+    def forked(self) -> tuple[int, ...]:
+        """Refuse everything, in a child."""
+        for part in ("_core", "_links", "_dialer", "_admissions", "_selection", "_plans"):
+            setattr(self, part, fork.Inherited())
+        return ()
 
     # Housekeeping.
 

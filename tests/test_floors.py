@@ -19,7 +19,7 @@ FLOORS = {
     "": "kernels < engine, control < adapters < tools",
     "kernels": "cast, errors, runtime, signal < paged, scaling < tiles < copy, walk"
     " < launch, relayout, rows < pieces",
-    "engine": "errors, runtime < layout < plan, memory < transfer, staging < wire < context"
+    "engine": "errors < runtime < layout < plan, memory < transfer, staging < wire < context"
     " < transports < convert < link < connect < transfer_engine",
     "engine.transports": "base < segments, workers < cma, tcp, verbs < cuda_ipc < selection",
     "control": "errors < wire, keys < curve, http < handoff < cluster < placement < daemon < __main__",

@@ -35,6 +35,7 @@ from ...control.handoff.messages import BLOCK_ID_NBYTES, MAX_BLOCK_IDS
 from ...control.keys import check_address, join_address
 from ...engine.connect.handshake import HANDSHAKE_TIMEOUT_S
 from ...engine.errors import EngineError, PlanError
+from ...engine.runtime import fork
 from ...engine.transfer.moves import as_tables
 from ...engine.transfer_engine import TransferEngine
 from ...engine.transports.selection import TRANSPORTS
@@ -105,7 +106,8 @@ class Agent:
     Attributes:
         descriptor: its cache as peers see it, with its place among the ranks of its engine.
 
-    Thread-safe. Not usable in a forked child.
+    Thread-safe. In a child of fork() everything that is asked of it, and of its handoffs, raises
+    `ForkedProcess`, and closing it does nothing.
     """
 
     def __init__(
@@ -144,6 +146,7 @@ class Agent:
         self._num_blocks, self._num_layers = layout.num_blocks, layout.num_layers
         self._advertise_host = advertise_host
         self._lock = threading.Lock()
+        self._generation = fork.generation
         self._closed = False
         self._attempts: OrderedDict[str, int] = OrderedDict()
         self._registrar: Registrar | None = None
@@ -153,7 +156,7 @@ class Agent:
             name=name,
             host=_host_of(bind),
             advertise_host=advertise_host,
-            transports=tuple(transports or TRANSPORTS),
+            transports=transports or TRANSPORTS,
             verify=verify,
             max_programs=max_programs,
             require_tokens=True,
@@ -208,6 +211,7 @@ class Agent:
                 flip=self._take_role,
             )
             self._soon(self._registrar.start)
+        fork.disown_in_child(self)
 
     def __enter__(self) -> Agent:
         return self
@@ -216,7 +220,9 @@ class Agent:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Agent {self.name} {self.role} at {self.address}>"
+        mine = self._generation == fork.generation
+        where = f"at {self.address}" if mine else "of the process that forked this one"
+        return f"<Agent {self.name} {self.role} {where}>"
 
     @property
     def address(self) -> str:
@@ -246,7 +252,7 @@ class Agent:
         """Whether nothing new is to be placed on this agent."""
         return self._registrar is not None and self._registrar.draining
 
-    def write_trace(self, path: Path) -> int:
+    def write_trace(self, path: Path | str) -> int:
         """Write the last handoffs' timelines for `kvferry trace`; return how many.
 
         Raises:
@@ -551,6 +557,8 @@ class Agent:
         Raises:
             RuntimeError: it is called by a callback of this agent's, which would wait for itself.
         """
+        if self._generation != fork.generation:
+            return
         if self._core.messaging.loop.mine:
             raise RuntimeError(
                 f"{self.name} cannot be closed by a callback that it makes: close it from a thread"
@@ -572,6 +580,13 @@ class Agent:
         self._core.close()
         if not self._owns_engine and all_back.is_set():
             self._cache.deregister()
+
+    def forked(self) -> list[int]:
+        """Refuse everything, in a child; return what it shares with this process."""
+        shared = [] if self._closed or self._http is None else [self._http.fileno()]
+        for part in ("_core", "_cache", "_registrar", "_http"):
+            setattr(self, part, fork.Inherited())
+        return shared
 
     # Helpers
 
@@ -606,6 +621,7 @@ class Agent:
         self._soon(self._core.tell, side, handoff, event)
 
     def _check_open(self, operation: str) -> None:
+        fork.check(self._generation, operation)
         if self._closed:
             raise AgentClosed("the agent was closed: make another", operation=operation)
 

@@ -22,6 +22,8 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+from ...engine.runtime import fork
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -116,6 +118,7 @@ class EventLoop:
         self._stopping = False
         self._away = False  # the agent's thread does its inline copies
         self._thread = self._new_thread()
+        fork.disown_in_child(self)
 
     @property
     def mine(self) -> bool:
@@ -210,6 +213,10 @@ class EventLoop:
                 self._thread.start()
         finally:
             self._turn.release()
+
+    def forked(self) -> list[int]:
+        """Return what a child shares with this process."""
+        return [] if self._epoll.closed else [self._epoll.fileno(), self._wake_fd]
 
     def _new_thread(self) -> threading.Thread:
         return threading.Thread(target=self._run, name=f"kvferry-{self._name}", daemon=True)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import zmq
 
 from ..curve import protect_client
-from ..errors import ConfigError, DaemonDenied, DaemonTimeout, PlacementError
+from ..errors import ConfigError, DaemonDenied, DaemonTimeout, ForkedProcess, PlacementError
 from ..keys import split_address
 from .messages import (
     CHANGES_TOPIC,
@@ -60,7 +61,8 @@ class DaemonClient:
     Raises:
         ConfigError: the address is none, or has no key although there are keys.
 
-    Not thread-safe. Close it, or use it as a context manager.
+    Not thread-safe. Close it, or use it as a context manager. In a child of fork() everything that is
+    asked of it raises `ForkedProcess`, and closing it does nothing.
     """
 
     def __init__(self, address: str = DEFAULT_DAEMON, keys: Keys | None = None) -> None:
@@ -68,6 +70,7 @@ class DaemonClient:
         self._keys = keys
         self._daemons = [daemon_address(one, keys) for one in address.split(",")]
         self._turn = 0
+        self._pid = os.getpid()
         self._context: zmq.Context[Any] = zmq.Context()
         self._numbers = itertools.count(1)
         self._sockets = [self._connect(zmq.DEALER, *daemon) for daemon in self._daemons]
@@ -80,7 +83,8 @@ class DaemonClient:
 
     def close(self) -> None:
         """Close the sockets. Safe to call again."""
-        self._context.destroy(linger=0)
+        if self._pid == os.getpid():
+            self._context.destroy(linger=0)
 
     def look(self, *, loads: bool = True, timeout_s: float = TIMEOUT_S) -> Snapshot:
         """Who is there."""
@@ -92,6 +96,7 @@ class DaemonClient:
         Raises:
             DaemonTimeout: none answers. DaemonDenied: none can tell; it may be an older one.
         """
+        self._check_process("show")
         ask = Show(next(self._numbers))
         frame, waiting, found = requests.encode(ask), list(self._sockets), []
         denial: Denied | None = None
@@ -156,6 +161,7 @@ class DaemonClient:
         Raises:
             DaemonTimeout: there is none.
         """
+        self._check_process(type(ask).__name__.lower())
         frame = requests.encode(ask)
         end_s = time.monotonic() + timeout_s
         again_s, times = 0.0, 0
@@ -195,6 +201,14 @@ class DaemonClient:
                 raise PlacementError(detail, operation=operation, retryable=True)
             raise DaemonDenied(detail, operation=operation, retryable=store)
         raise DaemonDenied(f"the daemon answered with {type(answer).__name__}", operation=operation)
+
+    def _check_process(self, operation: str) -> None:
+        if self._pid != os.getpid():
+            raise ForkedProcess(
+                "this client belongs to the process that forked this one: make one of this "
+                "process's own",
+                operation=operation,
+            )
 
     def _timeout(self, ask: Ask, timeout_s: float) -> DaemonTimeout:
         return DaemonTimeout(
@@ -254,6 +268,7 @@ class Watch:
         Raises:
             DaemonTimeout: a new snapshot was needed and did not come.
         """
+        self._client._check_process("watch")
         changed = False
         if self._socket.poll(int(timeout_s * 1000)):
             self._heard_s = time.monotonic()

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -31,7 +32,6 @@ from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-    from pathlib import Path
 
 MAX_MARKS = 64  # a handoff: one that goes out layer by layer has many writes
 
@@ -83,7 +83,7 @@ class Recorder:
             parts.append(_encoder.encode(msgspec.structs.replace(timeline, marks=marks)))
         return b"".join(parts), len(timelines)
 
-    def write(self, path: Path) -> int:
+    def write(self, path: Path | str) -> int:
         """Write all timelines, oldest first; return how many.
 
         Raises:
@@ -91,7 +91,7 @@ class Recorder:
         """
         data, count = self.encode()
         try:
-            path.write_bytes(data)
+            Path(path).write_bytes(data)
         except OSError as error:
             raise ConfigError(f"the trace {path} cannot be written: {error.strerror}") from error
         return count

@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import EngineError, ProtocolError, TransportUnavailable
+from ..runtime import fork
 from ..transports.selection import LOCAL
 from ..transports.tcp import path as tcp
 from ..transports.verbs.rail import Meeting
@@ -75,6 +76,7 @@ class Listener:
         self._pending: dict[str, _Pending] = {}
         self._greeting: dict[threading.Thread, socket.socket | None] = {}
         self._left: list[threading.Thread] = []  # handshakes that were being served at the end
+        fork.disown_in_child(self)
 
     def start(self) -> None:
         """Begin to accept connections."""
@@ -113,6 +115,13 @@ class Listener:
         for thread in self._left:
             if thread is not threading.current_thread():
                 thread.join(HANDSHAKE_TIMEOUT_S)
+
+    def forked(self) -> list[int]:
+        """Return what a child shares with this process."""
+        socks = [*self._socks, *(sock for sock in self._greeting.values() if sock is not None)]
+        for pending in self._pending.values():
+            socks += pending.socks.values()
+        return [sock.fileno() for sock in socks if sock.fileno() >= 0]
 
     def _watch(self) -> None:
         """Watch the sockets that are not watched."""

@@ -133,6 +133,10 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             LayoutError: a dimension is missing, doubled or contradicts another tensor's.
         """
+        if not isinstance(dims, str):
+            raise LayoutError(
+                f"dims is one text, such as 'plane block token head dim', not {dims!r}"
+            )
         names = dims.split()
         for name in names:
             if name not in _OUTER + _INNER:
@@ -170,6 +174,10 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         num_planes = sizes.get("plane", 1)
         default = ("k", "v") if num_planes == 2 else ("latent",) if num_planes == 1 else ()
         plane_names = tuple(planes) if planes is not None else default
+        if planes is None and not plane_names:
+            raise LayoutError(
+                f"axis 'plane' has {num_planes} entries: name them, planes=['k', 'v', …]"
+            )
         if len(plane_names) != num_planes:
             raise LayoutError(
                 f"axis 'plane' has {num_planes} entries but planes={list(plane_names)}"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..convert.workspace import Workspaces
 from ..errors import EngineError, LinkClosed, ProtocolError
+from ..runtime import fork
 from ..transfer.moves import NOTHING, BlockMove, Op, TokenMove
 from ..transfer.ticket import DEFAULT_TIMEOUT_S, Ticket
 from ..wire import messages as wire
@@ -83,7 +84,9 @@ class Link:
         self.source = context = LinkContext(
             core, peer, transport, channel.send, self.fail, self._suspect, self.down, self.quiesced
         )
-        self._detector = FailureDetector(core, peer, send=channel.send, fail=self.fail)
+        self._detector = FailureDetector(
+            core, peer, send=channel.send, fail=self.fail, owed_s=channel.owed_s
+        )
         access = Access(context)
         self._table = table = TransferTable(peer.name, access.has)
         self._host = host = Host(context, table, access, self._detector.heard)
@@ -113,6 +116,8 @@ class Link:
             },
             {wire.Claim: host.claimed} if path.asks_access else {},
         )
+        self._generation = fork.generation
+        fork.disown_in_child(self)
 
     def __repr__(self) -> str:
         state = "up" if self.error is None else f"down: {self.error}"
@@ -352,8 +357,11 @@ class Link:
         """End the link: pending tickets end with `LinkClosed`, the peer is told.
 
         Returns when no thread of this process touches memory over it any more and the peer has
-        confirmed, or after `timeout_s`; `quiesced` says which. Safe to call again.
+        confirmed, or after `timeout_s`; `quiesced` says which. Safe to call again. In a child of
+        fork() it does nothing.
         """
+        if fork.generation != self._generation:
+            return
         self._teardown.go_down(
             LinkClosed("this side closed the link", operation="close", peer=self.peer.name)
         )
@@ -394,6 +402,13 @@ class Link:
         )
         self._path.start()
         self._detector.start(self._teardown.process_ended)
+
+    def forked(self) -> tuple[int, ...]:
+        """Refuse everything, in a child."""
+        self._table.error = fork.error("link")
+        for part in ("_submitter", "_host", "_path"):
+            setattr(self, part, fork.Inherited())
+        return ()
 
     def tick(self, now: float) -> None:
         """Heartbeats, deadlines and loose ends; on the progress thread."""

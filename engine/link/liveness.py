@@ -1,7 +1,8 @@
 """The failure detector of one link: whether the peer still lives.
 
 A process of this host is watched by its process descriptor, every peer by its heartbeats. A socket
-that ended without a goodbye makes it a suspect: the cause is looked for before the link fails.
+that ended without a goodbye makes it a suspect: the cause is looked for before the link fails. One that
+is silent may be busy: its kernel says whether it runs, or from another host, that it is there at all.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 HEARTBEAT_S = 0.25
 SUSPICION_S = 0.08  # a closed socket without goodbye: how long the cause is looked for
 _PF_EXITING = 0x4  # of the flags in /proc/PID/stat
-BUSY_PEER_S = 10.0  # how long a live process on this host may be too busy to answer
+# How long a live process may be too busy to answer: it imports, compiles or pins memory, and holds the
+# interpreter lock meanwhile. /proc cannot tell it from one that hangs, nor can its host's answers.
+BUSY_PEER_S = 10.0
 
 
 class FailureDetector:
@@ -35,6 +38,7 @@ class FailureDetector:
     Args:
         send: sends heartbeats.
         fail: called with a `PeerLost`.
+        owed_s: tells how long its host has not answered (`ControlChannel.owed_s`).
     """
 
     def __init__(
@@ -44,16 +48,18 @@ class FailureDetector:
         *,
         send: Callable[[LinkMessage], None],
         fail: Callable[[EngineError], None],
+        owed_s: Callable[[], float],
     ) -> None:
         self._core = core
         self._peer = peer
         self._send = send
         self._fail = fail
+        self._owed_s = owed_s
         self._same_host = peer.host_id == core.identity.host_id
         self._lock = threading.Lock()  # of the suspicion and the descriptor
         self._suspected_s = 0.0
         self._pidfd = _open_pidfd(peer.pid) if self._same_host else -1
-        self._heard_s = time.monotonic()
+        self._heard_s = self._awake_s = time.monotonic()
         self._beat_s = 0.0
 
     def start(self, process_ended: Callable[[], None]) -> None:
@@ -73,6 +79,7 @@ class FailureDetector:
     def forgive(self, seconds: float) -> None:
         """This process itself was asleep: the peer's silence does not count."""
         self._heard_s += seconds
+        self._awake_s = time.monotonic()
 
     def suspect(self) -> bool:
         """Return a socket ended without goodbye; False if the peer is a suspect already."""
@@ -97,18 +104,21 @@ class FailureDetector:
                 )
             )
             return
-        if now - self._beat_s >= HEARTBEAT_S:
-            self._beat_s = now
-            self._send(Heartbeat())
+        # Before a heartbeat goes out: what is owed now was sent a tick ago at least.
         silent_s = now - self._heard_s
-        if silent_s > self._core.peer_timeout_s and not self._merely_busy(silent_s):
+        if silent_s > self._core.peer_timeout_s and not self._merely_busy(now, silent_s):
+            frozen = "it is frozen, or hangs" if self._answers(now) else "it is unreachable"
             self._fail(
                 PeerLost(
-                    f"the peer has been silent for {silent_s:.1f} s: it is frozen or unreachable",
+                    f"the peer has been silent for {silent_s:.1f} s: {frozen}",
                     operation="heartbeat",
                     peer=self._peer.name,
                 )
             )
+            return
+        if now - self._beat_s >= HEARTBEAT_S:
+            self._beat_s = now
+            self._send(Heartbeat())
 
     def process_gone(self) -> bool:
         """Return whether the peer's process has ended, by its entry in /proc."""
@@ -134,12 +144,18 @@ class FailureDetector:
         fields = _process_fields(self._peer.pid)
         return len(fields) > 6 and bool(int(fields[6]) & _PF_EXITING)
 
-    def _merely_busy(self, silent_s: float) -> bool:
-        """Return whether a peer on this host runs, but has not had the time (or the interpreter
-        lock)."""
-        if not self._same_host or silent_s > BUSY_PEER_S:
+    def _merely_busy(self, now: float, silent_s: float) -> bool:
+        """Return whether a peer is there, but has not had the time (or the interpreter lock)."""
+        if silent_s > BUSY_PEER_S:
             return False
-        return _process_state(self._peer.pid) in ("R", "S", "D")
+        if self._same_host:
+            return _process_state(self._peer.pid) in ("R", "S", "D")
+        return self._answers(now)
+
+    def _answers(self, now: float) -> bool:
+        """Return whether the peer's host acknowledges what it is sent."""
+        # What was sent after a sleep of this process has not been owed for longer than that.
+        return min(self._owed_s(), now - self._awake_s) <= self._core.peer_timeout_s
 
 
 def _open_pidfd(pid: int) -> int:

@@ -26,6 +26,8 @@ from ..errors import (
     OutOfRange,
     RegionGone,
 )
+from ..layout.kv_layout import KVLayout
+from ..runtime import fork
 from .cuda_driver import driver
 from .cuda_export import export_tensor
 from .descriptors import KEY_NBYTES, CacheDescriptor, RegionDescriptor
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from ..layout.kv_layout import KVLayout
     from .cuda_export import ExportedChunks
     from .descriptors import CudaMemory
 
@@ -97,6 +98,7 @@ class MemoryRegion(_Used):
             forget: `forget(region_id)` is told that nobody uses it at all.
         """
         super().__init__()
+        self._generation = fork.generation
         self._revoke = revoke
         self._forget = forget
         self._memory: _Memory | None = memory
@@ -157,11 +159,13 @@ class MemoryRegion(_Used):
         """End the registration: no transfer starts any more, running ones are waited for.
 
         Peers that could reach the memory by themselves are told, and their answer is awaited.
-        Safe to call again.
+        Safe to call again. In a child of fork() it does nothing.
 
         Raises:
             DeadlineExceeded: a transfer or a peer still uses it; the memory is kept until not.
         """
+        if fork.generation != self._generation:
+            return
         deadline = time.monotonic() + timeout_s
         self.close()
         for cache in self.caches:
@@ -273,6 +277,12 @@ class RegionTable:
             LayoutError: a tensor is not the one that its region describes: elements or extent of
                 another size. Tensors of bytes may be larger than their regions.
         """
+        if not isinstance(layout, KVLayout):
+            raise LayoutError(
+                f"register_cache takes a KVLayout, then its tensors: the first is a "
+                f"{type(layout).__name__}",
+                operation="register",
+            )
         parts: Sequence[Any] = [tensors] if hasattr(tensors, "shape") else list(tensors)
         if len(parts) != len(layout.regions):
             raise LayoutError(

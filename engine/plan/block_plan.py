@@ -8,6 +8,7 @@ only when, they are neighbours in both caches.
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,12 +51,24 @@ class BlockPlan:
         self._template(None)
 
     def nbytes(self, num_blocks: int, *, layers: Sequence[int] | None = None) -> int:
-        """Count the bytes of `num_blocks` blocks: what a counter must reach. Reads no block ids."""
+        """Count the bytes of `num_blocks` blocks: what a counter must reach. Reads no block ids.
+
+        Raises:
+            PlanError: it is no number from 0.
+        """
+        try:
+            number = operator.index(num_blocks)
+        except TypeError:
+            number = -1
+        if number < 0:
+            raise PlanError(
+                f"num_blocks is how many blocks, from 0, not {num_blocks!r}: of a list of ids, its len()"
+            )
         key = layer_key(layers)
         block_nbytes = self._block_nbytes.get(key)
         if block_nbytes is None:
             block_nbytes = self._block_nbytes[key] = int(self._template(key).nbytes.sum())
-        return block_nbytes * num_blocks
+        return block_nbytes * number
 
     def pieces(
         self,

@@ -97,7 +97,15 @@ class TokenPlan:
         Args:
             layers: global layer indices; all if None.
             states: pages of each group whose slots are moved whole.
+
+        Raises:
+            PlanError: there is no such range.
         """
+        if not 0 <= start <= stop or states < 0:
+            raise PlanError(
+                f"tokens [{start}, {stop}) and {states} states: numbers from 0, the last not below the "
+                "first"
+            )
         key = layer_key(layers)
         total = 0
         for number, pair in enumerate(self.pairs):

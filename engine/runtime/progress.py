@@ -14,6 +14,8 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
+from . import fork
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -27,7 +29,7 @@ class Progress:
 
     def __init__(self, name: str, on_tick: Callable[[float], None]) -> None:
         self._epoll = select.epoll()
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK)
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._calls: list[Callable[[], None]] = []
@@ -35,6 +37,7 @@ class Progress:
         self._stopped = False
         self._on_tick = on_tick
         self._thread = threading.Thread(target=self._run, name=f"{name}-progress", daemon=True)
+        fork.disown_in_child(self)
 
     def start(self) -> None:
         """Start the thread."""
@@ -88,6 +91,10 @@ class Progress:
             self._thread.join()
         self._epoll.close()
         os.close(self._wake_fd)
+
+    def forked(self) -> list[int]:
+        """Return what a child shares with this process: all that it watches, too."""
+        return [] if self._epoll.closed else [self._epoll.fileno(), self._wake_fd]
 
     def _run(self) -> None:
         next_tick = time.monotonic() + TICK_S

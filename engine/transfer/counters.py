@@ -39,6 +39,25 @@ def check_imm(imm: SupportsIndex, operation: str) -> int:
     raise OutOfRange(f"imm {imm} is not a 32-bit number", operation=operation, imm=imm)
 
 
+def check_total(name: str, total: SupportsIndex | None, imm: int) -> int | None:
+    """Return what a counter is to reach, NumPy's too, as an int.
+
+    Raises:
+        OutOfRange: it is no number from 0.
+    """
+    if total is None:
+        return None
+    try:
+        number = operator.index(total)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise OutOfRange(
+            f"{name} must be an integer from 0, not {total!r}", operation="expect", imm=imm
+        )
+    return number
+
+
 class _Counter:
     __slots__ = (
         "announced_nbytes",
@@ -138,9 +157,11 @@ class CounterTable:
                 nothing, and is noted in `foreign_writes`. Anybody's counts if "".
 
         Raises:
-            ImmInUse: somebody already waits on this imm. OutOfRange: it has more than 32 bits.
+            ImmInUse: somebody already waits on this imm. OutOfRange: it has more than 32 bits, or
+                a total is no number from 0.
         """
         imm = check_imm(imm, "expect")
+        nbytes, writes = check_total("nbytes", nbytes, imm), check_total("writes", writes, imm)
 
         def retire(ticket: Ticket) -> None:
             with self._lock:

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import Cancelled, DeadlineExceeded, EngineError
+from ..runtime import fork
 from .stream_wait import wait_for_host
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Ticket:
         "_callbacks",
         "_done",
         "_error",
+        "_generation",
         "_help",
         "_lock",
         "_look",
@@ -69,6 +71,7 @@ class Ticket:
         self.peer = peer
         self.imm = imm
         self.deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        self._generation = fork.generation
         self._lock = threading.Lock()
         self._done = False
         self._nbytes = 0
@@ -90,6 +93,8 @@ class Ticket:
 
     def done(self) -> bool:
         """Return whether the operation ended, well or badly."""
+        if not self._done:
+            fork.check(self._generation, self.operation)  # it would never end there
         return self._done
 
     def exception(self) -> Exception | None:
@@ -116,8 +121,11 @@ class Ticket:
 
         Raises:
             DeadlineExceeded: `timeout_s` passed, or the operation's own deadline did.
+            ForkedProcess: it is pending in the process that forked this one.
             EngineError: what the operation ended with.
         """
+        if not self._done:
+            fork.check(self._generation, self.operation)
         if timeout_s is None:  # what is awake may help; it cannot say how long that takes
             for work in (self._help, self._spin, self._look if spin else None):
                 if not self._done and work is not None:
@@ -144,6 +152,7 @@ class Ticket:
 
     def __await__(self) -> Generator[object, None, int]:
         if not self._done:
+            fork.check(self._generation, self.operation)
             loop = asyncio.get_running_loop()
             future: asyncio.Future[None] = loop.create_future()
 
@@ -175,6 +184,8 @@ class Ticket:
         Raises:
             EngineError: what the operation has ended with already.
         """
+        if not self._done:
+            fork.check(self._generation, self.operation)
         wait = self._stream_wait
         if not self._done and not (wait is not None and wait(self, stream)):
             write = wait_for_host(stream)
@@ -187,10 +198,12 @@ class Ticket:
 
         The callback must be short and must not block: it may run on a transport's thread.
         """
-        with self._lock:
-            if not self._done:
-                self._callbacks.append(callback)
-                return
+        if not self._done:
+            fork.check(self._generation, self.operation)
+            with self._lock:
+                if not self._done:
+                    self._callbacks.append(callback)
+                    return
         self._call(callback)
 
     def cancel(self) -> bool:
@@ -200,6 +213,9 @@ class Ticket:
         Cancelling an `expect` does not stop a writer: the blocks stay in danger until the peer has
         confirmed, or the link is down (`Link.quiesced`).
         """
+        if self._done:
+            return False
+        fork.check(self._generation, self.operation)
         return self._stop(self._make_error(Cancelled, "cancelled by this side"))
 
     def _mark(self, name: str) -> None:

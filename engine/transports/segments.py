@@ -11,6 +11,7 @@ import functools
 import logging
 import queue
 import threading
+from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import (
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
     from ..transfer.ticket import Ticket
     from ..transfer.transfer import Transfer
     from .base import PathHost
+
+# Tables of pieces that a peer is sent before it has answered: 24 bytes a piece, so that a long read of
+# small ones would fill its control channel, which ends the link at 16 MiB. At least 20 segments, which
+# is more than a peer has slots or rails; large pieces are all asked for at once.
+ASKED_NBYTES = 4 << 20
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +77,24 @@ class Segment(NamedTuple):
             crc=0,
         )
         return header, regions.tobytes() + pieces.tobytes()
+
+    @property
+    def table_nbytes(self) -> int:
+        """How large the tables are that ask for it."""
+        regions = len(self.transfer.remote_regions) * tables.REGION_ROW.itemsize
+        pieces = (self.pieces.stop - self.pieces.start) * tables.PIECE_ROW.itemsize
+        return int(regions + pieces)
+
+    def ask(self) -> ReadRequest:
+        """Return what asks the peer for it."""
+        transfer = self.transfer
+        return ReadRequest(
+            transfer=transfer.id,
+            first=self.pieces.start,
+            regions=tables.region_rows(transfer.remote_regions).tobytes(),
+            pieces=tables.piece_rows(transfer, self.pieces).tobytes(),
+            verify=self.verify,
+        )
 
     def fail(self, error: EngineError) -> None:
         """End the transfer with an error, once nobody works on it."""
@@ -154,12 +178,17 @@ class Landing(NamedTuple):
 
 
 class Outstanding:
-    """The answers that one link waits for: to segments of its writes, and of its reads. Thread-safe."""
+    """The answers that one link waits for: to segments of its writes, and of its reads. Thread-safe.
+
+    Reads are asked for in order, `ASKED_NBYTES` of tables ahead of the answers.
+    """
 
     def __init__(self, link: PathHost) -> None:
         self._link = link
         self._lock = threading.Lock()
         self._reads: dict[tuple[int, int], Segment] = {}
+        self._unasked: deque[Segment] = deque()
+        self._asked_nbytes = 0  # of tables that are not answered
         self._unanswered: dict[int, int] = {}  # segments of each write
 
     def submit(
@@ -167,21 +196,14 @@ class Outstanding:
     ) -> None:
         """Hand the segments of a write to `send`; ask the peer for those of a read."""
         verify = self._link.core.verify
-        for pieces in cuts:
-            segment = Segment(transfer, pieces, verify, transfer.ticket)
-            if transfer.write:
+        segments = (Segment(transfer, pieces, verify, transfer.ticket) for pieces in cuts)
+        if transfer.write:
+            for segment in segments:
                 send(segment)
-            elif transfer.begin():
-                self._reads[transfer.id, pieces.start] = segment
-                self._link.send(
-                    ReadRequest(
-                        transfer=transfer.id,
-                        first=pieces.start,
-                        regions=tables.region_rows(transfer.remote_regions).tobytes(),
-                        pieces=tables.piece_rows(transfer, pieces).tobytes(),
-                        verify=verify,
-                    )
-                )
+            return
+        with self._lock:
+            self._unasked.extend(segments)
+        self._ask()
 
     def sending(self, transfer: int) -> None:
         """Note that a segment of a write is being sent, which the peer will answer."""
@@ -199,7 +221,7 @@ class Outstanding:
 
     def refused(self, message: Refuse) -> bool:
         """Take note of a refusal; False if nothing was asked that it answers."""
-        read = self._reads.pop((message.transfer, message.first), None)
+        read = self._take(message.transfer, message.first)
         return read is not None or self._answered(message.transfer)
 
     def take_read(self, number: int, first: int, nbytes: int) -> Landing | None:
@@ -208,7 +230,7 @@ class Outstanding:
         Raises:
             ProtocolError: so many bytes were not.
         """
-        segment = self._reads.pop((number, first), None)
+        segment = self._take(number, first)
         if segment is None:
             return None
         transfer, part = segment.transfer, segment.pieces
@@ -216,6 +238,35 @@ class Outstanding:
             raise ProtocolError(f"{nbytes} bytes of a read came, which is not what was asked for")
         placed = functools.partial(segment.placed, nbytes)
         return Landing(transfer.local[part], transfer.device(), None, placed, lambda: None)
+
+    def _ask(self) -> None:
+        """Ask for what comes next, as far as the window goes; what has ended is passed over."""
+        while True:
+            with self._lock:
+                if not self._unasked:
+                    return
+                segment = self._unasked[0]
+                nbytes = segment.table_nbytes
+                if self._asked_nbytes and self._asked_nbytes + nbytes > ASKED_NBYTES:
+                    return
+                self._unasked.popleft()
+                if not segment.transfer.begin():
+                    continue
+                self._asked_nbytes += nbytes
+                self._reads[segment.transfer.id, segment.pieces.start] = segment
+            self._link.send(segment.ask())
+
+    def _take(self, number: int, first: int) -> Segment | None:
+        """Take out a segment of a read that is answered, and ask for the next."""
+        with self._lock:
+            segment = self._reads.pop((number, first), None)
+            if segment is None:
+                return None
+            self._asked_nbytes -= segment.table_nbytes
+            more = bool(self._unasked)
+        if more:
+            self._ask()
+        return segment
 
     def _answered(self, transfer: int) -> bool:
         with self._lock:

@@ -39,6 +39,11 @@ class TransportSelection:
     """
 
     def __init__(self, wanted: Sequence[str], nics: Nics) -> None:
+        if isinstance(wanted, str):
+            raise TransportUnavailable(
+                f"transports={wanted!r} is one text: give a list of names, [{wanted!r}]",
+                operation="start",
+            )
         unknown = set(wanted) - set(TRANSPORTS)
         if unknown:
             raise TransportUnavailable(

@@ -6,15 +6,18 @@ What comes is decoded on the progress thread and handed on message by message.
 
 from __future__ import annotations
 
+import contextlib
 import select
+import socket
+import struct
 import threading
 from typing import TYPE_CHECKING
 
 from ..errors import EngineError, PeerLost
+from ..runtime import fork
 from . import messages as wire
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable
 
     from ..runtime.progress import Progress
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 MAX_UNSENT_NBYTES = 16 << 20
 RECEIVE_NBYTES = 1 << 18
+_TCP_INFO = struct.Struct("=24xI28xI")  # of the kernel's tcp_info: tcpi_unacked, tcpi_last_ack_recv
 
 
 class ControlChannel:
@@ -49,6 +53,7 @@ class ControlChannel:
         self._lock = threading.Lock()  # of the socket's end and of what is unsent
         self._unsent = bytearray()
         self._received = bytearray()
+        fork.disown_in_child(self)
 
     def start(
         self,
@@ -96,6 +101,22 @@ class ControlChannel:
                 )
             )
 
+    def owed_s(self) -> float:
+        """Return for how long the peer's host has acknowledged nothing, though it was sent something;
+        0.0 if it owes no answer, and where there is no network between. Its kernel answers while the
+        peer is too busy to."""
+        with self._lock:
+            if self.closed or self._sock.family == socket.AF_UNIX:
+                return 0.0
+            try:
+                info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+            except OSError:
+                return 0.0  # the reading side finds out
+        if len(info) < _TCP_INFO.size:
+            return 0.0  # a sandbox that tells less
+        unacknowledged, last_answer_ms = _TCP_INFO.unpack(info)
+        return last_answer_ms / 1e3 if unacknowledged else 0.0
+
     def receive(self) -> bool:
         """Handle what has come, up to a limit; False if there was nothing."""
         try:
@@ -130,8 +151,15 @@ class ControlChannel:
                 return False
             self.closed = True
             self._progress.unwatch(self._sock.fileno())
+            with contextlib.suppress(OSError):  # the peer has hung up
+                # A process that has inherited the socket must not keep the connection up.
+                self._sock.shutdown(socket.SHUT_RDWR)
             self._sock.close()
         return True
+
+    def forked(self) -> list[int]:
+        """Return what a child shares with this process."""
+        return [] if self.closed else [self._sock.fileno()]
 
     def _ready(self, events: int) -> None:
         if events & select.EPOLLOUT:

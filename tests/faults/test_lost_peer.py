@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from kvferry.engine.connect import handshake
 from kvferry.engine.errors import (
     DeadlineExceeded,
     EngineError,
@@ -21,6 +22,7 @@ from kvferry.engine.errors import (
     RegionGone,
     TransportUnavailable,
 )
+from kvferry.engine.link import liveness
 from kvferry.engine.memory import iovec
 from kvferry.engine.transfer_engine import TransferEngine
 from kvferry.engine.transports.verbs import queue_pair as verbs_qp
@@ -172,6 +174,38 @@ def test_a_frozen_process_that_slept_itself_forgives_its_peers(
             ticket = sleeper.call("expect", imm, writes=1, linked=(patient.engine_id,))
             link.signal(imm).wait(PATIENCE_S)
             assert sleeper.call("wait", ticket) == 0
+
+
+@pytest.mark.parametrize("host", ["this host", "another"])
+def test_a_peer_whose_interpreter_is_busy_is_not_lost(
+    start_peer: Callable[..., Peer], monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    """It answers nothing for much longer than the engines' patience, but its kernel does."""
+    if host == "another":
+        monkeypatch.setattr(handshake, "host_id", lambda: "mars")
+    busy = start_peer(name="busy", transports=["tcp"], peer_timeout_s=0.5)
+    with TransferEngine(name="here", transports=["tcp"], peer_timeout_s=0.5) as here:
+        link = connected(here, busy, "tcp")
+        mine, theirs = here.register(np.zeros(10, np.uint8)), busy.call("pool", 10, SENTINEL)
+        writes = [link.write(mine, 0, theirs, 0, 10) for _ in range(3)]
+        busy.call("hold_interpreter", 2.0)
+        assert [write.wait(PATIENCE_S) for write in writes] == [10, 10, 10]
+        assert link.write(mine, 0, theirs, 0, 10).wait(PATIENCE_S) == 10
+        assert link.error is None
+
+
+def test_a_frozen_process_of_another_host_is_lost_in_the_end(
+    start_peer: Callable[..., Peer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handshake, "host_id", lambda: "mars")
+    monkeypatch.setattr(liveness, "BUSY_PEER_S", 1.0)
+    victim = start_peer(name="victim", transports=["tcp"])
+    with TransferEngine(name="far", transports=["tcp"], peer_timeout_s=0.2) as far:
+        link = far.connect(victim.address)
+        victim.freeze()
+        with pytest.raises(PeerLost, match=r"silent for .* frozen"):
+            link.down.wait(PATIENCE_S)
+        link.quiesced.wait(PATIENCE_S)
 
 
 def test_a_restarted_peer_is_another_one(

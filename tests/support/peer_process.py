@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import resource
+import signal
 import sys
 import threading
 import time
@@ -214,6 +215,20 @@ class Commands:
             lowest_free = os.dup(0)
             os.close(lowest_free)
         resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free if limit else hard, hard))
+
+    def fork(self) -> int:
+        """Makes a child that does nothing, until it is killed; returns its number."""
+        child = os.fork()
+        if not child:
+            try:
+                signal.pause()
+            finally:
+                os._exit(0)
+        return child
+
+    def hold_interpreter(self, seconds: float) -> None:
+        """Lets no thread of this process run Python for so long."""
+        ctypes.PyDLL(None).usleep(int(seconds * 1e6))
 
     def busy(self, seconds: float) -> float:
         """The processor time that this process takes in so many seconds of doing nothing."""

@@ -17,6 +17,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from ...memory import iovec
+from ...runtime import fork
 from ...runtime.pipeline import Finisher
 from ...transfer.compute_gate import hold_until_computed
 from ...transfer.transfer import Transfer
@@ -81,6 +82,7 @@ class TcpPath(DataPath):
         self._finisher = Finisher(f"{link.core.identity.name}-placed")
         self._workers: list[Sender | Receiver] = []
         self._threads: list[threading.Thread] = []
+        fork.disown_in_child(self)
         for number, rail in enumerate(rails):
             tune(rail)
             rail.settimeout(None)
@@ -127,6 +129,10 @@ class TcpPath(DataPath):
             except OSError:
                 continue  # the peer has closed it already
         self._crew.halt(functools.partial(self._leave, halted))
+
+    def forked(self) -> list[int]:
+        """Return what a child shares with this process."""
+        return [rail.fileno() for rail in self._rails if rail.fileno() >= 0]
 
     def _leave(self, halted: Callable[[], None]) -> None:
         """The last rail's thread has ended."""

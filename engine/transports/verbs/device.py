@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import NotRegistered, TransportUnavailable
+from ...runtime import fork
 from . import library as verbs_library
 from . import topology
 
@@ -72,6 +73,8 @@ class Device:
             ) from error
         self.max_sge = min(16, int(attributes.max_sge))
         self.max_reads = min(16, int(attributes.max_qp_rd_atom))
+        self._descriptor = int(self.context.cmd_fd)
+        fork.disown_in_child(self)
 
     @property
     def lost(self) -> bool:
@@ -177,6 +180,11 @@ class Device:
             with contextlib.suppress(self.library.error):
                 entry.close()
 
+    def forked(self) -> list[int]:
+        """Return what a child shares with this process: the kernel keeps the device's objects, and
+        the peers' queue pairs with them, until nobody has it open."""
+        return [] if self._closed else [self._descriptor]
+
 
 class Nics:
     """The devices of one engine. Thread-safe.
@@ -233,6 +241,23 @@ class Nics:
             devices, self._open = self._open, []
         for device in devices:
             device.close()
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Check that the devices that a user names are there, up or down.
+
+    Raises:
+        TransportUnavailable: one is not.
+    """
+    found = {nic.name for nic in topology.nics()}
+    missing = [names] if isinstance(names, str) else [name for name in names if name not in found]
+    if missing:
+        there = ", ".join(sorted(found)) or "none"
+        raise TransportUnavailable(
+            f"nics={names!r} names {missing[0]!r}: give a list of RDMA devices of this machine; there "
+            f"are: {there}",
+            operation="start",
+        )
 
 
 def absence(names: Iterable[str] = ()) -> str:

@@ -14,6 +14,7 @@ import importlib
 import importlib.machinery
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import re
 import sys
@@ -41,6 +42,11 @@ CONSTANTS = (
     "IBV_SEND_SIGNALED",
     "IBV_WR_RDMA_WRITE_WITH_IMM",
 )
+
+
+_FORK_UNNEEDED = 2  # of `enum ibv_fork_status`
+
+log = logging.getLogger(__name__)
 
 
 class Library(NamedTuple):
@@ -119,8 +125,24 @@ def load() -> Library:
             f"{found.text} does not load ({error}): it needs rdma-core of its own version, and "
             f"here is {core_version() or 'none'}"
         ) from error
+    _permit_forks()
     error_type: type[Exception] = importlib.import_module("pyverbs.pyverbs_error").PyverbsError
     return Library(core_version(), found.text, constants, **modules, error=error_type)
+
+
+def _permit_forks() -> None:
+    """Let this process fork while its memory is registered, before any is.
+
+    Kernels before 5.12 leave a child the pages that a device reads and writes, and its parent copies
+    of them, unless a child does not get the pages at all. Where no kernel needs that it does harm: a
+    child without a page of its heap crashes.
+    """
+    core = ctypes.CDLL("libibverbs.so.1")
+    if core.ibv_is_fork_initialized() == _FORK_UNNEEDED:
+        return
+    code = core.ibv_fork_init()
+    if code:
+        log.warning("kvferry: ibv_fork_init: %s: do not fork this process", os.strerror(code))
 
 
 def core_version() -> int:

@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ...runtime import fork
 from ..workers import guard
 from . import queue_pair as verbs_qp
 from .queue_pair import imm_of
@@ -64,13 +65,14 @@ class Loop:
         self._lock = threading.Condition()
         self._halted: Callable[[], None] | None = None
         self._ended = False
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK)
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()
         self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._watched: dict[int, Rail] = {}
         self._thread = threading.Thread(
             target=self._run, name=f"{link.core.identity.name}-verbs", daemon=True
         )
+        fork.disown_in_child(self)
 
     # From any thread.
 
@@ -105,6 +107,10 @@ class Loop:
             self._tear_down()
         else:
             self._wake()
+
+    def forked(self) -> list[int]:
+        """Return what a child shares with this process."""
+        return [] if self._epoll.closed else [self._epoll.fileno(), self._wake_fd]
 
     # On the thread.
 

@@ -59,7 +59,7 @@ def test_a_trace_of_two_agents(new_agent: Callable[..., Local], tmp_path: Path) 
         decode.agent.receive("never", "prefill-0", DST, timeout_s=0.05).wait(WAIT_S)
     files = [tmp_path / "decode", tmp_path / "prefill"]
     assert decode.agent.write_trace(files[0]) == 2
-    assert prefill.agent.write_trace(files[1]) == 1
+    assert prefill.agent.write_trace(str(files[1])) == 1
     good, bad = read(files[0])
     assert [name for name, _ in good.marks] == [
         "queued",

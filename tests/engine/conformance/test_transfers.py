@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from kvferry.engine.transfer_engine import TransferEngine
+from kvferry.engine.wire.channel import MAX_UNSENT_NBYTES
+from kvferry.engine.wire.tables import PIECE_ROW
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,6 +98,30 @@ def test_more_pieces_than_one_system_call_or_frame_takes(
     back = new_pool(span, fill=SENTINEL)
     assert link.read(back.region, pieces[0], there, pieces[1], size).wait() == count * size
     assert np.array_equal(back.bytes, moved(src.bytes, span, (pieces[0], pieces[0], pieces[2])))
+
+
+def test_a_read_of_more_pieces_than_may_be_asked_for_at_once(peer: Peer, transport: str) -> None:
+    """What asks for them is larger than what a peer that is busy may leave in the control channel."""
+    count, nbytes = 2 * MAX_UNSENT_NBYTES // PIECE_ROW.itemsize, 2
+    offsets = np.arange(count) * 3
+    expected = np.full((count, 3), 7, np.uint8)
+    expected[:, nbytes:] = SENTINEL
+    with TransferEngine(name="patient", peer_timeout_s=3600.0) as patient:
+        link = patient.connect(peer.address, transport=transport)
+        memory = np.full(3 * count, SENTINEL, np.uint8)
+        src, dst = peer.call("pool", 3 * count, 7), patient.register(memory)
+        peer.freeze()
+        try:
+            ticket = link.read(dst, offsets, src, offsets[::-1], nbytes)
+            given_up = link.read(dst, offsets, src, offsets[::-1], nbytes)
+            given_up.cancel()  # before it is asked for, or too late
+        finally:
+            peer.thaw()
+        assert ticket.wait() == nbytes * count
+        assert link.read(dst, 0, src, 0, 2).wait() == 2
+        assert given_up.done()
+        assert link.error is None
+    assert np.array_equal(memory, expected.ravel())
 
 
 @pytest.mark.parametrize("pieces", [([], [], []), ([5, 9], [7, 30], [0, 0])])

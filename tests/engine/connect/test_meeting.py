@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -381,3 +381,18 @@ def test_a_callback_may_close_the_link_and_the_engine(peer: Peer, transport: str
 def test_a_rail_has_a_bounded_number_of_queue_pairs(queues: int) -> None:
     with pytest.raises(TransportUnavailable, match=f"queues is {queues}.*1 to 16"):
         TransferEngine(queues=queues)
+
+
+def test_names_that_are_one_text_are_told_apart_from_lists() -> None:
+    text: Any = "tcp"
+    with pytest.raises(TransportUnavailable, match=r"transports='tcp' is one text.*\['tcp'\]"):
+        TransferEngine(transports=text)
+    with pytest.raises(TransportUnavailable, match="nics='mlx5_0' names 'mlx5_0': give a list"):
+        TransferEngine(nics="mlx5_0")
+
+
+def test_a_nic_that_is_not_there_is_refused_unless_verbs_is_not_asked_for() -> None:
+    with pytest.raises(TransportUnavailable, match=r"names 'mlx5_99'.* there are: "):
+        TransferEngine(nics=["mlx5_99"])
+    with TransferEngine(transports=["tcp"], nics=["mlx5_99"]) as engine:
+        assert engine.transports == ("tcp",)

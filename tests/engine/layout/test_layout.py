@@ -105,7 +105,8 @@ def test_a_layout_survives_the_wire() -> None:
         (pools(), NHD, {"layers": [0, 1]}, "axis 'layer' has 3 entries"),
         (pools(), NHD, {"layers": [0, 1, 1]}, "axis 'layer' has 3 entries"),
         (pools(), NHD, {"planes": ["k"]}, "axis 'plane' has 2 entries"),
-        (pools(1, plane=3), NHD, {}, "axis 'plane' has 3 entries"),
+        (pools(1, plane=3), NHD, {}, "axis 'plane' has 3 entries: name them, planes="),
+        (pools(), NHD.split(), {}, r"dims is one text.*, not \['plane', "),
         (pools(1), "plane block token dim head", {}, "axis 'dim' must be innermost"),
         ([np.zeros((2, 7, 4, 3, 16), np.float16)[..., ::2]], NHD, {}, "axis 'dim' must be innermost"),
         ([np.broadcast_to(pools(1)[0][:, :1], (2, 7, 4, 3, 8))], NHD, {}, "axis 'block' has stride 0"),
@@ -114,7 +115,7 @@ def test_a_layout_survives_the_wire() -> None:
     ],
 )  # fmt: skip
 def test_a_contradiction_is_named(
-    tensors: list[np.ndarray[Any, Any]], dims: str, options: dict[str, Any], says: str
+    tensors: list[np.ndarray[Any, Any]], dims: Any, options: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(LayoutError, match=says):
         KVLayout.from_tensors(tensors, dims, **options)

@@ -206,6 +206,11 @@ def test_a_cache_needs_the_tensors_of_its_layout(table: RegionTable) -> None:
         table.register_cache(layout, arrays[:1])
     with pytest.raises(LayoutError, match="tensor 1 spans 383 bytes but"):
         table.register_cache(layout, [arrays[0], np.zeros(383, np.uint8)])
+    swapped: Any = (arrays, layout)
+    with pytest.raises(
+        LayoutError, match="takes a KVLayout, then its tensors: the first is a list"
+    ):
+        table.register_cache(*swapped)
     assert table.all() == []  # nothing half registered
     cache = table.register_cache(layout, arrays)
     assert [r.nbytes for r in cache.regions] == [384, 384]

@@ -180,6 +180,21 @@ def test_ids_that_cannot_be_moved_are_named(
         BlockPlan(TokenPlan(nhd(), nhd())).pieces(src_ids, dst_ids)
 
 
+@pytest.mark.parametrize("count", [-1, 1.5, [7, 2, 33], np.array([7, 2, 33]), "3"])
+def test_what_is_no_number_of_blocks_has_no_bytes(count: Any) -> None:
+    tokens = TokenPlan(nhd(), nhd())
+    plan = BlockPlan(tokens)
+    with pytest.raises(PlanError, match=r"how many blocks.* its len\(\)"):
+        plan.nbytes(count)
+    assert plan.nbytes(np.int64(3)) == 3 * plan.nbytes(1) == tokens.nbytes(0, 3 * 4)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 3), (3, 1), (0, -5)])
+def test_what_is_no_range_of_tokens_has_no_bytes(start: int, stop: int) -> None:
+    with pytest.raises(PlanError, match=rf"tokens \[{start}, {stop}\)"):
+        TokenPlan(nhd(), nhd()).nbytes(start, stop)
+
+
 def test_layers_that_are_not_there_are_named() -> None:
     plan = BlockPlan(TokenPlan(nhd(), nhd()))
     with pytest.raises(PlanError, match="layer 1 is not held by both sides"):

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import queue
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-from kvferry.engine.errors import DeviceError, EngineError, PlanError, ProtocolError
+from kvferry.engine.errors import DeviceError, EngineError, PlanError, ProtocolError, RegionGone
 from kvferry.engine.memory import iovec
 from kvferry.engine.runtime.pipeline import Finisher, work_off
-from kvferry.engine.staging.mover import HostMover, gather, scatter, suits
+from kvferry.engine.staging.mover import GRID_BELOW_NBYTES, HostMover, gather, scatter, suits
 from kvferry.engine.staging.ring import Buffer, Ring, StagingMeter
 from kvferry.engine.staging.shared_slots import SharedSlots
 from kvferry.engine.staging.thresholds import NEVER_DIRECT, DirectThresholds, load
@@ -84,6 +85,22 @@ def test_large_pieces_by_rows_and_by_the_kernel(size: int, step: int) -> None:
         rows = memory.reshape(32, step)
         assert np.array_equal(rows[:, :size].ravel(), wanted)
         assert bool((rows[:, size:] == SENTINEL).all())
+
+
+@pytest.mark.parametrize("below_nbytes", [GRID_BELOW_NBYTES, NEVER_DIRECT], ids=["tcp", "verbs"])
+def test_memory_that_is_gone_is_an_error(below_nbytes: int) -> None:
+    """As `tcp` and `verbs` gather and scatter: the kernel says what a processor would not survive."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    size = 1 << 16
+    address = libc.mmap(None, ctypes.c_size_t(size), 3, 0x22, -1, ctypes.c_long(0))
+    assert libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(size)) == 0
+    pieces = np.array([[address, 4096], [address + 8192, 4096]], np.uint64)
+    for copy in (gather, scatter):
+        buffer = np.zeros(8192, np.uint8)
+        arguments: Any = (pieces, buffer) if copy is gather else (buffer, pieces)
+        with pytest.raises(RegionGone, match="not mapped any more"):
+            copy(*arguments, below_nbytes=below_nbytes)
 
 
 def test_what_goes_through_host_staging() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvferry.engine.errors import (
     Cancelled,
     EngineError,
     ImmInUse,
+    OutOfRange,
     PeerAborted,
     PeerLost,
     UnknownImmOverflow,
@@ -21,6 +23,16 @@ from kvferry.engine.transfer.counters import CounterTable
 def expect(table: CounterTable, imm: int, **options: Any) -> Any:
     defaults: dict[str, Any] = {"nbytes": None, "writes": None, "sources": (), "timeout_s": 60.0}
     return table.expect(imm, **(defaults | options))
+
+
+@pytest.mark.parametrize("total", [-1, 1.5, [98304], "7", np.int64(-1)])
+@pytest.mark.parametrize("name", ["nbytes", "writes"])
+def test_what_is_no_total_is_refused(name: str, total: Any) -> None:
+    table = CounterTable()
+    with pytest.raises(OutOfRange, match=f"{name} must be an integer from 0, not"):
+        expect(table, 7, **{name: total})
+    assert table.pending == 0
+    assert expect(table, 7, **{name: np.int64(0)}).wait(0) == 0
 
 
 @pytest.mark.parametrize("early", range(4))

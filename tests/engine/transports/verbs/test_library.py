@@ -30,7 +30,7 @@ USED = {
     "cq.CompChannel": ["close", "get_cq_event"],
     "cq.CQ": ["ack_events", "close", "poll", "req_notify"],
     "cq.WC": ["byte_len", "imm_data", "qp_num", "status", "vendor_err", "wr_id"],
-    "device.Context": ["close", "query_device", "query_port"],
+    "device.Context": ["close", "cmd_fd", "query_device", "query_port"],
     "device.DeviceAttr": ["max_qp_rd_atom", "max_sge"],
     "device.PortAttr": ["active_mtu"],
     "mr.MR": ["close", "lkey", "rkey"],
