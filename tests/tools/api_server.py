@@ -116,7 +116,7 @@ class ApiServer:
             handler.reply(int(fate), error)
         elif self.role == "prefill":
             _computed.add(params.get("transfer_id", ""))
-            answer = {"choices": [], "kv_transfer_params": self._params(body)}
+            answer: dict[str, Any] = {"choices": [], "kv_transfer_params": self._params(body)}
             handler.reply(200, answer | self._usage())
         elif body.get("stream"):
             self._stream(handler, path, body, fate)
