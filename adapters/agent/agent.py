@@ -92,6 +92,7 @@ class Agent:
         service: where its engine serves clients; the daemon tells routers.
         lease_s: how long after its last sign of life the daemon still counts on this agent.
         http: `host:port` for /metrics, /trace, /healthz and /readyz; not served if "".
+        fixed_role: the engine keeps its role: a flip is denied.
         ranks: the layouts of all ranks of this engine, where the model's cache is spread over
             several; this agent is one of them. See `ranks.py`.
         rank: which.
@@ -132,6 +133,7 @@ class Agent:
         service: str = "",
         lease_s: float = DEFAULT_LEASE_S,
         http: str = "",
+        fixed_role: bool = False,
         ranks: Sequence[KVLayout] = (),
         rank: int = 0,
     ) -> None:
@@ -192,6 +194,7 @@ class Agent:
                 tokens_per_s=tokens_per_s,
                 topology=topology or Topology(host=platform.node()),
                 service=service,
+                fixed_role=fixed_role,
                 **describe_cache(layout),
             )
             try:

@@ -79,6 +79,7 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 self._settings,
                 groups=self._groups,
                 tp_size=parallel.tensor_parallel_size,
+                role=ROLES[transfer.kv_role],
                 token_nbytes=self._token_nbytes_in_step(vllm_config, kv_cache_config),
             )
 
@@ -218,6 +219,8 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             caches=kv_caches,
             num_blocks=self._kv_cache_config.num_blocks,
             ranks=[each for each, _ in described] if tp_size > 1 else (),
+            # Engines of a data-parallel server share its settings, and often a host.
+            first_place=tp_size * int(getattr(parallel, "data_parallel_index", 0)),
             model=str(model.served_model_name or model.model),  # what clients call it
         )
 
@@ -232,12 +235,6 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return KVFerryHandshake(self._worker.agent.address) if self._worker else None
-
-    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        """Before the blocks of preempted requests are overwritten."""
-        if self._worker is not None:
-            assert isinstance(kv_connector_metadata, KVFerryMetadata)
-            self._worker.end_preempted(kv_connector_metadata.orders)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """The first call of a step, before its forward pass."""

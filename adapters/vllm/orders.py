@@ -62,7 +62,6 @@ class Orders:
         sends, receives: what begins.
         finished_sends: requests that ended: their blocks are freed when they are handed over.
         cancelled_sends: requests that were aborted: the same, but nothing more is written.
-        preempted_sends: requests whose blocks are taken away before this step's forward pass.
         refused: handoffs that decode may ask for and that will never have blocks.
         cancelled_receives: requests that were aborted while they were being loaded.
         idle: whether this step computes nothing.
@@ -73,7 +72,6 @@ class Orders:
     receives: list[ReceiveOrder] = field(default_factory=list)
     finished_sends: list[str] = field(default_factory=list)
     cancelled_sends: list[str] = field(default_factory=list)
-    preempted_sends: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     cancelled_receives: list[str] = field(default_factory=list)
     idle: bool = True

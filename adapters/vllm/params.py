@@ -13,11 +13,24 @@ decode `remote_engine_id`, `remote_host` and `remote_port`.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import ipaddress
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+import msgspec
+
+from ...control.errors import ControlError
 from ...control.keys import split_address
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 Params = dict[str, Any]
+MAX_AGENTS = 256  # ranks of an engine
+# Where decode goes for KV unless the operator says otherwise: this machine and private networks. Not
+# link-local ones, where clouds answer with credentials.
+PRIVATE_NETWORKS = ("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")
+
+Text = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
 
 
 class Remote(NamedTuple):
@@ -34,37 +47,90 @@ class Remote(NamedTuple):
     addresses: list[str]
 
 
-def wants_remote_decode(params: Params | None) -> bool:
-    """Return whether this engine computes the prompt and another decodes."""
-    return bool(params and params.get("do_remote_decode"))
+class Asked(msgspec.Struct):
+    """What a request's `kv_transfer_params` ask for, checked: they come from whoever can send one.
+
+    Attributes:
+        wrong: why they ask for nothing; "" if they are well.
+    """
+
+    do_remote_decode: bool | None = False
+    do_remote_prefill: bool | None = False
+    transfer_id: Text | None = None
+    remote_request_id: Text | None = None
+    remote_engine_id: Text | None = None
+    remote_host: Text | None = None
+    remote_port: Annotated[int, msgspec.Meta(ge=1, le=65535)] | None = None
+    remote_agents: Annotated[list[Text], msgspec.Meta(max_length=MAX_AGENTS)] | None = None
+    remote_num_tokens: Annotated[int, msgspec.Meta(ge=0, le=1 << 40)] | None = None
+    wrong: str = ""
+
+    def handoff_id(self, req_id: str) -> str:
+        """Return what prefill calls the handoff of a request: what the router named, or the request
+        itself."""
+        return self.transfer_id or req_id
+
+    def remote(self, peers: Sequence[str]) -> Remote | str:
+        """Return where the KV is; or, as text, why that is not said or not allowed.
+
+        Args:
+            peers: networks, addresses and names that may be dialled.
+        """
+        name = self.remote_request_id or self.transfer_id
+        if not name:
+            return "neither 'remote_request_id' nor 'transfer_id'"
+        for key in ("remote_engine_id", "remote_host", "remote_port"):
+            if not getattr(self, key):
+                return f"no {key!r}"
+        addresses = self.remote_agents or [f"tcp://{self.remote_host}:{self.remote_port}"]
+        for address in addresses:
+            why = _not_allowed(address, peers)
+            if why:
+                return why
+        return Remote(name, str(self.remote_engine_id), addresses)
 
 
-def wants_remote_prefill(params: Params | None) -> bool:
-    """Return whether another engine computes the prompt, and nothing was loaded yet."""
-    return bool(params and params.get("do_remote_prefill"))
+def read(params: object) -> Asked:
+    """Read a request's `kv_transfer_params`. Whatever they are, this returns."""
+    if not params:
+        return Asked()
+    if isinstance(params, dict):
+        params = {key: value for key, value in params.items() if key != "wrong"}
+    try:
+        return msgspec.convert(params, Asked, strict=False)
+    except msgspec.ValidationError as error:
+        return Asked(wrong=str(error))
+    except (TypeError, ValueError, RecursionError) as error:
+        return Asked(wrong=f"they cannot be read: {type(error).__name__}")
 
 
-def handoff_id(params: Params, req_id: str) -> str:
-    """Return what prefill calls the handoff of a request: what the router named, or the request
-    itself."""
-    return str(params.get("transfer_id") or req_id)
+def _not_allowed(address: str, peers: Sequence[str]) -> str:
+    """Return why an agent's address may not be dialled, or ""."""
+    try:
+        endpoint, _ = split_address(address)
+    except (ControlError, ValueError):
+        return f"an agent at {address[:100]!r}, which is no address"
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    if not endpoint.startswith("tcp://") or not host or not port.isdecimal():
+        return f"an agent at {address[:100]!r}, which is not tcp://host:port"
+    if any(_matches(host, each) for each in peers):
+        return ""
+    return (
+        f"an agent at {host}, which this engine does not dial: allow it with `peers` in "
+        "kv_connector_extra_config"
+    )
 
 
-def find_remote(params: Params, num_tokens: int = 0) -> Remote | str:
-    """Return where the KV of a prompt of so many tokens is; or, as text, why the parameters do not
-    say."""
-    name = params.get("remote_request_id") or params.get("transfer_id")
-    if not name:
-        return "neither 'remote_request_id' nor 'transfer_id'"
-    for key in ("remote_engine_id", "remote_host", "remote_port"):
-        if not params.get(key):
-            return f"no {key!r}"
-    there = params.get("remote_num_tokens")
-    if there is not None and there < num_tokens:
-        return f"remote_num_tokens {there}, but the prompt has {num_tokens} tokens here"
-    first = f"tcp://{params['remote_host']}:{int(params['remote_port'])}"
-    addresses = [str(each) for each in params.get("remote_agents") or [first]]
-    return Remote(str(name), str(params["remote_engine_id"]), addresses)
+def _matches(host: str, allowed: str) -> bool:
+    """Return whether a host is in a network, or is this name, or one below `*.name`."""
+    if allowed == "*" or host == allowed:
+        return True
+    if allowed.startswith("*."):
+        return host.endswith(allowed[1:])
+    try:
+        return ipaddress.ip_address(host) in ipaddress.ip_network(allowed, strict=False)
+    except ValueError:
+        return False  # a name, here or there
 
 
 def describe(addresses: list[str], **known: Any) -> Params:

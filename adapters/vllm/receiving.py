@@ -93,7 +93,15 @@ class Receiving:
         receive = _Receive(order)
         if order.awaited:
             self._receives[order.req_id] = receive
-        self._begin(receive)
+        self._begin_or_refuse(receive)
+
+    def _begin_or_refuse(self, receive: _Receive) -> None:
+        """Begin; what cannot be is the end of this load alone, whatever stands against it."""
+        try:
+            self._begin(receive)
+        except Exception as error:
+            log.exception("a load could not begin; please report this")
+            self._refuse(receive, error)
 
     def cancel(self, req_id: str) -> None:
         """Nobody waits for it any more."""
@@ -145,16 +153,23 @@ class Receiving:
             return
         for rank, name in peers.names.items():
             wanted = agent_name(order.peer, rank)
-            if name != wanted:
-                where = addresses[rank] if rank < len(addresses) else f"rank {rank}"
-                why = f"{where} is {name} now, not {wanted}: the prefill engine was restarted"
-                self._refuse(receive, HelloRefused(why, peer=name, operation="receive"))
+            if name == wanted:
+                continue
+            if not receive.retried:  # who was there may have made way for whom the request names
+                receive.retried = True
+                self._peers.pop(addresses, None)
+                self._connect_first(receive, addresses)
                 return
+            where = addresses[rank] if rank < len(addresses) else f"rank {rank}"
+            why = f"{where} is {name}, not {wanted}: the prefill engine was restarted, or two have "
+            why += "one address"
+            self._refuse(receive, HelloRefused(why, peer=name, operation="receive"))
+            return
         handoffs: list[Handoff] = []
         try:
             for name in peers.names.values():
                 handoffs.append(self._receive_from(name, order, peers.plan.src))
-        except (ControlError, EngineError) as error:
+        except (ControlError, EngineError, ValueError) as error:
             lost = isinstance(error, NotConnected)
             if lost:
                 self._peers.pop(addresses, None)  # the link went down; the peer may be back
@@ -224,7 +239,10 @@ class Receiving:
             # A router that calls both engines at once knows the first rank's address alone.
             peers = connect_ranks(self._agent, addresses, CONNECT_TIMEOUT_S, ports_follow=True)
             self._peers[addresses] = peers
-        except (ControlError, EngineError) as failure:
+        except (ControlError, EngineError, ValueError) as failure:
+            error = failure
+        except Exception as failure:
+            log.exception("prefill at %s could not be met; please report this", addresses[:1])
             error = failure
         with self._changed:
             waiting = self._connecting.pop(addresses)
@@ -234,7 +252,7 @@ class Receiving:
             elif receive.cancelled and receive.order.awaited:
                 self._refuse(receive, NotConnected(receive.cancelled, operation="receive"))
             else:
-                self._begin(receive)
+                self._begin_or_refuse(receive)
 
     def _refuse(self, receive: _Receive, error: Exception) -> None:
         """End a receive that never began."""

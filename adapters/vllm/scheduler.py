@@ -6,6 +6,7 @@ It does no I/O. What it learns from vLLM's scheduler it turns into one `Orders` 
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,16 @@ if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Sequence
 
     from .cache import CacheGroup
-    from .params import Params, Remote
+    from .params import Asked, Params, Remote
     from .settings import Settings
 
 # Requests are vLLM's `Request`, outputs its `SchedulerOutput`; both are read by attribute alone.
 Request = Any
 SchedulerOutput = Any
 BlockTables = tuple[list[int], ...]  # one for each of vLLM's groups
+
+# What vLLM calls the answers of a request that wants several; each has the request's parameters.
+_SIBLING = re.compile(r"\d+_")
 
 log = logging.getLogger("kvferry.vllm")
 
@@ -47,10 +51,11 @@ class SchedulerSide:
         settings: see there.
         groups: the cache groups that are moved.
         tp_size: of this engine.
+        role: `prefill`, `decode` or `both`; what a request asks of the other role is not done.
         token_nbytes: of a token's KV on one rank, if a step may wait for a load; see `StepLoads`.
 
     Attributes:
-        holds: blocks of windows that prefill keeps; takes vLLM's block pool.
+        holds: blocks that are kept while they are handed over; takes vLLM's block pool.
         addresses: of this engine's agents, one for each rank.
     """
 
@@ -61,6 +66,7 @@ class SchedulerSide:
         *,
         groups: Sequence[CacheGroup],
         tp_size: int,
+        role: str = "both",
         token_nbytes: int = 0,
     ) -> None:
         self.engine_id = engine_id
@@ -72,6 +78,9 @@ class SchedulerSide:
         self._groups = tuple(groups)
         self._windowed = any(group.window for group in groups)
         self._tp_size = tp_size
+        self._role = role
+        self._asked: dict[str, Asked] = {}  # of requests that are not over
+        self._taken: dict[tuple[str, str], str] = {}  # handoffs, and which request loads each
         self._prefilling: dict[str, _Prefilling] = {}
         self._receiving: dict[str, str] = {}  # from which engine
         self._sending: set[str] = set()
@@ -82,21 +91,19 @@ class SchedulerSide:
 
     def new_request(self, request: Request) -> None:
         """A request arrived."""
-        params = request.kv_transfer_params
+        asked = self._ask(request)
         if self._settings.daemon:
             self._queue.add(request.request_id, request.num_prompt_tokens)
-        if vllm_params.wants_remote_decode(params):
-            name = vllm_params.handoff_id(params, request.request_id)
+        if asked.do_remote_decode:
+            name = asked.handoff_id(request.request_id)
             self._prefilling[request.request_id] = _Prefilling(
                 name, request.num_prompt_tokens, self._no_blocks()
             )
 
     def num_remote_tokens(self, request: Request, num_local_tokens: int) -> int:
-        """Return how many tokens beyond those here another engine has. Changes nothing."""
-        params = request.kv_transfer_params
-        if not vllm_params.wants_remote_prefill(params):
-            return 0
-        if isinstance(vllm_params.find_remote(params, request.num_prompt_tokens), str):
+        """Return how many tokens beyond those here another engine has."""
+        asked = self._ask(request)
+        if not asked.do_remote_prefill or self._too_few(asked, request):
             return 0
         # In the step that loads them, something must be left to compute.
         count = self._num_loaded(request) - self.loads_in_step(request)
@@ -104,27 +111,29 @@ class SchedulerSide:
 
     def loads_in_step(self, request: Request) -> bool:
         """Return whether the step that allocates this request's blocks also waits for them."""
-        return self._in_step.waits(request.kv_transfer_params, request.num_prompt_tokens)
+        return self._in_step.waits(self._ask(request), request.num_prompt_tokens)
 
     def blocks_allocated(
         self, request: Request, tables: BlockTables, num_remote_tokens: int
     ) -> None:
         """The request has blocks; orders the load. May be called again, and then does nothing."""
-        params = request.kv_transfer_params
-        if not vllm_params.wants_remote_prefill(params):
+        asked = self._ask(request)
+        if not asked.do_remote_prefill:
             return
-        params["do_remote_prefill"] = False
-        remote = vllm_params.find_remote(params, request.num_prompt_tokens)
-        if isinstance(remote, str):
+        remote = self._remote(asked)
+        in_step = self.loads_in_step(request)
+        asked.do_remote_prefill = False
+        if self._too_few(asked, request):
             log.warning(
-                "request %s is computed here: its kv_transfer_params have %s",
+                "request %s is computed here: prefill has %s tokens, the prompt %d here",
                 request.request_id,
-                remote,
+                asked.remote_num_tokens,
+                request.num_prompt_tokens,
             )
+            self._order_release(request, remote)
         elif num_remote_tokens:
             self._queue.load(request.request_id)
             num_tokens = self._num_loaded(request)
-            in_step = self.loads_in_step(request)
             num_local_tokens = num_tokens - in_step - num_remote_tokens
             self._order_receive(
                 request,
@@ -135,11 +144,55 @@ class SchedulerSide:
                 in_step=in_step,
             )
             if in_step:
-                self._in_step.begin(params, request.num_prompt_tokens)
+                self._in_step.begin(remote.engine_id, request.num_prompt_tokens)
             else:
                 self._receiving[request.request_id] = remote.engine_id
         else:
             self._order_release(request, remote)
+
+    def _ask(self, request: Request) -> Asked:
+        """Return what a request asks for, of what this engine can do for it. It has come from
+        whoever can send requests: what is wrong is computed here, and nothing is raised."""
+        asked = self._asked.get(request.request_id)
+        if asked is None:
+            asked = self._asked[request.request_id] = vllm_params.read(request.kv_transfer_params)
+            asked.wrong = asked.wrong or self._why_not(asked, request.request_id)
+            if asked.wrong:
+                log.warning(
+                    "request %s is computed here: its kv_transfer_params have %s",
+                    request.request_id,
+                    asked.wrong,
+                )
+                asked.do_remote_prefill = asked.do_remote_decode = False
+        return asked
+
+    def _why_not(self, asked: Asked, req_id: str) -> str:
+        if asked.do_remote_decode and self._role == "decode":
+            return "'do_remote_decode', and this engine is a kv_consumer"
+        if asked.do_remote_decode and _SIBLING.match(req_id):
+            return "'do_remote_decode' and n above 1: only one answer's KV can be asked for"
+        if not asked.do_remote_prefill:
+            return ""
+        if self._role == "prefill":
+            return "'do_remote_prefill', and this engine is a kv_producer"
+        remote = asked.remote(self._settings.peers)
+        if isinstance(remote, str):
+            return remote
+        first = self._taken.setdefault((remote.engine_id, remote.handoff_id), req_id)
+        if first != req_id:
+            return f"a handoff that request {first} loads: n above 1, or a name given twice"
+        return ""
+
+    def _remote(self, asked: Asked) -> Remote:
+        remote = asked.remote(self._settings.peers)
+        assert not isinstance(remote, str), "looked at when the request came"
+        return remote
+
+    @staticmethod
+    def _too_few(asked: Asked, request: Request) -> bool:
+        """Return whether prefill says itself that it has fewer tokens than the prompt."""
+        there = asked.remote_num_tokens
+        return there is not None and there < request.num_prompt_tokens
 
     # Steps
 
@@ -160,13 +213,10 @@ class SchedulerSide:
         return self._queue.num_tokens, self.holds.num_free_blocks
 
     def _follow(self, output: SchedulerOutput) -> None:
-        """Note the blocks of prompts, and open those that this step completes."""
-        for req_id in output.preempted_req_ids or ():
-            prefilling = self._prefilling.get(req_id)
-            if prefilling is not None and prefilling.opened:
-                prefilling.opened = False
-                self._orders.preempted_sends.append(req_id)
-                self.holds.release(req_id)  # workers end the send before this step's forward pass
+        """Note the blocks of prompts, and open those that this step completes.
+
+        A prompt that is preempted after that is handed over all the same: its blocks are kept.
+        """
         for new in output.scheduled_new_reqs:
             prefilling = self._prefilling.get(new.req_id)
             if prefilling is not None:
@@ -192,9 +242,10 @@ class SchedulerSide:
         if not prefilling.opened and reached >= prefilling.num_tokens:
             prefilling.opened = True
             tables = self._cut(prefilling.tables, prefilling.num_tokens)
-            windows = [i for i, group in enumerate(self._groups) if group.window]
+            # Windows move on, and a preempted request lets go of all: until they are handed over
+            # nobody else gets them.
             self.holds.hold(
-                req_id, [block for i in windows for block in tables[i] if block != NULL_BLOCK]
+                req_id, [block for table in tables for block in table if block != NULL_BLOCK]
             )
             self._orders.sends.append(
                 SendOrder(req_id, prefilling.handoff_id, tables, prefilling.num_tokens)
@@ -243,14 +294,15 @@ class SchedulerSide:
         Args:
             completed: it ended by itself, not by an abort or an error.
         """
-        params, req_id = request.kv_transfer_params, request.request_id
+        req_id = request.request_id
+        asked = self._ask(request)
+        del self._asked[req_id]
+        for handoff in [name for name, first in self._taken.items() if first == req_id]:
+            del self._taken[handoff]
         self._queue.end(req_id)
         self._in_step.request_ended(req_id)
-        if vllm_params.wants_remote_prefill(params):  # it was never scheduled
-            params["do_remote_prefill"] = False
-            remote = vllm_params.find_remote(params)
-            if not isinstance(remote, str):
-                self._order_release(request, remote)
+        if asked.do_remote_prefill:  # it was never scheduled
+            self._order_release(request, self._remote(asked))
             return False, None
         if req_id in self._receiving:  # vLLM keeps the blocks until `transfers_ended`
             self._orders.cancelled_receives.append(req_id)
@@ -259,7 +311,7 @@ class SchedulerSide:
         if prefilling is None:
             return False, None
         if not prefilling.opened:
-            if params.get("transfer_id"):  # decode may be waiting for it already
+            if asked.transfer_id:  # decode may be waiting for it already
                 self._orders.refused.append(prefilling.handoff_id)
             return False, None
         self._sending.add(req_id)

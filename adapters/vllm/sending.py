@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from .cache import Tables
     from .orders import Figures, SendOrder
 
-PREEMPT_TIMEOUT_S = 10.0  # beyond what an agent needs to drain a write, or to cut its link
 REFUSAL_S = 10.0  # how long a refused handoff waits for who asks for it
 
 log = logging.getLogger("kvferry.vllm")
@@ -35,6 +34,7 @@ class _Send:
         computed: whether all have.
         reportable: whether the scheduler waits for its end.
         cancelled: whether it was this engine that gave up.
+        error: why it could not be opened.
     """
 
     def __init__(self, order: SendOrder) -> None:
@@ -44,6 +44,7 @@ class _Send:
         self.computed = False
         self.reportable = False
         self.cancelled = False
+        self.error: Exception | None = None
 
 
 class Sending:
@@ -76,22 +77,30 @@ class Sending:
         return bool(self._sends)
 
     def open(self, order: SendOrder) -> None:
-        """This step computes the last of a prompt."""
-        send = _Send(order)
-        with self._changed:
-            send.handoffs = HandoffSet([self._open_for_reader(send, partial(self._asked, send))])
-        self._sends[order.req_id] = send
+        """This step computes the last of a prompt. What cannot be opened has ended at once."""
+        send = self._sends[order.req_id] = _Send(order)
+        try:
+            with self._changed:
+                first = self._open_for_reader(send, partial(self._asked, send))
+                send.handoffs = HandoffSet([first])
+        except (ControlError, EngineError, ValueError) as error:
+            send.handoffs, send.error = HandoffSet(()), error
+            self._at_rest(send)
+            return
         self._streaming.append(send)
         send.handoffs.blocks_free.add_done_callback(lambda _: self._at_rest(send))
 
     def refuse(self, handoff_id: str) -> None:
         """Decode may ask for this, and it will never have blocks."""
-        self._agent.open_send(
-            handoff_id,
-            self._tables.empty(),
-            timeout_s=REFUSAL_S,
-            on_asked=partial(self._refuse_others, handoff_id),
-        ).finish()
+        try:
+            self._agent.open_send(
+                handoff_id,
+                self._tables.empty(),
+                timeout_s=REFUSAL_S,
+                on_asked=partial(self._refuse_others, handoff_id),
+            ).finish()
+        except (ControlError, EngineError, ValueError) as error:
+            log.warning("decode is not told that %s has no KV: %s", handoff_id, error)
 
     def layer_computed(self, position: int) -> None:
         """A layer of this step's forward pass is done."""
@@ -121,27 +130,6 @@ class Sending:
         if cancel:
             send.cancelled = True
             self._cancel(send, cancel)
-
-    def end_preempted(self, req_id: str) -> None:
-        """The blocks go to others in this very step: nothing may read them from here on.
-
-        Raises:
-            RuntimeError: a peer still reads them.
-        """
-        send = self._sends.get(req_id)
-        if send is None:
-            return
-        self._cancel(send, "the request was preempted")
-        with self._changed:
-            ended = self._changed.wait_for(lambda: req_id in self._ended, PREEMPT_TIMEOUT_S)
-            self._ended.discard(req_id)
-            del self._sends[req_id]
-        if not ended:
-            raise RuntimeError(
-                f"the blocks of preempted request {req_id} are still being read after "
-                f"{PREEMPT_TIMEOUT_S} s, and vLLM is about to overwrite them: stop the decode "
-                "engine that does not answer"
-            )
 
     def reportable(self) -> set[str]:
         """Requests that ended, and whose send did. Called with the lock."""
@@ -204,7 +192,7 @@ class Sending:
             send.handoffs.cancel(reason)
 
     def _note(self, send: _Send) -> None:
-        error = send.handoffs.error
+        error = send.error or send.handoffs.error
         if error is None:
             self._figures.sent_nbytes.append(send.handoffs.nbytes)
             return

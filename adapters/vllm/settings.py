@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...engine.transports.selection import TRANSPORTS
+from ..agent.arguments import MAX_SECONDS
+from .params import PRIVATE_NETWORKS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,6 +40,9 @@ class Settings:
             daemon. `$KVFERRY_SERVICE` is its default.
         http: `host:port` where rank 0's agent serves /metrics and /trace, rank 1 at the next port, and
             so on; not served if "". `$KVFERRY_HTTP` is its default.
+        peers: whom decode may ask for KV, since a request names an address: networks (`10.1.0.0/16`),
+            addresses, host names, `*.name` for all below it, `*` for anybody. This machine and
+            private networks if empty.
         keys: a key file (`kvferry keys new`); needed where `host` is no address of this machine.
             `$KVFERRY_KEYS` is its default.
     """
@@ -45,6 +51,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 0
     transports: tuple[str, ...] = ()
+    peers: tuple[str, ...] = PRIVATE_NETWORKS
     timeout_s: float = 120.0
     lease_s: float = 120.0
     verify: bool = False
@@ -55,10 +62,14 @@ class Settings:
     service: str = ""
     http: str = ""
 
-    def http_of(self, rank: int) -> str:
-        """Return where the agent of that rank serves its figures; "" if it does not."""
+    def http_of(self, place: int) -> str:
+        """Return where an agent serves its figures; "" if it does not.
+
+        Args:
+            place: of the agent, counted over all ranks of all data-parallel engines.
+        """
         host, _, port = self.http.rpartition(":")
-        return f"{host}:{int(port) + rank if int(port) else 0}" if self.http else ""
+        return f"{host}:{int(port) + place if int(port) else 0}" if self.http else ""
 
     @classmethod
     def read(cls, extra: Mapping[str, Any]) -> Settings:
@@ -76,6 +87,12 @@ class Settings:
                 f"kv_connector_extra_config: transports is {transports!r}: give a list out of "
                 f"{', '.join(TRANSPORTS)}"
             )
+        peers = extra.get("peers") or PRIVATE_NETWORKS
+        if isinstance(peers, str) or not all(isinstance(each, str) and each for each in peers):
+            raise ValueError(
+                f"kv_connector_extra_config: peers is {peers!r}: give a list of networks, addresses "
+                "and host names"
+            )
         found: dict[str, Any] = {}
         for key in ("port", "timeout_s", "lease_s", "in_step_nbytes", "max_programs"):
             default = getattr(cls, key)
@@ -84,12 +101,18 @@ class Settings:
                 number = float(value)
             except (TypeError, ValueError):
                 number = -1.0
-            if not number >= 0:
+            if not 0 <= number < math.inf:
                 raise ValueError(f"kv_connector_extra_config: {key} is {value!r}: give a number")
             found[key] = type(default)(number)
         for key in ("host", "daemon", "service", "http", "keys"):
             given = extra.get(key) or os.environ.get(f"KVFERRY_{key.upper()}")
             found[key] = str(given or getattr(cls, key))
+        if not 0 < found["timeout_s"] <= MAX_SECONDS - found["lease_s"]:
+            raise ValueError(
+                f"kv_connector_extra_config: timeout_s is {found['timeout_s']:g} and lease_s "
+                f"{found['lease_s']:g}: timeout_s must be above 0, and both together at most "
+                f"{MAX_SECONDS:g}"
+            )
         service, http = found["service"], found["http"]
         if service and not service.startswith(("http://", "https://")):
             raise ValueError(
@@ -100,6 +123,7 @@ class Settings:
         return cls(
             mode=mode,
             transports=tuple(transports),
+            peers=tuple(peers),
             verify=bool(extra.get("verify", False)),
             **found,
         )

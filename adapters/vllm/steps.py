@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from .params import Params
+    from .params import Asked
 
 # That a step is held up at most, if prefill falls silent after its answer; then the load has failed,
 # and the next ones from that engine are waited for outside of steps. 500 tokens of a tiny model took
@@ -38,19 +38,19 @@ class StepLoads:
         self._answered: set[str] = set()
         self._waited: set[str] = set()
 
-    def waits(self, params: Params, num_tokens: int) -> bool:
+    def waits(self, asked: Asked, num_tokens: int) -> bool:
         """Say whether this step waits for a prompt of so many tokens. Changes nothing."""
         return (
             0 < num_tokens * self._token_nbytes <= self._left
-            and params.get("remote_num_tokens") is not None  # prefill's own answer says so
-            and params.get("remote_engine_id") in self._answered
+            and asked.remote_num_tokens is not None  # prefill's own answer says so
+            and asked.remote_engine_id in self._answered
             and self._ended.issuperset(self._computed)
         )
 
-    def begin(self, params: Params, num_tokens: int) -> None:
-        """Note that this step waits for a load of so many tokens."""
+    def begin(self, engine_id: str, num_tokens: int) -> None:
+        """Note that this step waits for a load of so many tokens from that engine."""
         self._left -= num_tokens * self._token_nbytes
-        self._waited.add(str(params["remote_engine_id"]))
+        self._waited.add(engine_id)
 
     def scheduled(self, num_scheduled_tokens: Mapping[str, int]) -> None:
         """Note the step's requests: those that the next one goes on with unless they end."""
@@ -131,7 +131,8 @@ class Holds:
     """Keep references to blocks of vLLM's block pool, by request. Called by vLLM's scheduler alone.
 
     A request lets go of a sliding window's blocks as the window moves on: with the prompt's last token
-    the block may go that only this token still attended to, and decode computes that token again.
+    the block may go that only this token still attended to, and decode computes that token again. One
+    that is preempted lets go of all its blocks, while a peer may still read them.
     """
 
     def __init__(self) -> None:
@@ -157,8 +158,8 @@ class Holds:
             return
         if self._pool is None:
             raise RuntimeError(
-                "vLLM did not call bind_gpu_block_pool: blocks of sliding windows cannot be kept "
-                "while they are handed over; use vLLM 0.30 or later"
+                "vLLM did not call bind_gpu_block_pool: blocks cannot be kept while they are handed "
+                "over; use vLLM 0.30 or later"
             )
         blocks = [self._pool.blocks[block_id] for block_id in block_ids]
         self._pool.touch(blocks)

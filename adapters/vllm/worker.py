@@ -1,6 +1,6 @@
 """The worker side of the vLLM connector: one agent for each rank, driven by the scheduler's orders.
 
-    before the forward pass   sends are opened, those of preempted requests ended
+    before the forward pass   sends are opened
     after each layer          its blocks go out
     after the forward pass    what is left goes out; receives begin
     at the end of the step    what has ended is reported, once
@@ -44,6 +44,8 @@ class WorkerSide:
         caches: by vLLM's names of the layers.
         num_blocks: of vLLM's block manager.
         ranks: the layouts of all ranks of this engine, if it has several.
+        first_place: of this engine's first rank among those of all data-parallel engines: ports are
+            counted from it.
         model: what clients call it; for the daemon.
 
     Attributes:
@@ -63,6 +65,7 @@ class WorkerSide:
         caches: Mapping[str, Any],
         num_blocks: int,
         ranks: Sequence[KVLayout] = (),
+        first_place: int = 0,
         model: str = "",
     ) -> None:
         order = layout.layers
@@ -72,7 +75,8 @@ class WorkerSide:
         }
         self._tables = Tables(layout, num_blocks)
         self._changed = threading.Condition()
-        port = str(settings.port + rank) if settings.port else "*"
+        place = first_place + rank
+        port = str(settings.port + place) if settings.port else "*"
         host = settings.host if is_local(settings.host) else "*"
         self.agent = Agent(
             name=agent_name(engine_id, rank),
@@ -88,7 +92,8 @@ class WorkerSide:
             # An engine is placed as one: its first rank speaks for all.
             daemon=settings.daemon if rank == 0 else "",
             service=settings.service,
-            http=settings.http_of(rank),
+            http=settings.http_of(place),
+            fixed_role=True,  # vLLM's scheduler has the one that it was started with
             model=model,
             ranks=ranks,
             rank=rank if ranks else 0,
@@ -107,15 +112,6 @@ class WorkerSide:
         self.agent.close()
 
     # A step, in order
-
-    def end_preempted(self, orders: Orders) -> None:
-        """Before the blocks of preempted requests are given to others.
-
-        Raises:
-            RuntimeError: a peer still reads them.
-        """
-        for req_id in orders.preempted_sends:
-            self._sending.end_preempted(req_id)
 
     def before_forward(self, orders: Orders) -> None:
         """End what must not be read any more, and open what this step computes."""

@@ -344,6 +344,9 @@ class Membership:
         seat = self._seats.get(ask.name)
         if seat is not None and seat.member.role == ask.role:
             return self._change(ask, "serving", "")
+        if seat is not None and seat.member.registration.fixed_role:
+            detail = f"{ask.name} keeps the role that its engine was started with: restart it"
+            return Denied(ask.request, "protocol", detail), None
         return self._change(ask, "draining", ask.role)
 
     def _heard(self, seat: _Seat, now_s: float) -> None:

@@ -143,6 +143,7 @@ class Registration(msgspec.Struct, frozen=True, omit_defaults=True):
         tokens_per_s: tokens that it computes in a second, if it knows.
         service: where its engine serves clients, as `http://host:port`; "" if only routers of
             another kind know.
+        fixed_role: whether it keeps the role that it was started with, whoever asks it to flip.
     """
 
     name: Name
@@ -159,6 +160,7 @@ class Registration(msgspec.Struct, frozen=True, omit_defaults=True):
     tokens_per_s: Amount = 0.0
     topology: Topology = Topology()
     service: Short = ""
+    fixed_role: bool = False
 
 
 class Member(msgspec.Struct, frozen=True, omit_defaults=True):

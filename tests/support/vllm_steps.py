@@ -75,7 +75,6 @@ def step(
     worker: WorkerSide, orders: Orders, *, computes: bool = False, names: Sequence[str] = NAMES
 ) -> Results:
     """One step, as vLLM's model runner makes it."""
-    worker.end_preempted(orders)
     worker.before_forward(orders)
     for name in names if computes else ():
         worker.layer_computed(name)

@@ -62,7 +62,6 @@ def measure(steps: int = 20_000) -> dict[str, float]:
     output = SimpleNamespace(total_num_scheduled_tokens=8, num_scheduled_tokens={"a": 8})
 
     def worker_step(orders: Any) -> None:
-        worker.end_preempted(orders)
         worker.before_forward(orders)
         for name in names:
             worker.layer_computed(name)

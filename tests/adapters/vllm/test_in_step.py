@@ -36,7 +36,8 @@ def make_side(max_tokens: int = 100, token_nbytes: int = 8) -> SchedulerSide:
 
 def load(side: SchedulerSide, name: str = "d", params: Any = None, local: int = 0) -> Any:
     """What vLLM asks and tells in one pass; the order that comes of it."""
-    asked = request(name, PROMPT, FINISHED if params is None else params)
+    names = {"remote_request_id": f"of {name}"}
+    asked = request(name, PROMPT, (FINISHED if params is None else params) | names)
     count = side.num_remote_tokens(asked, local)
     assert side.num_remote_tokens(asked, local) == count, "asking changes nothing"
     in_step = side.loads_in_step(asked)

@@ -175,29 +175,45 @@ def test_a_prefill_engine_that_is_not_there_fails_the_load(
     orders = ask(prefill, [0], 4)
     orders.receives[0].peer = "another"
     assert until_reported(decode, orders).failed == {"d"}
-    assert "is p/0 now, not another/0: the prefill engine was restarted" in caplog.text
+    assert "is p/0, not another/0: the prefill engine was restarted" in caplog.text
     assert decode.figures.take()["loads_failed"] == 1
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_a_preempted_prompt_is_not_read_any_more(
-    new_worker: Callable[..., WorkerSide], asked: bool
+@pytest.mark.parametrize("port", ["the same", "another"])
+def test_a_prefill_engine_that_restarts_at_its_address_is_loaded_from_at_once(
+    new_worker: Callable[..., WorkerSide], port: str
 ) -> None:
-    prefill, decode = (
-        new_worker("p", "prefill", make_caches(1)),
-        new_worker("d", "decode", make_caches(2)),
-    )
-    send = Orders(sends=[SendOrder("a", "r", [[7, 2, 9]], 11)])
-    if asked:
-        assert not step(decode, ask(prefill, [0, 1, 2], 11)).received
-    prefill.before_forward(send)
-    prefill.layer_computed(NAMES[0])
-    prefill.end_preempted(Orders(preempted_sends=["a"]))
-    prefill.after_forward()
-    if asked:
-        assert until_reported(decode).failed == {"d"}
-    step(prefill, Orders(sends=[SendOrder("a", "r", [[1, 3, 5]], 11)]), computes=True)
-    assert not until_reported(decode, ask(prefill, [0, 1, 2], 11)).failed
+    """With a new identity, as vLLM gives one with each start."""
+    src, dst = make_caches(1), make_caches(None)
+    prefill, decode = new_worker("p", "prefill", src), new_worker("d", "decode", dst)
+    step(prefill, Orders(sends=[SendOrder("a", "r", [[7]], 4)]), computes=True)
+    assert not until_reported(decode, ask(prefill, [0], 4)).failed
+    address = prefill.agent.address
+    taken = int(address.rpartition(":")[2]) if port == "the same" else 0
+    prefill.close()
+    again = new_worker("q", "prefill", src, port=taken)
+    assert (again.agent.address == address) == (port == "the same")
+    step(again, Orders(sends=[SendOrder("a", "r", [[2]], 4)]), computes=True)
+    orders = ask(again, [3], 4)
+    orders.receives[0].peer = "q"
+    assert not until_reported(decode, orders).failed
+    for name in NAMES:
+        assert torch.equal(dst[name][3], src[name][2])
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_orders_that_cannot_be_carried_out_end_alone(
+    new_worker: Callable[..., WorkerSide], role: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever they are: vLLM's worker goes on, and what waits for them hears of it."""
+    worker = new_worker("w", role, make_caches(1))
+    send = SendOrder("a", "r", [[10**6]] if role == "prefill" else [[1]], 4)
+    step(worker, Orders(sends=[send]), computes=True)
+    assert until_reported(worker, Orders(finished_sends=["a"])).sent == {"a"}
+    receive = ReceiveOrder("d", "r", "p", ["tcp://127.0.0.1:1"], [[1]], 4, 0)
+    receive.addresses = ["nonsense"]
+    assert until_reported(worker, Orders(receives=[receive])).failed == {"d"}
+    step(worker, Orders(refused=["x" * 500]))
 
 
 def test_aborts_on_either_side_end_both(new_worker: Callable[..., WorkerSide]) -> None:

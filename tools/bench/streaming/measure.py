@@ -185,7 +185,6 @@ class Rank:
         assert self.model is not None
         worker, orders = self.worker, Orders(sends=[order] if order is not None else [])
         slots = self.slots(blocks)
-        worker.end_preempted(orders)
         worker.before_forward(orders)
         streams = kind in (STREAMED, PULLED)
 
