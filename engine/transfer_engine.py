@@ -305,8 +305,13 @@ class TransferEngine:
         return plan
 
     def new_imm(self) -> int:
-        """Return a 32-bit imm that no counter of this engine has had lately."""
-        return self._core.counters.new_imm(self._core.device_counters.busy)
+        """Return a 32-bit imm that no counter of this engine has had lately.
+
+        Raises:
+            ImmInUse: 65,536 counters of GPU memory are waited for.
+        """
+        words = self._core.device_counters
+        return self._core.counters.new_imm(words.owned, words.dirty)
 
     def expect(
         self,
