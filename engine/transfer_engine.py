@@ -521,7 +521,6 @@ class TransferEngine:
 
     def _tick(self, now: float) -> None:
         """Deadlines, and what links and the listener do now and then; on the progress thread."""
-        self._listener.tick(now)
         asleep_s = now - self._ticked_s - TICK_S
         self._ticked_s = now
         links = self._links.all()
@@ -534,6 +533,7 @@ class TransferEngine:
             if asleep_s > 0.5:
                 link.forgive(asleep_s)
             link.tick(now)
+        self._listener.tick(now)
 
     def _revoke(self, region_id: int, deadline_s: float) -> None:
         for link in self.links:

@@ -107,5 +107,13 @@ def guard(
     except disconnected:
         link.suspect()
     except Exception as error:
-        log.exception("kvferry: %s failed; please report this", what)
-        link.fail(LinkError(f"{what} failed: {error!r}", operation="transfer"))
+        fail_with(link, what, error)
+
+
+def fail_with(link: Breakable, what: str, error: Exception) -> None:
+    """Take a link down because of what was raised for it. Called where that is handled."""
+    if isinstance(error, EngineError):
+        link.fail(error)
+        return
+    log.exception("kvferry: %s failed; please report this", what)
+    link.fail(LinkError(f"{what} failed: {error!r}", operation="transfer"))
