@@ -388,7 +388,7 @@ class Link:
         try:
             taken = handler is not None and handler(message) is not False
         except Exception as error:  # what the peer counts on is not done: this link alone is lost
-            fail_with(self, f"handling {type(message).__name__}", error)
+            fail_with(self.source, f"handling {type(message).__name__}", error)
             return
         if not taken:
             self.fail(
@@ -419,7 +419,7 @@ class Link:
     def tick(self, now: float) -> None:
         """Heartbeats, deadlines and loose ends; on the progress thread. Raises nothing: other links
         have deadlines too."""
-        guard(self, "a link's tick", partial(self._tick, now))
+        guard(self.source, "a link's tick", partial(self._tick, now))
 
     def _tick(self, now: float) -> None:
         if self._table.error is not None:

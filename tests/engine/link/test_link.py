@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
-from kvferry.engine.errors import LinkError
+from kvferry import KVLayout
+from kvferry.engine.errors import Cancelled, LinkError, PeerAborted
+from kvferry.engine.memory import iovec
 from kvferry.engine.transfer_engine import TransferEngine
 from kvferry.engine.wire import messages as wire
 
@@ -68,3 +72,67 @@ def test_a_link_whose_tick_fails_leaves_others_their_deadlines(
     assert ends.other_back.error is None
     ends.other_link.signal(7)
     ends.hub.expect(7, writes=1).wait(PATIENCE_S)
+
+
+def test_a_reason_that_is_no_text_is_refused_where_it_is_given(ends: Ends) -> None:
+    reason: Any = b"bytes"
+    with pytest.raises(TypeError, match="reason as text, not as bytes"):
+        ends.link.abort(3, reason)
+    waiting = ends.hub.expect(3, writes=1)
+    ends.link.abort(3, "given up")
+    with pytest.raises(PeerAborted, match="given up"):
+        waiting.wait(PATIENCE_S)
+    assert ends.link.error is None
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, TimeoutError])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_wait_that_a_signal_interrupts_ends_its_transfer_and_not_the_link(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException], when: str
+) -> None:
+    mine = ends.first.register(np.ones(4096, np.uint8))
+    theirs = ends.hub.register(np.zeros(4096, np.uint8))
+    ends.link.write(mine, 0, theirs.descriptor, 0, 1).wait(PATIENCE_S)
+    copy, here = iovec.process_vm, threading.get_ident()
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        if threading.get_ident() != here:
+            copy(*arguments, **options)
+            return
+        if when == "after":
+            copy(*arguments, **options)
+        raise kind("of a signal's handler")
+
+    monkeypatch.setattr(iovec, "process_vm", interrupted)
+    # Copiers leave it to the thread that waits.
+    monkeypatch.setattr(ends.first._core.copiers, "run", lambda task: None)
+    expected = ends.hub.expect(5, nbytes=4096)
+    ticket = ends.link.write(mine, 0, theirs.descriptor, 0, 4096, imm=5)
+    with pytest.raises(kind, match="of a signal"):
+        ticket.wait()
+    monkeypatch.undo()
+    assert isinstance(ticket.exception(), Cancelled)
+    with pytest.raises(PeerAborted, match="interrupted by a"):
+        expected.wait(PATIENCE_S)
+    assert ends.link.error is None
+    assert ends.link.write(mine, 0, theirs.descriptor, 0, 4096).wait() == 4096
+    mine.deregister()
+    ends.link.close()
+    ends.link.quiesced.wait(PATIENCE_S)
+
+
+def test_a_conversion_that_ends_before_its_first_chunk_is_told_of(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = [np.zeros((2, 4, 8, 1, 8), kind) for kind in (np.float32, np.float16)]
+    mine, theirs = (
+        engine.register_cache(KVLayout.from_tensors([cache], "plane block token head dim"), [cache])
+        for engine, cache in zip((ends.first, ends.hub), caches, strict=True)
+    )
+    monkeypatch.setattr(ends.first._core.copiers, "run", lambda task: None)
+    expected = ends.hub.expect(5, nbytes=1 << 20)
+    plan = ends.first.plan(mine, theirs.descriptor)
+    ticket = ends.link.write_tokens(plan, [0], [1], stop=8, imm=5)
+    ticket.cancel()
+    with pytest.raises(PeerAborted, match="cancelled"):
+        expected.wait(PATIENCE_S)
