@@ -238,7 +238,7 @@ class CmaPath(DataPath):
             # A signal's handler raised (Ctrl-C, an alarm), perhaps between a copy and the note of
             # its end. The transfer ends, and the link lives on.
             why = f"the wait for it was interrupted by a {type(error).__name__}"
-            end = transfer.ticket._make_error(Cancelled, why)
+            end: EngineError = transfer.ticket._make_error(Cancelled, why)
             if isinstance(error, EngineError):
                 end = error
             transfer.stop(end)
