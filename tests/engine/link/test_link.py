@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kvferry import KVLayout
+from kvferry.engine.convert import conversion
 from kvferry.engine.errors import Cancelled, LinkError, PeerAborted
 from kvferry.engine.memory import iovec
 from kvferry.engine.transfer_engine import TransferEngine
@@ -119,6 +120,38 @@ def test_a_wait_that_a_signal_interrupts_ends_its_transfer_and_not_the_link(
     mine.deregister()
     ends.link.close()
     ends.link.quiesced.wait(PATIENCE_S)
+
+
+def test_a_conversion_is_stopped_while_a_chunk_of_it_is_made(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = [np.zeros((2, 4, 8, 1, 8), kind) for kind in (np.float32, np.float16)]
+    mine, theirs = (
+        engine.register_cache(KVLayout.from_tensors([cache], "plane block token head dim"), [cache])
+        for engine, cache in zip((ends.first, ends.hub), caches, strict=True)
+    )
+    making, go_on, stopped = (threading.Event() for _ in range(3))
+    cut = conversion.chunks_of
+
+    def slowly(*arguments: Any) -> Any:
+        making.set()
+        assert go_on.wait(PATIENCE_S)
+        yield from cut(*arguments)
+
+    monkeypatch.setattr(conversion, "chunks_of", slowly)
+    plan = ends.first.plan(mine, theirs.descriptor)
+    ticket = ends.link.write_tokens(plan, [0], [1], stop=8, imm=5)
+    assert making.wait(PATIENCE_S)
+
+    def stop() -> None:
+        ticket.cancel()
+        stopped.set()
+
+    ends.first._core.progress.call_soon(stop)
+    assert stopped.wait(PATIENCE_S / 3)
+    go_on.set()
+    with pytest.raises(Cancelled):
+        ticket.wait(PATIENCE_S)
 
 
 def test_a_conversion_that_ends_before_its_first_chunk_is_told_of(
