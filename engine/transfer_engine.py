@@ -305,8 +305,13 @@ class TransferEngine:
         return plan
 
     def new_imm(self) -> int:
-        """Return a 32-bit imm that no counter of this engine has had lately."""
-        return self._core.counters.new_imm(self._core.device_counters.busy)
+        """Return a 32-bit imm that no counter of this engine has had lately.
+
+        Raises:
+            ImmInUse: 65,536 counters of GPU memory are waited for.
+        """
+        words = self._core.device_counters
+        return self._core.counters.new_imm(words.owned, words.dirty)
 
     def expect(
         self,
@@ -516,7 +521,6 @@ class TransferEngine:
 
     def _tick(self, now: float) -> None:
         """Deadlines, and what links and the listener do now and then; on the progress thread."""
-        self._listener.tick(now)
         asleep_s = now - self._ticked_s - TICK_S
         self._ticked_s = now
         links = self._links.all()
@@ -529,6 +533,7 @@ class TransferEngine:
             if asleep_s > 0.5:
                 link.forgive(asleep_s)
             link.tick(now)
+        self._listener.tick(now)
 
     def _revoke(self, region_id: int, deadline_s: float) -> None:
         for link in self.links:

@@ -80,6 +80,7 @@ class LinkTable:
             else:
                 link = Link(core, control, peer, transport, lambda host: tcp.TcpPath(host, rails))
             link.token_id = opener
+            core.device_counters.link_opened(link)
             link.start()
             self._links.append(link)
             link.quiesced.add_done_callback(partial(self._quiesced, link))
@@ -116,9 +117,10 @@ class LinkTable:
         with self._lock:
             if link in self._links:
                 self._links.remove(link)
-            counters = link.core.device_counters
-            if counters.dirty and not self._links and not self.closed:
-                link.core.copiers.run(counters.cleanse)
+            closed = self.closed
+        counters = link.core.device_counters
+        if counters.link_quiesced(link) and not closed:
+            link.core.copiers.run(counters.cleanse)
 
     def close(self) -> list[Link] | None:
         """Open no link any more. The links that are here, the first time; then None."""

@@ -150,6 +150,7 @@ class Conversion:
         self._computed = compute_event(plan.local.device, op.stream)
         self._chunks = chunks_of(move, GPU_CHUNK_NBYTES if on_gpu else CHUNK_NBYTES)
         self._lock = threading.Lock()
+        self._making = threading.Lock()  # of the chunks: copiers wait for it, nobody who stops them
         self._at_work = 0  # chunks that are being made, or moved
         self._inner: set[Ticket] = set()
         self._error: EngineError | None = None
@@ -193,10 +194,10 @@ class Conversion:
 
     def _begin_chunk(self) -> tuple[Ticket, ConvertChunk] | None:
         """Return the next chunk and its ticket; None if there is none."""
-        with self._lock:
+        with self._making:
             parts = next(self._chunks, None)
-            self._all_begun = parts is None
         if parts is None:
+            self._all_begun = True
             return None
         chunk = ConvertChunk(self._plan, parts, self._workspaces)
         left_s = max(1e-3, self._deadline_s - time.monotonic())

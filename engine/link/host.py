@@ -90,6 +90,8 @@ class Host:
 
     def abort(self, imm: int, reason: str) -> None:
         """Tell the peer that this imm's counter will never reach its total."""
+        if not isinstance(reason, str):
+            raise TypeError(f"abort() needs its reason as text, not as {type(reason).__name__}")
         self.send(wire.Abort(check_imm(imm, "abort"), reason[:1000]))
 
     # What the peer says.

@@ -20,6 +20,7 @@ from ..errors import EngineError, LinkClosed, ProtocolError
 from ..runtime import fork
 from ..transfer.moves import NOTHING, BlockMove, Op, TokenMove
 from ..transfer.ticket import DEFAULT_TIMEOUT_S, Ticket
+from ..transports.workers import fail_with, guard
 from ..wire import messages as wire
 from ..wire.channel import ControlChannel
 from .access import Access, Revocation
@@ -384,7 +385,12 @@ class Link:
     def _handle(self, message: LinkMessage) -> None:
         """Hand a message to the part that it concerns; one that concerns none takes the link down."""
         handler = self._handlers.get(type(message))
-        if handler is None or handler(message) is False:
+        try:
+            taken = handler is not None and handler(message) is not False
+        except Exception as error:  # what the peer counts on is not done: this link alone is lost
+            fail_with(self.source, f"handling {type(message).__name__}", error)
+            return
+        if not taken:
             self.fail(
                 ProtocolError(
                     f"{type(message).__name__} is no message of transport {self.transport}"
@@ -411,7 +417,11 @@ class Link:
         return ()
 
     def tick(self, now: float) -> None:
-        """Heartbeats, deadlines and loose ends; on the progress thread."""
+        """Heartbeats, deadlines and loose ends; on the progress thread. Raises nothing: other links
+        have deadlines too."""
+        guard(self.source, "a link's tick", partial(self._tick, now))
+
+    def _tick(self, now: float) -> None:
         if self._table.error is not None:
             self._teardown.tick(now)
             return

@@ -263,7 +263,7 @@ class Submitter:
             peer=self._peer,
             submit=self.submit,
             begin=self._path.submit,
-            ended=self._table.remove_conversion,
+            ended=self._conversion_ended,
         )
         move.plan.local.acquire()
         try:
@@ -356,6 +356,14 @@ class Submitter:
             self._context.send(wire.Abort(transfer.imm, error.message[:1000]))
         if self._table.revoked:
             self._on_ended(transfer)
+
+    def _conversion_ended(self, conversion: Conversion) -> None:
+        """A peer that counts on it is told, also if no chunk had begun that would tell it."""
+        self._table.remove_conversion(conversion)
+        ticket = conversion.ticket
+        error = ticket.exception()
+        if isinstance(error, EngineError) and ticket.imm is not None:
+            self._context.send(wire.Abort(ticket.imm, error.message[:1000]))
 
     def _check_plan(self, op: Op, plan: TransferPlan) -> None:
         if plan.writes != (op.kind == "write"):

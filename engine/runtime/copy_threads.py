@@ -99,44 +99,80 @@ class Batch:
     stand behind the whole of a large one.
 
     Args:
-        tasks: must not raise.
+        tasks: of the transfer.
+        guarded: does a task on a copier; must not raise.
+        lend_hand: does work on a thread that waits, and raises what that does.
     """
 
-    def __init__(self, copiers: Copiers, tasks: Iterable[Callable[[], None]]) -> None:
+    def __init__(
+        self,
+        copiers: Copiers,
+        tasks: Iterable[Callable[[], None]],
+        guarded: Callable[[Callable[[], None]], None],
+        lend_hand: Callable[[Callable[[], None]], None],
+    ) -> None:
         self._copiers = copiers
         self._tasks = collections.deque(tasks)
+        self._guarded = guarded
+        self._lend_hand = lend_hand
         self._workers = 1
+        self._copying = 0  # copiers at a task
+        self._left: Callable[[], None] | None = None
         self._lock = threading.Lock()
         copiers.run(self._turn)
 
     def help(self) -> None:
-        """Work off tasks on the calling thread; return when there are no more to begin."""
+        """Work off tasks on the calling thread; return when there are no more to begin.
+
+        Raises what a task does, and what a signal's handler does meanwhile: in a main thread that may
+        be anywhere, so that nobody knows how far the task has come. Then call `give_up`.
+        """
         with self._lock:
             self._workers += 1
-        while self._tasks:
-            self._one()
+        self._lend_hand(self._work_off)
         with self._lock:
             self._workers -= 1
+
+    def give_up(self, left: Callable[[], None]) -> None:
+        """Begin no more tasks; call `left` once no copier is at one: now, or from its thread."""
+        self._tasks.clear()
+        with self._lock:
+            copying = self._copying > 0
+            if copying:
+                self._left = left
+        if not copying:
+            left()
+
+    def _work_off(self) -> None:
+        while True:
+            try:
+                task = self._tasks.popleft()
+            except IndexError:
+                return
+            task()
 
     def _turn(self) -> None:
         with self._lock:
             more = self._workers < self._copiers.count and len(self._tasks) > 1
             self._workers += more
+            self._copying += 1
         if more:
             self._copiers.run(self._turn)
-        self._one()
-        if self._tasks:
-            self._copiers.run(self._turn)
-        else:
-            with self._lock:
-                self._workers -= 1
-
-    def _one(self) -> None:
         try:
             task = self._tasks.popleft()
         except IndexError:
-            return  # another thread took the last one
-        task()
+            pass  # another thread took the last one
+        else:
+            self._guarded(task)
+        with self._lock:
+            self._copying -= 1
+            on = len(self._tasks) > 0
+            self._workers -= not on
+            left = None if self._copying else self._left
+        if on:
+            self._copiers.run(self._turn)
+        elif left is not None:
+            left()
 
 
 class InlineCopies:

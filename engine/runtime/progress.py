@@ -31,7 +31,8 @@ class Progress:
         self._epoll = select.epoll()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._wake_fd, select.EPOLLIN)
-        self._handlers: dict[int, Callable[[int], None]] = {}
+        self._handlers: dict[int, tuple[int, Callable[[int], None]]] = {}  # with the watch's number
+        self._num_watches = 0
         self._calls: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._stopped = False
@@ -53,7 +54,8 @@ class Progress:
         with self._lock:
             if self._stopped:
                 return
-            self._handlers[fd] = handler
+            self._num_watches += 1
+            self._handlers[fd] = (self._num_watches, handler)
             self._epoll.register(fd, events)
 
     def watches(self, fd: int) -> bool:
@@ -99,12 +101,15 @@ class Progress:
     def _run(self) -> None:
         next_tick = time.monotonic() + TICK_S
         while not self._stopped:
+            known = self._num_watches
             for fd, events in self._epoll.poll(max(0.0, next_tick - time.monotonic())):
                 if fd == self._wake_fd:
                     os.eventfd_read(fd)
                     continue
-                handler = self._handlers.get(fd)
-                if handler is not None:
+                number, handler = self._handlers.get(fd, (known + 1, None))
+                # A watch that began meanwhile may have the number of a descriptor that was closed, and
+                # the event be of that one. What is ready is told again.
+                if handler is not None and number <= known:
                     self._guarded(partial(handler, events))
             with self._lock:
                 calls, self._calls = self._calls, []

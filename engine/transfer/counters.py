@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 IMM_LIMIT = 1 << 32
 MAX_UNKNOWN_IMMS = 65_536  # arrivals kept for imms that nobody expects yet; a counter is ~200 bytes
 RETIRED_REMEMBERED = 65_536  # imms of which a late arrival is recognised
+MAX_UNFIT = 64  # imms that are passed over for a better one: 10 microseconds
+MAX_TAKEN = 65_536  # imms that are waited for at a time where each needs a word of its own
 
 
 def check_imm(imm: SupportsIndex, operation: str) -> int:
@@ -123,15 +125,30 @@ class CounterTable:
         self.late_nbytes = 0
         self.foreign_writes = 0
 
-    def new_imm(self, busy: Callable[[int], bool] = lambda _: False) -> int:
+    def new_imm(
+        self,
+        taken: Callable[[int], bool] = lambda _: False,
+        unfit: Callable[[int], bool] = lambda _: False,
+    ) -> int:
         """Return an imm that no live, waiting or recently retired counter has, and that is not
-        `busy`."""
+        `taken`; nor `unfit`, unless many are.
+
+        Raises:
+            ImmInUse: all that were looked at are taken.
+        """
+        passed = 0
         with self._lock:
-            while True:
+            while passed < MAX_TAKEN + MAX_UNFIT:
                 imm = next(self._next_imm) % IMM_LIMIT
-                used = imm in self._live or imm in self._unknown or imm in self._retired
-                if imm and not used and not busy(imm):
+                if not imm or imm in self._live or imm in self._unknown or imm in self._retired:
+                    continue
+                if not taken(imm) and (passed >= MAX_UNFIT or not unfit(imm)):
                     return imm
+                passed += 1
+        raise ImmInUse(
+            f"{MAX_TAKEN} imms are waited for at a time: end some of their tickets first",
+            operation="new_imm",
+        )
 
     @property
     def pending(self) -> int:

@@ -3,8 +3,9 @@
 Each engine has one array of 64-bit words on each GPU that it registered memory of. The kernel that
 moves bytes adds their number to word `imm % NUM_SLOTS` of the receiver's array, after they are
 visible there. Words only grow; what an imm must reach is its word's value when it was expected
-plus the bytes it expects. A word is owned by one imm at a time, and one whose imm failed is not used
-again while a peer may still add to it: a late addition completes nothing.
+plus the bytes it expects. A word is owned by one imm at a time. One whose imm failed is dirty, and owned
+by nobody while a peer may still add to it: a late addition completes nothing. It is read anew when the
+links that were up at the failure have quiesced. An imm without a word is counted by the host alone.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ class DeviceCounters:
         self._ahead: OrderedDict[int, int] = OrderedDict()  # imm: bytes whose news is to come
         self._values: dict[int, int] = {}  # slot: bytes that are known to have been added
         self._of_imm: dict[int, int] = {}  # imm: bytes added before it was expected
-        self._dirty: set[int] = set()
+        self._links: dict[object, int] = {}  # that are up, by how many had been opened before
+        self._num_opened = 0
+        self._dirty: dict[int, int] = {}  # slot: links with smaller numbers may still add to it
+        self._wordless: dict[int, int] = {}  # dirty slot: tickets of imms that are added to it
 
     def array(self, device: int) -> tuple[bytes, int]:
         """IPC handle and address of the array on `device`; made with the first call."""
@@ -54,10 +58,25 @@ class DeviceCounters:
                 array = self._arrays[device] = (cuda.export(device, address), address)
             return array
 
-    def busy(self, imm: int) -> bool:
-        """Return whether an imm's word is owned by another, or may still be added to."""
-        slot = imm % NUM_SLOTS
-        return slot in self._owners or slot in self._dirty
+    def owned(self, imm: int) -> bool:
+        """Return whether an imm's word is another's: what is added to it would complete that one."""
+        return imm % NUM_SLOTS in self._owners
+
+    def dirty(self, imm: int) -> bool:
+        """Return whether an imm's word may still be added to under an imm that failed."""
+        return imm % NUM_SLOTS in self._dirty
+
+    def link_opened(self, link: object) -> None:
+        """Peers may add to words over this link."""
+        with self._lock:
+            self._links[link] = self._num_opened
+            self._num_opened += 1
+
+    def link_quiesced(self, link: object) -> bool:
+        """Nothing is added over this link any more; return whether there are words to `cleanse`."""
+        with self._lock:
+            self._links.pop(link, None)
+            return bool(self._cleansable())
 
     def added(self, imm: int, nbytes: int) -> None:
         """A peer says that it has added so many bytes."""
@@ -78,10 +97,14 @@ class DeviceCounters:
         slot = imm % NUM_SLOTS
         with self._lock:
             early = self._of_imm.pop(imm, 0)
-            if len(self._arrays) != 1 or slot in self._owners or slot in self._dirty:
+            if len(self._arrays) != 1 or slot in self._owners:
                 return
-            self._owners[slot] = (imm, self._values.get(slot, 0) - early + nbytes)
-        ticket.add_done_callback(self._ended)
+            wordless = slot in self._dirty
+            if wordless:
+                self._wordless[slot] = self._wordless.get(slot, 0) + 1
+            else:
+                self._owners[slot] = (imm, self._values.get(slot, 0) - early + nbytes)
+        ticket.add_done_callback(self._wordless_ended if wordless else self._ended)
 
     def wait(self, ticket: Ticket, stream: torch.cuda.Stream) -> bool:
         """Let a stream wait for the ticket's word; False if it has none."""
@@ -145,7 +168,7 @@ class DeviceCounters:
                     self._ahead.popitem(last=False)
                 return
             if ticket.exception() is not None:
-                self._dirty.add(slot)
+                self._dirty[slot] = self._num_opened
             if not self._arrays:
                 return  # the engine is closed, and nothing waits any more
             ((device, (_, address)),) = self._arrays.items()
@@ -155,18 +178,33 @@ class DeviceCounters:
             driver().write_value(device, stream, address + slot_offset(ticket.imm), target)
             self._values[slot] = target
 
-    @property
-    def dirty(self) -> bool:
-        """Whether there are words of failed imms."""
-        return bool(self._dirty)
+    def _wordless_ended(self, ticket: Ticket) -> None:
+        """An imm whose word is dirty has ended: if it failed, more of its bytes may come."""
+        assert ticket.imm is not None
+        slot = ticket.imm % NUM_SLOTS
+        with self._lock:
+            self._wordless[slot] -= 1
+            if not self._wordless[slot]:
+                del self._wordless[slot]
+            if ticket.exception() is not None:
+                self._dirty[slot] = self._num_opened
+
+    def _cleansable(self) -> list[int]:
+        """Return the dirty slots whose words nobody can add to any more."""
+        oldest = min(self._links.values(), default=self._num_opened)
+        return [
+            slot
+            for slot, opened in self._dirty.items()
+            if opened <= oldest and slot not in self._wordless
+        ]
 
     def cleanse(self) -> None:
-        """No peer can add to any word now: reads the words of failed imms anew."""
+        """Read the dirty words anew that nobody can add to any more. May wait for the GPU."""
         with self._lock:
-            for slot in self._dirty:
+            for slot in self._cleansable():
                 for device, (_, address) in self._arrays.items():
                     self._values[slot] = driver().read_word(device, address + slot * WORD_NBYTES)
-            self._dirty.clear()
+                del self._dirty[slot]
 
     def close(self, *, free: bool) -> None:
         """End the arrays' use; `free` unless a peer may still add to them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -146,8 +147,13 @@ class Ticket:
                 waiter = self._waiter = threading.Lock()
                 waiter.acquire()
         limit_s = -1.0 if timeout_s is None else min(max(0.0, timeout_s), threading.TIMEOUT_MAX)
-        if waiter.acquire(timeout=limit_s):
-            waiter.release()
+        try:
+            if waiter.acquire(timeout=limit_s):
+                _pass_on(waiter)
+        except BaseException:  # of a signal's handler, perhaps between the two
+            if self._done:
+                _pass_on(waiter)
+            raise
         return self._done
 
     def __await__(self) -> Generator[object, None, int]:
@@ -262,7 +268,7 @@ class Ticket:
             waiter = self._waiter
         self._stop_hook = self._stream_wait = self._spin = self._help = self._look = None
         if waiter is not None:
-            waiter.release()
+            _pass_on(waiter)
         for callback in callbacks:
             self._call(callback)
         return True
@@ -303,6 +309,12 @@ def _finish_all(whole: Ticket, tickets: Sequence[Ticket]) -> None:
         whole._fail(error)
     else:
         whole._finish(sum(ticket.nbytes for ticket in tickets))
+
+
+def _pass_on(waiter: threading.Lock) -> None:
+    """Wake one of those who wait for it; they do the same."""
+    with contextlib.suppress(RuntimeError):  # one who was interrupted has done so in passing
+        waiter.release()
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

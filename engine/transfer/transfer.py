@@ -188,6 +188,13 @@ class Transfer:
             self._concluded = True
         self._conclude(self._error)
 
+    def interrupted(self, error: EngineError) -> None:
+        """End now: every thread of the path has left, and the last one perhaps while it ended this."""
+        with self._lock:
+            self._error = self._error or error
+            self._concluded = True
+        self._conclude(self._error)
+
     def _conclude(self, error: EngineError | None) -> None:
         self._on_end(self)
         if error is None:

@@ -36,13 +36,14 @@ class Workers:
         self._disconnected = disconnected
         self._lock = threading.Lock()
         self._present = 0
+        self._guests: set[object] = set()  # threads of others that lend a hand
         self._closed = False
         self._after: Callable[[], None] | None = None
 
     @property
     def busy(self) -> bool:
         """Whether anybody is at work."""
-        return self._present > 0
+        return self._present > 0 or bool(self._guests)
 
     @property
     def closed(self) -> bool:
@@ -61,9 +62,16 @@ class Workers:
         """One who had entered is done. On its thread, and after `halt`, the last one calls back."""
         with self._lock:
             self._present -= 1
-            after = self._after if not self._present else None
+            after = self._last_left()
         if after is not None:
             after()
+
+    def _last_left(self) -> Callable[[], None] | None:
+        """Return whom to call, once, if nobody is left. Under the lock."""
+        if self._present or self._guests:
+            return None
+        after, self._after = self._after, None
+        return after
 
     def run(self, work: Callable[[], None]) -> None:
         """Do the work of one who has entered, then leave. Raises nothing."""
@@ -77,6 +85,29 @@ class Workers:
         if self.enter():
             self.run(work)
 
+    def lend_hand(self, work: Callable[[], None]) -> None:
+        """Do a work on a thread of the caller's, unless nobody may enter any more, and raise what it
+        does. A signal's handler may raise anywhere in it, and here: the thread has left all the same.
+        """
+        me = object()
+        try:
+            with self._lock:
+                if self._closed:
+                    return
+                self._guests.add(me)
+            work()
+            self._depart(me)
+        except BaseException:
+            self._depart(me)
+            raise
+
+    def _depart(self, guest: object) -> None:
+        with self._lock:
+            self._guests.discard(guest)
+            after = self._last_left()
+        if after is not None:
+            after()
+
     def close(self) -> None:
         """Nobody enters any more."""
         with self._lock:
@@ -88,9 +119,9 @@ class Workers:
         with self._lock:
             self._closed = True
             self._after = after
-            present = self._present
-        if not present:
-            after()
+            now = self._last_left()
+        if now is not None:
+            now()
 
 
 def guard(
@@ -107,5 +138,13 @@ def guard(
     except disconnected:
         link.suspect()
     except Exception as error:
-        log.exception("kvferry: %s failed; please report this", what)
-        link.fail(LinkError(f"{what} failed: {error!r}", operation="transfer"))
+        fail_with(link, what, error)
+
+
+def fail_with(link: Breakable, what: str, error: Exception) -> None:
+    """Take a link down because of what was raised for it. Called where that is handled."""
+    if isinstance(error, EngineError):
+        link.fail(error)
+        return
+    log.exception("kvferry: %s failed; please report this", what)
+    link.fail(LinkError(f"{what} failed: {error!r}", operation="transfer"))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...errors import (
+    Cancelled,
     EngineError,
     LinkError,
     PeerLost,
@@ -225,8 +226,24 @@ class CmaPath(DataPath):
         return min(CHUNK_NBYTES, max(MIN_CHUNK_NBYTES, share_nbytes))
 
     def _start(self, transfer: Transfer, tasks: list[Callable[[], None]]) -> None:
-        guarded = [functools.partial(self._workers.enter_and_run, task) for task in tasks]
-        transfer.ticket._help = Batch(self._link.core.copiers, guarded).help
+        workers = self._workers
+        batch = Batch(self._link.core.copiers, tasks, workers.enter_and_run, workers.lend_hand)
+        transfer.ticket._help = functools.partial(self._help, transfer, batch)
+
+    def _help(self, transfer: Transfer, batch: Batch) -> None:
+        """On a thread that waits for the transfer."""
+        try:
+            batch.help()
+        except BaseException as error:
+            # A signal's handler raised (Ctrl-C, an alarm), perhaps between a copy and the note of
+            # its end. The transfer ends, and the link lives on.
+            why = f"the wait for it was interrupted by a {type(error).__name__}"
+            end: EngineError = transfer.ticket._make_error(Cancelled, why)
+            if isinstance(error, EngineError):
+                end = error
+            transfer.stop(end)
+            batch.give_up(functools.partial(transfer.interrupted, end))
+            raise
 
     def _start_small(
         self, transfer: Transfer, local: iovec.FewEntries, remote: iovec.FewEntries
@@ -298,6 +315,8 @@ class CmaPath(DataPath):
         try:
             iovec.process_vm(self._pid, local, remote, nbytes, write=transfer.write)
         except OSError as error:
+            if error.errno is None:
+                raise  # no system call's: a signal's handler raised it on a thread that waits
             transfer.stop(self._error(error, transfer))
             transfer.end(0)
             return

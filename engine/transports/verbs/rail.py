@@ -59,6 +59,7 @@ class Rail:
         self.fd = -1
         self._slots = slots
         self._num_queues = queues
+        self._depth = (1 + queues) * (SEND_DEPTH + RECEIVE_DEPTH)  # of its completions
         self._lock = threading.Lock()
         self._channel: Any = None
         self._completions: Any = None
@@ -69,6 +70,11 @@ class Rail:
     def queues(self) -> list[QueuePair]:
         """All queue pairs, the staged path's first."""
         return [self.staged, *self.direct] if self.staged is not None else []
+
+    @property
+    def most_polls(self) -> int:
+        """After how many polls all completions have come that there were at the first."""
+        return -(-self._depth // POLL_AT_ONCE) + 1
 
     def create(self) -> None:
         """Make the queue pairs, not connected yet.
@@ -82,9 +88,8 @@ class Rail:
         self.error = None
         try:
             pad = (self._slots.address, self._slots.keys(self.device)[0])
-            depth = (1 + self._num_queues) * (SEND_DEPTH + RECEIVE_DEPTH)
             self._channel, self.fd = self.device.channel()
-            self._completions = library.cq.CQ(self.device.context, depth, None, self._channel)
+            self._completions = library.cq.CQ(self.device.context, self._depth, None, self._channel)
             pairs = [
                 QueuePair(self.device, self._completions, pad=pad)
                 for _ in range(1 + self._num_queues)
