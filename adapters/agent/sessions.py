@@ -36,7 +36,7 @@ from ...control.handoff.session import (
 from ...engine.connect.handshake import HANDSHAKE_TIMEOUT_S, TOKEN_NBYTES
 from ...engine.errors import EngineError, LinkClosed
 from ...engine.memory.descriptors import CacheDescriptor
-from ...engine.plan.rank_plan import RankPlan
+from ...engine.plan.rank_plan import RankPlan, check_covers
 from ...engine.wire.identity import EngineAddress
 from .event_loop import Timers
 
@@ -389,7 +389,11 @@ class Sessions:
         known.down = True
         name, reason = known.session.name, known.parting or str(known.link.error)
         if self._by_name.get(name) is known:
-            del self._by_name[name]
+            others = [each for each in self._all.values() if each.up and each.session.name == name]
+            if others:  # both have dialled, and the other session is as good
+                self._by_name[name] = others[-1]
+            else:
+                del self._by_name[name]
         self._close_link(known)
         known.quiesced = _at_rest(known.link.quiesced)
         for side, registry in self._sides.items():
@@ -457,12 +461,15 @@ def plan_between(
     Of everything that both hold; or of their part, where the caches are spread over ranks.
 
     Raises:
-        LayoutError: the two caches, or the two sets of ranks, cannot be reconciled.
+        LayoutError: the two caches, or the two sets of ranks, cannot be reconciled; or, without
+            ranks, the destination has layers or heads that the source lacks.
     """
     pair = (cache, theirs) if writes else (theirs, cache)
-    if not mine.ranks and not theirs.ranks:
-        return engine.plan(*pair)
     src, dst = (mine, theirs) if writes else (theirs, mine)
+    if not mine.ranks and not theirs.ranks:
+        plan = engine.plan(*pair)
+        check_covers(src.layout, dst.layout)
+        return plan
     for route in rank_plan_of(src, dst).to(dst.rank):
         if route.src == src.rank:
             return engine.plan(*pair, keys=route.keys)

@@ -62,11 +62,20 @@ class Asking(Machine):
         return self._taken()
 
     def _accepted(self, _: Accepted) -> None:
+        """Prefill has heard it. It is still asked, now and then: an answer may be lost."""
         self.state = ACCEPTED
-        self._clear_timers("retry")
+        self._retry_s = self.timing.retry_max_s
 
     def _too_late(self, _: TimerFired) -> None:
-        what = f"not complete after {self.request.timeout_s} s ({self.state})"
+        waited = f"not complete after {self.request.timeout_s:.4g} s"
+        name = self.handoff.request_id
+        if self.state == REQUESTED:
+            what = f"{waited}: {self.peer} has not answered"
+        elif self.state == ACCEPTED:
+            what = f"{waited}: {self.peer} heard of it, and sent too little of {name!r}, or never"
+            what += " offered anything under that id"
+        else:
+            what = f"{waited} ({self.state})"
         self._give_up(self._error(HandoffTimeout, what))
 
     waiting: ClassVar[Reactions] = {

@@ -87,6 +87,29 @@ class RankPlan:
         return {route.src: route.plan.nbytes(start, stop, states=states) for route in self.to(dst)}
 
 
+def check_covers(src: KVLayout, dst: KVLayout) -> None:
+    """Check that one source alone can fill a destination.
+
+    Raises:
+        LayoutMismatch: the destination holds layers or heads that the source lacks.
+    """
+    have, want = _held((src,)), _held((dst,))
+    lacking = sorted({layer for layer, _ in want} - {layer for layer, _ in have})
+    if lacking:
+        raise LayoutMismatch(
+            f"the destination has layers {lacking}, which the source lacks: where a cache is "
+            "spread over several agents, each says so with `ranks`"
+        )
+    for key in sorted(key for key in want if key in have and not is_scale((key[1],))):
+        mine, theirs = have[key][0], want[key][0]
+        if not mine[0] <= theirs[0] < theirs[1] <= mine[1]:
+            raise LayoutMismatch(
+                f"axis 'head' of layer {key[0]}: the source has {_text(mine)}, the destination "
+                f"{_text(theirs)}: where a cache is spread over several agents, each says so with "
+                "`ranks`"
+            )
+
+
 class _Cell(NamedTuple):
     """Planes of layers that are held, and wanted, by the same ranks: sources are chosen for all.
 

@@ -226,6 +226,21 @@ def test_mismatching_layouts_are_refused_by_name(
         new_agent("decode-1", "decode", dim=8).agent.connect(other.agent.address)
 
 
+@pytest.mark.parametrize("dials", ["prefill", "decode"])
+def test_a_destination_that_holds_more_than_the_source_is_refused(
+    new_agent: Callable[..., Local], dials: str
+) -> None:
+    agents = {
+        "prefill": new_agent("prefill-0", "prefill", heads=2).agent,
+        "decode": new_agent("decode-0", "decode", heads=4).agent,
+    }
+    there = agents["decode" if dials == "prefill" else "prefill"]
+    with pytest.raises(LayoutMismatch, match=r"source has \[0, 2\), the destination \[0, 4\)"):
+        agents[dials].connect(there.address)
+    less = new_agent("decode-1", "decode", heads=1).agent
+    assert less.connect(agents["prefill"].address) == "prefill-0"
+
+
 def test_two_of_one_role_are_refused_by_name(new_agent: Callable[..., Local]) -> None:
     one, two = new_agent("decode-0", "decode"), new_agent("decode-1", "decode")
     with pytest.raises(RoleMismatch, match="both are decode"):

@@ -25,6 +25,7 @@ from kvferry.control.handoff.events import (
     RetireCounter,
     Send,
     SendRefused,
+    SetTimer,
     SourceFinished,
     SourceOffered,
     SourceReady,
@@ -116,12 +117,26 @@ def test_decode_counts_before_it_asks() -> None:
 def test_push_ends_when_the_counter_does() -> None:
     registry, key, _ = decoding("push")
     registry.receive(Accepted(SESSION, FIRST))
-    assert not sent(registry.handle(key, TimerFired("retry")))  # accepted: no repetition
     steps = registry.handle(key, CounterEnded(64))
     assert only(steps, Succeed).nbytes == 64
     kinds = [type(action) for _, action in steps]
     assert (kinds[0], kinds[-1]) == (ReleaseBlocks, Succeed)  # who waits finds its blocks free
     assert not registry.machines
+
+
+@pytest.mark.parametrize("mode", ["push", "pull"])
+def test_a_final_answer_that_is_lost_is_asked_for_again(mode: str) -> None:
+    decode, key, steps = decoding(mode)
+    prefill = prefilling()
+    prefill.offer("r", SourceOffered((pack_block_ids([1, 2, 3]),), 1, 30.0))
+    (asked,) = sent(steps)
+    accepted, lost = sent(prefill.receive(asked))  # type: ignore[arg-type]
+    decode.receive(accepted)  # type: ignore[arg-type]
+    steps = decode.handle(key, TimerFired("retry"))
+    assert only(steps, SetTimer).seconds == decode.timing.retry_max_s
+    assert sent(steps) == [asked]
+    assert sent(prefill.receive(asked)) == [lost]  # type: ignore[arg-type]
+    assert isinstance(error_of(decode.receive(lost)), BlocksMismatch)  # type: ignore[arg-type]
 
 
 def test_sent_before_the_last_byte_is_counted_waits_a_little() -> None:
