@@ -46,7 +46,7 @@ from .figures import DaemonFigures, History
 from .settings import open_store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from ..cluster.messages import Activity, AnyAnswer, AnyRequest, Snapshot
     from ..http import HttpServer
@@ -59,6 +59,7 @@ FLUSH_S = 0.02  # changes wait as long for others, so that 2,000 agents at once 
 TICK_S = 0.5  # a lost last change is noticed within
 LOADS_S = 1.0
 SHOWN_S = 1.0  # agents beat once a second
+COMPLAIN_S = 1.0
 ASLEEP_S = 0.25  # a loop that comes so late was not run: nobody's lease pays for it
 QUEUE_MESSAGES = 10_000
 HEARTBEAT_MS = 1000  # ZeroMQ looks whether the other end is there
@@ -105,6 +106,8 @@ class Daemon:
             self.cluster = Cluster(self.membership, store, self._reply)
         self.fleet = Fleet()
         self.requests_served = 0
+        self.faults = 0
+        self._complain_due_s = 0.0
         self.requests_denied = 0
         self._poller = zmq.Poller()
         for socket in (self._router, self._publisher, self.gatekeeper and self.gatekeeper.socket):
@@ -114,6 +117,7 @@ class Daemon:
         self._peer_loads = PeerLoads(self._context, keys, self._poller)
         self._stopping = False
         self._read_s = time.monotonic()
+        self._worked_s = time.thread_time()
         self.history = History(self._read_s)
         self._shown: tuple[float, Shown] | None = None
         self.figures = self._look()
@@ -152,6 +156,7 @@ class Daemon:
 
     def run(self) -> None:
         """Serve until `stop`."""
+        self._worked_s = time.thread_time()
         timeout_s = 0.0
         while not self._stopping:
             ready = dict(self._poller.poll(int(timeout_s * 1000) + 1))
@@ -166,9 +171,9 @@ class Daemon:
         Called between any two steps, so that a process that is stopped anywhere takes nobody's
         lease.
         """
-        now_s = time.monotonic()
-        late_s = now_s - self._read_s - idle_s
-        self._read_s = now_s
+        now_s, worked_s = time.monotonic(), time.thread_time()
+        late_s = now_s - self._read_s - idle_s - (worked_s - self._worked_s)
+        self._read_s, self._worked_s = now_s, worked_s
         if late_s > ASLEEP_S:
             log.warning("the daemon was asleep for %.1f s: all leases are longer by that", late_s)
             self.membership.forgive(late_s)
@@ -242,11 +247,28 @@ class Daemon:
                 self._reply(envelope, answer)
         return True
 
+    @contextlib.contextmanager
+    def _guarded(self, what: str) -> Iterator[None]:
+        """What fails for one request, record or publication ends that one alone."""
+        try:
+            yield
+        except Exception:
+            self.faults += 1
+            now_s = time.monotonic()
+            if now_s >= self._complain_due_s:  # a flood of them is one traceback a second
+                self._complain_due_s = now_s + COMPLAIN_S
+                log.exception("%s failed, and was left out; please report this", what)
+
     def _reply(self, envelope: list[bytes], answer: AnyAnswer) -> None:
         self.requests_served += 1
+        try:
+            frame = answers.encode(answer)
+        except ProtocolError as error:
+            answer = Denied(answer.request, "protocol", error.message[:1024])  # type: ignore[union-attr]
+            frame = answers.encode(answer)
         self.requests_denied += isinstance(answer, Denied)
         with contextlib.suppress(zmq.ZMQError):  # it went, or does not read: it asks again
-            self._router.send_multipart([*envelope, answers.encode(answer)], zmq.NOBLOCK)
+            self._router.send_multipart([*envelope, frame], zmq.NOBLOCK)
 
     def _answer(
         self, frame: bytes, now_s: float, key: bytes, envelope: list[bytes]
@@ -257,9 +279,13 @@ class Daemon:
             ask: AnyRequest = requests.decode(frame)
         except ProtocolError as error:
             return Denied(0, "protocol", error.message[:1024])
-        answer = self._decide(ask, now_s, key, envelope)
+        kind = type(ask).__name__
+        answer: AnyAnswer | None = Denied(ask.request, "protocol", f"this {kind} failed here")
+        with self._guarded(f"a {kind}"):
+            answer = self._decide(ask, now_s, key, envelope)
         if isinstance(ask, Heartbeat) and isinstance(answer, Beat):
-            self.history.take(ask.name, ask.activity, now_s)
+            with self._guarded("an activity"):
+                self.history.take(ask.name, ask.activity, now_s)
         return answer
 
     def _decide(
@@ -317,7 +343,8 @@ class Daemon:
         """Return what is due; return the seconds until something is again."""
         lease_s = self.membership.expire(now_s)
         if self.cluster is not None:
-            self.cluster.work(now_s)
+            with self._guarded("what the store tells"):
+                self.cluster.work(now_s)
             self._peer_loads.follow(self.cluster.peers)
         if now_s >= self._flush_due_s:
             self._flush_due_s = now_s + FLUSH_S
@@ -330,10 +357,10 @@ class Daemon:
             self.history.turn(now_s, time.time())
             if self.http is not None:
                 self.figures = self._look()
-            loads = self.membership.flush_loads()
-            if loads is not None:
+            for loads in self.membership.flush_loads():
                 for name, load in loads.loads.items():
-                    self.fleet.load(name, load)
+                    with self._guarded("a load"):
+                        self.fleet.load(name, load)
                 self._publish(LOADS_TOPIC, loads)
         due_s = self._flush_due_s if self.membership.changed else self._tick_due_s
         return max(0.0, min(lease_s, due_s - now_s, self._loads_due_s - now_s))
@@ -353,11 +380,13 @@ class Daemon:
                 member.role,
                 member.state,
             )
-            self.fleet.put(member)
+            with self._guarded("a member"):
+                self.fleet.put(member)
         self._publish(CHANGES_TOPIC, changes)
 
     def _publish(self, topic: bytes, message: msgspec.Struct) -> None:
-        with contextlib.suppress(zmq.ZMQError):  # slow watchers miss it, and notice the gap
+        # Slow watchers miss it, and notice the gap; so do all if it has no room in a frame.
+        with self._guarded("a publication"), contextlib.suppress(zmq.ZMQError):
             self._publisher.send_multipart([topic, answers.encode(message)], zmq.NOBLOCK)
 
     def _look(self) -> DaemonFigures:
