@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 BATCH = 256  # requests taken before changes are published and leases looked at
 MAX_PARTS = 64  # requests in one ZeroMQ message
+TURN_S = 0.1  # of requests, however many wait: leases and changes are looked at in between
 FLUSH_S = 0.02  # changes wait as long for others, so that 2,000 agents at once are 50 publications
 TICK_S = 0.5  # a lost last change is noticed within
 LOADS_S = 1.0
@@ -221,8 +222,9 @@ class Daemon:
         for daemon, loads in self._peer_loads.take(ready).items():
             self.membership.hear_loads(daemon, loads)
         if self._router in ready:
+            end_s = time.monotonic() + TURN_S
             for _ in range(BATCH):
-                if not self._take(now_s):
+                if not self._take(now_s) or time.monotonic() > end_s:
                     break
 
     def _watchers_came(self) -> None:
