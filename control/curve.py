@@ -67,6 +67,10 @@ class Gatekeeper:
         self.refused = 0
         self._allowed = AllowList(keys.allowed)
 
+    def admits(self, key: bytes) -> bool:
+        """Return whether a key is in the list as it is at this moment."""
+        return self._allowed.label(key) is not None
+
     def answer(self) -> None:
         """Answer all questions that wait."""
         while True:
@@ -76,7 +80,7 @@ class Gatekeeper:
                 return
             version, number, _, _, _, mechanism = parts[:6]
             key = parts[6] if mechanism == b"CURVE" and len(parts) == 7 else b""
-            if self._allowed.label(key) is not None:
+            if self.admits(key):
                 verdict = [b"200", b"OK", key.hex().encode()]
             else:
                 self.refused += 1

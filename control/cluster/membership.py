@@ -328,6 +328,9 @@ class Membership:
         elif seat is not None and (ask.previous or (name, life) in self._outlived):
             detail = f"another life of {name} has taken the name; it has to end first"
             return Denied(ask.request, "superseded", detail), None
+        elif seat is not None and seat.key != key:
+            detail = f"{name} lives under another key: it has to end first"
+            return Denied(ask.request, "key", detail), None
         elif seat is None and len(self._seats) >= MAX_MEMBERS:
             return Denied(ask.request, "full", f"{MAX_MEMBERS} agents are registered already"), None
         generation, floor = 0, 0

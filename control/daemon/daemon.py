@@ -281,6 +281,8 @@ class Daemon:
             ask: AnyRequest = requests.decode(frame)
         except ProtocolError as error:
             return Denied(0, "protocol", error.message[:1024])
+        if self.gatekeeper is not None and not self.gatekeeper.admits(key):
+            return Denied(ask.request, "key", "this public key is not in the allow-list any more")
         kind = type(ask).__name__
         answer: AnyAnswer | None = Denied(ask.request, "protocol", f"this {kind} failed here")
         with self._guarded(f"a {kind}"):

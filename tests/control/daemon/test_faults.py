@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -42,7 +43,6 @@ from tests.support.requirements import FAKETIME, need
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 WAIT_S = 30.0
 MIB_OF_A_DAEMON = 60
@@ -201,6 +201,54 @@ def test_a_replayed_conversation_of_a_key_holder_gets_nobody_in(tmp_path: Path) 
             assert client.look(timeout_s=WAIT_S).members == ()
     finally:
         daemon.end()
+
+
+@pytest.fixture
+def keyed(tmp_path: Path) -> Iterator[tuple[str, Keys, Keys]]:
+    """A daemon's address, and two keys that it allows."""
+    for name in ("daemon", "first", "second"):
+        write_keys(tmp_path / f"{name}.key", *new_pair())
+    process = DaemonProcess("--keys", str(tmp_path / "daemon.key"))
+    daemon_key = Keys.load(tmp_path / "daemon.key").public.hex()
+    yield (
+        f"{process.address}#{daemon_key}",
+        Keys.load(tmp_path / "first.key"),
+        Keys.load(tmp_path / "second.key"),
+    )
+    process.end()
+
+
+def test_a_key_takes_no_name_of_another_that_lives(keyed: tuple[str, Keys, Keys]) -> None:
+    address, first, second = keyed
+    with DaemonClient(address, first) as owner, DaemonClient(address, second) as other:
+        mine = ask(owner, Register(1, 1, there("p0", life=1, public_key=first.public), 60.0))
+        denied = ask(other, Register(1, 1, there("p0", life=2, public_key=second.public), 60.0))
+        assert isinstance(denied, Denied)
+        assert denied.reason == "key"
+        assert isinstance(ask(owner, Heartbeat(2, "p0", mine.generation)), Beat)
+        restarted = ask(owner, Register(3, 1, there("p0", life=3, public_key=first.public), 60.0))
+        assert restarted.generation > mine.generation
+        assert isinstance(ask(owner, Deregister(4, "p0", restarted.generation)), Done)
+        taken = ask(other, Register(2, 1, there("p0", life=2, public_key=second.public), 60.0))
+        assert isinstance(taken, Registered)  # the name is free
+
+
+def test_a_key_that_is_struck_off_is_heard_no_more(keyed: tuple[str, Keys, Keys]) -> None:
+    """Over the connection that it has: its heartbeats renew no lease."""
+    address, first, second = keyed
+    with DaemonClient(address, first) as revoked, DaemonClient(address, second) as other:
+        mine = ask(revoked, Register(1, 1, there("p0", public_key=first.public), 0.5))
+        assert isinstance(mine, Registered)
+        path = Path(first.allowed)
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if first.public.hex() not in line))
+        for message in (Heartbeat(2, "p0", mine.generation), Look(3), Drain(4, "p0")):
+            denied = ask(revoked, message)
+            assert isinstance(denied, Denied)
+            assert denied.reason == "key"
+        with other.watch() as watch:
+            while "p0" in watch.view.members:
+                watch.poll(WAIT_S)
 
 
 def _relay(server: sockets.socket, to: tuple[str, int], tape: bytearray) -> None:
