@@ -141,6 +141,10 @@ class Fleet:
         if candidate is not None:
             for side in self._sides(candidate):
                 side.remove(candidate)
+            model = candidate.member.registration.model
+            for sides in (self._prefills, self._decodes):
+                if model in sides and not sides[model].candidates:
+                    del sides[model]  # agents name models: there may be any number of names
 
     def load(self, name: str, load: Load) -> None:
         """A member told its load."""
