@@ -24,10 +24,15 @@ from ..cluster.messages import (
     MAX_REQUEST_NBYTES,
     Beat,
     Denied,
+    Deregister,
+    Drain,
+    Flip,
     Heartbeat,
     Look,
     Place,
     Placed,
+    Register,
+    Restore,
     Show,
     Shown,
     answers,
@@ -50,7 +55,7 @@ if TYPE_CHECKING:
 
     from ..cluster.messages import Activity, AnyAnswer, AnyRequest, Snapshot
     from ..http import HttpServer
-    from ..keys import Keys
+    from ..keys import Keys, Permit
     from .settings import Settings
 
 BATCH = 256  # requests taken before changes are published and leases looked at
@@ -67,6 +72,12 @@ HEARTBEAT_MS = 1000  # ZeroMQ looks whether the other end is there
 HEARTBEAT_TIMEOUT_MS = 5000
 LINGER_MS = 500
 DRAIN_S = 0.5  # for requests that wait when the daemon is told to end
+
+RIGHTS: dict[str, tuple[type, ...]] = {  # by the role of a key
+    "agent": (Register, Heartbeat, Deregister, Look),
+    "router": (Look, Place),
+    "operator": (Look, Place, Show, Drain, Restore, Flip),
+}
 
 log = logging.getLogger("kvferry.daemon")
 
@@ -281,8 +292,10 @@ class Daemon:
             ask: AnyRequest = requests.decode(frame)
         except ProtocolError as error:
             return Denied(0, "protocol", error.message[:1024])
-        if self.gatekeeper is not None and not self.gatekeeper.admits(key):
-            return Denied(ask.request, "key", "this public key is not in the allow-list any more")
+        if self.gatekeeper is not None:
+            objection = _objection(self.gatekeeper.permit(key), ask)
+            if objection:
+                return Denied(ask.request, "key", objection[:1024])
         kind = type(ask).__name__
         answer: AnyAnswer | None = Denied(ask.request, "protocol", f"this {kind} failed here")
         with self._guarded(f"a {kind}"):
@@ -420,6 +433,19 @@ class Daemon:
             "drained: %d agents were registered; handoffs between agents go on without the daemon",
             len(self.membership),
         )
+
+
+def _objection(permit: Permit | None, ask: AnyRequest) -> str:
+    """Return why a key may not ask that; "" if it may."""
+    if permit is None:
+        return "this public key is not in the allow-list any more"
+    kind = type(ask)
+    if permit.role and kind not in RIGHTS[permit.role]:
+        return f"the allow-list gives this key the role {permit.role!r}: no {kind.__name__}"
+    name = ask.registration.name if isinstance(ask, Register) else getattr(ask, "name", None)
+    if name is not None and not permit.covers(name):
+        return f"the allow-list gives this key the names {permit.names!r}, and not {name!r}"
+    return ""
 
 
 def _random62() -> int:

@@ -32,6 +32,8 @@ from kvferry.control.cluster.messages import (
     Register,
     Registered,
     Registration,
+    Restore,
+    Show,
     answers,
     requests,
 )
@@ -249,6 +251,44 @@ def test_a_key_that_is_struck_off_is_heard_no_more(keyed: tuple[str, Keys, Keys]
         with other.watch() as watch:
             while "p0" in watch.view.members:
                 watch.poll(WAIT_S)
+
+
+def test_a_key_does_what_its_role_allows_to_the_names_it_has(tmp_path: Path) -> None:
+    write_keys(tmp_path / "daemon.key", *new_pair())
+    for role in ("agent", "router", "operator"):
+        write_keys(tmp_path / f"{role}.key", *new_pair(), role=role, names="d-*")
+    daemon = DaemonProcess("--keys", str(tmp_path / "daemon.key"))
+    address = f"{daemon.address}#{Keys.load(tmp_path / 'daemon.key').public.hex()}"
+    requests_of = {
+        "agent": {"Register", "Heartbeat", "Deregister", "Look"},
+        "router": {"Look", "Place"},
+        "operator": {"Look", "Place", "Show", "Drain", "Restore", "Flip"},
+    }
+    try:
+        for role, may in requests_of.items():
+            keys = Keys.load(tmp_path / f"{role}.key")
+            with DaemonClient(address, keys) as client:
+                for name in ("d-0", "p-0"):
+                    registration = there(name, public_key=keys.public)
+                    for message in (
+                        Register(1, 1, registration, 60.0),
+                        Heartbeat(2, name, 1),
+                        Deregister(3, name, 1),
+                        Look(4),
+                        Place(5, 100),
+                        Show(6),
+                        Drain(7, name),
+                        Restore(8, name),
+                        Flip(9, name, "prefill"),
+                    ):
+                        named = isinstance(message, Register) or hasattr(message, "name")
+                        kind = type(message).__name__
+                        answer = ask(client, message)
+                        objects = isinstance(answer, Denied) and "allow-list" in answer.detail
+                        allowed = kind in may and (name == "d-0" or not named)
+                        assert objects is not allowed, (role, name, kind, answer)
+    finally:
+        daemon.end()
 
 
 def _relay(server: sockets.socket, to: tuple[str, int], tape: bytearray) -> None:
