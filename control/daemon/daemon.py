@@ -79,6 +79,8 @@ RIGHTS: dict[str, tuple[type, ...]] = {  # by the role of a key
     "operator": (Look, Place, Show, Drain, Restore, Flip),
 }
 
+_REQUEST_0 = b"\xa7request\x00"  # in msgpack, the field `request` of an answer to number 0
+
 log = logging.getLogger("kvferry.daemon")
 
 
@@ -132,6 +134,7 @@ class Daemon:
         self._worked_s = time.thread_time()
         self.history = History(self._read_s)
         self._shown: tuple[float, Shown] | None = None
+        self._pictured: tuple[int, list[bytes]] | None = None
         self.figures = self._look()
         self.http: HttpServer | None = None
         if settings.http:
@@ -272,10 +275,10 @@ class Daemon:
                 self._complain_due_s = now_s + COMPLAIN_S
                 log.exception("%s failed, and was left out; please report this", what)
 
-    def _reply(self, envelope: list[bytes], answer: AnyAnswer) -> None:
+    def _reply(self, envelope: list[bytes], answer: AnyAnswer | bytes) -> None:
         self.requests_served += 1
         try:
-            frame = answers.encode(answer)
+            frame = answer if isinstance(answer, bytes) else answers.encode(answer)
         except ProtocolError as error:
             answer = Denied(answer.request, "protocol", error.message[:1024])  # type: ignore[union-attr]
             frame = answers.encode(answer)
@@ -285,7 +288,7 @@ class Daemon:
 
     def _answer(
         self, frame: bytes, now_s: float, key: bytes, envelope: list[bytes]
-    ) -> AnyAnswer | None:
+    ) -> AnyAnswer | bytes | None:
         """Return the answer to one request; None if it is answered later, or has to be asked
         again."""
         try:
@@ -297,7 +300,9 @@ class Daemon:
             if objection:
                 return Denied(ask.request, "key", objection[:1024])
         kind = type(ask).__name__
-        answer: AnyAnswer | None = Denied(ask.request, "protocol", f"this {kind} failed here")
+        answer: AnyAnswer | bytes | None = Denied(
+            ask.request, "protocol", f"this {kind} failed here"
+        )
         with self._guarded(f"a {kind}"):
             answer = self._decide(ask, now_s, key, envelope)
         if isinstance(ask, Heartbeat) and isinstance(answer, Beat):
@@ -307,7 +312,7 @@ class Daemon:
 
     def _decide(
         self, ask: AnyRequest, now_s: float, key: bytes, envelope: list[bytes]
-    ) -> AnyAnswer | None:
+    ) -> AnyAnswer | bytes | None:
         tell = self._tells.get(type(ask))
         if tell is not None and (self.cluster is None or self.cluster.ready):
             return tell(self, ask, now_s)
@@ -315,9 +320,20 @@ class Daemon:
             return self.cluster.answer(ask, now_s, key, envelope)
         return self.membership.answer(ask, now_s, key)
 
-    def _look_up(self, ask: Look, _: float) -> Snapshot:
+    def _look_up(self, ask: Look, _: float) -> Snapshot | bytes:
+        """Encoded once a change: after a restart every agent asks for the same."""
         self._flush()
-        return self.membership.snapshot(ask.request, loads=ask.loads)
+        sequence = self.membership.sequence
+        if ask.loads:
+            return self.membership.snapshot(ask.request, loads=True)
+        if self._pictured is None or self._pictured[0] != sequence:
+            try:
+                frame = answers.encode(self.membership.snapshot(0, loads=False))
+            except ProtocolError:
+                return self.membership.snapshot(ask.request, loads=False)  # denied, with the reason
+            self._pictured = (sequence, frame.split(_REQUEST_0, 1))
+        head, tail = self._pictured[1]
+        return b"".join((head, _REQUEST_0[:-1], msgspec.msgpack.encode(ask.request), tail))
 
     def _place(self, ask: Place, _: float) -> AnyAnswer:
         self._flush()
@@ -344,7 +360,7 @@ class Daemon:
             self._shown = (now_s, shown)
         return msgspec.structs.replace(self._shown[1], request=ask.request)
 
-    _tells: ClassVar[Mapping[type, Callable[..., AnyAnswer]]] = {
+    _tells: ClassVar[Mapping[type, Callable[..., AnyAnswer | bytes]]] = {
         Look: _look_up,
         Place: _place,
         Show: _show,

@@ -34,6 +34,7 @@ from kvferry.control.cluster.messages import (
     Registration,
     Restore,
     Show,
+    Snapshot,
     answers,
     requests,
 )
@@ -218,6 +219,20 @@ def keyed(tmp_path: Path) -> Iterator[tuple[str, Keys, Keys]]:
         Keys.load(tmp_path / "second.key"),
     )
     process.end()
+
+
+def test_a_picture_that_is_kept_answers_each_request_by_its_number(daemon: DaemonProcess) -> None:
+    with dealer(daemon.address) as socket:
+        for name in ("p0", "p1"):
+            socket.send(requests.encode(Register(1, 1, there(name), 60.0)))
+            assert isinstance(answers.decode(socket.recv()), Registered)
+            for number in (0, 127, 128, 70_000, 2**40):
+                for loads in (False, True):
+                    socket.send(requests.encode(Look(number, loads)))
+                    snapshot = answers.decode(socket.recv())
+                    assert isinstance(snapshot, Snapshot)
+                    assert snapshot.request == number
+                    assert snapshot.members[-1].name == name
 
 
 def test_a_key_takes_no_name_of_another_that_lives(keyed: tuple[str, Keys, Keys]) -> None:
