@@ -7,9 +7,12 @@ that no page from elsewhere reads it through a visitor's browser.
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import generate_latest
 
@@ -23,7 +26,9 @@ if TYPE_CHECKING:
 
     Page = Callable[[], tuple[int, str, bytes]]
 
-REQUEST_TIMEOUT_S = 5.0
+REQUEST_TIMEOUT_S = 5.0  # of one read or write
+CONNECTION_S = 15.0  # of all of a connection, however slowly its visitor speaks
+MAX_CONNECTIONS = 32  # at once, each a thread: more are hung up on
 TEXT = "text/plain; charset=utf-8"
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; "
@@ -102,7 +107,38 @@ class HttpServer:
 
 
 class _Server(ThreadingHTTPServer):
+    """A thread a connection, as long as there are few; and none that lasts."""
+
     daemon_threads = True
+    request_queue_size = 2 * MAX_CONNECTIONS
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self._lock = threading.Lock()
+        self._ends_s: dict[Any, float] = {}  # connections, and when they are cut off
+        super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._lock:
+            full = len(self._ends_s) >= MAX_CONNECTIONS
+            if not full:
+                self._ends_s[request] = time.monotonic() + CONNECTION_S
+        if full:
+            self.shutdown_request(request)
+        else:
+            super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:  # a closed descriptor may be another's at once
+            self._ends_s.pop(request, None)
+            super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """Cut off whoever is late: called by the server's loop, twice a second and more."""
+        now_s = time.monotonic()
+        with self._lock, contextlib.suppress(OSError):
+            for request in [one for one, end_s in self._ends_s.items() if end_s < now_s]:
+                del self._ends_s[request]
+                request.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and closes it
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A visitor that went away in the middle is worth no line."""

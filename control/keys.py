@@ -2,15 +2,19 @@
 
 A key pair is a small TOML file that only its owner may read, or a credential that systemd guards for
 one service; an allow-list is a text file like
-OpenSSH's `authorized_keys`: one public key a line, in hexadecimal, then any label. The list is read
-again whenever it has changed.
+OpenSSH's `authorized_keys`: one public key a line, in hexadecimal, then options and any label. The
+list is read again whenever it has changed.
+
+    3f…9c role=agent names=decode-* decode servers
 """
 
 from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import stat
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,9 @@ from .errors import ConfigError, InsecureAddress
 
 KEY_NBYTES = 32
 MAX_LIST_NBYTES = 8 << 20  # 80,000 keys
+ROLES = ("agent", "router", "operator")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # of a key: a file's name, and a word of a list
+_OPTION = re.compile(r"(role|names)=(.*)")
 
 
 class Keys(msgspec.Struct, frozen=True):
@@ -115,12 +122,36 @@ def _unreadable(path: Path) -> ConfigError:
     )
 
 
-def write_keys(path: Path, public: bytes, secret: bytes) -> None:
-    """Write a key file that only its owner may read, and allows the key itself beside it.
+def check_key_name(name: str) -> None:
+    """Check that a name can be a file's and a word of an allow-list.
 
     Raises:
-        ConfigError: there is a file already, or none can be written.
+        ConfigError: it cannot.
     """
+    if _NAME.fullmatch(name) is None:
+        raise ConfigError(
+            f"{name!r} is no name for a key: use letters, digits, and `-`, `_` or `.` after the "
+            "first"
+        )
+
+
+def write_keys(
+    path: Path, public: bytes, secret: bytes, *, role: str = "", names: str = ""
+) -> None:
+    """Write a key file that only its owner may read, and allow the key itself beside it.
+
+    Raises:
+        ConfigError: the file's name is none for a key, `role` or `names` cannot stand in a list,
+            there is a file already, or none can be written.
+    """
+    check_key_name(path.stem)
+    if role and role not in ROLES:
+        raise ConfigError(f"a key has no role {role!r}: choose one of {', '.join(ROLES)}")
+    if re.search(r"[\s#]", names):
+        raise ConfigError(
+            f"the pattern of names {names!r} has a blank or a `#` in it: leave it out"
+        )
+    options = [f"{name}={value}" for name, value in (("role", role), ("names", names)) if value]
     text = (
         f"# A kvferry key pair. Others get the public half only.\n"
         f'public = "{public.hex()}"\nsecret = "{secret.hex()}"\n'
@@ -135,7 +166,25 @@ def write_keys(path: Path, public: bytes, secret: bytes) -> None:
     with os.fdopen(fd, "w") as file:
         file.write(text)
     with path.with_name("allowed_keys").open("a") as file:
-        file.write(f"{public.hex()} {path.stem}\n")
+        file.write(" ".join([public.hex(), *options, path.stem]) + "\n")
+
+
+class Permit(msgspec.Struct, frozen=True):
+    """What one line of an allow-list says of a key.
+
+    Attributes:
+        label: what the list calls it.
+        role: one of `ROLES`, or "": all of them.
+        names: pattern of the agents that it may be or command (`*`, `?`, `[…]`), or "": any.
+    """
+
+    label: str
+    role: str = ""
+    names: str = ""
+
+    def covers(self, name: str) -> bool:
+        """Return whether an agent of this name is one of the key's."""
+        return not self.names or fnmatchcase(name, self.names)
 
 
 class AllowList:
@@ -144,33 +193,38 @@ class AllowList:
     def __init__(self, path: str) -> None:
         self._path = path
         self._seen: tuple[int, int] = (0, -1)
-        self._labels: dict[bytes, str] = {}
+        self._permits: dict[bytes, Permit] = {}
 
-    def label(self, key: bytes) -> str | None:
-        """Return what the list calls a key; None if it is not allowed. A file that is gone allows
-        none."""
+    def permit(self, key: bytes) -> Permit | None:
+        """Return what a key may do; None if it is not allowed. A file that is gone allows none."""
         try:
             status = os.stat(self._path)
             if (status.st_mtime_ns, status.st_size) != self._seen:
                 self._seen = (status.st_mtime_ns, status.st_size)
                 with open(self._path, encoding="utf-8", errors="replace") as file:
-                    self._labels = _parse(file.read(MAX_LIST_NBYTES))
+                    self._permits = _parse(file.read(MAX_LIST_NBYTES))
         except OSError:
-            self._labels = {}
-        return self._labels.get(key)
+            self._permits = {}
+        return self._permits.get(key)
 
 
-def _parse(text: str) -> dict[bytes, str]:
-    labels = {}
+def _parse(text: str) -> dict[bytes, Permit]:
+    permits = {}
     for line in text.splitlines():
-        word, _, label = line.partition("#")[0].strip().partition(" ")
+        word, *words = line.partition("#")[0].split() or [""]
         try:
             key = bytes.fromhex(word)
         except ValueError:
             continue  # a line of somebody's notes lets nobody in
-        if len(key) == KEY_NBYTES:
-            labels[key] = label.strip() or word[:12]
-    return labels
+        options = {}
+        while words and (option := _OPTION.fullmatch(words[0])):
+            options[option[1]] = option[2]
+            del words[0]
+        # An option that says nothing known must not mean "everything".
+        understood = all(options.values()) and options.get("role", "agent") in ROLES
+        if len(key) == KEY_NBYTES and understood:
+            permits[key] = Permit(" ".join(words) or word[:12], **options)
+    return permits
 
 
 def check_address(endpoint: str, keys: Keys | None, what: str) -> None:

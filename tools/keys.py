@@ -9,7 +9,7 @@ import typer
 
 from kvferry.control.curve import new_pair
 from kvferry.control.errors import ConfigError
-from kvferry.control.keys import write_keys
+from kvferry.control.keys import ROLES, check_key_name, write_keys
 from kvferry.tools.lazy import fail, new_app
 
 app = new_app("Key pairs for every ZeroMQ socket, and the lists of who may connect.")
@@ -26,12 +26,19 @@ def new(
     folder: Annotated[Path, typer.Option(help="Where NAME.key and allowed_keys go.")] = Path(
         "keys"
     ),
+    role: Annotated[
+        str, typer.Option(help=f"What it may do: {', '.join(ROLES)}; all if not given.")
+    ] = "",
+    names: Annotated[
+        str, typer.Option(help="Agents it may be or command, as decode-*; any if not given.")
+    ] = "",
 ) -> None:
     """Make a key pair, write it to FOLDER/NAME.key, and add it to FOLDER/allowed_keys."""
     public, secret = new_pair()
     path = folder / f"{name}.key"
     try:
-        write_keys(path, public, secret)
+        check_key_name(name)
+        write_keys(path, public, secret, role=role, names=names)
     except ConfigError as error:
         fail("kvferry keys", error, 2)
     print(

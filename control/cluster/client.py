@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 DEFAULT_DAEMON = "tcp://127.0.0.1:7717"
 TIMEOUT_S = 2.0
+MAX_TIMEOUT_S = 604_800.0
 ASK_AGAIN_S = 0.5
 # Then dialled again: the kernel asks a host that is away after 1, 3, 7, 15, 31 s, and one that came
 # back in between would have to wait for that.
@@ -100,7 +101,7 @@ class DaemonClient:
         ask = Show(next(self._numbers))
         frame, waiting, found = requests.encode(ask), list(self._sockets), []
         denial: Denied | None = None
-        end_s, again_s = time.monotonic() + timeout_s, 0.0
+        end_s, again_s = _end_s(timeout_s), 0.0
         while waiting and (now_s := time.monotonic()) < end_s:
             if now_s >= again_s:
                 again_s = now_s + ASK_AGAIN_S
@@ -163,7 +164,7 @@ class DaemonClient:
         """
         self._check_process(type(ask).__name__.lower())
         frame = requests.encode(ask)
-        end_s = time.monotonic() + timeout_s
+        end_s = _end_s(timeout_s)
         again_s, times = 0.0, 0
         while (now_s := time.monotonic()) < end_s:
             if now_s >= again_s:  # every request may come twice
@@ -184,13 +185,13 @@ class DaemonClient:
         return Watch(self)
 
     def _ask(self, ask: Ask, kind: type[_T], timeout_s: float) -> _T:
-        end_s = time.monotonic() + timeout_s
+        end_s = _end_s(timeout_s)
         while True:
-            answer = self.ask(ask, max(ASK_AGAIN_S, end_s - time.monotonic()))
+            answer = self.ask(ask, end_s - time.monotonic())
             if isinstance(answer, kind):
                 return answer
             store = isinstance(answer, Denied) and answer.reason == "store"
-            if not store or time.monotonic() > end_s:
+            if not store or time.monotonic() + STORE_S > end_s:
                 break
             self._turn = (self._turn + 1) % len(self._sockets)
             time.sleep(STORE_S)
@@ -212,8 +213,8 @@ class DaemonClient:
 
     def _timeout(self, ask: Ask, timeout_s: float) -> DaemonTimeout:
         return DaemonTimeout(
-            f"the daemon at {self.address} did not answer in {timeout_s} s: is it running, and is "
-            "this key in its allow-list?",
+            f"the daemon at {self.address} did not answer in {max(0.0, timeout_s):.3g} s: is it "
+            f"running{', and is this key in its allow-list' * (self._keys is not None)}?",
             operation=type(ask).__name__.lower(),
         )
 
@@ -285,6 +286,17 @@ class Watch:
         if self.view.stale:
             changed |= self.view.hear(self._client.look())
         return changed
+
+
+def _end_s(timeout_s: float) -> float:
+    """Return when so many seconds are over; at once, if none are left.
+
+    Raises:
+        ValueError: they never are, or not within a week.
+    """
+    if not timeout_s <= MAX_TIMEOUT_S:
+        raise ValueError(f"timeout_s is {timeout_s}: give seconds, {MAX_TIMEOUT_S:g} at most")
+    return time.monotonic() + timeout_s
 
 
 def daemon_address(address: str, keys: Keys | None) -> tuple[str, bytes]:

@@ -268,12 +268,24 @@ class EtcdStore(Store):
         value, revision = base64.b64decode(found.get("value", "")), int(found["mod_revision"])
         try:
             if kind == "members":
-                return Seen(revision, name, None if gone else _records.decode(value))
+                return Seen(revision, name, None if gone else _record(value, name))
             if kind == "daemons":
                 return PeerSeen(revision, int(name), None if gone else _peers.decode(value))
         except (msgspec.MsgspecError, ValueError) as error:
             log.warning("the store has what is no record, at %s: %s", key, error)
         return None
+
+
+def _record(value: bytes, name: str) -> Record:
+    """Return the record of a name.
+
+    Raises:
+        ValueError: it is none, or another name's.
+    """
+    record = _records.decode(value)
+    if record.member.name != name:
+        raise ValueError(f"it names {record.member.name!r}")
+    return record
 
 
 def _base64(data: str | bytes) -> str:

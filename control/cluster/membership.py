@@ -21,10 +21,11 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from math import inf
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import msgspec
 
+from ..handoff.messages import Natural  # noqa: TC001 - msgspec reads it
 from .messages import (
     MAX_MEMBERS,
     VERSION,
@@ -37,6 +38,7 @@ from .messages import (
     Flip,
     Gone,
     Heartbeat,
+    Lease,
     Load,
     Loads,
     Member,
@@ -55,7 +57,17 @@ if TYPE_CHECKING:
     Judgement = tuple[AnyAnswer, "Proposal | None"]
 
 LIVES_REMEMBERED = 10_000  # lives that lost their name; about 200 bytes each
+# With it a snapshot of `MAX_MEMBERS` has room in a frame; an honest one is 600 bytes.
+MAX_REGISTRATION_NBYTES = 6 << 10
+# Generations are microseconds of the clock: nobody can have had a higher one, and above it there
+# is room for as many as will ever be given.
+MAX_PREVIOUS = 1 << 62
+# Of one publication, about: a load is 100 bytes, a rate 40. Readers walk a frame of 1 MiB.
+LOADS_NBYTES = 256 << 10
 MAX_LEASE_S = 60.0  # longer ones are cut: a dead agent must not be placed on for minutes
+
+
+_encoder = msgspec.msgpack.Encoder()
 
 
 class Record(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -68,10 +80,10 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
     """
 
     member: Member
-    key: bytes
-    lease_s: float
-    daemon: int = 0
-    floor: int = 0
+    key: Annotated[bytes, msgspec.Meta(max_length=32)]
+    lease_s: Lease
+    daemon: Natural = 0
+    floor: Annotated[int, msgspec.Meta(ge=0, le=MAX_PREVIOUS)] = 0
 
 
 class Proposal(msgspec.Struct, frozen=True):
@@ -273,13 +285,19 @@ class Membership:
         self._gone.clear()
         return changes
 
-    def flush_loads(self) -> Loads | None:
-        """Return the loads since the last call; None if there are none."""
-        if not self._loads:
-            return None
-        loads = Loads(self.epoch, self._loads)
+    def flush_loads(self) -> list[Loads]:
+        """Return the loads since the last call, in as many parts as frames are needed."""
+        parts: list[dict[str, Load]] = []
+        room = 0
+        for name, load in self._loads.items():
+            nbytes = 100 + len(name) + sum(12 + len(peer) for peer in load.rates)
+            if nbytes > room:
+                parts.append({})
+                room = LOADS_NBYTES
+            parts[-1][name] = load
+            room -= nbytes
         self._loads = {}
-        return loads
+        return [Loads(self.epoch, part) for part in parts]
 
     def tick(self) -> Tick:
         """Return the last number, for watchers that may have missed it."""
@@ -296,7 +314,12 @@ class Membership:
         if registration.public_key != key:
             detail = f"{name} names another public key than the one it connected with"
             return Denied(ask.request, "key", detail), None
+        nbytes = len(_encoder.encode(registration))
+        if nbytes > MAX_REGISTRATION_NBYTES:
+            detail = f"a registration of {nbytes} bytes, the limit is {MAX_REGISTRATION_NBYTES}"
+            return Denied(ask.request, "protocol", detail), None
         seat = self._seats.get(name)
+        previous = min(ask.previous, MAX_PREVIOUS)
         lease_s = min(ask.lease_s, MAX_LEASE_S)
         if seat is not None and seat.member.registration.life == life:
             if seat.member.registration == registration:  # the answer was lost
@@ -305,13 +328,16 @@ class Membership:
         elif seat is not None and (ask.previous or (name, life) in self._outlived):
             detail = f"another life of {name} has taken the name; it has to end first"
             return Denied(ask.request, "superseded", detail), None
+        elif seat is not None and seat.key != key:
+            detail = f"{name} lives under another key: it has to end first"
+            return Denied(ask.request, "key", detail), None
         elif seat is None and len(self._seats) >= MAX_MEMBERS:
             return Denied(ask.request, "full", f"{MAX_MEMBERS} agents are registered already"), None
         generation, floor = 0, 0
         if not self.daemon:
-            generation = max(self._generation, ask.previous) + 1
+            generation = max(self._generation, previous) + 1
         else:  # the store's next revision is above all that were seen
-            floor = self.floor if ask.previous < self.floor + self._revision else ask.previous
+            floor = self.floor if previous < self.floor + self._revision else previous
         record = Record(Member(registration, generation), key, lease_s, self.daemon, floor)
         revision = seat.revision if seat is not None else 0
         return self._registered(ask, generation, lease_s), Proposal(name, revision, record)

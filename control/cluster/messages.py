@@ -38,6 +38,8 @@ LOADS_TOPIC = b"l"
 MAX_REQUEST_NBYTES = 128 << 10  # a Register is 600 bytes; a Heartbeat with 256 rates, all of its
 MAX_REQUEST_ITEMS = 2048  # activity and names of 30 characters is 16 KiB and 1,000 items
 MAX_MEMBERS = 10_000
+# Each daemon of a cluster may accept one more before it hears of the others' last.
+MAX_LISTED = 2 * MAX_MEMBERS
 MAX_REPLY_NBYTES = 64 << 20  # a member is 500 bytes, its load 100: a full snapshot is 6 MB
 MAX_REPLY_ITEMS = 1 << 20
 MAX_RATES = 256
@@ -53,7 +55,8 @@ SECONDS_BOUNDS = tuple(1e-4 * 1.5**number for number in range(31))  # 0.1 ms to 
 
 Short = Annotated[str, Meta(max_length=256)]
 Lease = Annotated[float, Meta(ge=0.05, le=3600)]
-Amount = Annotated[float, Meta(ge=0, le=1e18)]
+LARGEST_AMOUNT = 1e18
+Amount = Annotated[float, Meta(ge=0, le=LARGEST_AMOUNT)]
 State = Literal["serving", "draining"]
 DenialReason = Literal[
     "version", "unknown", "generation", "superseded", "key", "full", "nobody", "protocol", "store"
@@ -333,8 +336,8 @@ class Snapshot(Ask, frozen=True, tag_field="type", tag=str.lower):
     epoch: Natural
     sequence: Natural
     publisher: Name
-    members: Annotated[tuple[Member, ...], Meta(max_length=MAX_MEMBERS)]
-    loads: Annotated[dict[Name, Load], Meta(max_length=MAX_MEMBERS)] = {}
+    members: Annotated[tuple[Member, ...], Meta(max_length=MAX_LISTED)]
+    loads: Annotated[dict[Name, Load], Meta(max_length=MAX_LISTED)] = {}
 
 
 class Placed(Ask, frozen=True, tag_field="type", tag=str.lower):
@@ -380,8 +383,8 @@ class Changes(msgspec.Struct, frozen=True, tag_field="type", tag=str.lower):
 
     epoch: Natural
     sequence: Natural
-    members: Annotated[tuple[Member, ...], Meta(max_length=MAX_MEMBERS)] = ()
-    gone: Annotated[tuple[Gone, ...], Meta(max_length=MAX_MEMBERS)] = ()
+    members: Annotated[tuple[Member, ...], Meta(max_length=MAX_LISTED)] = ()
+    gone: Annotated[tuple[Gone, ...], Meta(max_length=MAX_LISTED)] = ()
 
 
 class Tick(msgspec.Struct, frozen=True, tag_field="type", tag=str.lower):
@@ -395,7 +398,7 @@ class Loads(msgspec.Struct, frozen=True, tag_field="type", tag=str.lower):
     """Loads that agents told since the last of these."""
 
     epoch: Natural
-    loads: Annotated[dict[Name, Load], Meta(max_length=MAX_MEMBERS)]
+    loads: Annotated[dict[Name, Load], Meta(max_length=MAX_LISTED)]
 
 
 AnyRequest = Union[  # noqa: UP007 - `get_args` of it works alike on every Python

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from .messages import Load
     from .store import Peer
 
-BATCH = 16  # publications taken at once; a daemon has one a second
-QUEUE_MESSAGES = 16
+BATCH = 16  # publications taken at once; a daemon has a few a second, of 256 KiB
+QUEUE_MESSAGES = 512
 
 
 class PeerLoads:

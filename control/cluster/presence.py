@@ -8,6 +8,7 @@ for ever, and the agent works on without it.
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING, ClassVar
 
 from ..handoff.events import Action
@@ -33,9 +34,13 @@ if TYPE_CHECKING:
 
     from .messages import AnyAnswer, Ask, Registration
 
-RETRY_S = 0.25  # between registrations that nobody answers
+RETRY_S = (
+    0.25  # before the second registration if nobody answers, and twice as long before the next
+)
+RETRY_MOST_S = 8.0
 SUPERSEDED_RETRY_S = 1.0
 BEATS_A_LEASE = 3  # two may be lost
+BEATS_A_LOOK = 16  # at most, for an answer: 1, 2, 4, … while none comes
 ANSWER_S = 0.5  # for a heartbeat, where there is another daemon to ask
 REGISTRATIONS_A_DAEMON = 4  # unanswered ones after which another is asked
 
@@ -107,20 +112,28 @@ class Presence:
         self._wanted = Wanted(draining=False, role="")
         self._request = 0
         self._wake = 0
-        self._register_request = 0
+        # An overloaded daemon answers late what was asked again meanwhile: an answer counts from the
+        # first request on that asked for the same thing, whichever was the last.
+        self._first_register = 0
+        self._first_look = 0
         self._look_request = 0
+        self._looks = 0  # without an answer
+        self._beats_to_look = 0
+        # Agents that lose a daemon together must not come back together, time and again.
+        self._jitter = random.Random(registration.life)
+        self._tries = 0
         self._unanswered = 0
         self._actions: list[Action] = []
 
     def start(self) -> list[Action]:
         """Return the first actions."""
-        self._register()
+        self._begin()
         return self._taken()
 
     def change(self, registration: Registration) -> list[Action]:
         """Register again: the agent is another now, its role has changed."""
         self.registration = registration
-        self._register()
+        self._begin()
         return self._taken()
 
     def leave(self) -> list[Action]:
@@ -160,14 +173,14 @@ class Presence:
         self._want(Wanted(answer.state == "draining", answer.wanted_role))
 
     def _looked(self, snapshot: Snapshot) -> None:
-        if snapshot.request == self._look_request:
+        if snapshot.request >= self._first_look:
             self._unanswered = 0
-            self._look_request = 0
+            self._look_request = self._looks = 0
             self._follow(snapshot.publisher)
             self._picture(snapshot)
 
     def _registered(self, answer: Registered) -> None:
-        if answer.request != self._register_request or self.state != REGISTERING:
+        if answer.request < self._first_register or self.state != REGISTERING:
             return
         self.state = PRESENT
         self.generation = answer.generation
@@ -176,6 +189,7 @@ class Presence:
         self._want(Wanted(draining=False, role=""))
         self._do(Standing(present=True))
         self._follow(answer.publisher)
+        self._first_look, self._looks = self._request + 1, 0
         self._look()
         self._awaiting = False
         self._sleep(self._lease_s / BEATS_A_LEASE)
@@ -189,8 +203,8 @@ class Presence:
             self._sleep(SUPERSEDED_RETRY_S)
         elif self.state == PRESENT and denial.reason in ("unknown", "generation"):
             self._lose(denial.detail)
-            self._register()
-        elif self.state == REGISTERING and denial.request == self._register_request:
+            self._begin()
+        elif self.state == REGISTERING and denial.request >= self._first_register:
             self._do(Standing(present=False, reason=denial.detail or denial.reason))
             self._sleep(SUPERSEDED_RETRY_S)
 
@@ -214,6 +228,8 @@ class Presence:
         if self._others:
             self._publisher = ""  # of the daemon before, whatever its name
             self.view.stale = True
+            self._first_register = self._first_look = self._request + 1
+            self._look_request = self._looks = self._tries = 0
             self._do(AskAnother())
 
     def _lose(self, reason: str) -> None:
@@ -226,22 +242,27 @@ class Presence:
             self._wanted = wanted
             self._do(wanted)
 
+    def _begin(self) -> None:
+        """Register with what is true as of this moment: answers to earlier requests count no more."""
+        self._first_register, self._tries = self._request + 1, 0
+        self._register()
+
     def _register(self) -> None:
         self.state = REGISTERING
-        self._register_request = self._number()
-        ask = Register(
-            self._register_request, VERSION, self.registration, self._lease_s, self.generation
-        )
+        ask = Register(self._number(), VERSION, self.registration, self._lease_s, self.generation)
         self._do(ToDaemon(ask))
-        self._sleep(RETRY_S)
+        self._sleep(min(RETRY_S * 2**self._tries, RETRY_MOST_S) * self._jitter.uniform(0.5, 1.5))
+        self._tries = min(self._tries + 1, 16)
 
     def _beat(self) -> None:
         self._unanswered += 1
         name, generation = self.registration.name, self.generation
         beat = Heartbeat(self._number(), name, generation, self.load, self.activity)
         self._do(ToDaemon(beat))
-        self._look_request = 0  # an answer that has not come by now was lost
-        if self.view.stale:
+        self._beats_to_look -= 1
+        if self._beats_to_look <= 0:
+            self._look_request = 0  # an answer that has not come by now was lost
+        if self.view.stale and not self._look_request:
             self._look()
         self._awaiting = self._others
         self._sleep(self._patience_s if self._others else self._lease_s / BEATS_A_LEASE)
@@ -249,6 +270,9 @@ class Presence:
     def _look(self) -> None:
         self._look_request = self._number()
         self._do(ToDaemon(Look(self._look_request)))
+        longest = min(2**self._looks, BEATS_A_LOOK)
+        self._beats_to_look = self._jitter.randint((longest + 1) // 2, longest)
+        self._looks = min(self._looks + 1, 16)
 
     def _sleep(self, seconds: float) -> None:
         self._wake += 1

@@ -89,7 +89,10 @@ class Cluster:
     def work(self, now_s: float) -> None:
         """Take what the store has told, and tell it what has come about here."""
         for event in self._store.events():
-            self._told[type(event)](self, event, now_s)
+            try:
+                self._told[type(event)](self, event, now_s)
+            except Exception:  # the others' records are none the worse for it
+                log.exception("a record of the store could not be taken; please report this")
         while self._due and self._due[0][0] <= self._revision:
             self._finish(self._due.pop(0)[1], now_s)
         for wish in self._membership.wishes():

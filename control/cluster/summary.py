@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..handoff.messages import LARGEST_NATURAL
 from .messages import (
     MAX_ERROR_KINDS,
     MAX_SHOWN_LINKS,
@@ -72,13 +73,14 @@ def _shown(
 ) -> Shown:
     """Return the busiest, the oldest and the last of them."""
     often = sorted(errors.items(), key=lambda error: -error[1])[:MAX_ERROR_KINDS]
+    counts = {error: min(count, LARGEST_NATURAL) for error, count in often}
     return Shown(
         request,
         tuple(sorted(links, key=_busy, reverse=True)[:MAX_SHOWN_LINKS]),
         num_links,
         tuple(sorted(live, key=lambda row: row.age_s, reverse=True)[:MAX_SHOWN_ROWS]),
         tuple(sorted(failures, key=lambda row: row.age_s)[:MAX_SHOWN_ROWS]),
-        dict(often),
+        counts,
     )
 
 

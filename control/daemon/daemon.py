@@ -24,10 +24,15 @@ from ..cluster.messages import (
     MAX_REQUEST_NBYTES,
     Beat,
     Denied,
+    Deregister,
+    Drain,
+    Flip,
     Heartbeat,
     Look,
     Place,
     Placed,
+    Register,
+    Restore,
     Show,
     Shown,
     answers,
@@ -46,25 +51,35 @@ from .figures import DaemonFigures, History
 from .settings import open_store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from ..cluster.messages import Activity, AnyAnswer, AnyRequest, Snapshot
     from ..http import HttpServer
-    from ..keys import Keys
+    from ..keys import Keys, Permit
     from .settings import Settings
 
 BATCH = 256  # requests taken before changes are published and leases looked at
 MAX_PARTS = 64  # requests in one ZeroMQ message
+TURN_S = 0.1  # of requests, however many wait: leases and changes are looked at in between
 FLUSH_S = 0.02  # changes wait as long for others, so that 2,000 agents at once are 50 publications
 TICK_S = 0.5  # a lost last change is noticed within
 LOADS_S = 1.0
 SHOWN_S = 1.0  # agents beat once a second
+COMPLAIN_S = 1.0
 ASLEEP_S = 0.25  # a loop that comes so late was not run: nobody's lease pays for it
 QUEUE_MESSAGES = 10_000
 HEARTBEAT_MS = 1000  # ZeroMQ looks whether the other end is there
 HEARTBEAT_TIMEOUT_MS = 5000
 LINGER_MS = 500
 DRAIN_S = 0.5  # for requests that wait when the daemon is told to end
+
+RIGHTS: dict[str, tuple[type, ...]] = {  # by the role of a key
+    "agent": (Register, Heartbeat, Deregister, Look),
+    "router": (Look, Place),
+    "operator": (Look, Place, Show, Drain, Restore, Flip),
+}
+
+_REQUEST_0 = b"\xa7request\x00"  # in msgpack, the field `request` of an answer to number 0
 
 log = logging.getLogger("kvferry.daemon")
 
@@ -105,6 +120,8 @@ class Daemon:
             self.cluster = Cluster(self.membership, store, self._reply)
         self.fleet = Fleet()
         self.requests_served = 0
+        self.faults = 0
+        self._complain_due_s = 0.0
         self.requests_denied = 0
         self._poller = zmq.Poller()
         for socket in (self._router, self._publisher, self.gatekeeper and self.gatekeeper.socket):
@@ -114,8 +131,10 @@ class Daemon:
         self._peer_loads = PeerLoads(self._context, keys, self._poller)
         self._stopping = False
         self._read_s = time.monotonic()
+        self._worked_s = time.thread_time()
         self.history = History(self._read_s)
         self._shown: tuple[float, Shown] | None = None
+        self._pictured: tuple[int, list[bytes]] | None = None
         self.figures = self._look()
         self.http: HttpServer | None = None
         if settings.http:
@@ -152,6 +171,7 @@ class Daemon:
 
     def run(self) -> None:
         """Serve until `stop`."""
+        self._worked_s = time.thread_time()
         timeout_s = 0.0
         while not self._stopping:
             ready = dict(self._poller.poll(int(timeout_s * 1000) + 1))
@@ -166,9 +186,9 @@ class Daemon:
         Called between any two steps, so that a process that is stopped anywhere takes nobody's
         lease.
         """
-        now_s = time.monotonic()
-        late_s = now_s - self._read_s - idle_s
-        self._read_s = now_s
+        now_s, worked_s = time.monotonic(), time.thread_time()
+        late_s = now_s - self._read_s - idle_s - (worked_s - self._worked_s)
+        self._read_s, self._worked_s = now_s, worked_s
         if late_s > ASLEEP_S:
             log.warning("the daemon was asleep for %.1f s: all leases are longer by that", late_s)
             self.membership.forgive(late_s)
@@ -216,8 +236,9 @@ class Daemon:
         for daemon, loads in self._peer_loads.take(ready).items():
             self.membership.hear_loads(daemon, loads)
         if self._router in ready:
+            end_s = time.monotonic() + TURN_S
             for _ in range(BATCH):
-                if not self._take(now_s):
+                if not self._take(now_s) or time.monotonic() > end_s:
                     break
 
     def _watchers_came(self) -> None:
@@ -242,29 +263,56 @@ class Daemon:
                 self._reply(envelope, answer)
         return True
 
-    def _reply(self, envelope: list[bytes], answer: AnyAnswer) -> None:
+    @contextlib.contextmanager
+    def _guarded(self, what: str) -> Iterator[None]:
+        """What fails for one request, record or publication ends that one alone."""
+        try:
+            yield
+        except Exception:
+            self.faults += 1
+            now_s = time.monotonic()
+            if now_s >= self._complain_due_s:  # a flood of them is one traceback a second
+                self._complain_due_s = now_s + COMPLAIN_S
+                log.exception("%s failed, and was left out; please report this", what)
+
+    def _reply(self, envelope: list[bytes], answer: AnyAnswer | bytes) -> None:
         self.requests_served += 1
+        try:
+            frame = answer if isinstance(answer, bytes) else answers.encode(answer)
+        except ProtocolError as error:
+            answer = Denied(answer.request, "protocol", error.message[:1024])  # type: ignore[union-attr]
+            frame = answers.encode(answer)
         self.requests_denied += isinstance(answer, Denied)
         with contextlib.suppress(zmq.ZMQError):  # it went, or does not read: it asks again
-            self._router.send_multipart([*envelope, answers.encode(answer)], zmq.NOBLOCK)
+            self._router.send_multipart([*envelope, frame], zmq.NOBLOCK)
 
     def _answer(
         self, frame: bytes, now_s: float, key: bytes, envelope: list[bytes]
-    ) -> AnyAnswer | None:
+    ) -> AnyAnswer | bytes | None:
         """Return the answer to one request; None if it is answered later, or has to be asked
         again."""
         try:
             ask: AnyRequest = requests.decode(frame)
         except ProtocolError as error:
             return Denied(0, "protocol", error.message[:1024])
-        answer = self._decide(ask, now_s, key, envelope)
+        if self.gatekeeper is not None:
+            objection = _objection(self.gatekeeper.permit(key), ask)
+            if objection:
+                return Denied(ask.request, "key", objection[:1024])
+        kind = type(ask).__name__
+        answer: AnyAnswer | bytes | None = Denied(
+            ask.request, "protocol", f"this {kind} failed here"
+        )
+        with self._guarded(f"a {kind}"):
+            answer = self._decide(ask, now_s, key, envelope)
         if isinstance(ask, Heartbeat) and isinstance(answer, Beat):
-            self.history.take(ask.name, ask.activity, now_s)
+            with self._guarded("an activity"):
+                self.history.take(ask.name, ask.activity, now_s)
         return answer
 
     def _decide(
         self, ask: AnyRequest, now_s: float, key: bytes, envelope: list[bytes]
-    ) -> AnyAnswer | None:
+    ) -> AnyAnswer | bytes | None:
         tell = self._tells.get(type(ask))
         if tell is not None and (self.cluster is None or self.cluster.ready):
             return tell(self, ask, now_s)
@@ -272,9 +320,20 @@ class Daemon:
             return self.cluster.answer(ask, now_s, key, envelope)
         return self.membership.answer(ask, now_s, key)
 
-    def _look_up(self, ask: Look, _: float) -> Snapshot:
+    def _look_up(self, ask: Look, _: float) -> Snapshot | bytes:
+        """Encoded once a change: after a restart every agent asks for the same."""
         self._flush()
-        return self.membership.snapshot(ask.request, loads=ask.loads)
+        sequence = self.membership.sequence
+        if ask.loads:
+            return self.membership.snapshot(ask.request, loads=True)
+        if self._pictured is None or self._pictured[0] != sequence:
+            try:
+                frame = answers.encode(self.membership.snapshot(0, loads=False))
+            except ProtocolError:
+                return self.membership.snapshot(ask.request, loads=False)  # denied, with the reason
+            self._pictured = (sequence, frame.split(_REQUEST_0, 1))
+        head, tail = self._pictured[1]
+        return b"".join((head, _REQUEST_0[:-1], msgspec.msgpack.encode(ask.request), tail))
 
     def _place(self, ask: Place, _: float) -> AnyAnswer:
         self._flush()
@@ -301,7 +360,7 @@ class Daemon:
             self._shown = (now_s, shown)
         return msgspec.structs.replace(self._shown[1], request=ask.request)
 
-    _tells: ClassVar[Mapping[type, Callable[..., AnyAnswer]]] = {
+    _tells: ClassVar[Mapping[type, Callable[..., AnyAnswer | bytes]]] = {
         Look: _look_up,
         Place: _place,
         Show: _show,
@@ -317,7 +376,8 @@ class Daemon:
         """Return what is due; return the seconds until something is again."""
         lease_s = self.membership.expire(now_s)
         if self.cluster is not None:
-            self.cluster.work(now_s)
+            with self._guarded("what the store tells"):
+                self.cluster.work(now_s)
             self._peer_loads.follow(self.cluster.peers)
         if now_s >= self._flush_due_s:
             self._flush_due_s = now_s + FLUSH_S
@@ -330,10 +390,10 @@ class Daemon:
             self.history.turn(now_s, time.time())
             if self.http is not None:
                 self.figures = self._look()
-            loads = self.membership.flush_loads()
-            if loads is not None:
+            for loads in self.membership.flush_loads():
                 for name, load in loads.loads.items():
-                    self.fleet.load(name, load)
+                    with self._guarded("a load"):
+                        self.fleet.load(name, load)
                 self._publish(LOADS_TOPIC, loads)
         due_s = self._flush_due_s if self.membership.changed else self._tick_due_s
         return max(0.0, min(lease_s, due_s - now_s, self._loads_due_s - now_s))
@@ -353,11 +413,13 @@ class Daemon:
                 member.role,
                 member.state,
             )
-            self.fleet.put(member)
+            with self._guarded("a member"):
+                self.fleet.put(member)
         self._publish(CHANGES_TOPIC, changes)
 
     def _publish(self, topic: bytes, message: msgspec.Struct) -> None:
-        with contextlib.suppress(zmq.ZMQError):  # slow watchers miss it, and notice the gap
+        # Slow watchers miss it, and notice the gap; so do all if it has no room in a frame.
+        with self._guarded("a publication"), contextlib.suppress(zmq.ZMQError):
             self._publisher.send_multipart([topic, answers.encode(message)], zmq.NOBLOCK)
 
     def _look(self) -> DaemonFigures:
@@ -387,6 +449,19 @@ class Daemon:
             "drained: %d agents were registered; handoffs between agents go on without the daemon",
             len(self.membership),
         )
+
+
+def _objection(permit: Permit | None, ask: AnyRequest) -> str:
+    """Return why a key may not ask that; "" if it may."""
+    if permit is None:
+        return "this public key is not in the allow-list any more"
+    kind = type(ask)
+    if permit.role and kind not in RIGHTS[permit.role]:
+        return f"the allow-list gives this key the role {permit.role!r}: no {kind.__name__}"
+    name = ask.registration.name if isinstance(ask, Register) else getattr(ask, "name", None)
+    if name is not None and not permit.covers(name):
+        return f"the allow-list gives this key the names {permit.names!r}, and not {name!r}"
+    return ""
 
 
 def _random62() -> int:

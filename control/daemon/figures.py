@@ -7,7 +7,7 @@ keeps ten minutes of it.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -89,10 +89,9 @@ class History:
         if activity.nbytes > before.nbytes:
             self._nbytes += activity.nbytes - before.nbytes
         if activity.seconds != before.seconds:
-            old = before.seconds or _NONE
-            for bucket, count in enumerate(activity.seconds):
-                if count > old[bucket]:
-                    self._seconds[bucket] += count - old[bucket]
+            pairs = zip_longest(activity.seconds, before.seconds, fillvalue=0)
+            for bucket, (count, old) in enumerate(pairs):
+                self._seconds[bucket] += max(0, count - old)
         if activity.errors != before.errors:
             for error, count in activity.errors.items():
                 new = max(0, count - before.errors.get(error, 0))
@@ -121,7 +120,6 @@ class History:
 
 
 _NOTHING = Activity()
-_NONE = (0,) * NUM_BUCKETS
 
 
 def percentile(counts: Sequence[int], share: float) -> float | None:

@@ -48,7 +48,8 @@ MAX_ITEMS = 1024  # a frame; ours use under 200, with 64 tables
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Text = Annotated[str, Meta(max_length=1024)]
 Opaque = Annotated[bytes, Meta(max_length=1 << 20)]
-Natural = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+LARGEST_NATURAL = (1 << 63) - 1
+Natural = Annotated[int, Meta(ge=0, le=LARGEST_NATURAL)]
 Imm = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
 Seconds = Annotated[float, Meta(gt=0, le=7 * 86_400)]
 Table = Annotated[bytes, Meta(max_length=BLOCK_ID_NBYTES * MAX_BLOCK_IDS)]

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 SHORTLIST = 6  # of each side and speed; with their neighbours, some 48 pairs are weighed
 SPEED_CLASS = 0.05  # agents whose speeds differ by less are ranked by their queues alone
 DEFAULT_TOKENS_PER_S = 10_000.0  # for an agent that does not know
+# What is slower is taken for this slow: estimates stay numbers.
+MIN_TOKENS_PER_S = 1e-3
+MIN_RATE = 1.0  # bytes a second
 DEFAULT_TOKEN_NBYTES = 131_072  # an 8B model with 8 KV heads: 32 layers, K and V, 128 x 2 bytes
 
 
@@ -54,7 +57,8 @@ class Candidate:
         self.member = member
         self.name = member.name
         self.topology = registration.topology
-        self.seconds_per_token = 1 / (registration.tokens_per_s or DEFAULT_TOKENS_PER_S)
+        speed = registration.tokens_per_s or DEFAULT_TOKENS_PER_S
+        self.seconds_per_token = 1 / max(MIN_TOKENS_PER_S, speed)
         self.speed_class = round(log(self.seconds_per_token) / SPEED_CLASS)
         self.token_nbytes = registration.token_nbytes or DEFAULT_TOKEN_NBYTES
         self.take(Load(free_blocks=registration.num_blocks))
@@ -137,6 +141,10 @@ class Fleet:
         if candidate is not None:
             for side in self._sides(candidate):
                 side.remove(candidate)
+            model = candidate.member.registration.model
+            for sides in (self._prefills, self._decodes):
+                if model in sides and not sides[model].candidates:
+                    del sides[model]  # agents name models: there may be any number of names
 
     def load(self, name: str, load: Load) -> None:
         """A member told its load."""

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from math import inf
 from typing import TYPE_CHECKING
 
-from ..cluster.messages import Place, Topology
+from ..cluster.messages import LARGEST_AMOUNT, Place, Topology
 from ..errors import PlacementError
-from .fleet import Decision, Fleet
+from .fleet import MIN_RATE, Decision, Fleet
 
 if TYPE_CHECKING:
     from .fleet import Candidate
@@ -86,20 +86,20 @@ def least_time(fleet: Fleet, request: Place) -> Decision:
                     there = target.topology
                     near_by = (host and host == there.host) or (zone and zone == there.zone)
                     rate = _assumed(at, there) if near_by else FAR_RATE
-                pair += missing * token_nbytes / rate
+                pair += missing * token_nbytes / max(MIN_RATE, rate)
             if pair < total or (pair == total and (name, other) < (source_name, target_name)):
                 total, source_name, target_name = pair, name, other
     if not source_name:
         raise _nobody(request, prefills, decodes)
     reason = _reason(request, prefills[source_name], decodes[target_name])
-    return Decision(source_name, target_name, total, reason)
+    return Decision(source_name, target_name, min(total, LARGEST_AMOUNT), reason)
 
 
 def bandwidth(source: Candidate, target: Candidate) -> float:
     """Bytes a second between two agents: as either measured it, or as their places suggest."""
     measured = source.rates.get(target.name) or target.rates.get(source.name)
     if measured:
-        return measured
+        return max(MIN_RATE, measured)
     return _assumed(source.member.registration.topology, target.member.registration.topology)
 
 

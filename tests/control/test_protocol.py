@@ -75,6 +75,8 @@ MODULES = (messages, daemon_messages, handshake, wire, verbs_cards, descriptors,
 NUMBERS = documented_numbers(TEXT)
 SECONDS = r"(?!.*PER_S$).*_(S|MS)"
 NOT_OF_THE_PROTOCOL = {
+    "daemon.daemon.TURN_S": "how long requests are taken before leases are looked at",
+    "daemon.daemon.COMPLAIN_S": "how often the log has a traceback",
     "agent.arguments.SOON_S": "what a deadline that has passed becomes",
     "agent.executor.NEVER_S": "no timeout",
     "transfer.compute_gate.POLL_S": "how a thread waits for its own GPU",

@@ -90,6 +90,19 @@ def test_what_is_named_is_there(name: str) -> None:
     assert maps <= {generator["name"] for generator in KUSTOMIZATION["configMapGenerator"]}
 
 
+def test_a_pod_gets_its_own_key_alone_and_each_key_is_said_to_be_made() -> None:
+    text = (FOLDER / "kustomization.yaml").read_text()
+    keys = []
+    for workload in WORKLOADS.values():
+        for volume in workload["spec"]["template"]["spec"].get("volumes", ()):
+            if "secret" in volume:
+                own, allowed = [item["key"] for item in volume["secret"]["items"]]
+                assert allowed == "allowed_keys"
+                keys.append(own)
+    assert len(keys) == len(set(keys)) == 4
+    assert all(f"kvferry keys new {key.removesuffix('.key')} --role" in text for key in keys)
+
+
 def pods_of(name: str, port: int) -> list[str]:
     """The addresses that a StatefulSet's pods have, whatever happens to them."""
     spec = WORKLOADS[name]["spec"]
@@ -150,7 +163,7 @@ def test_the_engines_settings_are_settings(
     settings = Settings.read(config.get("kv_connector_extra_config", {}))
     assert settings.host == "10.0.0.7"
     assert settings.service == "http://10.0.0.7:8000"
-    assert settings.keys == "/keys/engine.key"
+    assert settings.keys == f"/keys/{name.removeprefix('vllm-')}.key"
     assert settings.daemon == CONFIG["KVFERRY_DAEMON"]
 
 

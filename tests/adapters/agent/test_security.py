@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import zmq
+from typer.testing import CliRunner
 
 from kvferry.control.cluster.client import DaemonClient
 from kvferry.control.cluster.messages import Changes, Register, Registration, Tick, answers
@@ -19,9 +20,10 @@ from kvferry.control.errors import (
     HelloTimeout,
     InsecureAddress,
 )
-from kvferry.control.keys import AllowList, Keys, is_local, split_address, write_keys
+from kvferry.control.keys import AllowList, Keys, Permit, is_local, split_address, write_keys
 from kvferry.engine.errors import TransportUnavailable
 from kvferry.engine.transfer_engine import TransferEngine
+from kvferry.tools.keys import app as keys_app
 from tests import ROOT
 from tests.support.agent_process import WAIT_S
 from tests.support.daemon_process import DaemonProcess
@@ -215,7 +217,7 @@ class TestKeyFiles:
         assert keys.public.hex() in made.stdout
         assert keys.secret.hex() not in made.stdout + repr(keys)
         assert (tmp_path / "decode-0.key").stat().st_mode & 0o777 == 0o600
-        assert AllowList(keys.allowed).label(keys.public) == "decode-0"
+        assert AllowList(keys.allowed).permit(keys.public) == Permit("decode-0")
         again = subprocess.run([*command, "--folder", str(tmp_path)], check=False, **options)
         assert again.returncode == 2
         assert "never overwritten" in again.stderr
@@ -237,8 +239,43 @@ class TestKeyFiles:
         path = tmp_path / "allowed_keys"
         path.write_text(f"# people\nnot hex\n{key.hex()[:-2]} short\n")
         allowed = AllowList(str(path))
-        assert allowed.label(key) is None
+        assert allowed.permit(key) is None
         path.write_text(f"{key.hex()}  a tool # since May\n")
-        assert allowed.label(key) == "a tool"
+        assert allowed.permit(key) == Permit("a tool")
         path.unlink()
-        assert allowed.label(key) is None
+        assert allowed.permit(key) is None
+
+    def test_options_of_a_line_stand_before_its_label(self, tmp_path: Path) -> None:
+        public, secret = new_pair()
+        write_keys(tmp_path / "d.key", public, secret, role="agent", names="decode-*")
+        permit = AllowList(str(tmp_path / "allowed_keys")).permit(public)
+        assert permit == Permit("d", "agent", "decode-*")
+        assert permit.covers("decode-7/0")
+        assert not permit.covers("prefill-decode-7")
+
+    @pytest.mark.parametrize("options", ["role=admin", "role=", "names= role=agent"])
+    def test_a_line_with_options_that_are_none_lets_nobody_in(
+        self, tmp_path: Path, options: str
+    ) -> None:
+        key = new_pair()[0]
+        path = tmp_path / "allowed_keys"
+        path.write_text(f"{key.hex()} {options} a tool\n")
+        assert AllowList(str(path)).permit(key) is None
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["../evil"], "no name for a key"),
+            (["two words"], "no name for a key"),
+            (["x", "--role", "admin"], "agent, router, operator"),
+            (["x", "--names", "a b"], "blank"),
+        ],
+    )
+    def test_the_command_writes_nothing_elsewhere_and_no_line_that_means_another(
+        self, tmp_path: Path, arguments: list[str], said: str
+    ) -> None:
+        folder = tmp_path / "keys"
+        made = CliRunner().invoke(keys_app, ["new", *arguments, "--folder", str(folder)])
+        assert made.exit_code == 2
+        assert said in " ".join(made.output.split())
+        assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,7 @@ import random
 import socket as sockets
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,7 +25,8 @@ from kvferry.control.cluster.messages import (
     answers,
     requests,
 )
-from kvferry.control.daemon.settings import load_keys, read_settings
+from kvferry.control.daemon.daemon import ASLEEP_S, Daemon
+from kvferry.control.daemon.settings import Settings, load_keys, read_settings
 from kvferry.control.errors import (
     ConfigError,
     DaemonDenied,
@@ -111,6 +113,25 @@ def test_a_watcher_that_missed_something_notices(client: DaemonClient) -> None:
         watch.view.sequence -= 1  # as if its coming had been lost
         while "m0" not in watch.view.members:
             watch.poll(WAIT_S)
+
+
+def test_a_daemon_does_not_take_work_for_sleep() -> None:
+    """What it forgives is at most what it did not spend on a processor."""
+    local = Settings(bind="tcp://127.0.0.1:*", publish="tcp://127.0.0.1:*")
+    began_s, worked_s = time.monotonic(), time.thread_time()
+    daemon = Daemon(local, None)
+    forgiven: list[float] = []
+    daemon.membership.forgive = forgiven.append  # type: ignore[method-assign, assignment]
+    try:
+        daemon._now_s(0.0)
+        spent_s = time.thread_time()
+        while time.thread_time() < spent_s + 2 * ASLEEP_S:
+            pass
+        daemon._now_s(0.0)
+    finally:
+        daemon.close()
+    away_s = time.monotonic() - began_s - (time.thread_time() - worked_s)
+    assert sum(forgiven) <= away_s + 1e-3  # the two clocks' grain
 
 
 def test_a_daemon_that_slept_loses_nobody(daemon: DaemonProcess) -> None:

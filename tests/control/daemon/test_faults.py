@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -31,6 +32,9 @@ from kvferry.control.cluster.messages import (
     Register,
     Registered,
     Registration,
+    Restore,
+    Show,
+    Snapshot,
     answers,
     requests,
 )
@@ -42,7 +46,6 @@ from tests.support.requirements import FAKETIME, need
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 WAIT_S = 30.0
 MIB_OF_A_DAEMON = 60
@@ -199,6 +202,106 @@ def test_a_replayed_conversation_of_a_key_holder_gets_nobody_in(tmp_path: Path) 
                 while replayer.recv(1 << 16):  # until the daemon hangs up
                     pass
             assert client.look(timeout_s=WAIT_S).members == ()
+    finally:
+        daemon.end()
+
+
+@pytest.fixture
+def keyed(tmp_path: Path) -> Iterator[tuple[str, Keys, Keys]]:
+    """A daemon's address, and two keys that it allows."""
+    for name in ("daemon", "first", "second"):
+        write_keys(tmp_path / f"{name}.key", *new_pair())
+    process = DaemonProcess("--keys", str(tmp_path / "daemon.key"))
+    daemon_key = Keys.load(tmp_path / "daemon.key").public.hex()
+    yield (
+        f"{process.address}#{daemon_key}",
+        Keys.load(tmp_path / "first.key"),
+        Keys.load(tmp_path / "second.key"),
+    )
+    process.end()
+
+
+def test_a_picture_that_is_kept_answers_each_request_by_its_number(daemon: DaemonProcess) -> None:
+    with dealer(daemon.address) as socket:
+        for name in ("p0", "p1"):
+            socket.send(requests.encode(Register(1, 1, there(name), 60.0)))
+            assert isinstance(answers.decode(socket.recv()), Registered)
+            for number in (0, 127, 128, 70_000, 2**40):
+                for loads in (False, True):
+                    socket.send(requests.encode(Look(number, loads)))
+                    snapshot = answers.decode(socket.recv())
+                    assert isinstance(snapshot, Snapshot)
+                    assert snapshot.request == number
+                    assert snapshot.members[-1].name == name
+
+
+def test_a_key_takes_no_name_of_another_that_lives(keyed: tuple[str, Keys, Keys]) -> None:
+    address, first, second = keyed
+    with DaemonClient(address, first) as owner, DaemonClient(address, second) as other:
+        mine = ask(owner, Register(1, 1, there("p0", life=1, public_key=first.public), 60.0))
+        denied = ask(other, Register(1, 1, there("p0", life=2, public_key=second.public), 60.0))
+        assert isinstance(denied, Denied)
+        assert denied.reason == "key"
+        assert isinstance(ask(owner, Heartbeat(2, "p0", mine.generation)), Beat)
+        restarted = ask(owner, Register(3, 1, there("p0", life=3, public_key=first.public), 60.0))
+        assert restarted.generation > mine.generation
+        assert isinstance(ask(owner, Deregister(4, "p0", restarted.generation)), Done)
+        taken = ask(other, Register(2, 1, there("p0", life=2, public_key=second.public), 60.0))
+        assert isinstance(taken, Registered)  # the name is free
+
+
+def test_a_key_that_is_struck_off_is_heard_no_more(keyed: tuple[str, Keys, Keys]) -> None:
+    """Over the connection that it has: its heartbeats renew no lease."""
+    address, first, second = keyed
+    with DaemonClient(address, first) as revoked, DaemonClient(address, second) as other:
+        mine = ask(revoked, Register(1, 1, there("p0", public_key=first.public), 0.5))
+        assert isinstance(mine, Registered)
+        path = Path(first.allowed)
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if first.public.hex() not in line))
+        for message in (Heartbeat(2, "p0", mine.generation), Look(3), Drain(4, "p0")):
+            denied = ask(revoked, message)
+            assert isinstance(denied, Denied)
+            assert denied.reason == "key"
+        with other.watch() as watch:
+            while "p0" in watch.view.members:
+                watch.poll(WAIT_S)
+
+
+def test_a_key_does_what_its_role_allows_to_the_names_it_has(tmp_path: Path) -> None:
+    write_keys(tmp_path / "daemon.key", *new_pair())
+    for role in ("agent", "router", "operator"):
+        write_keys(tmp_path / f"{role}.key", *new_pair(), role=role, names="d-*")
+    daemon = DaemonProcess("--keys", str(tmp_path / "daemon.key"))
+    address = f"{daemon.address}#{Keys.load(tmp_path / 'daemon.key').public.hex()}"
+    requests_of = {
+        "agent": {"Register", "Heartbeat", "Deregister", "Look"},
+        "router": {"Look", "Place"},
+        "operator": {"Look", "Place", "Show", "Drain", "Restore", "Flip"},
+    }
+    try:
+        for role, may in requests_of.items():
+            keys = Keys.load(tmp_path / f"{role}.key")
+            with DaemonClient(address, keys) as client:
+                for name in ("d-0", "p-0"):
+                    registration = there(name, public_key=keys.public)
+                    for message in (
+                        Register(1, 1, registration, 60.0),
+                        Heartbeat(2, name, 1),
+                        Deregister(3, name, 1),
+                        Look(4),
+                        Place(5, 100),
+                        Show(6),
+                        Drain(7, name),
+                        Restore(8, name),
+                        Flip(9, name, "prefill"),
+                    ):
+                        named = isinstance(message, Register) or hasattr(message, "name")
+                        kind = type(message).__name__
+                        answer = ask(client, message)
+                        objects = isinstance(answer, Denied) and "allow-list" in answer.detail
+                        allowed = kind in may and (name == "d-0" or not named)
+                        assert objects is not allowed, (role, name, kind, answer)
     finally:
         daemon.end()
 

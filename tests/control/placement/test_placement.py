@@ -157,3 +157,12 @@ def test_policies_are_plug_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     assert place(known, Place(1, 5, policy="first")).reason == "2 agents"
     with pytest.raises(PlacementError, match="use first or least-time"):
         place(known, Place(1, 5, policy="second"))
+
+
+def test_models_that_nobody_serves_any_more_are_forgotten() -> None:
+    known = fleet(member("p0", "prefill"))
+    kept = len(known._prefills) + len(known._decodes)
+    for number in range(10):
+        known.put(member("b0", "both", model=f"model-{number}"))
+    known.remove("b0")
+    assert len(known._prefills) + len(known._decodes) == kept
