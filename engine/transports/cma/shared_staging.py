@@ -30,6 +30,7 @@ from ...wire.messages import (
 )
 from ..segments import (
     Outstanding,
+    Replies,
     Reply,
     admit_write,
     answer_to_nothing,
@@ -37,7 +38,6 @@ from ..segments import (
     checksum_mismatch,
     drop_replies,
     prepare_gpus,
-    serve,
 )
 from ..workers import Workers
 
@@ -102,6 +102,8 @@ class SharedStaging:
         self._free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._filled: set[int] = set()  # slots that the peer is to empty
         self._outstanding = Outstanding(link)
+        self._replies = Replies(link, SLOT_NBYTES)
+        self.tick = self._replies.tick
         self._named: tuple[object, bytes] = (None, b"")
         self._mine: SharedSlots | None = None
         self._theirs: SharedSlots | None = None
@@ -155,7 +157,7 @@ class SharedStaging:
             )
 
     def _serve_read(self, ask: ReadRequest) -> bool:
-        reply = serve(self._link, ask, SLOT_NBYTES)
+        reply = self._replies.serve(ask)
         if reply is not None:
             self._out.put(reply)
             if not self._start("out", self._send):
