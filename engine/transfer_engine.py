@@ -227,7 +227,7 @@ class TransferEngine:
 
     @property
     def foreign_writes(self) -> int:
-        """Writes and aborts under an imm that another engine was expected to write; not counted."""
+        """Writes and aborts under an imm that another engine, or link, was to write; not counted."""
         return self._core.counters.foreign_writes
 
     def register(self, memory: Any) -> MemoryRegion:
@@ -323,9 +323,12 @@ class TransferEngine:
         May come before or after the bytes. The counter is retired when the ticket ends.
 
         Args:
-            links: who will write. If one of them ends, so does the ticket; so does it for any
-                link that has already written to this imm.
-            engine_id: the one engine whose writes and aborts count; anybody's if "".
+            links: who will write. Only what comes over these links counts, and if one of them ends,
+                so does the ticket. Any link's writes and aborts count if none is given; the ticket
+                then ends with any link that has already written to this imm.
+            engine_id: the one engine whose writes and aborts count; any engine's if "". It is what a
+                peer calls itself: where peers do not trust each other, name its links, or admit
+                each by a token.
             timeout_s: deadline.
 
         Raises:
@@ -347,9 +350,10 @@ class TransferEngine:
         counters = self._core.device_counters
         if nbytes:
             counters.claim(ticket, nbytes)
-        ticket._stream_wait = counters.wait
-        if nbytes and writes is None and not engine_id:  # a word does not say who has added to it
-            ticket._look = partial(counters.spin, ticket, nbytes)
+        if not engine_id and not sources:  # a word of GPU memory does not say who has added to it
+            ticket._stream_wait = counters.wait
+            if nbytes and writes is None:
+                ticket._look = partial(counters.spin, ticket, nbytes)
         for link in sources:
             if link.error is not None and not ticket.done():
                 ticket._fail(link.down_error("expect", imm))

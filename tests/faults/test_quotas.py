@@ -140,6 +140,17 @@ def test_a_read_is_of_one_part(
     victim.serves(transport)
 
 
+def test_regions_that_nobody_knows_are_taken_back_for_nothing(
+    victim: Victim, intruder: Intruder
+) -> None:
+    count = 1000
+    intruder.say(*(wire.Revoke(region) for region in range(count)))
+    for region in range(count):
+        assert intruder.hear(wire.Revoked).region == region
+    assert not intruder.link._table.revoked
+    victim.unharmed()
+
+
 class TestChecksums:
     """They take long, so they are few, short, and nobody else waits for them."""
 

@@ -70,6 +70,7 @@ class Chunks:
 def in_chunks(whole: RegionDescriptor) -> RegionDescriptor:
     """The same region, in memory that is mapped chunk by chunk."""
     chunks = ((3, ALLOCATION_NBYTES // 2), (4, ALLOCATION_NBYTES // 2))
+    assert whole.cuda is not None
     memory = msgspec.structs.replace(whole.cuda, handle=b"", chunks=chunks)
     return msgspec.structs.replace(whole, cuda=memory)
 
@@ -213,8 +214,10 @@ def test_counters_that_their_allocation_does_not_hold_are_not_mapped(
 @pytest.mark.parametrize("field", ["handle", "counters"])
 def test_a_descriptor_has_ranges(field: str) -> None:
     """What does not decode needs no check where it is used."""
+    true = region(1, "aa").cuda
+    assert true is not None
     for lie in ({field: b"x" * 65}, {"offset": -1}, {"counters_address": -1}):
-        memory = msgspec.structs.replace(region(1, "aa").cuda, **lie)
+        memory = msgspec.structs.replace(true, **lie)
         with pytest.raises(msgspec.ValidationError):
             msgspec.msgpack.decode(msgspec.msgpack.encode(memory), type=CudaMemory)
 
