@@ -58,6 +58,9 @@ if TYPE_CHECKING:
     from .memory.descriptors import RegionDescriptor
 
 
+COPIERS_S = 0.2  # for copies that have begun when an engine's links are gone
+
+
 class TransferEngine:
     """Moves pieces between its registered memory and its peers'.
 
@@ -499,7 +502,7 @@ class TransferEngine:
             quarantine(self._core.regions.all())
         self._core.device_counters.close(free=not reachable)
         self._core.gate.close()
-        self._core.copiers.stop()
+        self._core.copiers.stop(max(COPIERS_S, deadline_s - time.monotonic()))
         self._core.progress.stop()
         for link in links:
             link.discard()
@@ -527,6 +530,7 @@ class TransferEngine:
         for ticket in self._core.counters.tickets():
             if ticket.deadline_s is not None and now > ticket.deadline_s:
                 ticket._expire()
+        self._core.copiers.tick(now)
         for inline_copies in list(self._inline_copies):
             inline_copies.tick(now)
         for link in links:
