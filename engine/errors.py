@@ -24,6 +24,7 @@
         ├── PeerAborted        the peer gave up on an imm and said so
         ├── ChecksumMismatch   bytes that arrived are not the bytes that were sent
         ├── ProtocolError      bytes that are not kvferry's protocol
+        ├── QuotaExceeded      the peer wants more kept for it at a time than one link may
         └── RailError          one rail of a link broke; the link lives on with the others
             ├── RemoteAccessError     the peer's device refused a key or a range
             ├── RemoteOperationError  the peer's device refused or failed otherwise
@@ -225,6 +226,13 @@ class ChecksumMismatch(LinkError):
 
 class ProtocolError(LinkError):
     """The peer sent bytes that are not kvferry's protocol; the link is closed."""
+
+    retryable = False
+    default_operation = "receive"
+
+
+class QuotaExceeded(LinkError):
+    """The peer wants more of this process at a time than one link may have; the link is closed."""
 
     retryable = False
     default_operation = "receive"

@@ -58,6 +58,9 @@ if TYPE_CHECKING:
     from .memory.descriptors import RegionDescriptor
 
 
+COPIERS_S = 0.2  # for copies that have begun when an engine's links are gone
+
+
 class TransferEngine:
     """Moves pieces between its registered memory and its peers'.
 
@@ -227,7 +230,7 @@ class TransferEngine:
 
     @property
     def foreign_writes(self) -> int:
-        """Writes and aborts under an imm that another engine was expected to write; not counted."""
+        """Writes and aborts under an imm that another engine, or link, was to write; not counted."""
         return self._core.counters.foreign_writes
 
     def register(self, memory: Any) -> MemoryRegion:
@@ -328,9 +331,12 @@ class TransferEngine:
         May come before or after the bytes. The counter is retired when the ticket ends.
 
         Args:
-            links: who will write. If one of them ends, so does the ticket; so does it for any
-                link that has already written to this imm.
-            engine_id: the one engine whose writes and aborts count; anybody's if "".
+            links: who will write. Only what comes over these links counts, and if one of them ends,
+                so does the ticket. Any link's writes and aborts count if none is given; the ticket
+                then ends with any link that has already written to this imm.
+            engine_id: the one engine whose writes and aborts count; any engine's if "". It is what a
+                peer calls itself: where peers do not trust each other, name its links, or admit
+                each by a token.
             timeout_s: deadline.
 
         Raises:
@@ -352,9 +358,10 @@ class TransferEngine:
         counters = self._core.device_counters
         if nbytes:
             counters.claim(ticket, nbytes)
-        ticket._stream_wait = counters.wait
-        if nbytes and writes is None and not engine_id:  # a word does not say who has added to it
-            ticket._look = partial(counters.spin, ticket, nbytes)
+        if not engine_id and not sources:  # a word of GPU memory does not say who has added to it
+            ticket._stream_wait = counters.wait
+            if nbytes and writes is None:
+                ticket._look = partial(counters.spin, ticket, nbytes)
         for link in sources:
             if link.error is not None and not ticket.done():
                 ticket._fail(link.down_error("expect", imm))
@@ -500,7 +507,7 @@ class TransferEngine:
             quarantine(self._core.regions.all())
         self._core.device_counters.close(free=not reachable)
         self._core.gate.close()
-        self._core.copiers.stop()
+        self._core.copiers.stop(max(COPIERS_S, deadline_s - time.monotonic()))
         self._core.progress.stop()
         for link in links:
             link.discard()
@@ -527,6 +534,7 @@ class TransferEngine:
         for ticket in self._core.counters.tickets():
             if ticket.deadline_s is not None and now > ticket.deadline_s:
                 ticket._expire()
+        self._core.copiers.tick(now)
         for inline_copies in list(self._inline_copies):
             inline_copies.tick(now)
         for link in links:

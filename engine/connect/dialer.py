@@ -12,9 +12,8 @@ from ..errors import EngineError, TransportUnavailable
 from ..transports.selection import LOCAL, TRANSPORTS, unsuited
 from ..transports.tcp import path as tcp
 from ..transports.verbs.rail import Meeting
-from ..wire.messages import LINK_VERSION
 from . import handshake
-from .handshake import Hello, token_id
+from .handshake import Introduction, token_id
 from .links import close_all
 
 if TYPE_CHECKING:
@@ -97,25 +96,22 @@ class Dialer:
                 sock = _dial(name, address, left_s)
                 socks.append(sock)
                 sock.settimeout(left_s)
-                challenge, answer = handshake.connect(
+                identity, answer = handshake.connect(
                     sock,
                     address,
-                    lambda nonce, rail=rail: Hello(  # type: ignore[misc]
-                        version=LINK_VERSION,
+                    Introduction(
                         identity=self._core.identity,
-                        server_engine_id=address.engine_id,
                         transport=name,
                         link_id=link_id,
                         rail=rail,
                         num_rails=num_rails,
-                        nonce=nonce,
                         probe=self._probe.address,
                         probe_word=self._probe.word,
+                        offer=offer,
                         token_id=opener,
                     ),
                     partial(self._probe.refusal, sock, name),
                     token,
-                    offer,
                 )
             if meeting is not None:
                 meeting.take(answer)
@@ -127,7 +123,7 @@ class Dialer:
         return self._links.open(
             self._core,
             socks[0],
-            challenge.identity,
+            identity,
             name,
             rails=socks[1:],
             meeting=meeting,

@@ -1,19 +1,22 @@
 """How two engines meet on a fresh stream socket: who are you, prove it, what can we do together.
 
     client                                   server
-    Hello(nonce, what for)      ──────▶
-                                ◀──────      Challenge(nonce, proof over both)
-    Proof(proof over both)      ──────▶
-                                ◀──────      Welcome (or a refusal in words)
+    Hello(nonce, whom it means)   ──────▶
+                                  ◀──────    Challenge(nonce, proof over both)
+    Proof(proof, introduction)    ──────▶
+                                  ◀──────    Welcome(introduction, or a refusal in words)
+    Confirm(or a refusal)         ──────▶
 
 Both prove that they know the server's secret, which travels in its `EngineAddress` over the control
-plane and never over this socket; and, where the client names one, a one-time token (`Admissions`). For
-`cma` each end also reads a random word from the other's memory (`ProcessProbe`): permission is tried,
-not guessed.
+plane and never over this socket; and, where the client names one, a one-time token (`Admissions`).
+Neither says who it is before the other has proven itself: a stranger sees random bytes, and what it
+says itself is not even decoded. For `cma` each end also reads a random word from the other's memory
+(`ProcessProbe`): permission is tried, not guessed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
@@ -56,52 +59,71 @@ _T = TypeVar("_T")
 
 
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a connection is for: a link's control channel (`rail` -1) or one of its rails."""
+    """Whom the client means, and which one-time token it will prove, if any."""
 
     version: int
-    identity: Identity
     server_engine_id: str
+    nonce: Nonce
+    token_id: bytes = b""
+
+
+class _Versioned(msgspec.Struct, frozen=True):
+    """What the hello of every version has."""
+
+    version: int
+
+
+class Challenge(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The server's proof; `refused` in words if there is nothing to talk about."""
+
+    refused: str
+    nonce: Nonce
+    proof: bytes
+
+
+class Introduction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Who the client is, and what the connection is for: a link's control channel (`rail` -1) or one
+    of its rails."""
+
+    identity: Identity
     transport: str
     link_id: str
     rail: int
     num_rails: int
-    nonce: Nonce
     probe: Uint63 = 0
     probe_word: bytes = b""
+    offer: bytes = b""
     token_id: bytes = b""
 
 
-class Challenge(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The server's answer; `refused` in words if there is nothing to talk about."""
-
-    refused: str
-    identity: Identity
-    nonce: Nonce
-    proof: bytes
-    probe: Uint63 = 0
-    probe_word: bytes = b""
-
-
 class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The client's proof, and what of its end the transport needs; `refused` in words if the client
-    gives up."""
+    """The client's proof, which covers its encoded `Introduction`."""
 
-    refused: str
     proof: bytes
-    offer: bytes = b""
+    introduction: bytes
 
 
 class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The server's last word, with its answer to the client's offer."""
+    """Who the server is, with its answer to the client's offer; or why it refuses after all."""
 
     refused: str
+    identity: Identity | None = None
+    probe: Uint63 = 0
+    probe_word: bytes = b""
     answer: bytes = b""
+
+
+class Confirm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The client's last word; `refused` in words if it gives up."""
+
+    refused: str
 
 
 # Made here and not where it is used: msgspec works a type out when it first meets it, and two threads
 # that do so at once take the process down (msgspec 0.22: segmentation fault).
 _decoders: dict[type[Any], msgspec.msgpack.Decoder[Any]] = {
-    kind: msgspec.msgpack.Decoder(kind) for kind in (Identity, Hello, Challenge, Proof, Welcome)
+    kind: msgspec.msgpack.Decoder(kind)
+    for kind in (Identity, _Versioned, Hello, Challenge, Introduction, Proof, Welcome, Confirm)
 }
 
 
@@ -115,21 +137,19 @@ def host_id() -> str:
 def connect(
     sock: socket.socket,
     address: EngineAddress,
-    hello: Callable[[bytes], Hello],
-    check: Callable[[Challenge], str],
+    introduction: Introduction,
+    check: Callable[[Welcome], str],
     token: bytes = b"",
-    offer: bytes = b"",
-) -> tuple[Challenge, bytes]:
+) -> tuple[Identity, bytes]:
     """Return the client's half, on a blocking socket whose timeout bounds all of it.
 
     Args:
-        hello: makes the hello around a nonce.
+        introduction: told to the server once it has proven itself.
+        check: a reason to give up after the server has introduced itself, or "".
         token: what the server was told to expect, if it was; the hello names it.
-        check: a reason to give up after the server has proven itself, or "".
-        offer: what of this end the transport needs at the other.
 
     Returns:
-        The server's challenge, and its answer to the offer.
+        Who the server is, and its answer to the introduction's offer.
 
     Raises:
         TransportUnavailable: either end refused, in words.
@@ -139,7 +159,8 @@ def connect(
     nonce = secrets.token_bytes(NONCE_NBYTES)
     peer = address.identity.name
     secret = address.secret + token
-    _send(sock, hello(nonce))
+    with contextlib.suppress(PeerLost):  # it may have refused before it heard anything
+        _send(sock, Hello(LINK_VERSION, address.engine_id, nonce, introduction.token_id))
     challenge = _receive(sock, Challenge, peer, deadline_s)
     if challenge.refused:
         raise TransportUnavailable(challenge.refused, operation="connect", peer=peer)
@@ -150,15 +171,18 @@ def connect(
             operation="connect",
             peer=peer,
         )
-    refused = check(challenge)
-    proof = _proof(secret, b"client", nonce, challenge.nonce)
-    _send(sock, Proof(refused, proof, offer))
+    body = msgspec.msgpack.encode(introduction)
+    _send(sock, Proof(_proof(secret, b"client", nonce, challenge.nonce, body), body))
+    welcome = _receive(sock, Welcome, peer, deadline_s)
+    refused = welcome.refused
+    if not refused:
+        refused = check(welcome)
+        _send(sock, Confirm(refused))
     if refused:
         raise TransportUnavailable(refused, operation="connect", peer=peer)
-    welcome = _receive(sock, Welcome, peer, deadline_s)
-    if welcome.refused:
-        raise TransportUnavailable(welcome.refused, operation="connect", peer=peer)
-    return challenge, welcome.answer
+    if welcome.identity is None:
+        raise ProtocolError("the engine does not say who it is", operation="connect", peer=peer)
+    return welcome.identity, welcome.answer
 
 
 def accept(
@@ -166,64 +190,87 @@ def accept(
     me: Identity,
     secret: bytes,
     probe: tuple[int, bytes],
-    check: Callable[[Hello], str],
-    token_of: Callable[[Hello], tuple[bytes, str]] = lambda _: (b"", ""),
-    answer: Callable[[Hello, bytes], bytes] = lambda hello, offer: b"",
-) -> Hello:
+    check: Callable[[Introduction], str],
+    token_of: Callable[[bytes], tuple[bytes, str]] = lambda _: (b"", ""),
+    answer: Callable[[Introduction], bytes] = lambda _: b"",
+    proven: Callable[[], None] = lambda: None,
+) -> Introduction:
     """Return the server's half, on a blocking socket whose timeout bounds all of it.
 
     Args:
         probe: address and content of a word of this process that a `cma` client tries to read.
         check: a reason to refuse a client that has proven itself, or "".
-        token_of: the token that a client has to prove, too, and a reason to refuse it, or "".
+        token_of: the token that a client has to prove, too, by its name, and a reason to refuse it,
+            or "".
         answer: what of this end the transport needs, for a client that is not refused.
+        proven: called once the client is no stranger any more.
 
     Raises:
         TransportUnavailable: refused by either end. ProtocolError, PeerLost: as for `connect`.
     """
     deadline_s = _deadline_s(sock)
-    hello = _receive(sock, Hello, "", deadline_s)
-    peer = hello.identity.name
+    body = _receive_body(sock, Hello, "", deadline_s)
+    version = _decode(body, _Versioned, "").version
+    if version != LINK_VERSION:
+        refused = f"link protocol {version} is not {LINK_VERSION}: install equal versions"
+        refuse(sock, refused)
+        raise TransportUnavailable(refused, operation="accept")
+    hello = _decode(body, Hello, "")
     refused = ""
-    if hello.version != LINK_VERSION:
-        refused = f"link protocol {hello.version} is not {LINK_VERSION}: install equal versions"
-    elif hello.server_engine_id != me.engine_id:
+    if hello.server_engine_id != me.engine_id:
         refused = "this engine was restarted since its address was published: fetch the new one"
     else:
-        token, refused = token_of(hello)
+        token, refused = token_of(hello.token_id)
         secret += token
-    nonce = secrets.token_bytes(NONCE_NBYTES)
-    _send(
-        sock,
-        Challenge(refused, me, nonce, _proof(secret, b"server", hello.nonce, nonce), *probe),
-    )
     if refused:
-        raise TransportUnavailable(refused, operation="accept", peer=peer)
-    proof = _receive(sock, Proof, peer, deadline_s)
-    if not hmac.compare_digest(proof.proof, _proof(secret, b"client", hello.nonce, nonce)):
+        refuse(sock, refused)
+        raise TransportUnavailable(refused, operation="accept")
+    nonce = secrets.token_bytes(NONCE_NBYTES)
+    _send(sock, Challenge("", nonce, _proof(secret, b"server", hello.nonce, nonce)))
+    proof = _receive(sock, Proof, "", deadline_s)
+    expected = _proof(secret, b"client", hello.nonce, nonce, proof.introduction)
+    if not hmac.compare_digest(proof.proof, expected):
         _send(
             sock, Welcome("the proof is wrong: the address and its secret do not belong together")
         )
-        raise ProtocolError("a client failed its proof", operation="accept", peer=peer)
-    refused = proof.refused or check(hello)
+        raise ProtocolError("a client failed its proof", operation="accept")
+    proven()
+    introduction = _decode(proof.introduction, Introduction, "")
+    peer = introduction.identity.name
+    if introduction.token_id != hello.token_id:
+        raise ProtocolError("a client names two tokens", operation="accept", peer=peer)
+    refused = check(introduction)
     answered = b""
     if not refused:
         try:
-            answered = answer(hello, proof.offer)
+            answered = answer(introduction)
         except EngineError as error:
             refused = error.message
-    _send(sock, Welcome(refused, answered))
+    _send(sock, Welcome(refused, me, *probe, answered))
+    if not refused:
+        refused = _receive(sock, Confirm, peer, deadline_s).refused
     if refused:
         raise TransportUnavailable(refused, operation="accept", peer=peer)
-    return hello
+    return introduction
+
+
+def refuse(sock: socket.socket, why: str) -> None:
+    """Tell a client that there is nothing to talk about, and nothing else.
+
+    Raises:
+        PeerLost: it is gone.
+    """
+    _send(sock, Challenge(why, bytes(NONCE_NBYTES), b""))
 
 
 def _deadline_s(sock: socket.socket) -> float:
     return time.monotonic() + (sock.gettimeout() or 0.0)
 
 
-def _proof(secret: bytes, role: bytes, client_nonce: bytes, server_nonce: bytes) -> bytes:
-    return hmac.new(secret, role + client_nonce + server_nonce, hashlib.sha256).digest()
+def _proof(
+    secret: bytes, role: bytes, client_nonce: bytes, server_nonce: bytes, said: bytes = b""
+) -> bytes:
+    return hmac.new(secret, role + client_nonce + server_nonce + said, hashlib.sha256).digest()
 
 
 def _send(sock: socket.socket, message: msgspec.Struct) -> None:
@@ -235,6 +282,10 @@ def _send(sock: socket.socket, message: msgspec.Struct) -> None:
 
 
 def _receive(sock: socket.socket, kind: type[_T], peer: str, deadline_s: float) -> _T:
+    return _decode(_receive_body(sock, kind, peer, deadline_s), kind, peer)
+
+
+def _receive_body(sock: socket.socket, kind: type[Any], peer: str, deadline_s: float) -> bytes:
     try:
         size = int.from_bytes(_exactly(sock, 4, deadline_s), "little")
         if not 0 < size <= MAX_HELLO_NBYTES:
@@ -243,7 +294,7 @@ def _receive(sock: socket.socket, kind: type[_T], peer: str, deadline_s: float) 
                 operation="handshake",
                 peer=peer,
             )
-        body = _exactly(sock, size, deadline_s)
+        return _exactly(sock, size, deadline_s)
     except EOFError as error:
         raise PeerLost(
             f"the peer closed the connection instead of sending {kind.__name__}",
@@ -254,6 +305,9 @@ def _receive(sock: socket.socket, kind: type[_T], peer: str, deadline_s: float) 
         if isinstance(error, LinkError):
             raise
         raise _lost(error, peer) from error
+
+
+def _decode(body: bytes, kind: type[_T], peer: str) -> _T:
     try:
         message: _T = _decoders[kind].decode(body)
     except DECODE_ERRORS as error:
@@ -330,32 +384,34 @@ class Admissions:
             deadline_s = time.monotonic() + timeout_s
             self._entries[token_id(token)] = _Entry(token, engine_id, deadline_s)
 
-    def token_of(self, hello: Hello) -> tuple[bytes, str]:
-        """Return the token that a client has to prove, and why it is refused even so ("" if it is
-        not)."""
-        if not hello.token_id:
+    def token_of(self, name: bytes) -> tuple[bytes, str]:
+        """Return the token of that name, which a client has to prove, and why it is refused even so
+        ("" if it is not)."""
+        if not name:
             return b"", "this engine admits links with a one-time token only" * self._required
         with self._lock:
             self._forget_late(time.monotonic())
-            entry = self._entries.get(hello.token_id)
-            if entry is None or not hmac.compare_digest(
-                entry.engine_id.encode(), hello.identity.engine_id.encode()
-            ):
+            entry = self._entries.get(name)
+            if entry is None:
                 return b"", "this token is used, late or another engine's: meet again"
             return entry.token, ""
 
-    def use(self, hello: Hello) -> str:
+    def use(self, client: Introduction) -> str:
         """Use up the token that a client has proven. Returns why it is refused even so,
         or ""."""
-        if not hello.token_id:
+        if not client.token_id:
             return ""
         with self._lock:
-            entry = self._entries.get(hello.token_id)
-            first = hello.rail < 0
-            if entry is None or entry.link_id != ("" if first else hello.link_id):
+            entry = self._entries.get(client.token_id)
+            first = client.rail < 0
+            if entry is None or entry.link_id != ("" if first else client.link_id):
                 return "this token has been used: meet again"
+            if not hmac.compare_digest(
+                entry.engine_id.encode(), client.identity.engine_id.encode()
+            ):
+                return "this token is used, late or another engine's: meet again"
             if first:
-                entry.link_id = hello.link_id  # its rails may still come; another link may not
+                entry.link_id = client.link_id  # its rails may still come; another link may not
                 entry.deadline_s = time.monotonic() + RAIL_TIMEOUT_S
         return ""
 
@@ -377,26 +433,40 @@ class ProcessProbe:
         self.address = int(self._array.ctypes.data)
         self.word = self._array.tobytes()
 
-    def refusal(self, sock: socket.socket, transport: str, peer: Hello | Challenge) -> str:
+    def refusal(self, sock: socket.socket, transport: str, peer: Introduction | Welcome) -> str:
         """Try to read the word of whoever is at the other end; a reason to refuse it, or "".
 
         Args:
-            peer: what it has sent (`Hello` or `Challenge`): who it is, and where its word lies.
+            peer: what it has sent (`Introduction` or `Welcome`): who it is, and where its word lies.
         """
         if transport not in LOCAL:
             return ""
-        pid = _peer_pid(sock)
-        if transport == "cuda_ipc" and peer.identity.pid == pid:
+        pid, _ = _peer(sock)
+        same = peer.identity is not None and peer.identity.pid == pid
+        if transport == "cuda_ipc" and same:
             return ""  # no need to reach its host memory
         try:
-            if peer.identity.pid == pid and cma.read_word(pid, peer.probe) == peer.probe_word:
+            if same and cma.read_word(pid, peer.probe) == peer.probe_word:
                 return ""
         except OSError as error:
             return cma.refusal(error)
         return "the engine at the other end of the socket is not the process that it seems to be"
 
 
-def _peer_pid(sock: socket.socket) -> int:
-    """Return the process at the other end of a Unix socket, as this process's namespace numbers it."""
+def foreign_user(sock: socket.socket) -> str:
+    """Return why the user at the other end of a Unix socket is refused, or "": its name is no secret,
+    and only the same user, or root, can reach this process's memory."""
+    user = _peer(sock)[1]
+    if user in (0, os.geteuid()):
+        return ""
+    return (
+        f"this engine runs as user {os.geteuid()} and takes no local links of user {user}: run both "
+        "as one user, or use tcp"
+    )
+
+
+def _peer(sock: socket.socket) -> tuple[int, int]:
+    """Process and user at the other end of a Unix socket, as this process's namespaces number them."""
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    return int(struct.unpack("3i", credentials)[0])
+    pid, uid, _ = struct.unpack("iII", credentials)
+    return pid, uid

@@ -1,6 +1,8 @@
 """The end that listens: accepts connections, serves their handshakes, and puts links together.
 
-Each handshake has a thread of its own, so that a slow client holds up nobody. The sockets of a tcp
+Each handshake has a thread of its own, so that a slow client holds up nobody. Strangers take only
+strangers' places: `_Strangers` has so many for each kind of socket and for each source, and gives the
+longest held one to who comes next; who has proven itself holds none. The sockets of a tcp
 link come one by one, the control channel first; they wait for each other here.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import logging
 import select
 import socket
@@ -22,7 +25,7 @@ from ..transports.selection import LOCAL
 from ..transports.tcp import path as tcp
 from ..transports.verbs.rail import Meeting
 from . import handshake
-from .handshake import HANDSHAKE_TIMEOUT_S, Hello
+from .handshake import HANDSHAKE_TIMEOUT_S, Introduction
 from .links import close_all
 
 if TYPE_CHECKING:
@@ -31,7 +34,10 @@ if TYPE_CHECKING:
     from .handshake import Admissions, ProcessProbe
     from .links import LinkTable
 
-MAX_HANDSHAKES = 256  # connections that have not proven themselves yet
+# Connections that have not proven themselves yet, of each kind of socket, and of one source. A client
+# takes a millisecond, so whoever wants its place has to connect faster than so many in that time.
+MAX_HANDSHAKES = 256
+MAX_HANDSHAKES_OF_A_SOURCE = 64
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +45,33 @@ log = logging.getLogger(__name__)
 class _Pending(NamedTuple):
     """A tcp link whose sockets are still arriving; number -1 is its control channel."""
 
-    hello: Hello
+    client: Introduction
     socks: dict[int, socket.socket]
     deadline_s: float
+
+
+class _Strangers:
+    """Connections over one kind of socket that have not proven themselves, by their sources."""
+
+    def __init__(self) -> None:
+        self._socks: dict[socket.socket, str] = {}  # in the order in which they came
+
+    def add(self, sock: socket.socket, source: str) -> socket.socket | None:
+        """Take one in. Returns one that has to make room for it: of the same source, or the oldest."""
+        same = [other for other, its in self._socks.items() if its == source]
+        late = None
+        if len(same) >= MAX_HANDSHAKES_OF_A_SOURCE:
+            late = same[0]
+        elif len(self._socks) >= MAX_HANDSHAKES:
+            late = next(iter(self._socks))
+        if late is not None:
+            del self._socks[late]
+        self._socks[sock] = source
+        return late
+
+    def remove(self, sock: socket.socket) -> None:
+        """Take one out: it has proven itself, or is gone. Safe to call again."""
+        self._socks.pop(sock, None)
 
 
 class Listener:
@@ -75,6 +105,7 @@ class Listener:
         self._closed = False
         self._pending: dict[str, _Pending] = {}
         self._greeting: dict[threading.Thread, socket.socket | None] = {}
+        self._strangers = {family: _Strangers() for family in ("unix", "tcp")}
         self._left: list[threading.Thread] = []  # handshakes that were being served at the end
         fork.disown_in_child(self)
 
@@ -134,7 +165,7 @@ class Listener:
 
     def _accept(self, listener: socket.socket, _: int) -> None:
         try:
-            sock, _address = listener.accept()
+            sock, address = listener.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 # The client stays in the backlog, and epoll would tell so for ever: `tick` looks
@@ -145,108 +176,141 @@ class Listener:
         name = f"{self._core.identity.name}-greet"
         thread = threading.Thread(target=self._welcome, args=(sock, unix), name=name, daemon=True)
         with self._lock:
-            if self._closed or len(self._greeting) >= MAX_HANDSHAKES:
+            if self._closed or (unix and _turned_away(sock)):
                 sock.close()
                 return
             self._greeting[thread] = sock
+            late = self._strangers_of(unix).add(sock, "" if unix else _source(address[0]))
+            if late is not None:
+                with contextlib.suppress(OSError):
+                    late.shutdown(socket.SHUT_RDWR)  # its thread wakes up and closes it
         thread.start()
+
+    def _strangers_of(self, unix: bool) -> _Strangers:
+        return self._strangers["unix" if unix else "tcp"]
 
     def _welcome(self, sock: socket.socket, unix: bool) -> None:
         """Serve one handshake, on a thread of its own."""
         owned = False
         meetings: list[Meeting] = []
 
-        def answer(hello: Hello, offer: bytes) -> bytes:
-            if hello.transport != "verbs":
+        def answer(client: Introduction) -> bytes:
+            if client.transport != "verbs":
                 return b""
             meetings.append(Meeting(self._selection.nics, dialed=False))
-            return meetings[0].answer(offer)
+            return meetings[0].answer(client.offer)
+
+        def proven() -> None:
+            with self._lock:
+                self._strangers_of(unix).remove(sock)
 
         try:
             sock.settimeout(HANDSHAKE_TIMEOUT_S)
             if not unix:
                 tcp.tune(sock)
-            hello = handshake.accept(
+            client = handshake.accept(
                 sock,
                 self._core.identity,
                 self._secret,
                 (self._probe.address, self._probe.word),
-                lambda hello: self._refusal(sock, unix, hello) or self._admissions.use(hello),
+                lambda client: self._refusal(sock, unix, client) or self._admissions.use(client),
                 self._admissions.token_of,
                 answer,
+                proven,
             )
             with self._lock:
                 self._greeting[threading.current_thread()] = None  # `close` ends links otherwise
-            if hello.transport == "tcp":
-                self._file(sock, hello)
+            if client.transport == "tcp":
+                self._file(sock, client)
             else:
-                self._open(sock, hello, [], meetings[0] if meetings else None)
+                self._open(sock, client, [], meetings[0] if meetings else None)
             owned = True
         except (EngineError, OSError) as error:
             log.debug("kvferry: a handshake failed: %s", error)  # the client was told why
         finally:
+            with self._lock:
+                del self._greeting[threading.current_thread()]
+                self._strangers_of(unix).remove(sock)
             if not owned:
                 sock.close()
                 for meeting in meetings:
                     meeting.close()
-            with self._lock:
-                del self._greeting[threading.current_thread()]
 
-    def _refusal(self, sock: socket.socket, unix: bool, hello: Hello) -> str:
+    def _refusal(self, sock: socket.socket, unix: bool, client: Introduction) -> str:
         """Return a reason to refuse a client that has proven itself, or ""."""
-        if hello.transport not in self._selection.offered or unix != (hello.transport in LOCAL):
-            return f"transport {hello.transport!r} is not offered here"
-        if hello.transport in LOCAL:
-            return self._probe.refusal(sock, hello.transport, hello)
-        if hello.transport == "verbs":
-            return "" if hello.rail < 0 else "a verbs link has one connection"
+        if client.transport not in self._selection.offered or unix != (client.transport in LOCAL):
+            return f"transport {client.transport!r} is not offered here"
+        if client.transport in LOCAL:
+            return self._probe.refusal(sock, client.transport, client)
+        if client.transport == "verbs":
+            return "" if client.rail < 0 else "a verbs link has one connection"
         with self._lock:
             if self._closed:
                 return "the engine is closing"
-            if hello.rail < 0:
-                if hello.link_id in self._pending or not 1 <= hello.num_rails <= 64:
-                    return f"a link of {hello.num_rails} rails, or one that exists already"
+            if client.rail < 0:
+                if client.link_id in self._pending or not 1 <= client.num_rails <= 64:
+                    return f"a link of {client.num_rails} rails, or one that exists already"
                 deadline_s = time.monotonic() + HANDSHAKE_TIMEOUT_S
-                self._pending[hello.link_id] = _Pending(hello, {}, deadline_s)
+                self._pending[client.link_id] = _Pending(client, {}, deadline_s)
                 return ""
-            pending = self._pending.get(hello.link_id)
+            pending = self._pending.get(client.link_id)
             if (
                 pending is None
-                or pending.hello.identity != hello.identity
-                or not 0 <= hello.rail < pending.hello.num_rails
+                or pending.client.identity != client.identity
+                or not 0 <= client.rail < pending.client.num_rails
             ):
-                return f"rail {hello.rail} belongs to no link that is being opened"
+                return f"rail {client.rail} belongs to no link that is being opened"
         return ""
 
-    def _file(self, sock: socket.socket, hello: Hello) -> None:
+    def _file(self, sock: socket.socket, client: Introduction) -> None:
         """Files one socket of a tcp link, welcomed by now, and opens the link with its last one."""
         with self._lock:
-            pending = self._pending.get(hello.link_id)
-            if pending is None or hello.rail in pending.socks:
+            pending = self._pending.get(client.link_id)
+            if pending is None or client.rail in pending.socks:
                 raise ProtocolError("this link is open, or given up", operation="accept")
-            pending.socks[hello.rail] = sock
-            if len(pending.socks) <= pending.hello.num_rails:
+            pending.socks[client.rail] = sock
+            if len(pending.socks) <= pending.client.num_rails:
                 return
-            del self._pending[hello.link_id]
+            del self._pending[client.link_id]
         control, *rails = (sock for _, sock in sorted(pending.socks.items()))
-        self._open(control, pending.hello, rails, None)
+        self._open(control, pending.client, rails, None)
 
     def _open(
         self,
         control: socket.socket,
-        hello: Hello,
+        client: Introduction,
         rails: list[socket.socket],
         meeting: Meeting | None,
     ) -> None:
         self._links.open(
             self._core,
             control,
-            hello.identity,
-            hello.transport,
+            client.identity,
+            client.transport,
             rails=rails,
             meeting=meeting,
-            opener=hello.token_id,
+            opener=client.token_id,
         )
+
+
+def _source(host: str) -> str:
+    """Return the part of an address that one owner has: of IPv6, what a network is given."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:
+            return str(address.ipv4_mapped)
+        return str(ipaddress.ip_network((address, 64), strict=False))
+    return host
+
+
+def _turned_away(sock: socket.socket) -> bool:
+    """Tell a client of another user that it is refused; whether it is one."""
+    why = handshake.foreign_user(sock)
+    if why:
+        sock.settimeout(0.0)
+        with contextlib.suppress(EngineError):
+            handshake.refuse(sock, why)
+    return bool(why)
 
 
 def listen(unix_name: str, tcp_host: str | None) -> list[socket.socket]:

@@ -67,6 +67,15 @@ class Access:
         """Say whether all of the regions were granted."""
         return self._granted.issuperset(regions)
 
+    def knows(self, region_id: int) -> bool:
+        """Say whether a region of the peer's is granted, or asked for."""
+        with self._lock:
+            return any(
+                region.region_id == region_id
+                for regions in (self._granted, self._claims.values())
+                for region in regions
+            )
+
     def answered(
         self,
         answer: wire.Granted,
@@ -208,8 +217,14 @@ class Revocation:
     # The end that uses it.
 
     def obey(self, message: wire.Revoke) -> None:
-        """Stop what runs to a region that the peer takes back; nothing new begins."""
+        """Stop what runs to a region that the peer takes back; nothing new begins.
+
+        One that this end has nothing to do with is not remembered: its owner refuses it.
+        """
         region_id = message.region
+        if not (self._access.knows(region_id) or self._table.uses(region_id)):
+            self._context.send(wire.Revoked(region_id))
+            return
         self._table.revoke(region_id)
         self._access.drop(region_id)
         for transfer in self._table.uses(region_id):

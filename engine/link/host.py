@@ -81,7 +81,7 @@ class Host:
         """Refuse part of a peer's write: both ends' tickets end."""
         if imm is not None:
             error.imm = imm
-            self.core.counters.fail(imm, error, origin=self.peer.engine_id)
+            self.core.counters.fail(imm, error, source=self._source, origin=self.peer.engine_id)
         self.send(wire.Refuse(transfer, type(error).__name__, error.message, first))
 
     def refusal(self, transfer: Transfer, error: str, reason: str) -> EngineError:
@@ -121,6 +121,7 @@ class Host:
                 peer=self.peer.name,
                 imm=message.imm,
             ),
+            source=self._source,
             origin=self.peer.engine_id,
         )
 

@@ -11,7 +11,7 @@ import msgspec
 
 from ..errors import LayoutError
 from ..layout.kv_layout import KVLayout  # noqa: TC001 - msgspec reads it at run time
-from .fields import DECODE_ERRORS, Key, Uint32, Uint63
+from .fields import DECODE_ERRORS, IpcHandle, Key, Uint32, Uint63
 
 KEY_NBYTES = 16
 
@@ -29,11 +29,11 @@ class CudaMemory(msgspec.Struct, frozen=True, array_like=True):
             and the bytes of each.
     """
 
-    handle: bytes
-    offset: int
+    handle: IpcHandle
+    offset: Uint63
     device_uuid: str
-    counters: bytes
-    counters_address: int
+    counters: IpcHandle
+    counters_address: Uint63
     chunks: Annotated[tuple[tuple[Uint32, Uint63], ...], msgspec.Meta(max_length=1 << 16)] = ()
 
 

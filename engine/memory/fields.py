@@ -18,4 +18,5 @@ Uint63 = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Pid = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Port = Annotated[int, Meta(ge=0, le=65_535)]
 Key = Annotated[bytes, Meta(min_length=16, max_length=16)]
+IpcHandle = Annotated[bytes, Meta(max_length=64)]  # empty: there is none
 Nonce = Annotated[bytes, Meta(min_length=32, max_length=32)]

@@ -57,6 +57,11 @@ class _Used:
             if not self._uses and self._closing:  # nobody waits before
                 self._idle.notify_all()
 
+    @property
+    def closing(self) -> bool:
+        """Whether it is being deregistered."""
+        return self._closing
+
     def close(self) -> None:
         """Begin no further use: a region is being deregistered."""
         self._closing = True

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 # from there on.
 MAX_COPIERS = 2
 
+# For copiers that the kernel keeps: a peer's memory may answer late, or never. So many at most.
+MAX_STAND_INS = 6
+# How long they have all been at one task, while others wait, before another thread starts; a task copies
+# 4 MiB, a millisecond.
+STUCK_S = 1.0
+
 # Of one inline copy, which takes 20 microseconds, unless the host is too busy to run it.
 STALL_S = 0.2
 AT_A_TIME = 64  # 2 ms of copies, then its thread looks after the rest of its work
@@ -42,6 +48,7 @@ class Copiers:
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._stopped = False
+        self._since_s: dict[int, float] = {}  # by thread, when the task that it does began
         self.inline_copies: dict[int, InlineCopies] = {}
         self.count = min(MAX_COPIERS, len(os.sched_getaffinity(0)))
 
@@ -58,37 +65,56 @@ class Copiers:
             self._start()
         self._tasks.put(task)
 
-    def stop(self) -> None:
-        """Finish the tasks that were given and end the threads."""
+    def tick(self, now: float) -> None:
+        """Start another thread if all are stuck and tasks wait; on the progress thread."""
+        if self._tasks.empty():
+            return
+        since_s = list(self._since_s.values())
+        with self._lock:
+            count = len(self._threads)
+            stuck = count and len(since_s) == count and now - max(since_s) > STUCK_S
+            if stuck and not self._stopped and count < self.count + MAX_STAND_INS:
+                log.warning("kvferry: %d copies do not end: a peer's memory does not answer", count)
+                self._add()
+
+    def stop(self, timeout_s: float) -> None:
+        """Finish the tasks that were given and end the threads. One that the kernel does not give back
+        in time is left: it ends with its task."""
         with self._lock:
             self._stopped = True
             threads, self._threads = self._threads, []
         for _ in threads:
             self._tasks.put(None)
+        deadline_s = time.monotonic() + timeout_s
         for thread in threads:
             if thread is not threading.current_thread():  # a ticket's callback closes the engine
-                thread.join()
+                thread.join(max(0.0, deadline_s - time.monotonic()))
 
     def _start(self) -> None:
         with self._lock:
             if self._threads or self._stopped:
                 return
-            self._threads = [
-                threading.Thread(target=self._work, name=f"{self._name}-copy{i}", daemon=True)
-                for i in range(self.count)
-            ]
-            for thread in self._threads:
-                thread.start()
+            for _ in range(self.count):
+                self._add()
+
+    def _add(self) -> None:
+        name = f"{self._name}-copy{len(self._threads)}"
+        thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _work(self) -> None:
+        me = threading.get_ident()
         while True:
             task = self._tasks.get()
             if task is None:
                 return
+            self._since_s[me] = time.monotonic()
             try:
                 task()
             except Exception:
                 log.exception("kvferry: a copy task failed; please report this")
+            del self._since_s[me]
 
 
 class Batch:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 IMM_LIMIT = 1 << 32
-MAX_UNKNOWN_IMMS = 65_536  # arrivals kept for imms that nobody expects yet; a counter is ~200 bytes
+# Imms that nobody expects yet, of one link; of all links that ended, together, as many. A counter is
+# 700 bytes.
+MAX_UNKNOWN_IMMS = 16_384
 RETIRED_REMEMBERED = 65_536  # imms of which a late arrival is recognised
 MAX_UNFIT = 64  # imms that are passed over for a better one: 10 microseconds
 MAX_TAKEN = 65_536  # imms that are waited for at a time where each needs a word of its own
@@ -60,13 +62,18 @@ def check_total(name: str, total: SupportsIndex | None, imm: int) -> int | None:
     return number
 
 
+# A link and the engine at its other end.
+_Who = tuple[object, str]
+
+
 class _Counter:
     __slots__ = (
         "announced_nbytes",
         "arrived_nbytes",
         "arrived_writes",
-        "by_origin",
+        "early",
         "engine_id",
+        "links",
         "lost",
         "nbytes",
         "sources",
@@ -82,23 +89,28 @@ class _Counter:
         self.writes: int | None = None
         self.ticket: Ticket | None = None
         self.sources: set[object] = set()  # links that write to it: their loss fails it
-        self.lost: EngineError | None = None  # a source ended before anybody expected this imm
+        self.links: frozenset[object] = frozenset()  # that count; none: any
         self.engine_id = ""  # whose arrivals and aborts count; "": anybody's
-        # Bytes, writes and announced bytes, before it is expected.
-        self.by_origin: dict[str, tuple[int, int, int]] = {}
+        # Before it is expected: bytes, writes and announced bytes of each, and why one ended.
+        self.early: dict[_Who, tuple[int, int, int]] = {}
+        self.lost: dict[_Who, EngineError] = {}
 
-    def narrow(self, engine_id: str) -> None:
-        """From now on only that engine counts, and of what came before only its own."""
-        self.engine_id = engine_id
-        if engine_id and set(self.by_origin) - {engine_id}:
-            self.arrived_nbytes, self.arrived_writes, self.announced_nbytes = self.by_origin.get(
-                engine_id, (0, 0, 0)
-            )
-            self.lost = None  # perhaps another's; the link's own end is told to whoever waits
-        self.by_origin.clear()
+    def begin(self, links: frozenset[object], engine_id: str) -> None:
+        """From now on only these count, and of what came before only their own."""
+        self.links, self.engine_id = links, engine_id
+        self.sources.update(links)
+        for who, (nbytes, writes, announced) in self.early.items():
+            if self.takes(*who):
+                self.arrived_nbytes += nbytes
+                self.arrived_writes += writes
+                self.announced_nbytes += announced
+                self.sources.add(who[0])
+        self.early = {}
 
-    def takes(self, origin: str) -> bool:
-        return not self.engine_id or self.engine_id == origin
+    def takes(self, source: object, origin: str) -> bool:
+        return (not self.links or source in self.links) and (
+            not self.engine_id or self.engine_id == origin
+        )
 
     def reached(self) -> bool:
         return (self.nbytes is None or self.arrived_nbytes >= self.nbytes) and (
@@ -114,7 +126,11 @@ class CounterTable:
         self._lock = threading.Lock()
         self._live: dict[int, _Counter] = {}
         self._unknown: dict[int, _Counter] = {}
-        self._aborted: OrderedDict[int, dict[str, EngineError]] = OrderedDict()
+        self._aborted: dict[int, dict[_Who, EngineError]] = {}
+        # What each link is charged with: imms that nobody expects, which it wrote to or gave up.
+        self._kept: dict[_Who, set[int]] = {}
+        self._given_up: dict[_Who, OrderedDict[int, None]] = {}
+        self._orphans: OrderedDict[tuple[_Who, int], None] = OrderedDict()  # of links that ended
         # imm: bytes that a stream has seen and nobody has told of yet, and bytes of writes whose end
         # is still to be told of
         self._retired: OrderedDict[int, tuple[int, int]] = OrderedDict()
@@ -170,8 +186,9 @@ class CounterTable:
         `imm`.
 
         Args:
-            engine_id: the engine that writes: what others write or abort under this imm counts for
-                nothing, and is noted in `foreign_writes`. Anybody's counts if "".
+            sources: the links that write. What others write or abort under this imm counts for
+                nothing, and is noted in `foreign_writes`; any link's counts if there are none.
+            engine_id: the engine that writes, likewise; any engine's counts if "".
 
         Raises:
             ImmInUse: somebody already waits on this imm. OutOfRange: it has more than 32 bits, or
@@ -200,17 +217,15 @@ class CounterTable:
                     operation="expect",
                     imm=imm,
                 )
-            aborts = self._aborted.pop(imm, {})
-            aborted = aborts.get(engine_id) if engine_id else next(iter(aborts.values()), None)
-            counter = self._unknown.pop(imm, None) or _Counter()
-            counter.narrow(engine_id)
+            counter = self._take_unknown(imm)
+            counter.begin(frozenset(sources), engine_id)
+            aborted = self._first(self._take_aborts(imm), counter)
             self._retired.pop(imm, None)
             counter.nbytes, counter.writes, counter.ticket = nbytes, writes, ticket
-            counter.sources.update(sources)
             self._live[imm] = counter
             reached = counter.reached()
             total = counter.arrived_nbytes
-            error = aborted if reached else aborted or counter.lost
+            error = aborted if reached else aborted or self._first(counter.lost, counter)
         if error is not None:
             ticket._fail(error)
         elif reached:
@@ -256,25 +271,9 @@ class CounterTable:
                     self.late_writes += writes
                     self.late_nbytes += nbytes
                     return
-                counter = self._unknown.get(imm)
-                if counter is None:
-                    if len(self._unknown) >= self._max_unknown:
-                        self._forget_lost()
-                    if len(self._unknown) >= self._max_unknown:
-                        raise UnknownImmOverflow(
-                            f"{self._max_unknown} imms have arrivals that nobody expects: "
-                            "call expect() for what the peer was asked to write",
-                            operation="count",
-                            imm=imm,
-                        )
-                    counter = self._unknown[imm] = _Counter()
-                before = counter.by_origin.get(origin, (0, 0, 0))
-                counter.by_origin[origin] = (
-                    before[0] + nbytes,
-                    before[1] + writes,
-                    before[2] + announced,
-                )
-            elif not counter.takes(origin):
+                self._keep_early(imm, (source, origin), (nbytes, writes, announced))
+                return
+            if not counter.takes(source, origin):
                 self.foreign_writes += writes
                 return
             counter.arrived_nbytes += nbytes
@@ -290,20 +289,25 @@ class CounterTable:
         if ticket is not None:
             ticket._finish(total)
 
-    def fail(self, imm: int, error: EngineError, *, origin: str = "") -> None:
-        """End the counter with `error`, from the engine `origin`; an `expect` still to come fails, too."""
+    def fail(
+        self, imm: int, error: EngineError, *, source: object = None, origin: str = ""
+    ) -> None:
+        """End the counter with `error`, which came over `source`, a link to `origin`; an `expect`
+        still to come fails, too."""
+        who = (source, origin)
         with self._lock:
             counter = self._live.get(imm)
-            if counter is not None and not counter.takes(origin):
+            if counter is not None and not counter.takes(source, origin):
                 self.foreign_writes += 1
                 return
             if counter is None:
-                if set(self._unknown.get(imm, _Counter()).by_origin) <= {origin}:
-                    self._unknown.pop(imm, None)
+                self._forget_early(imm, who)
                 if imm not in self._retired:
-                    self._aborted.setdefault(imm, {})[origin] = error
-                    while len(self._aborted) > self._max_unknown:
-                        self._aborted.popitem(last=False)
+                    self._aborted.setdefault(imm, {})[who] = error
+                    mine = self._given_up.setdefault(who, OrderedDict())
+                    mine[imm] = None
+                    while len(mine) > self._max_unknown:
+                        self._forget_abort(next(iter(mine)), who)
                 return
             ticket = counter.ticket
         if ticket is not None:
@@ -312,8 +316,8 @@ class CounterTable:
     def source_lost(self, source: object, make_error: Callable[[int], EngineError]) -> None:
         """End every counter that `source` writes to.
 
-        What it wrote to imms that nobody expects yet is kept: a peer may have written everything
-        and gone home before this side asks.
+        What it wrote to imms that nobody expects yet is kept, up to a bound for all links that
+        ended: a peer may have written everything and gone home before this side asks.
         """
         with self._lock:
             lost = [
@@ -321,9 +325,17 @@ class CounterTable:
                 for imm, counter in self._live.items()
                 if source in counter.sources and counter.ticket is not None
             ]
-            for imm, counter in self._unknown.items():
-                if source in counter.sources:
-                    counter.lost = make_error(imm)
+            for who in [who for who in self._kept if who[0] == source]:
+                for imm in self._kept.pop(who):
+                    self._unknown[imm].lost[who] = make_error(imm)
+                    self._orphans[who, imm] = None
+            for who in [who for who in self._given_up if who[0] == source]:
+                for imm in self._given_up.pop(who):
+                    self._orphans[who, imm] = None
+            while len(self._orphans) > self._max_unknown:
+                (who, imm), _ = self._orphans.popitem(last=False)
+                self._forget_early(imm, who)
+                self._forget_abort(imm, who)
         for imm, ticket in lost:
             ticket._fail(make_error(imm))
 
@@ -338,9 +350,75 @@ class CounterTable:
             self._closed = error
         return self.tickets()
 
-    def _forget_lost(self) -> None:
-        for imm in [imm for imm, counter in self._unknown.items() if counter.lost is not None]:
-            del self._unknown[imm]
+    # Arrivals and aborts of imms that nobody expects. The lock is held.
+
+    def _keep_early(self, imm: int, who: _Who, share: tuple[int, int, int]) -> None:
+        """Keep an arrival, at the expense of the link that it came over."""
+        counter = self._unknown.get(imm)
+        if counter is None or who not in counter.early:
+            mine = self._kept.setdefault(who, set())
+            if len(mine) >= self._max_unknown:
+                raise UnknownImmOverflow(
+                    f"the peer has written under {self._max_unknown} imms that nobody expects: "
+                    "call expect() for what it was asked to write",
+                    operation="count",
+                    imm=imm,
+                )
+            mine.add(imm)
+            if counter is None:
+                counter = self._unknown[imm] = _Counter()
+        before = counter.early.get(who, (0, 0, 0))
+        counter.early[who] = (before[0] + share[0], before[1] + share[1], before[2] + share[2])
+
+    def _take_unknown(self, imm: int) -> _Counter:
+        """Return the counter of an imm, with what has come for it, and end what that is charged."""
+        counter = self._unknown.pop(imm, None)
+        if counter is None:
+            return _Counter()
+        for who in counter.early:
+            self._uncharge(self._kept, imm, who)
+        return counter
+
+    def _take_aborts(self, imm: int) -> dict[_Who, EngineError]:
+        """Return the aborts of an imm, and end what they are charged."""
+        aborts = self._aborted.pop(imm, {})
+        for who in aborts:
+            self._uncharge(self._given_up, imm, who)
+        return aborts
+
+    def _forget_early(self, imm: int, who: _Who) -> None:
+        counter = self._unknown.get(imm)
+        if counter is not None and counter.early.pop(who, None) is not None:
+            counter.lost.pop(who, None)
+            self._uncharge(self._kept, imm, who)
+            if not counter.early:
+                del self._unknown[imm]
+
+    def _forget_abort(self, imm: int, who: _Who) -> None:
+        aborts = self._aborted.get(imm)
+        if aborts is not None and aborts.pop(who, None) is not None:
+            self._uncharge(self._given_up, imm, who)
+            if not aborts:
+                del self._aborted[imm]
+
+    def _uncharge(
+        self,
+        charged: dict[_Who, set[int]] | dict[_Who, OrderedDict[int, None]],
+        imm: int,
+        who: _Who,
+    ) -> None:
+        mine = charged.get(who)
+        if mine is None:
+            self._orphans.pop((who, imm), None)
+        elif isinstance(mine, set):
+            mine.discard(imm)
+        else:
+            mine.pop(imm, None)
+
+    @staticmethod
+    def _first(errors: dict[_Who, EngineError], counter: _Counter) -> EngineError | None:
+        """Return the first error that concerns a counter."""
+        return next((error for who, error in errors.items() if counter.takes(*who)), None)
 
     def _retire(self, imm: int) -> None:
         counter = self._live.pop(imm)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 NUM_SLOTS = 1 << 16  # 512 KiB a GPU
 WORD_NBYTES = 8
+COUNTERS_NBYTES = NUM_SLOTS * WORD_NBYTES
 
 
 def slot_offset(imm: int) -> int:
@@ -54,7 +55,7 @@ class DeviceCounters:
             array = self._arrays.get(device)
             if array is None:
                 cuda = driver()
-                address = cuda.allocate(device, NUM_SLOTS * WORD_NBYTES)
+                address = cuda.allocate(device, COUNTERS_NBYTES)
                 array = self._arrays[device] = (cuda.export(device, address), address)
             return array
 

@@ -117,8 +117,8 @@ class Ticket:
                 leaves the interpreter lock to others, and see the bytes some 5 us after they are
                 there. It keeps a core busy, so wait so only for what is on its way; a sleeping
                 thread takes 300 to 500 us to wake on the machines that were measured. Ignored
-                with `timeout_s`, with `expect(engine_id=…)`, since bytes on a GPU do not say who
-                sent them, and where there is nothing to look at.
+                with `timeout_s`, with `expect(links=…)` or `expect(engine_id=…)`, since bytes on a GPU
+                do not say who sent them, and where there is nothing to look at.
 
         Raises:
             DeadlineExceeded: `timeout_s` passed, or the operation's own deadline did.
@@ -176,8 +176,9 @@ class Ticket:
     def wait_on(self, stream: torch.cuda.Stream) -> None:
         """Let a CUDA stream wait until the operation ends; the host goes on at once.
 
-        For an `expect` whose bytes come over `cuda_ipc` no host is in the loop: the stream waits
-        for a word of GPU memory that the writer's kernel adds to; for a write or read over
+        For an `expect` of anybody's bytes that come over `cuda_ipc` no host is in the loop: the stream
+        waits for a word of GPU memory that the writer's kernel adds to. Such a word does not say who
+        has added to it, so an `expect` of certain links or of one engine waits for the host. For a write or read over
         `cuda_ipc` it waits for the kernel. Otherwise it waits for a word that the ending thread
         writes.
 

@@ -8,9 +8,11 @@ for with `ReadRequest`, and answers that itself.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,9 +21,13 @@ from ..errors import (
     DeviceError,
     EngineError,
     LinkError,
+    PeerLost,
     ProtocolError,
+    QuotaExceeded,
     RailError,
+    RegionGone,
 )
+from ..runtime.quota import Quota
 from ..wire import frames, tables
 from ..wire.messages import Acknowledge, Arrived, ReadRequest, Refuse
 
@@ -37,6 +43,13 @@ if TYPE_CHECKING:
 # small ones would fill its control channel, which ends the link at 16 MiB. At least 20 segments, which
 # is more than a peer has slots or rails; large pieces are all asked for at once.
 ASKED_NBYTES = 4 << 20
+
+# Of what a peer may ask for at a time. A reply keeps some 1 KiB besides its tables of pieces; so
+# much is 300 replies of 8,192 pieces, 2.5 GiB of pieces of 1 KiB.
+MAX_ASKED_NBYTES = 64 << 20
+REPLY_NBYTES = 1 << 10
+TAKE_S = 30.0  # for the next reply to be taken
+TAKE_BACK_S = 5.0  # if the memory that it reads is to be given back
 
 log = logging.getLogger(__name__)
 
@@ -128,11 +141,17 @@ class Reply(NamedTuple):
     first: int
     admitted: tables.Admitted
     verify: bool
+    ended: Callable[[], None]
     ticket: Ticket | None = None  # the peer that reads keeps its own
 
     def begin(self) -> tuple[Iovec, int] | None:
-        """Return its pieces, whose memory is in use already, and the GPU that holds them."""
-        return self.admitted.iov, self.admitted.device
+        """Return its pieces, whose memory is in use already, and the GPU that holds them. None if
+        the memory is being taken back: what has not begun by then does not."""
+        if not self.admitted.closing:
+            return self.admitted.iov, self.admitted.device
+        gone = RegionGone("the region is being deregistered", operation="read")
+        self.sent(gone)
+        return None
 
     def frame(self) -> tuple[frames.Header, bytes]:
         """Return the header of the frame that carries it; it has no tables."""
@@ -155,6 +174,7 @@ class Reply(NamedTuple):
     def sent(self, error: EngineError | None = None) -> None:
         """End the use of its memory; with an error, nothing was sent."""
         self.admitted.release()
+        self.ended()
         if error is not None:
             self.fail(error)
 
@@ -287,24 +307,81 @@ def begin_counted(link: PathHost, transfer: Transfer) -> bool:
     return transfer.total_nbytes > 0
 
 
-def serve(link: PathHost, ask: ReadRequest, most_nbytes: int | None = None) -> Reply | None:
-    """Admit what a peer reads; None if it is refused, or the link has failed."""
-    try:
-        admitted = tables.admit(link.core.regions, ask.regions, ask.pieces, staged=True)
-    except LinkError as error:
-        link.fail(error)
-    except EngineError as error:
-        _refuse(link, ask.transfer, ask.first, error)
-    else:
-        if most_nbytes is None or admitted.nbytes <= most_nbytes:
-            return Reply(link, ask.transfer, ask.first, admitted, ask.verify)
-        admitted.release()
-        link.fail(
-            ProtocolError(
-                f"the peer reads {admitted.nbytes} bytes at once, and a slot has {most_nbytes}"
-            )
+class Replies:
+    """What one link's peer reads here: admitted, charged to it, and watched. Thread-safe.
+
+    A peer that asks and then takes nothing would keep memory in use for ever: its link goes down.
+
+    Args:
+        most_nbytes: bytes of one reply.
+    """
+
+    def __init__(self, link: PathHost, most_nbytes: int) -> None:
+        self._link = link
+        self._most_nbytes = most_nbytes
+        self._tables = Quota("bytes of tables of reads", MAX_ASKED_NBYTES)
+        self._lock = threading.Lock()
+        self._waiting: dict[int, tables.Admitted] = {}
+        self._numbers = itertools.count()
+        self._moved_s = 0.0  # when one was sent, or the first of those that wait was asked for
+
+    def serve(self, ask: ReadRequest) -> Reply | None:
+        """Admit what the peer reads; None if it is refused, or the link has failed."""
+        link = self._link
+        cost_nbytes = REPLY_NBYTES + len(ask.regions) + len(ask.pieces)
+        try:
+            self._tables.take(cost_nbytes)
+        except QuotaExceeded as error:
+            link.fail(error)
+            return None
+        try:
+            admitted = tables.admit(link.core.regions, ask.regions, ask.pieces, staged=True)
+        except EngineError as error:
+            self._tables.give(cost_nbytes)
+            if isinstance(error, LinkError):
+                link.fail(error)
+            else:
+                _refuse(link, ask.transfer, ask.first, error)
+            return None
+        reply = Reply(
+            link, ask.transfer, ask.first, admitted, ask.verify, self._enter(admitted, cost_nbytes)
         )
-    return None
+        if admitted.nbytes > self._most_nbytes:
+            reply.sent()
+            link.fail(
+                ProtocolError(
+                    f"the peer reads {admitted.nbytes} bytes at once, and a part has at most "
+                    f"{self._most_nbytes}"
+                )
+            )
+            return None
+        return reply
+
+    def tick(self) -> None:
+        """Fail the link if the peer does not take what it has asked for."""
+        if not self._waiting:
+            return
+        with self._lock:
+            silent_s = time.monotonic() - self._moved_s
+            closing = any(admitted.closing for admitted in self._waiting.values())
+        if self._waiting and silent_s > (TAKE_BACK_S if closing else TAKE_S):
+            self._link.fail(
+                PeerLost(f"the peer has taken nothing for {silent_s:.0f} s of what it reads here")
+            )
+
+    def _enter(self, admitted: tables.Admitted, cost_nbytes: int) -> Callable[[], None]:
+        with self._lock:
+            number = next(self._numbers)
+            if not self._waiting:
+                self._moved_s = time.monotonic()
+            self._waiting[number] = admitted
+        return functools.partial(self._ended, number, cost_nbytes)
+
+    def _ended(self, number: int, cost_nbytes: int) -> None:
+        with self._lock:
+            del self._waiting[number]
+            self._moved_s = time.monotonic()
+        self._tables.give(cost_nbytes)
 
 
 def admit_write(

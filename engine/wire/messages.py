@@ -14,8 +14,8 @@ from ..errors import ProtocolError
 from ..memory.fields import DECODE_ERRORS, Key, Uint32, Uint63
 
 # 2: one-time tokens; 3: Arrived.write_nbytes, and where bytes begin in a verbs frame; 4: verbs slots of
-# 2 MiB.
-LINK_VERSION = 4
+# 2 MiB; 5: nobody says who it is before the other has proven itself, and checks wait for their turn.
+LINK_VERSION = 5
 LENGTH_NBYTES = 4
 MAX_MESSAGE_NBYTES = 1 << 20
 

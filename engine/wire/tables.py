@@ -34,6 +34,11 @@ class Admitted(NamedTuple):
     nbytes: int
     device: int = -1  # the GPU that holds all of them; -1 for host memory
 
+    @property
+    def closing(self) -> bool:
+        """Whether any of it is being taken back."""
+        return any(region.closing for region in self.regions)
+
     def release(self) -> None:
         """End the use."""
         for region in self.regions:

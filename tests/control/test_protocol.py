@@ -66,7 +66,7 @@ KINDS: dict[str, tuple[Kind, ...]] = {
     ),
     "Engine and engine": (
         *(identity.EngineAddress, identity.Identity, handshake.Hello, handshake.Challenge),
-        *(handshake.Proof, handshake.Welcome),
+        *(handshake.Introduction, handshake.Proof, handshake.Welcome, handshake.Confirm),
         *LINK_MESSAGES,
         *(verbs_cards.Offer, verbs_cards.RailCard, verbs_cards.QueueCard, verbs_cards.GidCard),
     ),
@@ -124,6 +124,8 @@ FILES_WITH_LIMITS = (
     ),
     *(f"engine/connect/{name}.py" for name in ("handshake", "listener")),
     *(f"engine/transfer/{name}.py" for name in ("counters",)),
+    "engine/transports/segments.py",
+    "engine/transports/cma/path.py",
     *(f"engine/transports/verbs/{name}.py" for name in ("cards",)),
 )
 

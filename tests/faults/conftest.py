@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kvferry.engine.connect import handshake
-from kvferry.engine.connect.handshake import Hello
+from kvferry.engine.connect.handshake import Introduction
 from kvferry.engine.memory.descriptors import RegionDescriptor
 from kvferry.engine.transfer_engine import TransferEngine
 from kvferry.engine.wire import frames as frames
@@ -62,10 +62,8 @@ class Intruder:
         self.engine_id = f"intruder-{number}"
         word = np.arange(2, dtype=np.uint64)
         host = handshake.host_id() if transport == "cma" else "mars"  # whose process is not here
-        self._hello: dict[str, Any] = {
-            "version": wire.LINK_VERSION,
+        self._introduction: dict[str, Any] = {
             "identity": Identity(self.engine_id, "intruder", host, os.getpid()),
-            "server_engine_id": victim.engine.engine_id,
             "transport": transport,
             "link_id": self.engine_id,
             "num_rails": 1,
@@ -83,7 +81,7 @@ class Intruder:
         handshake.connect(
             sock,
             self.victim.engine.address,
-            lambda nonce: Hello(nonce=nonce, rail=rail, **self._hello),
+            Introduction(rail=rail, **self._introduction),
             lambda _: "",
         )
         sock.settimeout(PATIENCE_S)

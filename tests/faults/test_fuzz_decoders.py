@@ -16,7 +16,9 @@ import pytest
 from kvferry.engine.connect import handshake
 from kvferry.engine.connect.handshake import (
     Challenge,
+    Confirm,
     Hello,
+    Introduction,
     Proof,
     Welcome,
 )
@@ -149,12 +151,14 @@ class Bytes:
         return part
 
 
-HELLO = Hello(1, ME, "e" * 32, "tcp", "x" * 32, -1, 2, bytes(32), 1 << 46, bytes(16))
+INTRODUCTION = Introduction(ME, "tcp", "x" * 32, -1, 2, 1 << 46, bytes(16))
 GREETINGS: list[msgspec.Struct] = [
-    HELLO,
-    Challenge("", ME, bytes(32), bytes(32), 1 << 46, bytes(16)),
-    Proof("", bytes(32)),
-    Welcome("because"),
+    Hello(1, "e" * 32, bytes(32)),
+    Challenge("", bytes(32), bytes(32)),
+    INTRODUCTION,
+    Proof(bytes(32), msgspec.msgpack.encode(INTRODUCTION)),
+    Welcome("because", ME, 1 << 46, bytes(16)),
+    Confirm("because"),
 ]
 
 
@@ -172,9 +176,10 @@ def test_handshakes() -> None:
             continue
         assert isinstance(got, kind)
         if isinstance(got, Hello | Challenge):
-            assert 1 <= got.identity.pid < 1 << 31
-            assert 0 <= got.probe < 1 << 63
             assert len(got.nonce) == 32
+        if isinstance(got, Introduction | Welcome):
+            assert got.identity is None or 1 <= got.identity.pid < 1 << 31
+            assert 0 <= got.probe < 1 << 63
 
 
 def test_nesting_without_end_is_refused_like_any_other_nonsense() -> None:

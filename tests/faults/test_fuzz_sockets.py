@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
+import time
 import zlib
 from typing import TYPE_CHECKING
 
@@ -58,11 +59,13 @@ def framed(message: msgspec.Struct) -> bytes:
     return len(body).to_bytes(4, "little") + body
 
 
-def hello(engine: TransferEngine, transport: str) -> handshake.Hello:
+def hello(engine: TransferEngine) -> handshake.Hello:
+    return handshake.Hello(wire.LINK_VERSION, engine.engine_id, bytes(32))
+
+
+def introduction(transport: str) -> bytes:
     me = Identity("fuzz", "fuzz", "mars", 4711)
-    return handshake.Hello(
-        wire.LINK_VERSION, me, engine.engine_id, transport, "fuzz", -1, 1, bytes(32)
-    )
+    return msgspec.msgpack.encode(handshake.Introduction(me, transport, "fuzz", -1, 1))
 
 
 @pytest.mark.parametrize("greets", [False, True])
@@ -75,8 +78,8 @@ def test_strangers(
     """Without the secret: injured hellos, and injured proofs after a good one."""
     rng = random.Random(f"{transport}{greets}")
     engine = victim.engine
-    good = framed(hello(engine, transport))
-    honest = [framed(handshake.Proof("", bytes(32)))] if greets else [good]
+    good = framed(hello(engine))
+    honest = [framed(handshake.Proof(bytes(32), introduction(transport)))] if greets else [good]
     for _ in range(3):
         socks = []
         for _ in range(BATCH):
@@ -92,6 +95,32 @@ def test_strangers(
                 while sock.recv(1 << 16):
                     pass
             sock.close()
+    assert engine.links == ()
+    victim.unharmed()
+    victim.serves(transport)
+
+
+def test_introductions(
+    victim: Victim,
+    transport: str,
+    connection: Callable[[TransferEngine, str], socket.socket],
+) -> None:
+    """With the secret: injured introductions under a proof that covers them."""
+    rng = random.Random(f"introductions {transport}")
+    engine = victim.engine
+    nonce = bytes(32)
+    for _ in range(BATCH):
+        with connection(engine, transport) as sock:
+            sock.sendall(framed(hello(engine)))
+            deadline_s = time.monotonic() + PATIENCE_S
+            theirs = handshake._receive(sock, handshake.Challenge, "", deadline_s).nonce
+            said = injured([introduction(transport)], rng)
+            proof = handshake._proof(engine.address.secret, b"client", nonce, theirs, said)
+            with contextlib.suppress(OSError):
+                sock.sendall(framed(handshake.Proof(proof, said)))
+                sock.shutdown(1)
+                while sock.recv(1 << 16):
+                    pass
     assert engine.links == ()
     victim.unharmed()
     victim.serves(transport)

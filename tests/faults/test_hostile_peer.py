@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -16,6 +17,7 @@ from kvferry.engine.errors import (
     ProtocolError,
     RegionRefused,
 )
+from kvferry.engine.transports.segments import Outstanding
 from kvferry.engine.wire import frames as frames
 from kvferry.engine.wire import messages as wire
 from kvferry.engine.wire import tables
@@ -63,13 +65,21 @@ def test_a_read_is_not_over_because_the_peer_acknowledges_it(
 
 
 def test_a_read_that_is_refused_halfway_does_not_free_memory_under_its_thread(
-    victim: Victim, tcp_intruder: Intruder
+    victim: Victim, tcp_intruder: Intruder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    taken, take = threading.Event(), Outstanding.take_read
+
+    def take_read(*arguments: Any) -> Any:
+        landing = take(*arguments)
+        taken.set()
+        return landing
+
+    monkeypatch.setattr(Outstanding, "take_read", take_read)
     ticket = tcp_intruder.link.read(victim.region, 0, tcp_intruder.descriptor(), 0, 4096)
     ask = tcp_intruder.hear(wire.ReadRequest)
     header = frames.Header(frames.DATA, 0, 0, ask.first, ask.transfer, 4096, 1, 0)
-    tcp_intruder.frame(header, b"x" * 1000)  # a thread now waits for the rest
-    tcp_intruder.hear(wire.Heartbeat)
+    tcp_intruder.frame(header, b"x" * 1000)
+    assert taken.wait(PATIENCE_S)  # a thread now waits for the rest
     tcp_intruder.say(wire.Refuse(ask.transfer, "RegionGone", "ha", ask.first))
     with pytest.raises((ProtocolError, LinkError)):
         ticket.wait(PATIENCE_S)

@@ -13,6 +13,7 @@ import errno
 import functools
 import os
 import threading
+from collections import deque
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,12 +23,17 @@ from ...errors import (
     EngineError,
     LinkError,
     PeerLost,
+    ProtocolError,
+    QuotaExceeded,
     RegionGone,
     TransportUnavailable,
 )
 from ...memory import iovec
 from ...runtime.copy_threads import Batch
+from ...runtime.pipeline import Finisher
+from ...runtime.quota import Quota
 from ...transfer.moves import BlockMove
+from ...transfer.pieces import MAX_PIECE_NBYTES
 from ...transfer.transfer import Transfer
 from ...wire import tables
 from ...wire.messages import Arrived, Check, Checked, Refuse
@@ -51,6 +57,11 @@ if TYPE_CHECKING:
 # soon (flat from 2 to 32 MiB), and at least that much, because waking a copier costs 50 microseconds.
 CHUNK_NBYTES = 4 << 20
 MIN_CHUNK_NBYTES = 256 << 10
+# What the peer is asked to check at a time: it computes 1 GB/s, so this keeps it busy for 50 ms.
+CHECKS_AT_ONCE = 16
+MAX_CHECK_NBYTES = (
+    CHUNK_NBYTES + MAX_PIECE_NBYTES
+)  # a chunk ends with the piece that reaches its limit
 # A copy that is no larger, of no more pieces, is an inline copy of the thread that begins it, if that does
 # inline copies: one takes 5 to 40 microseconds, and a copier needs 50 to 150 to wake and take the interpreter.
 INLINE_NBYTES = 64 << 10
@@ -137,6 +148,11 @@ class CmaPath(DataPath):
         self._lock = threading.Lock()
         self._workers = Workers(link, "a copy")
         self._unchecked: dict[tuple[int, int], tuple[Transfer, int, int]] = {}  # by chunk
+        self._asks: deque[tuple[Transfer, int, slice, int, int]] = deque()  # that wait for a turn
+        # The peer's: a thread of its own, since a checksum is slower than a copy, and copiers are
+        # every link's.
+        self._checker = Finisher(f"{link.core.identity.name}-check")
+        self._checks = Quota("checksums", CHECKS_AT_ONCE)
         self.handlers = {
             **self._staging.handlers,
             Check: self._check_soon,
@@ -265,11 +281,17 @@ class CmaPath(DataPath):
             entry = self._unchecked.pop((transfer, chunk), None)
         if entry is None:
             self._link.fail(answer_to_nothing())
+        else:
+            self._ask_next()
         return entry
+
+    def tick(self) -> None:
+        self._staging.tick()
 
     def halt(self, halted: Callable[[], None]) -> None:
         self._workers.close()
-        self._staging.halt(lambda: self._workers.halt(halted))
+        checked = functools.partial(self._checker.close, halted)
+        self._staging.halt(lambda: self._workers.halt(checked))
 
     def _copy(self, transfer: Transfer, number: int, part: slice, remote: iovec.Iovec) -> None:
         if transfer.stopped is not None:
@@ -353,6 +375,7 @@ class CmaPath(DataPath):
     # Verification: the sender's checksum is compared where the bytes lie, before they count.
 
     def _ask_check(self, transfer: Transfer, number: int, part: slice, nbytes: int) -> None:
+        """Ask for the checksum of a chunk that is placed, once the peer has few to compute."""
         try:
             crc = iovec.checksum(transfer.local[part])
         except RegionGone as error:
@@ -360,6 +383,14 @@ class CmaPath(DataPath):
             transfer.end(0)
             return
         with self._lock:
+            self._asks.append((transfer, number, part, nbytes, crc))
+        self._ask_next()
+
+    def _ask_next(self) -> None:
+        with self._lock:
+            if not self._asks or len(self._unchecked) >= CHECKS_AT_ONCE:
+                return
+            transfer, number, part, nbytes, crc = self._asks.popleft()
             self._unchecked[transfer.id, number] = (transfer, nbytes, crc)
         self._link.send(
             Check(
@@ -374,30 +405,49 @@ class CmaPath(DataPath):
         )
 
     def _check_soon(self, ask: Check) -> bool:
-        """Has a copier check, unless the path has been halted by then."""
-        check = functools.partial(self._check, ask)
-        self._link.core.copiers.run(functools.partial(self._workers.enter_and_run, check))
+        """Has the link's own thread check, unless the path has been halted by then."""
+        try:
+            self._checks.take()
+        except QuotaExceeded as error:
+            self._link.fail(error)
+        else:
+            check = functools.partial(self._check, ask)
+            self._checker.put(functools.partial(self._workers.enter_and_run, check))
         return True
 
     def _check(self, ask: Check) -> None:
         """Compare the peer's checksum with one over this process's memory."""
         link = self._link
         try:
-            admitted = tables.admit(link.core.regions, ask.regions, ask.pieces)
-            crc = iovec.checksum(admitted.iov)
-            admitted.release()
+            nbytes, crc = self._checksum(ask)
         except LinkError as error:
+            self._checks.give()
             link.fail(error)
         except EngineError as error:
+            self._checks.give()
             link.send(Refuse(ask.transfer, type(error).__name__, error.message, ask.chunk))
         else:
+            self._checks.give()
             if ask.count and crc != ask.crc:
                 mismatch = checksum_mismatch(link.peer.name, ask.imm)
                 link.reject(ask.transfer, ask.imm, mismatch, first=ask.chunk)
                 return
             if ask.count and ask.imm is not None:
-                link.count(ask.imm, admitted.nbytes, 0)
+                link.count(ask.imm, nbytes, 0)
             link.send(Checked(ask.transfer, ask.chunk, crc))
+
+    def _checksum(self, ask: Check) -> tuple[int, int]:
+        """Return how many bytes the peer asks about, and their checksum."""
+        admitted = tables.admit(self._link.core.regions, ask.regions, ask.pieces)
+        try:
+            if admitted.nbytes > MAX_CHECK_NBYTES:
+                raise ProtocolError(
+                    f"a checksum of {admitted.nbytes} bytes is asked for: a chunk has at most "
+                    f"{MAX_CHECK_NBYTES}"
+                )
+            return admitted.nbytes, iovec.checksum(admitted.iov)
+        finally:
+            admitted.release()
 
     def _checked(self, answer: Checked) -> bool:
         entry = self._answered(answer.transfer, answer.chunk)

@@ -30,6 +30,7 @@ from ...wire.messages import (
 )
 from ..segments import (
     Outstanding,
+    Replies,
     Reply,
     admit_write,
     answer_to_nothing,
@@ -37,7 +38,6 @@ from ..segments import (
     checksum_mismatch,
     drop_replies,
     prepare_gpus,
-    serve,
 )
 from ..workers import Workers
 
@@ -101,7 +101,11 @@ class SharedStaging:
         self._in: queue.SimpleQueue[Staged | None] = queue.SimpleQueue()
         self._free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._filled: set[int] = set()  # slots that the peer is to empty
+        self._held: set[int] = set()  # slots of the peer's that are to be emptied here
+        self._opening: OpenStaging | None = None
         self._outstanding = Outstanding(link)
+        self._replies = Replies(link, SLOT_NBYTES)
+        self.tick = self._replies.tick
         self._named: tuple[object, bytes] = (None, b"")
         self._mine: SharedSlots | None = None
         self._theirs: SharedSlots | None = None
@@ -155,7 +159,7 @@ class SharedStaging:
             )
 
     def _serve_read(self, ask: ReadRequest) -> bool:
-        reply = serve(self._link, ask, SLOT_NBYTES)
+        reply = self._replies.serve(ask)
         if reply is not None:
             self._out.put(reply)
             if not self._start("out", self._send):
@@ -241,28 +245,50 @@ class SharedStaging:
     # The thread that scatters.
 
     def _take_in(self) -> None:
-        slots = self._theirs
+        slots = self._their_slots()
         if slots is not None:
             cap = self._link.core.max_programs
             prepare_gpus(self._link, lambda device: slots.movers.get(device, cap))
         work_off(self._in, self._scatter, self._placed, _always, _drop, _done)
 
+    def _their_slots(self) -> SharedSlots | None:
+        """Return the peer's slots, opened with the first call; None if there are none. On this thread,
+        since it is the peer who says what is opened, and that may take for ever."""
+        message = self._opening
+        if self._theirs is None and message is not None and not self._closed:
+            try:
+                self._theirs = SharedSlots.open(
+                    self._pid, message.descriptor, message.num_slots, message.slot_nbytes
+                )
+            except (FileNotFoundError, ProcessLookupError):
+                self._closed = True
+                self._link.suspect()  # its process has ended, or it has just closed the link
+        return self._theirs
+
+    def _give_back(self, slot: int) -> None:
+        """A slot of the peer's is empty again."""
+        with self._lock:
+            self._held.discard(slot)
+        self._link.send(Unstaged(slot))
+
     def _scatter(self, staged: Staged) -> _Scattered | None:
-        slots = self._theirs
+        slots = self._their_slots()
+        if self._closed:
+            return None
         if slots is None or staged.slot >= slots.num_slots or staged.nbytes > slots.slot_nbytes:
             raise ProtocolError(
                 f"slot {staged.slot} with {staged.nbytes} bytes is in no staging of the peer's"
             )
         landing = self._landing(staged)
         if landing is None:
-            self._link.send(Unstaged(staged.slot))
+            self._give_back(staged.slot)
             return None
         try:
             self._check(slots, staged)
             mover = slots.movers.get(landing.device, self._link.core.max_programs)
             moved = mover.scatter(slots.slot(staged.slot), landing.pieces)
         except EngineError as error:
-            self._link.send(Unstaged(staged.slot))
+            self._give_back(staged.slot)
             landing.placed(error, True)
             return None
         except BaseException:
@@ -283,7 +309,7 @@ class SharedStaging:
 
     def _placed(self, scattered: _Scattered) -> None:
         failure = outcome(scattered.moved)
-        self._link.send(Unstaged(scattered.slot))
+        self._give_back(scattered.slot)
         scattered.end(failure)
 
     # Both.
@@ -311,25 +337,24 @@ class SharedStaging:
     # The peer's messages, on the progress thread.
 
     def _staged(self, message: Staged) -> bool:
-        if not self._closed:
-            self._start("in", self._take_in)
-            self._in.put(message)
+        if self._closed:
+            return True
+        with self._lock:
+            full = message.slot in self._held
+            self._held.add(message.slot)
+        if full:
+            self._link.fail(ProtocolError(f"slot {message.slot} is filled and not emptied yet"))
+            return True
+        self._start("in", self._take_in)
+        self._in.put(message)
         return True
 
     def _open(self, message: OpenStaging) -> bool:
-        try:
-            if self._theirs is not None:
-                raise ProtocolError("the peer's staging is open already")
-            self._theirs = SharedSlots.open(
-                self._pid, message.descriptor, message.num_slots, message.slot_nbytes
-            )
-        except (FileNotFoundError, ProcessLookupError):
-            self._closed = True
-            self._link.suspect()  # its process has ended, or it has just closed the link
-        except EngineError as error:
-            self._link.fail(error)
-        else:
-            self._start("in", self._take_in)
+        if self._opening is not None:
+            self._link.fail(ProtocolError("the peer's staging is open already"))
+            return True
+        self._opening = message
+        self._start("in", self._take_in)
         return True
 
     def _unstaged(self, message: Unstaged) -> bool:

@@ -313,6 +313,7 @@ class CudaIpcPath(DataPath):
         return seen
 
     def tick(self) -> None:
+        self._host.tick()
         if self._graph_writes and self._watch():
             for lane in list(self._lanes.values()):
                 lane.ring()  # more may come: from now on it looks more often than ticks do

@@ -19,8 +19,16 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
-from ...errors import DeviceError, EngineError, NotRegistered, RegionGone, TransportUnavailable
+from ...errors import (
+    DeviceError,
+    EngineError,
+    NotRegistered,
+    OutOfRange,
+    RegionGone,
+    TransportUnavailable,
+)
 from ...memory.cuda_driver import driver
+from ...transfer.device_counters import COUNTERS_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -92,8 +100,9 @@ class PeerReach:
 class _Mapping:
     """One allocation of a peer, or the chunks of a region, mapped for one device of ours."""
 
-    def __init__(self, base: int, close: Callable[[], None]) -> None:
+    def __init__(self, base: int, nbytes: int, close: Callable[[], None]) -> None:
         self.base = base
+        self.nbytes = nbytes  # of the mapping, as the driver knows it
         self.close = close
         self.users: set[int] = set()  # region ids; 0 for the counters, which stay
 
@@ -117,6 +126,7 @@ class PeerMappings:
         Raises:
             TransportUnavailable: they cannot reach it, and why.
             RegionGone: the peer has taken it back.
+            OutOfRange: it leaves the allocation that the peer says holds it.
         """
         memory = region.cuda
         if memory is None:
@@ -125,23 +135,31 @@ class PeerMappings:
             )
         if not self._foreign(device, memory):
             return region.address
-        if memory.chunks and memory.offset + region.nbytes > sum(n for _, n in memory.chunks):
-            raise self._unreachable("the region is larger than its chunks")
         name = memory.handle or region.key
-        return self._map(device, memory, name, region.region_id, memory.chunks) + memory.offset
+        mapping = self._map(device, memory, name, region.region_id, memory.chunks)
+        # Nothing that the peer says of itself may aim our kernels beyond what it has exported.
+        if not 0 <= memory.offset <= mapping.nbytes - region.nbytes:
+            raise self._leaves(
+                f"region {region.region_id} of {region.nbytes} bytes at offset {memory.offset}",
+                mapping,
+            )
+        return mapping.base + memory.offset
 
     def counters(self, device: int, region: RegionDescriptor) -> int:
         """Return where kernels on `device` find the device counters of the engine that owns a
         region.
 
         Raises:
-            TransportUnavailable: as for `address`.
+            TransportUnavailable, OutOfRange: as for `address`.
         """
         memory = region.cuda
         assert memory is not None
         if not self._foreign(device, memory):
             return memory.counters_address
-        return self._map(device, memory, memory.counters, 0)
+        mapping = self._map(device, memory, memory.counters, 0)
+        if mapping.nbytes < COUNTERS_NBYTES:
+            raise self._leaves(f"an array of counters of {COUNTERS_NBYTES} bytes", mapping)
+        return mapping.base
 
     def obstacle(self, device: int, region: RegionDescriptor) -> str:
         """Return why kernels on `device` cannot reach a peer's region, as far as can be told
@@ -177,7 +195,7 @@ class PeerMappings:
         name: bytes,
         user: int,
         chunks: Sequence[tuple[int, int]] = (),
-    ) -> int:
+    ) -> _Mapping:
         """Map an allocation by its handle, or chunks, which `name` then only tells from others."""
         cuda = driver()
         key = (device, name)
@@ -199,15 +217,21 @@ class PeerMappings:
                     raise self._unreachable(why) from error
                 self._mappings[key] = mapping
             mapping.users.add(user)
-            return mapping.base
+            return mapping
 
     def _open(self, device: int, handle: bytes, chunks: Sequence[tuple[int, int]]) -> _Mapping:
         if chunks:
             mapped = MappedChunks(device, self._pid, chunks)
-            return _Mapping(mapped.base, mapped.close)
+            return _Mapping(mapped.base, mapped.nbytes, mapped.close)
         cuda = driver()
         base = cuda.open(device, handle)
-        return _Mapping(base, functools.partial(cuda.unmap, device, base))
+        unmap = functools.partial(cuda.unmap, device, base)
+        try:
+            start, nbytes = cuda.allocation(device, base)
+        except DeviceError:
+            unmap()
+            raise
+        return _Mapping(base, start + nbytes - base, unmap)
 
     def forget(self, region_id: int) -> None:
         """The peer takes a region back, and nothing here uses it any more."""
@@ -227,6 +251,13 @@ class PeerMappings:
         for mapping in mappings.values():
             mapping.close()
 
+    def _leaves(self, what: str, mapping: _Mapping) -> OutOfRange:
+        return OutOfRange(
+            f"{what} leaves the {mapping.nbytes} bytes of GPU memory that the peer has exported",
+            operation="map",
+            peer=self._peer,
+        )
+
     def _unreachable(self, reason: str) -> TransportUnavailable:
         return TransportUnavailable(
             f"the peer's GPU memory cannot be mapped: {reason}", operation="map", peer=self._peer
@@ -238,6 +269,7 @@ class MappedChunks:
 
     Attributes:
         base: where the first one begins here.
+        nbytes: of all.
     """
 
     def __init__(self, device: int, pid: int, chunks: Sequence[tuple[int, int]]) -> None:
@@ -248,9 +280,9 @@ class MappedChunks:
         """
         cuda = driver()
         self._device = device
-        self._nbytes = sum(size for _, size in chunks)
+        self.nbytes = sum(size for _, size in chunks)
         self._mapped: list[tuple[int, int]] = []
-        self.base = cuda.reserve(device, self._nbytes)
+        self.base = cuda.reserve(device, self.nbytes)
         try:
             start = self.base
             with _closing(os.pidfd_open(pid)) as process:
@@ -259,7 +291,7 @@ class MappedChunks:
                         cuda.map_chunk(device, start, size, copy)
                     self._mapped.append((start, size))
                     start += size
-            cuda.allow(device, self.base, self._nbytes)
+            cuda.allow(device, self.base, self.nbytes)
         except (OSError, DeviceError) as error:
             self.close()
             if isinstance(error, DeviceError):
@@ -275,7 +307,7 @@ class MappedChunks:
         cuda = driver()
         for start, size in self._mapped:
             cuda.unmap_chunk(self._device, start, size)
-        cuda.unreserve(self._device, self.base, self._nbytes)
+        cuda.unreserve(self._device, self.base, self.nbytes)
 
 
 @contextlib.contextmanager

@@ -26,15 +26,15 @@ from ...wire.messages import Acknowledge, ReadRequest, Refuse
 from ..base import Availability, DataPath
 from ..segments import (
     Outstanding,
+    Replies,
     Reply,
     Segment,
     answer_to_nothing,
     begin_counted,
     drop_replies,
-    serve,
 )
 from ..workers import Workers
-from .rail import FRAME_NBYTES, Receiver, Sender
+from .rail import BUFFER_NBYTES, FRAME_NBYTES, Receiver, Sender
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,6 +73,7 @@ class TcpPath(DataPath):
         self._rails = rails
         self._queue: queue.SimpleQueue[Segment | Reply | None] = queue.SimpleQueue()
         self._outstanding = Outstanding(link)
+        self._replies = Replies(link, BUFFER_NBYTES)
         self.handlers = {
             Acknowledge: self._outstanding.acknowledged,
             ReadRequest: self._serve_read,
@@ -107,7 +108,7 @@ class TcpPath(DataPath):
             self._outstanding.submit(transfer, cuts, self._queue.put)
 
     def _serve_read(self, ask: ReadRequest) -> bool:
-        reply = serve(self._link, ask)
+        reply = self._replies.serve(ask)
         if reply is not None:
             self._queue.put(reply)
             if not self._crew.busy:
@@ -119,6 +120,9 @@ class TcpPath(DataPath):
             return False  # the link ends the transfer
         self._link.fail(answer_to_nothing())
         return True
+
+    def tick(self) -> None:
+        self._replies.tick()
 
     def halt(self, halted: Callable[[], None]) -> None:
         self._crew.close()

@@ -20,12 +20,12 @@ from ...wire import frames, tables
 from ...wire.messages import Acknowledge, ReadRequest, Refuse, SlotFree
 from ..segments import (
     Outstanding,
+    Replies,
     Reply,
     Segment,
     admit_write,
     answer_to_nothing,
     checksum_mismatch,
-    serve,
 )
 from . import queue_pair as verbs_qp
 from .slots import (
@@ -90,6 +90,8 @@ class Frames:
         self._gathered: deque[tuple[int, int]] = deque()
         self._frames: dict[int, _Frame] = {}
         self._outstanding = Outstanding(link)
+        self._replies = Replies(link, FRAME_NBYTES)
+        self.tick = self._replies.tick
         self._scattering: dict[int, int] = {}
 
     # Sending.
@@ -110,7 +112,7 @@ class Frames:
 
     def serve(self, ask: ReadRequest) -> None:
         """Answer a peer that reads."""
-        reply = serve(self._link, ask, FRAME_NBYTES)
+        reply = self._replies.serve(ask)
         if reply is not None:
             self._waiting.append(reply)
             self.advance()

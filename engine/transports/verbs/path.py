@@ -189,6 +189,9 @@ class VerbsPath(DataPath):
     def drain(self) -> None:
         self.loop.drain()
 
+    def tick(self) -> None:
+        self._frames.tick()
+
     def halt(self, halted: Callable[[], None]) -> None:
         self.loop.halt(halted)
 

@@ -64,7 +64,7 @@ def worker() -> Iterator[Handoffs]:
     yield worker
     worker.loop.stop(lambda: None)
     worker.inline_copies.hand_over()
-    worker.copiers.stop()
+    worker.copiers.stop(15.0)
 
 
 def test_a_call_is_made_at_once_where_it_can_be(worker: Handoffs) -> None:

@@ -237,6 +237,32 @@ def test_the_other_end_of_a_link_writes_and_reads_too(
     assert np.array_equal(peer.contents(theirs), expected_there)
 
 
+def test_only_the_links_that_are_named_complete_an_expectation(
+    link: Link, engine: TransferEngine, peer: Peer, transport: str, new_pool: Callable[..., Pool]
+) -> None:
+    """imms are easily guessed; and another peer may make a mistake."""
+    mine = new_pool(1000, fill=SENTINEL)
+    theirs = peer.call("pool", 1000, 7)
+    imm, marker = engine.new_imm(), engine.new_imm()
+    foreign = engine.foreign_writes
+    with TransferEngine(name="another") as another:
+        other = another.connect(engine.address, transport=transport)
+        region = another.register(np.zeros(1000, np.uint8))
+        other.write(region, 0, mine.descriptor, 0, 500, imm=imm).wait(15.0)  # before it is expected
+        ticket = engine.expect(imm, nbytes=1000, writes=1, links=[link])
+        other.write(region, 0, mine.descriptor, 0, 500, imm=imm).wait(15.0)
+        other.abort(imm, "no")
+        meeting = engine.expect(marker, writes=1)
+        other.signal(marker).wait(15.0)
+        meeting.wait(15.0)
+        assert not ticket.done()
+        assert engine.foreign_writes > foreign
+    sent = peer.call("write", engine.engine_id, theirs.region_id, 0, mine.descriptor, 0, 1000, imm)
+    assert ticket.wait(15.0) == 1000
+    assert peer.call("wait", sent) == 1000
+    assert bool((mine.bytes == 7).all())
+
+
 def test_both_ends_write_much_at_once(
     link: Link, engine: TransferEngine, peer: Peer, new_pool: Callable[..., Pool]
 ) -> None:

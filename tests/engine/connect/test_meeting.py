@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from kvferry.engine.connect import handshake
-from kvferry.engine.connect.handshake import Hello
+from kvferry.engine.connect.handshake import Hello, Introduction
+from kvferry.engine.connect.listener import MAX_HANDSHAKES, MAX_HANDSHAKES_OF_A_SOURCE
 from kvferry.engine.errors import (
     DeadlineExceeded,
     EngineError,
@@ -53,32 +54,30 @@ def dial(address: EngineAddress, transport: str) -> socket.socket:
     return sock
 
 
-def hello_to(
-    server: TransferEngine, transport: str, nonce: bytes = bytes(32), **changes: object
-) -> Hello:
+def hello_to(server: TransferEngine, **changes: object) -> Hello:
+    return msgspec.structs.replace(Hello(LINK_VERSION, server.engine_id, bytes(32)), **changes)
+
+
+def introduction(over: str, **changes: object) -> Introduction:
     me = Identity("impostor", "impostor", handshake.host_id(), os.getpid())
-    hello = Hello(
-        version=LINK_VERSION,
-        identity=me,
-        server_engine_id=server.engine_id,
-        transport=transport,
-        link_id="x",
-        rail=-1,
-        num_rails=1,
-        nonce=nonce,
-    )
-    return msgspec.structs.replace(hello, **changes)
+    return msgspec.structs.replace(Introduction(me, over, "x", -1, 1), **changes)
 
 
 def greet(server: TransferEngine, over: str, address: EngineAddress, **changes: object) -> None:
     """Shakes hands by hand; raises what the handshake raises."""
     with dial(server.address, over) as sock:
-        handshake.connect(
-            sock,
-            address,
-            lambda nonce: msgspec.structs.replace(hello_to(server, over, nonce), **changes),
-            lambda _: "",
-        )
+        handshake.connect(sock, address, introduction(over, **changes), lambda _: "")
+
+
+def answer_to(server: TransferEngine, over: str, hello: msgspec.Struct) -> bytes:
+    """All that an engine says to somebody who says this and no more."""
+    with dial(server.address, over) as sock:
+        handshake._send(sock, hello)
+        sock.shutdown(socket.SHUT_WR)
+        data = bytearray()
+        while part := sock.recv(1 << 16):
+            data += part
+    return bytes(data[4:])
 
 
 def test_every_transport_is_tried_in_order(engine: TransferEngine, peer: Peer) -> None:
@@ -117,10 +116,10 @@ def test_a_wrong_secret_is_refused_at_either_end(server: TransferEngine, transpo
         client.connect(wrong, transport=transport)
     # A client that does not check the server's proof gets no further either.
     with dial(server.address, transport) as sock:
-        handshake._send(sock, hello_to(server, transport))
+        handshake._send(sock, hello_to(server))
         deadline_s = time.monotonic() + 15.0
         handshake._receive(sock, handshake.Challenge, "", deadline_s)
-        handshake._send(sock, handshake.Proof("", bytes(32)))
+        handshake._send(sock, handshake.Proof(bytes(32), b"not even looked at"))
         answer = handshake._receive(sock, handshake.Welcome, "", deadline_s)
         assert "the proof is wrong" in answer.refused
         assert sock.recv(1) == b""
@@ -155,15 +154,139 @@ def test_the_address_of_a_restarted_engine_is_refused_by_name(
     [
         ({"version": LINK_VERSION + 1}, f"link protocol {LINK_VERSION + 1} is not {LINK_VERSION}"),
         ({"server_engine_id": "somebody else"}, "was restarted"),
-        ({"transport": "carrier-pigeon"}, "'carrier-pigeon' is not offered here"),
+        ({"token_id": bytes(16)}, "this token is used"),
     ],
 )
 def test_a_hello_that_cannot_be_served_is_answered_in_words(
     server: TransferEngine, transport: str, changes: dict[str, object], words: str
 ) -> None:
-    with pytest.raises(TransportUnavailable, match=words):
-        greet(server, transport, server.address, **changes)
+    answer = answer_to(server, transport, hello_to(server, **changes))
+    assert words in msgspec.msgpack.decode(answer, type=handshake.Challenge).refused
     assert server.links == ()
+
+
+def test_a_hello_of_another_version_may_look_different(
+    server: TransferEngine, transport: str
+) -> None:
+    class Later(msgspec.Struct):
+        version: int = LINK_VERSION + 1
+        colour: str = "blue"
+
+    answer = answer_to(server, transport, Later())
+    assert "install equal versions" in msgspec.msgpack.decode(answer)["refused"]
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_a_stranger_learns_nothing_of_the_engine(
+    server: TransferEngine, transport: str, served: bool
+) -> None:
+    """Whether its hello is one that is served or refused."""
+    names = (server.engine_id, server.name, server._core.identity.host_id, server.address.unix_name)
+    secrets = [name.encode() for name in names]
+    secrets += [server.address.secret, server._listener._probe.word]
+    hello = hello_to(server) if served else hello_to(server, server_engine_id="who is there?")
+    answer = answer_to(server, transport, hello)
+    for secret in secrets:
+        assert secret not in answer
+    fields = msgspec.msgpack.decode(answer)
+    assert fields.keys() == {"refused", "nonce", "proof"}
+    assert [len(fields["nonce"]), len(fields["proof"])] == [32, 32 * served]
+    again = msgspec.msgpack.decode(answer_to(server, transport, hello))
+    assert not served or again["nonce"] != fields["nonce"]
+
+
+def test_a_client_says_nothing_of_itself_before_the_other_has_proven_itself(
+    engine: TransferEngine,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = msgspec.structs.replace(
+            engine.address, tcp_port=listener.getsockname()[1], unix_name=""
+        )
+        heard = bytearray()
+
+        def listen() -> None:
+            sock, _ = listener.accept()
+            with sock:
+                handshake._receive(sock, Hello, "", time.monotonic() + 15.0)
+                handshake._send(sock, handshake.Challenge("", bytes(32), bytes(32)))
+                while part := sock.recv(1 << 16):
+                    heard.extend(part)
+
+        thread = threading.Thread(target=listen)
+        thread.start()
+        with (
+            TransferEngine(name="client") as client,
+            pytest.raises(ProtocolError, match="does not know its own secret"),
+        ):
+            client.connect(address, transport="tcp")
+        thread.join()
+        assert heard == b""
+
+
+def test_an_introduction_is_covered_by_its_proof(server: TransferEngine, transport: str) -> None:
+    """Who sits on the way cannot make one client of another."""
+    nonce = bytes(32)
+    with dial(server.address, transport) as sock:
+        handshake._send(sock, hello_to(server, nonce=nonce))
+        deadline_s = time.monotonic() + 15.0
+        challenge = handshake._receive(sock, handshake.Challenge, "", deadline_s)
+        said = [
+            msgspec.msgpack.encode(introduction(transport, link_id=link))
+            for link in ("mine", "his")
+        ]
+        secret = server.address.secret
+        proof = handshake._proof(secret, b"client", nonce, challenge.nonce, said[0])
+        handshake._send(sock, handshake.Proof(proof, said[1]))
+        answer = handshake._receive(sock, handshake.Welcome, "", deadline_s)
+        assert "the proof is wrong" in answer.refused
+        assert answer.identity is None
+
+
+@pytest.mark.parametrize("sources", [1, 6])
+def test_strangers_do_not_keep_others_out(
+    server: TransferEngine, engine: TransferEngine, sources: int
+) -> None:
+    """Idle connections, from one address or from more than all places are for."""
+    there = (server.address.tcp_host, server.address.tcp_port)
+    with contextlib.ExitStack() as idle:
+        for number in range(300):
+            here = (f"127.0.0.{2 + number % sources}", 0) if sources > 1 else None
+            idle.enter_context(socket.create_connection(there, 15.0, here))
+        for _ in range(100):
+            idle.enter_context(dial(server.address, "cma"))
+        for transport in ("tcp", "cma"):
+            link = engine.connect(server.address, transport=transport, timeout_s=15.0)
+            link.signal(0).wait(15.0)
+            link.close()
+        held = [len(strangers._socks) for strangers in server._listener._strangers.values()]
+        assert max(held) <= MAX_HANDSHAKES
+
+
+def test_a_client_that_has_proven_itself_takes_no_strangers_place(server: TransferEngine) -> None:
+    with contextlib.ExitStack() as links:
+        first = links.enter_context(dial(server.address, "tcp"))
+        half = introduction("tcp", link_id="half", num_rails=2)
+        handshake.connect(first, server.address, half, lambda _: "")
+        for _ in range(MAX_HANDSHAKES_OF_A_SOURCE + 10):
+            links.enter_context(dial(server.address, "tcp"))
+        second = links.enter_context(dial(server.address, "tcp"))
+        rail = introduction("tcp", link_id="half", num_rails=2, rail=0)
+        handshake.connect(second, server.address, rail, lambda _: "")
+
+
+def test_a_process_of_another_user_is_refused_by_name(
+    server: TransferEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names of abstract sockets are in /proc/net/unix, and they have no permissions."""
+    if os.geteuid():
+        monkeypatch.setattr(os, "geteuid", lambda: 1)  # as if this process's were another's
+    else:  # root may do everything
+        monkeypatch.setattr(handshake, "_peer", lambda sock: (os.getpid(), 65534))
+    with dial(server.address, "cma") as sock:
+        answer = b"".join(iter(lambda: sock.recv(4096), b""))
+    challenge = msgspec.msgpack.decode(answer[4:], type=handshake.Challenge)
+    assert "takes no local links of user" in challenge.refused
+    assert server._listener._strangers["unix"]._socks == {}
 
 
 @pytest.mark.parametrize(
@@ -173,6 +296,7 @@ def test_a_hello_that_cannot_be_served_is_answered_in_words(
         ({"rail": -1, "num_rails": 0}, "a link of 0 rails"),
         ({"rail": -1, "num_rails": 65}, "a link of 65 rails"),
         ({"transport": "cma"}, "'cma' is not offered here"),
+        ({"transport": "carrier-pigeon"}, "'carrier-pigeon' is not offered here"),
     ],
 )
 def test_rails_that_belong_nowhere_are_refused(
@@ -186,7 +310,7 @@ def test_rails_that_belong_nowhere_are_refused(
 def test_a_cma_client_must_be_the_process_that_it_says(server: TransferEngine) -> None:
     word = np.arange(2, dtype=np.uint64)
     honest = {"probe": word.ctypes.data, "probe_word": word.tobytes()}
-    me = hello_to(server, "cma").identity
+    me = introduction("cma").identity
     for lie in (
         {**honest, "probe_word": bytes(16)},
         {**honest, "probe": 8},
@@ -200,7 +324,7 @@ def test_a_cma_client_must_be_the_process_that_it_says(server: TransferEngine) -
         handshake.connect(
             sock,
             server.address,
-            lambda nonce: hello_to(server, "cma", nonce, **honest),
+            introduction("cma", **honest),
             lambda _: "",
         )
         link = server.accept_link("impostor", timeout_s=15.0)
@@ -255,9 +379,7 @@ def test_a_handshake_ends_at_its_deadline_however_slowly_bytes_drip(
     thread.start()
     with ours, theirs:
         with pytest.raises(PeerLost, match="did not answer in time"):
-            handshake.connect(
-                ours, engine.address, lambda nonce: hello_to(engine, "tcp", nonce), lambda _: ""
-            )
+            handshake.connect(ours, engine.address, introduction("tcp"), lambda _: "")
         stop.set()
         thread.join()
 
@@ -289,7 +411,7 @@ def test_a_half_open_link_does_not_outlive_the_engine() -> None:
     handshake.connect(
         socks[-1],
         engine.address,
-        lambda nonce: hello_to(engine, "tcp", nonce, link_id="half", num_rails=2),
+        introduction("tcp", link_id="half", num_rails=2),
         lambda _: "",
     )
     engine.close()

@@ -128,15 +128,48 @@ def test_new_imms_avoid_what_is_live_waiting_or_lately_retired() -> None:
     assert table.new_imm() == live + 3
 
 
-def test_unexpected_imms_are_kept_up_to_a_bound() -> None:
+def test_unexpected_imms_are_kept_up_to_a_bound_of_each_link() -> None:
     table = CounterTable(max_unknown=4)
     for imm in range(1, 5):
-        table.arrived(imm, 1, 0, "good")
+        table.arrived(imm, 1, 0, "bad")
     with pytest.raises(UnknownImmOverflow):
         table.arrived(5, 1, 0, "bad")
-    table.arrived(4, 1, 0, "good")  # one that is known already
-    assert expect(table, 4, nbytes=2).done()
-    table.arrived(5, 1, 0, "bad")  # there is room again
+    table.arrived(4, 1, 0, "bad")  # one that is known already
+    for imm in range(3, 7):
+        table.arrived(imm, 1, 0, "good")  # has nothing to do with it
+    assert expect(table, 4, nbytes=3).done()
+    assert expect(table, 5, nbytes=1).done()
+    table.arrived(7, 1, 0, "bad")  # there is room again
+    with pytest.raises(UnknownImmOverflow):
+        table.arrived(8, 1, 0, "bad")
+
+
+def test_a_link_that_gives_up_much_makes_others_forget_nothing() -> None:
+    table = CounterTable(max_unknown=4)
+    table.fail(1, PeerAborted("good"), source="good")
+    for imm in range(10, 20):
+        table.fail(imm, PeerAborted("bad"), source="bad")
+    with pytest.raises(PeerAborted, match="good"):
+        expect(table, 1, nbytes=1).wait(0)
+    assert not expect(table, 15, nbytes=1).done()
+    with pytest.raises(PeerAborted, match="bad"):
+        expect(table, 16, nbytes=1).wait(0)
+
+
+def test_links_that_come_and_go_leave_no_more_than_a_bound() -> None:
+    table = CounterTable(max_unknown=4)
+    table.arrived(1, 1, 0, "good")
+    for link in range(5):
+        for imm in range(10 * link + 10, 10 * link + 13):
+            table.arrived(imm, 1, 0, link)
+            table.fail(imm + 5, PeerAborted("no"), source=link)
+        table.source_lost(link, lambda imm: PeerLost("gone", imm=imm))
+    assert len(table._unknown) + len(table._aborted) == 5
+    assert not any((table._kept.keys() | table._given_up.keys()) - {("good", "")})
+    for imm in list(table._unknown) + list(table._aborted):
+        expect(table, imm, nbytes=1)
+    assert not table._orphans
+    assert expect(table, 1, nbytes=2).exception() is None
 
 
 def test_what_a_lost_source_left_behind_makes_room_first() -> None:
@@ -198,6 +231,43 @@ def test_many_threads_count_right() -> None:
     assert not failures
     assert ticket.wait(0) == 48_000
     assert table.late_writes == 0
+
+
+class TestLinksThatCount:
+    """An imm that certain links are expected to write: no other peer completes, or ends, it."""
+
+    def test_only_they_count(self) -> None:
+        table = CounterTable()
+        ticket = expect(table, 5, nbytes=10, writes=1, sources=("a", "b"))
+        table.arrived(5, 10, 1, "c")
+        table.fail(5, PeerAborted("no"), source="c")
+        table.source_lost("c", lambda imm: PeerLost("gone", imm=imm))
+        assert not ticket.done()
+        assert table.foreign_writes == 2
+        table.arrived(5, 4, 0, "a")
+        table.arrived(5, 6, 1, "b")
+        assert ticket.wait(0) == 10
+
+    def test_of_what_came_before_only_theirs_counts(self) -> None:
+        table = CounterTable()
+        table.fail(6, PeerAborted("no"), source="c")
+        table.arrived(6, 100, 1, "c")
+        table.arrived(6, 4, 1, "a")
+        table.source_lost("c", lambda imm: PeerLost("gone", imm=imm))
+        ticket = expect(table, 6, nbytes=10, sources=("a",))
+        assert not ticket.done()
+        table.arrived(6, 6, 1, "a")
+        assert ticket.wait(0) == 10
+
+    def test_their_own_aborts_and_ends_are_remembered(self) -> None:
+        table = CounterTable()
+        table.fail(1, PeerAborted("no"), source="a")
+        table.arrived(2, 4, 1, "a")
+        table.source_lost("a", lambda imm: PeerLost("gone", imm=imm))
+        with pytest.raises(PeerAborted):
+            expect(table, 1, nbytes=10, sources=("a",)).wait(0)
+        with pytest.raises(PeerLost):
+            expect(table, 2, nbytes=10, sources=("a",)).wait(0)
 
 
 class TestABoundImm:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
-from kvferry.engine.errors import DeviceError, RegionGone
+from kvferry.engine.errors import DeviceError, OutOfRange, RegionGone
 from kvferry.engine.memory import cuda_driver as cuda
 from kvferry.engine.memory.descriptors import CudaMemory, RegionDescriptor
+from kvferry.engine.transfer.device_counters import COUNTERS_NBYTES
 from kvferry.engine.transports.cuda_ipc import path as cuda_ipc
 from kvferry.engine.transports.cuda_ipc import peer_memory
 from kvferry.engine.transports.cuda_ipc.peer_memory import PeerMappings, PeerReach
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+ALLOCATION_NBYTES = 1 << 20
 HIDDEN = "cc"
 UUIDS = ["aa", "bb"]
 
@@ -46,8 +49,30 @@ class Driver:
         self.mapped += 1
         return 4096
 
+    def allocation(self, _device: int, base: int) -> tuple[int, int]:
+        return base, ALLOCATION_NBYTES
+
     def unmap(self, _device: int, _address: int) -> None:
         self.mapped -= 1
+
+
+class Chunks:
+    """Chunks that are mapped where an allocation would be."""
+
+    def __init__(self, _device: int, _pid: int, chunks: Sequence[tuple[int, int]]) -> None:
+        self.base = 4096
+        self.nbytes = sum(size for _, size in chunks)
+
+    def close(self) -> None:
+        pass
+
+
+def in_chunks(whole: RegionDescriptor) -> RegionDescriptor:
+    """The same region, in memory that is mapped chunk by chunk."""
+    chunks = ((3, ALLOCATION_NBYTES // 2), (4, ALLOCATION_NBYTES // 2))
+    assert whole.cuda is not None
+    memory = msgspec.structs.replace(whole.cuda, handle=b"", chunks=chunks)
+    return msgspec.structs.replace(whole, cuda=memory)
 
 
 class Link:
@@ -72,10 +97,10 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     return fake
 
 
-def region(number: int, uuid: str) -> RegionDescriptor:
+def region(number: int, uuid: str, offset: int = 0, nbytes: int = 64) -> RegionDescriptor:
     handle = bytes([number]) * 64
-    memory = CudaMemory(handle, 0, uuid, b"c" * 64, 0)
-    return RegionDescriptor("engine", number, b"k" * 16, 1 << 20, 64, "cuda", memory)
+    memory = CudaMemory(handle, offset, uuid, b"c" * 64, 0)
+    return RegionDescriptor("engine", number, b"k" * 16, 1 << 20, nbytes, "cuda", memory)
 
 
 @pytest.fixture
@@ -144,6 +169,57 @@ def test_what_the_peer_has_taken_back_is_not_mapped_again(driver: Driver) -> Non
     assert PeerReach(Link(), mappings).obstacle((Local(),), (theirs,)) == ""  # type: ignore[arg-type]
     mappings.close()
     assert driver.mapped == 0
+
+
+@pytest.mark.parametrize(
+    ("offset", "nbytes"),
+    [
+        (-(1 << 32), 64),
+        (-1, 64),
+        (ALLOCATION_NBYTES - 63, 64),
+        (1 << 40, 64),
+        (2**63 - 1, 64),
+        (0, ALLOCATION_NBYTES + 1),
+        (64, 2**63 - 1),
+    ],
+)
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_region_that_leaves_its_allocation_aims_no_kernel(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, offset: int, nbytes: int, chunked: bool
+) -> None:
+    """What a peer says of its memory is added to where that is mapped here."""
+    monkeypatch.setattr(peer_memory, "MappedChunks", Chunks)
+    mappings = PeerMappings("peer", os.getpid() + 1)
+    for whole in (region(1, "aa", ALLOCATION_NBYTES - 64), region(1, "aa", 0, ALLOCATION_NBYTES)):
+        assert whole.cuda is not None
+        assert mappings.address(0, in_chunks(whole) if chunked else whole) >= 4096
+    lie = region(2, "aa", offset, nbytes)
+    with pytest.raises(OutOfRange, match=r"region 2 .* leaves"):
+        mappings.address(0, in_chunks(lie) if chunked else lie)
+    mappings.close()
+    assert driver.mapped == 0
+
+
+def test_counters_that_their_allocation_does_not_hold_are_not_mapped(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mappings = PeerMappings("peer", os.getpid() + 1)
+    monkeypatch.setattr(driver, "allocation", lambda _device, base: (base, COUNTERS_NBYTES - 1))
+    with pytest.raises(OutOfRange, match="counters"):
+        mappings.counters(0, region(1, "aa"))
+    mappings.close()
+    assert driver.mapped == 0
+
+
+@pytest.mark.parametrize("field", ["handle", "counters"])
+def test_a_descriptor_has_ranges(field: str) -> None:
+    """What does not decode needs no check where it is used."""
+    true = region(1, "aa").cuda
+    assert true is not None
+    for lie in ({field: b"x" * 65}, {"offset": -1}, {"counters_address": -1}):
+        memory = msgspec.structs.replace(true, **lie)
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.msgpack.decode(msgspec.msgpack.encode(memory), type=CudaMemory)
 
 
 @pytest.mark.parametrize("hidden", [False, True])
