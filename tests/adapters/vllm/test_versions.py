@@ -56,7 +56,6 @@ READ = {
     "RequestStatus": ("FINISHED_LENGTH_CAPPED", "FINISHED_STOPPED"),
     "SchedulerOutput": (
         "num_scheduled_tokens",
-        "preempted_req_ids",
         "scheduled_cached_reqs",
         "scheduled_new_reqs",
         "total_num_scheduled_tokens",
