@@ -196,6 +196,7 @@ class Submitter:
         if not move.on_gpu:
             check_on_gpu(plan, *ids)  # says so
         self._check_regions("graph_write", move.local, move.remote)
+        plan.local.check_intact()
         self._ask_access(plan)
         transfer = self._make(Ticket("graph_write", peer=self._peer), move, write=True)
         transfer.total_nbytes = 1  # which is never placed
@@ -235,6 +236,7 @@ class Submitter:
     def _launch(self, op: Op, move: BlockMove, compiled: Any) -> Ticket:
         """Begin a move of blocks by a kernel. The host's share of it is this and what the path does:
         every line counts."""
+        compiled.check_local()
         ticket = self._ticket(op)
         transfer = self._make(ticket, move, write=move.plan.writes)
         kernels = self._kernels
@@ -373,14 +375,13 @@ class Submitter:
                 operation=op.kind,
                 peer=self._peer,
             )
-        if plan.local.kind == "host":
-            if op.stream is not None:
-                raise PlanError(
-                    "stream= orders GPU memory, but this plan's cache is host memory",
-                    operation=op.kind,
-                    peer=self._peer,
-                )
-            plan.local.check_intact()
+        if plan.local.kind == "host" and op.stream is not None:
+            raise PlanError(
+                "stream= orders GPU memory, but this plan's cache is host memory",
+                operation=op.kind,
+                peer=self._peer,
+            )
+        plan.local.check_intact()
 
     def _check_registered(self, op: Op, mine: object, theirs: object) -> None:
         if not isinstance(mine, MemoryRegion):

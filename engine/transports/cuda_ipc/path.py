@@ -19,7 +19,7 @@ import numpy as np
 
 from ...errors import DeviceError, EngineError, NotRegistered, PlanError, TransportUnavailable
 from ...memory import cuda_driver as cuda
-from ...transfer.compute_gate import compute_event
+from ...memory.cuda_events import check_not_captured
 from ...transfer.device_counters import slot_offset
 from ...transfer.moves import BlockMove, TokenMove
 from ...transfer.transfer import Transfer
@@ -110,29 +110,6 @@ class CudaIpcPath(DataPath):
         self._halting = False
         self._limit_nbytes = link.core.paths.limit_nbytes("cuda_ipc")
 
-    def before(self, transfer: Transfer, stream: torch.cuda.Stream | None) -> None:
-        regions = transfer.local_regions
-        if not regions or regions[0].device < 0:
-            return
-        if not self._goes_direct(transfer):
-            self._host.before(transfer, stream)
-            return
-        import torch
-
-        # Without a stream: after what the caller has enqueued, as torch's own operations are.
-        device = regions[0].device
-        with _Refusing(transfer):
-            if transfer.move is None and not self._link.has_access(transfer.remote_regions):
-                # What comes of it shows when the peer's memory is mapped, so not before it may be.
-                from .scratch import AnyonesEvent
-
-                event = compute_event(device, stream)
-                assert event is not None
-                transfer.after = AnyonesEvent(event)
-                return
-            lane = self._lane(device)
-            transfer.after = lane.mark(stream or torch.cuda.current_stream(device))
-
     # Pieces.
 
     def submit(self, transfer: Transfer) -> None:
@@ -207,7 +184,9 @@ class CudaIpcPath(DataPath):
             counter = 0
             if transfer.imm is not None and transfer.write:
                 counter = compiled.counters + slot_offset(transfer.imm)
-                transfer.on_placed = functools.partial(self._tell_placed, transfer)
+                transfer.on_placed = functools.partial(
+                    self._tell_placed, transfer, compiled.counted
+                )
             if not transfer.total_nbytes:
                 transfer.end_empty()
                 return
@@ -234,15 +213,13 @@ class CudaIpcPath(DataPath):
         else:
             raw = stream.cuda_stream
         if stream is not None and stream.device_index != device:
-            why = f"the stream is one of GPU {stream.device_index}, the cache is on GPU {device}"
-        elif raw and cuda.driver().is_capturing(raw):
-            why = (
-                "a CUDA graph is being captured from this stream, and a graph repeats no ticket: "
-                "make a Link.graph_write before, and launch that"
+            raise PlanError(
+                f"the stream is one of GPU {stream.device_index}, the cache is on GPU {device}",
+                operation=transfer.ticket.operation,
+                peer=self._link.peer.name,
             )
-        else:
-            return raw
-        raise PlanError(why, operation=transfer.ticket.operation, peer=self._link.peer.name)
+        check_not_captured(raw, transfer.ticket.operation, self._link.peer.name)
+        return raw
 
     def _submit_tokens(self, transfer: Transfer, move: TokenMove) -> None:
         """Move tokens by one launch for each copy group of planes."""
@@ -331,7 +308,10 @@ class CudaIpcPath(DataPath):
                 addresses = self._remote_addresses(plan.remote.regions, device)
                 cap = self._link.core.max_programs
                 counters = self._mappings.counters(device, plan.remote.regions[0])
-                compiled = compile_plan(plan, layers, addresses, counters, device, cap)
+                counted = self._mappings.counted(device, plan.remote.regions[0])
+                compiled = compile_plan(
+                    plan, layers, addresses, counters, device, cap, counted=counted
+                )
                 self._plans[key] = compiled
             return compiled
 
@@ -371,7 +351,9 @@ class CudaIpcPath(DataPath):
         """Refuse what this path cannot move; arranges the count of what it can."""
         self._check_kinds(kinds, transfer.local_regions, transfer.ticket.operation)
         if transfer.write and transfer.imm is not None:
-            transfer.on_placed = functools.partial(self._tell_placed, transfer)
+            here, there = transfer.local_regions[0].device, transfer.remote_regions[0]
+            counted = self._mappings.counted(here, there)
+            transfer.on_placed = functools.partial(self._tell_placed, transfer, counted)
 
     def _check_kinds(
         self, kinds: set[str], local: Sequence[MemoryRegion | RegisteredCache], operation: str
@@ -386,11 +368,11 @@ class CudaIpcPath(DataPath):
             return
         raise NotRegistered(why, operation=operation, peer=peer)
 
-    def _tell_placed(self, transfer: Transfer) -> None:
-        """Tell the peer's host what the kernel has added to its device's counter."""
+    def _tell_placed(self, transfer: Transfer, counted: bool) -> None:
+        """Tell the peer's host what has arrived, and whether its device's counter has it."""
         assert transfer.imm is not None
         nbytes = transfer.total_nbytes
-        self._link.send(Arrived(transfer.imm, nbytes, 1, device_nbytes=nbytes))
+        self._link.send(Arrived(transfer.imm, nbytes, 1, device_nbytes=nbytes if counted else 0))
 
     def _remote_addresses(self, regions: tuple[RegionDescriptor, ...], device: int) -> Any:
         addresses = [self._mappings.address(device, region) for region in regions]
