@@ -346,8 +346,9 @@ class Submitter:
         return takes
 
     def _begin(self, transfer: Transfer) -> None:
-        """Hand a transfer to the path: nothing stands in its way."""
-        (transfer.start or self._path.submit)(transfer)
+        """Hand a transfer to the path, if nothing stands in its way."""
+        if transfer.stopped is None:
+            (transfer.start or self._path.submit)(transfer)
 
     def _ended(self, transfer: Transfer) -> None:
         """A transfer has ended: its memory is free, and a peer that counts on it is told."""

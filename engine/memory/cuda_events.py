@@ -91,6 +91,17 @@ class TorchEvent:
         return not handle or driver().query_event(handle)  # without one it was never recorded
 
 
+def wait_for(event: torch.cuda.Event) -> None:
+    """Wait until an event that the caller has recorded has come.
+
+    Raises:
+        DeviceError: the GPU has failed.
+    """
+    handle = TorchEvent(event).handle
+    if handle:
+        driver().synchronize_event(handle)
+
+
 class HeldStreams:
     """How many waits of streams end only when a thread of this process says so. Thread-safe.
 

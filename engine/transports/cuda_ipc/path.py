@@ -10,6 +10,7 @@ memory.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
@@ -29,7 +30,7 @@ from ..cma.path import CmaPath
 from .peer_memory import PeerMappings, PeerReach
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
@@ -251,7 +252,7 @@ class CudaIpcPath(DataPath):
         lane = self._lane(device)
         if plan.blocks_pair:
             compiled = self.compile(plan, layers)
-            with torch.cuda.device(device):
+            with self._making_tables(device), torch.cuda.device(device):
                 # A block that does not exist: the kernels are loaded and run, and touch nothing.
                 nowhere = torch.full((1,), -1, dtype=torch.int64, device=device)
                 lane.try_out(compiled.copies, CheckedIds(nowhere, nowhere, True, 1), MANY_IDS)
@@ -259,7 +260,7 @@ class CudaIpcPath(DataPath):
             launches = self._compiled_tokens(plan, layers, device)
             if plan.remote.regions:
                 self._mappings.counters(device, plan.remote.regions[0])
-            with torch.cuda.device(device):
+            with self._making_tables(device), torch.cuda.device(device):
                 warm_tokens(launches, self._link.core.max_programs, torch.device("cuda", device))
         lane.warm()
 
@@ -309,11 +310,26 @@ class CudaIpcPath(DataPath):
                 cap = self._link.core.max_programs
                 counters = self._mappings.counters(device, plan.remote.regions[0])
                 counted = self._mappings.counted(device, plan.remote.regions[0])
-                compiled = compile_plan(
-                    plan, layers, addresses, counters, device, cap, counted=counted
-                )
+                with self._making_tables(device):
+                    compiled = compile_plan(
+                        plan, layers, addresses, counters, device, cap, counted=counted
+                    )
                 self._plans[key] = compiled
             return compiled
+
+    @contextlib.contextmanager
+    def _making_tables(self, device: int) -> Iterator[None]:
+        """Let torch make tables on the current stream, whatever other threads capture.
+
+        Raises:
+            PlanError: this thread captures a graph from that stream.
+        """
+        import torch
+
+        raw = torch._C._cuda_getCurrentRawStream(device)
+        check_not_captured(raw, "compile", self._link.peer.name)
+        with cuda.driver().beside_captures():
+            yield
 
     def _compiled_tokens(
         self, plan: TransferPlan, layers: Sequence[int] | None, device: int
@@ -329,7 +345,8 @@ class CudaIpcPath(DataPath):
                 here, there = plan.addresses, self._remote_addresses(plan.remote.regions, device)
                 src, dst = (here, there) if plan.writes else (there, here)
                 where = torch.device("cuda", device)
-                entry = (plan, compile_tokens(plan.tokens, layers, src, dst, where))
+                with self._making_tables(device):
+                    entry = (plan, compile_tokens(plan.tokens, layers, src, dst, where))
                 self._token_plans[key] = entry
             return entry[1]
 

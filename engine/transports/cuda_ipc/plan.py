@@ -15,6 +15,7 @@ import torch
 
 from ....kernels.launch import LoadedCopy
 from ....kernels.paged import Geometry, PagedCache
+from ...memory.cuda_driver import driver
 from ...transfer.device_counters import NUM_SLOTS
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def load_kernels(plan: TransferPlan, max_programs: int | None) -> None:
     device = plan.local.device
     if not plan.blocks_pair:
         return
-    with torch.cuda.device(device):
+    with driver().beside_captures(), torch.cuda.device(device):
         copies = compile_plan(plan, None, plan.addresses, 0, device, max_programs).copies
         for copy, dtype, num_ids in itertools.product(
             copies, (torch.int32, torch.int64), (1, MANY_IDS)
