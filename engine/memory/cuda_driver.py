@@ -257,9 +257,15 @@ class Driver:
         self._on(device, "cuMemFree", address)
 
     def read_word(self, device: int, address: int) -> int:
-        """Read an int64 of device memory; wait for it."""
+        """Read an int64 of device memory; wait for it, but not for what streams have been given."""
         word = ctypes.c_int64()
-        self._on(device, "cuMemcpyDtoH", ctypes.addressof(word), address, 8)
+        stream = self.new_stream(
+            device
+        )  # the synchronous call runs behind the default stream's work
+        with self.current(device), self.beside_captures():
+            self.call("cuMemcpyDtoHAsync", ctypes.addressof(word), address, 8, stream)
+            self.call("cuStreamSynchronize", stream)
+        self.destroy_stream(device, stream)
         return word.value
 
     def allocation(self, device: int, address: int) -> tuple[int, int]:

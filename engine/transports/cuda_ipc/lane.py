@@ -250,13 +250,13 @@ class Lane:
                 return
             try:
                 flight = _Flight(self, transfer, self._events)
+                if not self._flags:
+                    self._flags += Flag.several(AHEAD)
                 if not ids.on_gpu:
                     count = ids.num_blocks
                     scratch = flight.scratch = self._take(2 * count)
                     scratch.words[:count] = ids.src
                     scratch.words[count : 2 * count] = ids.dst
-                if not self._flags:
-                    self._flags += Flag.several(AHEAD)
             except Exception as error:
                 missing = error
             else:
@@ -284,12 +284,8 @@ class Lane:
         counter: int,
     ) -> None:
         """What the driver is told for a transfer of blocks."""
-        cuda, raw, flag, scratch = (
-            self._enqueuer(),
-            self._raw_stream,
-            flight.flag,
-            flight.scratch,
-        )
+        cuda, raw = self._enqueuer(), self._raw_stream
+        flag, scratch = flight.flag, flight.scratch
         assert flag is not None
         mark = self._mark.handle
         if stream is not None:

@@ -33,7 +33,6 @@ INSIDE: dict[str, tuple[Any, list[str]]] = {
     "synchronize": (None, ["cuCtxSynchronize"]),
     "allocate, not zeroed": (ADDRESS, ["cuMemAlloc_v2 4096"]),
     "free": (None, ["cuMemFree_v2 7f0000001000"]),
-    "read_word": (-5, ["cuMemcpyDtoH_v2 7f0000001000 8"]),
     "allocation": ([0x7F0000000000, 1 << 21], ["cuMemGetAddressRange_v2 7f0000001009"]),
     "export": (HANDLE, ["cuIpcGetMemHandle 7f0000001000"]),
     "open": (0x7E0000000000, ["cuIpcOpenMemHandle_v2 1..64 1"]),
@@ -110,6 +109,15 @@ AS_IT_IS: dict[str, tuple[Any, list[str]]] = {
             *(PUSH, RELAX, "cuMemAlloc_v2 4096", RESTORE, POP),
             *(PUSH, RELAX, "cuStreamCreate 1", RESTORE, POP),
             *(PUSH, RELAX, "cuMemsetD8Async 7f0000001000 0 4096 51", "cuStreamSynchronize 51"),
+            *(RESTORE, POP),
+            *(PUSH, RELAX, "cuStreamDestroy_v2 51", RESTORE, POP),
+        ],
+    ),
+    "read_word": (
+        -5,
+        [
+            *(PUSH, RELAX, "cuStreamCreate 1", RESTORE, POP),
+            *(PUSH, RELAX, "cuMemcpyDtoHAsync_v2 7f0000001000 8 51", "cuStreamSynchronize 51"),
             *(RESTORE, POP),
             *(PUSH, RELAX, "cuStreamDestroy_v2 51", RESTORE, POP),
         ],

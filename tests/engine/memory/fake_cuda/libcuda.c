@@ -66,7 +66,9 @@ int cuMemFree_v2(u64 address) { TELL("%lx", address); }
 int cuMemsetD8Async(u64 address, unsigned char byte, size_t size, u64 stream) {
     TELL("%lx %d %zu %lx", address, byte, size, stream);
 }
-int cuMemcpyDtoH_v2(int64_t *to, u64 from, size_t size) { GIVE(to, -5, "%lx %zu", from, size); }
+int cuMemcpyDtoHAsync_v2(int64_t *to, u64 from, size_t size, u64 stream) {
+    GIVE(to, -5, "%lx %zu %lx", from, size, stream);
+}
 int cuMemcpyHtoDAsync_v2(u64 to, u64 from, size_t size, u64 stream) {
     TELL("%lx %lx %zu %lx", to, from, size, stream);
 }
