@@ -125,8 +125,10 @@ class Commands:
     def new_imm(self) -> int:
         return self._engine.new_imm()
 
-    def expect(self, imm: int, **options: Any) -> int:
-        links = [self._link] if self._link is not None else []
+    def expect(self, imm: int, *, named: bool = False, **options: Any) -> int:
+        """Expects bytes of anybody, which a word of the GPU counts too; or of the named link alone,
+        which only hosts count."""
+        links = [self._link] if named and self._link is not None else []
         self._tickets.append(self._engine.expect(imm, links=links, **options))
         return len(self._tickets) - 1
 
