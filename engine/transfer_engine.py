@@ -28,6 +28,7 @@ from .errors import (
     NotRegistered,
     TransportUnavailable,
 )
+from .memory.cuda_events import Event, TorchEvent
 from .memory.descriptors import CacheDescriptor
 from .memory.regions import MemoryRegion, RegionTable, RegisteredCache, quarantine
 from .runtime import fork
@@ -386,13 +387,14 @@ class TransferEngine:
 
     def when_computed(
         self,
-        event: torch.cuda.Event,
+        event: torch.cuda.Event | Event,
         then: Callable[[], None],
         failed: Callable[[EngineError], None],
     ) -> None:
         """Call `then` once a CUDA event has passed: at once if it has, else on a thread of this
         engine. Calls `failed` instead if the GPU has failed. Neither may block."""
-        self._core.gate.when(event, then, failed)
+        known = event if isinstance(event, Event) else TorchEvent(event)
+        self._core.gate.when(known, then, failed)
 
     def connect(
         self,

@@ -6,6 +6,7 @@ H200 machine, of which 4.3 are the driver's. What does not change is kept here i
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +20,8 @@ from .runtime import triton
 from .tiles import SMALL_BELOW_NBYTES, default_tuning
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from .paged import PagedCache
 
 LOG_ROWS = 1 << 14  # launches whose end a host may be late to see: 160 ms of the shortest ones
@@ -95,6 +98,20 @@ def _parameter_sizes(driver: Any, function: Any) -> list[int]:
         sizes.append(size)
 
 
+@contextlib.contextmanager
+def _beside_captures() -> Iterator[None]:
+    """Let this thread load a kernel whatever CUDA graphs other threads capture."""
+    from cuda.bindings import driver
+
+    _, mode = driver.cuThreadExchangeStreamCaptureMode(
+        driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    )
+    try:
+        yield
+    finally:
+        driver.cuThreadExchangeStreamCaptureMode(mode)
+
+
 class LoadedCopy:
     """Copies blocks of `src` into blocks of `dst`, both seen by one GPU. One launch at a time, which
     the caller sees to.
@@ -131,6 +148,7 @@ class LoadedCopy:
         self._cap = max_programs
         self._num_slots = num_slots
         self._lock = threading.Lock()
+        self._graph_launch = threading.Lock()
         self._kernels: dict[tuple[object, ...], LoadedKernel] = {}
         self._last: tuple[Any, ...] = ()  # layers follow each other with the same ids
 
@@ -190,6 +208,8 @@ class LoadedCopy:
     ) -> None:
         """As `launch`, with the imm and the number of ids, at most `most_ids`, read on the device.
 
+        Several threads may launch at a time: writes of one plan share its kernels.
+
         Args:
             counters: address of the array of counters.
             words: their `log_rows` and `num_slots` are constants of the kernel.
@@ -204,9 +224,10 @@ class LoadedCopy:
             counters,
             self.id_nbytes,
         ]
-        kernel.words[1:10] = arguments
-        kernel.words[11] = most_ids
-        kernel.launch(stream, x, y)
+        with self._graph_launch:  # the driver reads them without the interpreter lock
+            kernel.words[1:10] = arguments
+            kernel.words[11] = most_ids
+            kernel.launch(stream, x, y)
 
     def _kernel(
         self, num_ids: int, src_dtype: torch.dtype, dst_dtype: torch.dtype, graph: bool
@@ -254,7 +275,7 @@ class LoadedCopy:
             *(2,) * 6,
             *constants,
         )
-        with self._lock, torch.cuda.device(self._device):
+        with self._lock, torch.cuda.device(self._device), _beside_captures():
             compiled = copy_kernel.warmup(*arguments, grid=(1,), num_warps=tuning.num_warps)
             kernel = LoadedKernel(compiled, cut.block_chunks, cut.chunks)
             # The arguments that are the same with every launch.

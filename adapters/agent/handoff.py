@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from ...control.errors import HandoffTimeout
 from ...control.handoff.events import SourceFinished, SourceReady, UserCancelled
 from ...engine.errors import DeadlineExceeded
+from ...engine.memory.cuda_events import mark
 from ...engine.transfer.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -210,13 +211,10 @@ class SendHandoff(Handoff):
         if self._device < 0:
             self._tell(self, event)
             return
-        import torch
-
+        reached = mark(self._device, stream, "send")
         step = _Step(event)
         with self._lock:
             self._uncomputed.append(step)
-        reached = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        reached.record(stream or torch.cuda.current_stream(self._device))
         self._engine.when_computed(
             reached, partial(self._computed, step), lambda error: self.cancel(error.message)
         )

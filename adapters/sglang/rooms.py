@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...engine.errors import EngineError, PlanError
+from ...engine.memory.cuda_events import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -133,7 +134,7 @@ class Room:
         try:
             if not self.reason:
                 for event in chunk.events:
-                    event.synchronize()
+                    wait_for(event)
                 for part in list(self.parts.values()):
                     if part.link is not None and part.plans is not None:
                         self._start(part, part.link, part.plans, chunk)

@@ -17,6 +17,7 @@ from ...kernels.errors import ShapeError
 from ...kernels.rows import NARROW_WORDS, WIDE_WORDS, find_maxima, move_rows, row_types
 from ..errors import DeviceError, PlanError
 from ..memory.cuda_driver import driver
+from ..memory.cuda_events import Event, pool_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,7 +67,7 @@ class CudaStream:
         self._device = device
         self._raw = driver().new_stream(device)
         self._stream: Any = torch.cuda.ExternalStream(self._raw, device=device)  # type: ignore[no-untyped-call]
-        self._event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event = Event(pool_of(device))
 
     def allocate(self, nbytes: int) -> int:
         """Not torch's: its allocator may give what another stream still uses."""
@@ -78,10 +79,10 @@ class CudaStream:
 
     def pinned(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Kept by the array."""
-        memory: npt.NDArray[np.uint8] = torch.empty(
-            nbytes, dtype=torch.uint8, pin_memory=True
-        ).numpy()
-        return memory
+        with driver().beside_captures():
+            memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        array: npt.NDArray[np.uint8] = memory.numpy()
+        return array
 
     def upload(self, there: int, here: int, nbytes: int) -> None:
         """On the stream."""
@@ -89,14 +90,16 @@ class CudaStream:
 
     @contextlib.contextmanager
     def launching(self) -> Iterator[None]:
-        """Make the stream, and its device, the current ones of this thread."""
-        with torch.cuda.stream(self._stream):
+        """Make the stream, and its device, the current ones of this thread; kernels may be loaded."""
+        with driver().beside_captures(), torch.cuda.stream(self._stream):
             yield
 
     def synchronize(self) -> None:
         """Spin in native code, without the interpreter lock."""
-        self._event.record(self._stream)
-        self._event.synchronize()
+        cuda = driver()
+        with cuda.current(self._device):
+            cuda.record(self._event.handle, self._raw)
+        cuda.synchronize_event(self._event.handle)
 
     def close(self) -> None:
         """The stream is idle."""

@@ -196,6 +196,7 @@ class Submitter:
         if not move.on_gpu:
             check_on_gpu(plan, *ids)  # says so
         self._check_regions("graph_write", move.local, move.remote)
+        plan.local.check_intact()
         self._ask_access(plan)
         transfer = self._make(Ticket("graph_write", peer=self._peer), move, write=True)
         transfer.total_nbytes = 1  # which is never placed
@@ -235,6 +236,7 @@ class Submitter:
     def _launch(self, op: Op, move: BlockMove, compiled: Any) -> Ticket:
         """Begin a move of blocks by a kernel. The host's share of it is this and what the path does:
         every line counts."""
+        compiled.check_local()
         ticket = self._ticket(op)
         transfer = self._make(ticket, move, write=move.plan.writes)
         kernels = self._kernels
@@ -344,8 +346,9 @@ class Submitter:
         return takes
 
     def _begin(self, transfer: Transfer) -> None:
-        """Hand a transfer to the path: nothing stands in its way."""
-        (transfer.start or self._path.submit)(transfer)
+        """Hand a transfer to the path, if nothing stands in its way."""
+        if transfer.stopped is None:
+            (transfer.start or self._path.submit)(transfer)
 
     def _ended(self, transfer: Transfer) -> None:
         """A transfer has ended: its memory is free, and a peer that counts on it is told."""
@@ -373,14 +376,13 @@ class Submitter:
                 operation=op.kind,
                 peer=self._peer,
             )
-        if plan.local.kind == "host":
-            if op.stream is not None:
-                raise PlanError(
-                    "stream= orders GPU memory, but this plan's cache is host memory",
-                    operation=op.kind,
-                    peer=self._peer,
-                )
-            plan.local.check_intact()
+        if plan.local.kind == "host" and op.stream is not None:
+            raise PlanError(
+                "stream= orders GPU memory, but this plan's cache is host memory",
+                operation=op.kind,
+                peer=self._peer,
+            )
+        plan.local.check_intact()
 
     def _check_registered(self, op: Op, mine: object, theirs: object) -> None:
         if not isinstance(mine, MemoryRegion):

@@ -2,6 +2,10 @@
 
 Nothing of CUDA is loaded before the first call. The bindings release the interpreter lock in every
 call; the few that a transfer makes keep it (`LockKeepingDriver`).
+
+A thread that captures a CUDA graph in the global mode, which is CUDA's default and torch's, forbids
+the others of its process whatever might disturb it, such as to allocate memory or to ask for an
+event: their calls fail, and so does the capture. What needs it runs in the relaxed mode here.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import ctypes
 import functools
 import importlib.util
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DeviceError
@@ -29,6 +34,18 @@ IPC_HANDLE_NBYTES = 64
 # later. Six calls beside such a thread on an H200 machine: 20 to 50 us in the median with the lock
 # kept, 5 to 31 ms without (decision 0051).
 KEEPS_LOCK = True
+
+RELAXED = 2  # the mode of a thread whose calls no capture of another thread forbids
+_NOT_READY = 600  # what an event is asked for has not come
+# What a thread is told because another one captures a graph: it says nothing of the GPU.
+_CAPTURE_CODES = frozenset({900, 901, 902, 903, 904, 905, 906, 908})
+# The driver is gone or never was; the context is dead, and every further call says the same.
+_FINAL_CODES = frozenset(
+    {0, 3, 4, 100, 101, 214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 999}
+)
+# How long a wait whose call fails otherwise is begun again: no capture of one graph takes longer.
+PATIENCE_S = 60.0
+ASK_AGAIN_S = 1e-3
 
 
 def absence() -> str:
@@ -52,9 +69,15 @@ class Driver:
     """The driver's functions; every failure raises `DeviceError` with CUDA's own name for it.
 
     Devices are indices; addresses, streams and events are integers, as torch gives them.
+
+    Attributes:
+        unlocked: the same driver, every call of which releases the interpreter lock.
     """
 
+    unlocked: Driver
+
     def __init__(self) -> None:
+        self.unlocked = self
         reason = absence()
         if reason:
             raise DeviceError(reason)
@@ -116,17 +139,47 @@ class Driver:
         return int(self._on(device, "cuEventCreate", flags))
 
     def synchronize_event(self, event: int) -> None:
-        """Wait, awake and without the interpreter lock, until an event has come."""
-        self.call("cuEventSynchronize", event)
+        """Wait, awake and without the interpreter lock, until an event has come.
+
+        Raises:
+            DeviceError: the GPU has failed. What fails for another reason is asked again.
+        """
+        with self.beside_captures():
+            self._persist("cuEventSynchronize", event)
+
+    def query_event(self, event: int) -> bool:
+        """Return whether an event has come; not yet, where a capture forbids the question."""
+        try:
+            with self.beside_captures():
+                self.call("cuEventQuery", event)
+        except DeviceError as error:
+            if error.code == _NOT_READY or error.code in _CAPTURE_CODES:
+                return False
+            raise
+        return True
+
+    @contextlib.contextmanager
+    def beside_captures(self) -> Iterator[None]:
+        """Let this thread allocate, ask and wait whatever graphs other threads capture."""
+        mode = self._exchange(RELAXED)
+        try:
+            yield
+        finally:
+            self._exchange(mode)
 
     def stay_out_of_captures(self) -> None:
-        """Keep what this thread waits for from breaking a capture that is made on another."""
-        mode = self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-        self.call("cuThreadExchangeStreamCaptureMode", mode)
+        """As `beside_captures`, for the rest of a thread of our own."""
+        self._exchange(RELAXED)
+
+    def _exchange(self, mode: int) -> int:
+        """Set how captures of other threads bind this one; return how they did."""
+        wanted = self._cuda.CUstreamCaptureMode(mode)
+        return int(self.call("cuThreadExchangeStreamCaptureMode", wanted))
 
     def synchronize(self, device: int) -> None:
         """Wait for everything that this process has given a device."""
-        self._on(device, "cuCtxSynchronize")
+        with self.current(device), self.beside_captures():
+            self._persist("cuCtxSynchronize")
 
     @contextlib.contextmanager
     def current(self, device: int) -> Iterator[None]:
@@ -135,7 +188,7 @@ class Driver:
         try:
             yield
         finally:
-            self.call("cuCtxPopCurrent")
+            self.leave()
 
     def device_count(self) -> int:
         """Return how many devices this process sees."""
@@ -167,6 +220,15 @@ class Driver:
         """Return whether kernels on `device` can reach the memory of `peer`."""
         return device == peer or bool(self.call("cuDeviceCanAccessPeer", device, peer))
 
+    @functools.cache  # noqa: B019 - there is one Driver a process
+    def adds_at(self, device: int, peer: int) -> bool:
+        """Return whether an atomic addition by `device` to memory of `peer` is one: else it is a
+        read and a write, between which another may write."""
+        if device == peer:
+            return True
+        asked = self._cuda.CUdevice_P2PAttribute.CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED
+        return bool(self.call("cuDeviceGetP2PAttribute", asked, device, peer))
+
     def enable_peer_access(self, device: int, peer: int) -> None:
         """Let kernels of this process on `device` reach its own memory on `peer`."""
         if device == peer:
@@ -184,7 +246,7 @@ class Driver:
             # The synchronous call runs behind whatever the default stream has been given, and
             # returns before: the zeros would come over what others have written meanwhile.
             stream = self.new_stream(device)
-            with self.current(device):
+            with self.current(device), self.beside_captures():
                 self.call("cuMemsetD8Async", address, 0, nbytes, stream)
                 self.call("cuStreamSynchronize", stream)
             self.destroy_stream(device, stream)
@@ -195,9 +257,15 @@ class Driver:
         self._on(device, "cuMemFree", address)
 
     def read_word(self, device: int, address: int) -> int:
-        """Read an int64 of device memory; wait for it."""
+        """Read an int64 of device memory; wait for it, but not for what streams have been given."""
         word = ctypes.c_int64()
-        self._on(device, "cuMemcpyDtoH", ctypes.addressof(word), address, 8)
+        stream = self.new_stream(
+            device
+        )  # the synchronous call runs behind the default stream's work
+        with self.current(device), self.beside_captures():
+            self.call("cuMemcpyDtoHAsync", ctypes.addressof(word), address, 8, stream)
+            self.call("cuStreamSynchronize", stream)
+        self.destroy_stream(device, stream)
         return word.value
 
     def allocation(self, device: int, address: int) -> tuple[int, int]:
@@ -235,7 +303,7 @@ class Driver:
     def export_chunk(self, device: int, address: int) -> int:
         """Return a file descriptor of the chunk that is mapped at an address: the caller's to
         close."""
-        with self.current(device):
+        with self.current(device), self.beside_captures():
             handle = self.call("cuMemRetainAllocationHandle", address)
             try:
                 return int(self.call("cuMemExportToShareableHandle", handle, self._fd_kind, 0))
@@ -252,7 +320,7 @@ class Driver:
 
     def map_chunk(self, device: int, address: int, nbytes: int, fd: int) -> None:
         """Map a chunk at reserved addresses; its descriptor may be closed afterwards."""
-        with self.current(device):
+        with self.current(device), self.beside_captures():
             handle = self.call("cuMemImportFromShareableHandle", fd, self._fd_kind)
             try:
                 self.call("cuMemMap", address, nbytes, 0, handle, 0)
@@ -276,6 +344,12 @@ class Driver:
         asked = self._cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED
         return bool(self.call("cuDeviceGetAttribute", asked, device))
 
+    @functools.cache  # noqa: B019 - there is one Driver a process
+    def flushes(self, device: int) -> bool:
+        """Return whether a stream that has waited for a word can flush what came before it."""
+        asked = self._cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES
+        return bool(self.call("cuDeviceGetAttribute", asked, device))
+
     def new_stream(self, device: int) -> int:
         """Make a stream of its own: torch's come from a pool, so two users may share one."""
         flags = self._cuda.CUstream_flags.CU_STREAM_NON_BLOCKING
@@ -286,13 +360,20 @@ class Driver:
         self._on(device, "cuStreamDestroy", stream)
 
     def wait_value(self, device: int, stream: int, address: int, value: int) -> None:
-        """Let a stream wait until the word at `address` is at least `value`."""
-        until = self._cuda.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
-        self._on(device, "cuStreamWaitValue64", stream, address, value, until)
+        """Let a stream wait until the word at `address` is at least `value`.
+
+        What a peer wrote before the word is visible to what comes behind: the writer's release
+        orders the two, and where the device may reorder what arrives, it is told to flush.
+        """
+        which = self._cuda.CUstreamWaitValue_flags
+        until = int(which.CU_STREAM_WAIT_VALUE_GEQ)
+        if self.flushes(device):
+            until |= int(which.CU_STREAM_WAIT_VALUE_FLUSH)
+        self._enqueue(device, "cuStreamWaitValue64", stream, address, value, until)
 
     def write_value(self, device: int, stream: int, address: int, value: int) -> None:
         """Let a stream write a word."""
-        self._on(device, "cuStreamWriteValue64", stream, address, value, 0)
+        self._enqueue(device, "cuStreamWriteValue64", stream, address, value, 0)
 
     def pin(self, device: int, address: int, nbytes: int) -> None:
         """Register host memory, whole pages: kernels of all devices reach it by its address."""
@@ -306,15 +387,42 @@ class Driver:
     def copy(self, device: int, dst: int, src: int, nbytes: int, stream: int) -> None:
         """Copy between device memory and pinned host memory, either way, on a stream."""
         if nbytes:
-            self._on(device, "cuMemcpyAsync", dst, src, nbytes, stream)
+            self._enqueue(device, "cuMemcpyAsync", dst, src, nbytes, stream)
+
+    def _persist(self, name: str, *arguments: Any) -> None:
+        """Call what waits until it has; only what shows that the GPU has failed ends it at once."""
+        until_s = 0.0
+        while True:
+            try:
+                self.call(name, *arguments)
+            except DeviceError as error:
+                now_s = time.monotonic()
+                until_s = until_s or now_s + PATIENCE_S
+                if error.code in _FINAL_CODES or now_s >= until_s:
+                    raise
+                time.sleep(ASK_AGAIN_S)
+            else:
+                return
 
     def _on(self, device: int, name: str, *arguments: Any) -> Any:
-        """Call a function with the context of `device` current, as `current` makes it, but quicker."""
+        """Call a function with the context of `device` current, beside what others capture."""
         self.enter(device)
         try:
-            return self.call(name, *arguments)
+            mode = self._exchange(RELAXED)
+            try:
+                return self.call(name, *arguments)
+            finally:
+                self._exchange(mode)
         finally:
-            self.call("cuCtxPopCurrent")
+            self.leave()
+
+    def _enqueue(self, device: int, name: str, *arguments: Any) -> None:
+        """Give a stream of `device` something to do, which no capture of others forbids."""
+        self.enter(device)
+        try:
+            self.call(name, *arguments)
+        finally:
+            self.leave()
 
     def _context(self, device: int) -> Any:
         context = self._contexts.get(device)
@@ -345,11 +453,14 @@ class Driver:
 class LockKeepingDriver(Driver):
     """Makes the calls of a transfer by ctypes, which keeps the interpreter lock: see `KEEPS_LOCK`.
 
-    They only note what is to be done. Each function is looked up once.
+    They only note what is to be done, as long as the stream has room: `unlocked` is for one that may
+    be full. Each function is looked up once.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.unlocked = Driver()
+        self.unlocked._contexts = self._contexts
         library = ctypes.PyDLL(LIBRARY)
 
         def function(name: str, *arguments: Any) -> Any:
@@ -367,6 +478,8 @@ class LockKeepingDriver(Driver):
             "cuMemcpyHtoDAsync_v2", ctypes.c_uint64, handle, ctypes.c_size_t, handle
         )
         self._is_capturing = function("cuStreamIsCapturing", handle, pointer(ctypes.c_int))
+        self._query = function("cuEventQuery", handle)
+        self._exchange_mode = function("cuThreadExchangeStreamCaptureMode", pointer(ctypes.c_int))
 
     def enter(self, device: int) -> None:
         """As `Driver.enter`."""
@@ -406,6 +519,24 @@ class LockKeepingDriver(Driver):
         if code:
             raise self._failure("cuStreamIsCapturing", code)
         return bool(status.value)
+
+    def query_event(self, event: int) -> bool:
+        """As `Driver.query_event`."""
+        mode = self._exchange(RELAXED)
+        code = self._query(event)
+        self._exchange(mode)
+        if code == _NOT_READY or code in _CAPTURE_CODES:
+            return False
+        if code:
+            raise self._failure("cuEventQuery", code)
+        return True
+
+    def _exchange(self, mode: int) -> int:
+        word = ctypes.c_int(mode)
+        code = self._exchange_mode(ctypes.byref(word))
+        if code:
+            raise self._failure("cuThreadExchangeStreamCaptureMode", code)
+        return word.value
 
 
 @functools.cache

@@ -17,6 +17,7 @@ import torch
 from ...kernels.pieces import FEWEST_SHORT_ROWS, copy_pieces, make_table
 from ..errors import DeviceError
 from ..memory.cuda_driver import driver
+from ..memory.cuda_events import Event, pool_of
 from ..memory.iovec import gpu_bytes_at
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class _Table:
     def __init__(self, device: int, num_words: int) -> None:
         self.device = device
         self.num_words = num_words
-        self._here = torch.empty(num_words, dtype=torch.int64, pin_memory=True)
+        with driver().beside_captures():
+            self._here = torch.empty(num_words, dtype=torch.int64, pin_memory=True)
         self._address = driver().allocate(device, 8 * num_words, zeros=False)
         self._there = gpu_bytes_at(device, self._address, 8 * num_words).view(torch.int64)
         self._words: npt.NDArray[np.int64] = self._here.numpy()
@@ -61,7 +63,7 @@ class _Table:
 class _Flight:
     """A launch that was begun, and the table that it reads."""
 
-    def __init__(self, mover: GpuMover, table: _Table, event: torch.cuda.Event) -> None:
+    def __init__(self, mover: GpuMover, table: _Table, event: Event) -> None:
         self._mover = mover
         self._table = table
         self._event = event
@@ -69,20 +71,18 @@ class _Flight:
     def done(self) -> bool:
         """Return whether the kernel has ended, or failed."""
         try:
-            return bool(self._event.query())  # type: ignore[no-untyped-call]
-        except RuntimeError:
+            return self._event.query()
+        except DeviceError:
             return True  # `wait` says why
 
     def wait(self) -> None:
         """Spin in native code, without the interpreter lock, until the kernel has ended."""
         try:
-            self._event.synchronize()
-        except RuntimeError as error:
-            raise DeviceError(
-                f"GPU {self._mover.device} failed: {error}", operation="stage"
-            ) from error
+            driver().synchronize_event(self._event.handle)
+        except DeviceError as error:
+            why = f"GPU {self._mover.device} failed: {error.message}"
+            raise DeviceError(why, code=error.code, operation="stage") from error
         self._mover._tables.append(self._table)
-        self._mover._events.append(self._event)
 
 
 class GpuMover:
@@ -98,7 +98,7 @@ class GpuMover:
         ]
         self._turns = itertools.cycle(self._streams)
         self._tables: deque[_Table] = deque()
-        self._events: deque[torch.cuda.Event] = deque()
+        self._pool = pool_of(device)
 
     def gather(self, pieces: Iovec, address: int) -> _Flight:
         """Begin to copy the pieces to `address` in pinned memory."""
@@ -151,12 +151,15 @@ class GpuMover:
         src, dst = (scattered, staged) if gather else (staged, scattered)
         table = make_table(src, dst, nbytes)
         room = self._room(table.columns.size)
-        event = self._events.pop() if self._events else torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event = Event(self._pool)
         raw_stream, stream = next(self._turns)
-        with torch.cuda.stream(stream):
+        cuda = driver()
+        # Kernels may be loaded, and take memory.
+        with cuda.beside_captures(), torch.cuda.stream(stream):
             columns = room.upload(table.columns, raw_stream)
             copy_pieces(table, columns, max_programs=self._max_programs)
-            event.record(stream)
+            with cuda.current(self.device):
+                cuda.record(event.handle, raw_stream)
         return _Flight(self, room, event)
 
     def _room(self, num_words: int) -> _Table:

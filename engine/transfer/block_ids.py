@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..errors import PlanError
+from ..memory.cuda_driver import driver
 from ..plan.block_tables import are_few
 
 if TYPE_CHECKING:
@@ -89,12 +90,13 @@ def upload_ids(plan: TransferPlan, src: Any, dst: Any) -> UploadedIds:
 
     ids = check_ids(plan, src, dst)
     device = torch.device("cuda", plan.local.device)
-    if ids.on_gpu:
-        order = torch.argsort(ids.dst)
-        rows = torch.stack([ids.src[order].long(), ids.dst[order].long()])
-    else:
-        rows = torch.from_numpy(np.stack([ids.src, ids.dst])).to(device)
-    torch.cuda.current_stream(device).synchronize()
+    with driver().beside_captures():
+        if ids.on_gpu:
+            order = torch.argsort(ids.dst)
+            rows = torch.stack([ids.src[order].long(), ids.dst[order].long()])
+        else:
+            rows = torch.from_numpy(np.stack([ids.src, ids.dst])).to(device)
+        torch.cuda.current_stream(device).synchronize()
     return UploadedIds(plan, rows)
 
 

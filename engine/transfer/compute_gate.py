@@ -13,12 +13,14 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import DeviceError, EngineError
+from ..memory.cuda_events import mark
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
 
+    from ..memory.cuda_events import Event as CudaEvent
     from .transfer import Transfer
 
 # An event behind nothing passes some microseconds after it was recorded: it is looked for so often,
@@ -31,7 +33,7 @@ class Event(Protocol):
     """A CUDA event, as far as the gate knows it."""
 
     def query(self) -> bool:
-        """Return whether it has passed; raise RuntimeError if the GPU failed."""
+        """Return whether it has passed; raise DeviceError if the GPU failed."""
 
 
 class StreamGate:
@@ -78,8 +80,9 @@ class StreamGate:
         try:
             if not event.query():
                 return False
-        except RuntimeError as error:
-            failed(DeviceError(f"the stream before a transfer failed: {error}", operation="order"))
+        except DeviceError as error:
+            why = f"the stream before a transfer failed: {error.message}"
+            failed(DeviceError(why, code=error.code, operation="order"))
             return True
         then()
         return True
@@ -102,22 +105,25 @@ class StreamGate:
 def note_compute(transfer: Transfer, stream: torch.cuda.Stream | None) -> None:
     """Note what a stream has been given so far, if the transfer's memory is a GPU's.
 
-    Without a stream: what the caller has enqueued, as torch's own operations are ordered.
+    Without a stream: what the caller has enqueued, as torch's own operations are ordered. A stream
+    that has nothing to wait for, since a CUDA graph is being captured from it, ends the transfer.
     """
     regions = transfer.local_regions
-    transfer.after = compute_event(regions[0].device if regions else -1, stream)
+    try:
+        transfer.after = compute_event(regions[0].device if regions else -1, stream)
+    except EngineError as error:
+        transfer.stop(error.again(operation=transfer.ticket.operation, peer=transfer.ticket.peer))
 
 
-def compute_event(device: int, stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
+def compute_event(device: int, stream: torch.cuda.Stream | None) -> CudaEvent | None:
     """Return what passes once a stream (the device's current one if None) has done what it has been
-    given so far; None for host memory, whose device is -1."""
-    if device < 0:
-        return None
-    import torch
+    given so far; None for host memory, whose device is -1.
 
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(stream or torch.cuda.current_stream(device))
-    return event
+    Raises:
+        PlanError: a CUDA graph is being captured from it.
+        DeviceError: the GPU has failed.
+    """
+    return None if device < 0 else mark(device, stream)
 
 
 def hold_until_computed(

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from ..memory.cuda_driver import driver
+from ..memory.cuda_events import held_streams
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,7 @@ class DeviceCounters:
         self._arrays: dict[int, tuple[bytes, int]] = {}  # device: IPC handle, address
         self._streams: dict[int, int] = {}
         self._owners: dict[int, tuple[int, int]] = {}  # slot: imm, target
+        self._waits: dict[int, int] = {}  # slot: streams that were let to wait for it
         self._spinners: list[tuple[int, int]] = []  # stream, event
         self._seen: set[int] = set()  # imms whose bytes a thread has seen here, ahead of the news
         self._ahead: OrderedDict[int, int] = OrderedDict()  # imm: bytes whose news is to come
@@ -112,16 +114,22 @@ class DeviceCounters:
         imm = ticket.imm
         if imm is None:
             return False
+        slot = imm % NUM_SLOTS
         with self._lock:
-            owner = self._owners.get(imm % NUM_SLOTS)
+            owner = self._owners.get(slot)
             if owner is None or owner[0] != imm:
                 return False
             ((array_device, (_, address)),) = self._arrays.items()
-            device = stream.device_index
-            if array_device != device:
-                driver().enable_peer_access(device, array_device)
-            driver().wait_value(device, stream.cuda_stream, address + slot_offset(imm), owner[1])
-            return True
+            # Until the ticket ends: a thread of this process ends the wait if the peer does not.
+            self._waits[slot] = self._waits.get(slot, 0) + 1
+            held_streams.add(1)
+        # Without the lock: the stream may be full, and wait for what `_ended` writes. If the ticket
+        # ends now the word has what is waited for, since words only grow.
+        device = stream.device_index
+        if array_device != device:
+            driver().enable_peer_access(device, array_device)
+        driver().wait_value(device, stream.cuda_stream, address + slot_offset(imm), owner[1])
+        return True
 
     def spin(self, ticket: Ticket, nbytes: int) -> None:
         """Wait awake, without the interpreter lock, for the ticket's word; then end the ticket.
@@ -159,6 +167,7 @@ class DeviceCounters:
         slot = ticket.imm % NUM_SLOTS
         with self._lock:
             _, target = self._owners.pop(slot)
+            held_streams.add(-self._waits.pop(slot, 0))
             value = self._values.get(slot, 0)
             if value >= target and ticket.exception() is None:
                 return

@@ -80,6 +80,8 @@ NOT_OF_THE_PROTOCOL = {
     "agent.arguments.SOON_S": "what a deadline that has passed becomes",
     "agent.executor.NEVER_S": "no timeout",
     "transfer.compute_gate.POLL_S": "how a thread waits for its own GPU",
+    "memory.cuda_driver.ASK_AGAIN_S": "how a thread waits for its own GPU",
+    "memory.cuda_driver.PATIENCE_S": "how a thread waits for its own GPU",
     "cuda_ipc.lane.LINGER_S": "how a thread waits for its own GPU",
     "cuda_ipc.lane.LOOK_S": "how a thread waits for its own GPU",
 }

@@ -1,4 +1,8 @@
-"""What the GPU tests share: an engine here, a peer in a process of its own, on one GPU or on two."""
+"""What the GPU tests share: an engine here, a peer in a process of its own, on one GPU or on two.
+
+Each test runs with both ends on one GPU; where there are two, with an end on each besides. What needs
+two by itself says so (`two_gpus`).
+"""
 
 from __future__ import annotations
 
@@ -40,15 +44,24 @@ def _needs_gpu() -> None:
         pytest.skip("needs a CUDA device; torch sees none")
 
 
-@pytest.fixture(params=["one GPU", "two GPUs"], scope="session")
+def _arrangements() -> list[str]:
+    return ["one GPU", "two GPUs"] if torch.cuda.device_count() > 1 else ["one GPU"]
+
+
+@pytest.fixture(params=_arrangements(), scope="session")
 def peer_device(request: pytest.FixtureRequest) -> int:
     """The peer's GPU; ours is 0."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device; torch sees none")
-    device = int(request.param == "two GPUs")
-    if device >= torch.cuda.device_count():
-        pytest.skip("needs 2 CUDA devices; torch sees 1")
-    return device
+    return int(request.param == "two GPUs")
+
+
+@pytest.fixture
+def two_gpus() -> None:
+    """For what no arrangement on one GPU shows."""
+    count = torch.cuda.device_count()
+    if count < 2:
+        pytest.skip(f"needs 2 CUDA devices; torch sees {count}")
 
 
 @pytest.fixture

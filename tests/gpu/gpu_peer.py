@@ -6,6 +6,7 @@ options as JSON. Takes `(command, arguments, options)` and answers `(ok, value o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kvferry.engine.errors import EngineError
+from kvferry.engine.errors import DeadlineExceeded, EngineError
 from kvferry.engine.layout.kv_layout import KVLayout
+from kvferry.engine.transfer import stream_wait
 from kvferry.engine.transfer_engine import TransferEngine
 from tests.support.child import pipe_of_child, serve
 
@@ -123,8 +125,10 @@ class Commands:
     def new_imm(self) -> int:
         return self._engine.new_imm()
 
-    def expect(self, imm: int, **options: Any) -> int:
-        links = [self._link] if self._link is not None else []
+    def expect(self, imm: int, *, named: bool = False, **options: Any) -> int:
+        """Expects bytes of anybody, which a word of the GPU counts too; or of the named link alone,
+        which only hosts count."""
+        links = [self._link] if named and self._link is not None else []
         self._tickets.append(self._engine.expect(imm, links=links, **options))
         return len(self._tickets) - 1
 
@@ -176,6 +180,58 @@ class Commands:
                 return
 
         threading.Thread(target=run, daemon=True).start()
+
+    def crowd(self, dst: CacheDescriptor, count: int, timeout_s: float) -> list[str]:
+        """Writes a block so often that neither the stream before the writes nor the lane's has room
+        for all: the first one waits for words that a thread of this process writes, in `timeout_s`.
+        What ended otherwise than well."""
+        link, local = self._link, self._caches[-1][0]
+        assert link is not None
+        plan = self._engine.plan(local, dst)
+        link.prepare(plan)
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        number = torch.zeros(1, device=self._device)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            number += 1  # loaded from here on
+        link.write_blocks(plan, [1], [2], stream=stream).wait(60.0)
+        stream.synchronize()
+        by_host, on_gpu = (
+            self._engine.expect(self._engine.new_imm(), timeout_s=timeout_s, **what)  # type: ignore[arg-type]
+            for what in ({"writes": 1}, {"nbytes": 1})
+        )
+        by_host.wait_on(stream)
+        tickets = []
+        with torch.cuda.stream(stream):
+            for turn in range(count):
+                number += 1
+                tickets.append(link.write_blocks(plan, [1], [2], stream=stream, timeout_s=60.0))
+                if turn % 100 == 0:
+                    with contextlib.suppress(DeadlineExceeded):  # it may have ended by now
+                        on_gpu.wait_on(stream)
+        for ticket in tickets:
+            with contextlib.suppress(EngineError):
+                ticket.wait(60.0)
+        stream.synchronize()
+        wrong = [repr(ticket) for ticket in tickets if ticket.exception() is not None]
+        wrong += [f"{number.item()} additions"] if number.item() != count + 1 else []
+        return wrong
+
+    def wait_often(self, count: int, at_once: int, timeout_s: float) -> int:
+        """Lets a stream wait for many expects that nobody fulfils, more than the engine has words for
+        at once; how many streams' waits ended."""
+        stream_wait._PAGE_WORDS = at_once
+        stream_wait._free.clear()
+        streams = []
+        for _ in range(count):
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            ticket = self._engine.expect(self._engine.new_imm(), writes=1, timeout_s=timeout_s)
+            with contextlib.suppress(DeadlineExceeded):
+                ticket.wait_on(stream)
+            streams.append(stream)
+        for stream in streams:
+            stream.synchronize()
+        return len(streams)
 
     def close(self) -> None:
         self._engine.close()

@@ -90,14 +90,14 @@ class GraphWrite:
         self._transfer = transfer
         self._src_ids, self._dst_ids, self._order = ids
         self._device = device
-        self._counters = compiled.counters
+        self._counters, self._counted = compiled.counters, compiled.counted
         self._copy = compiled.copies[0]
         self._lock = threading.Lock()
-        with torch.cuda.device(device):
+        with driver().beside_captures(), torch.cuda.device(device):
             # Finished programs; the gate; launches so far.
             self._words = torch.zeros(3, dtype=torch.int64, device=device)
             torch.cuda.current_stream(device).synchronize()
-        self._rows = torch.zeros((LOG_ROWS, 2), dtype=torch.int64, pin_memory=True)
+            self._rows = torch.zeros((LOG_ROWS, 2), dtype=torch.int64, pin_memory=True)
         self._log = self._rows.numpy().view("uint64")
         self._addresses = GraphWords(
             order=self._order.data_ptr(),
@@ -217,7 +217,8 @@ class GraphWrite:
                 self._link.abort(imm, "a block id or their number was out of range")
         elif imm:
             nbytes = num_ids * self._copy.id_nbytes
-            self._link.send(Arrived(imm, nbytes, 1, device_nbytes=nbytes))
+            there = nbytes if self._counted else 0
+            self._link.send(Arrived(imm, nbytes, 1, device_nbytes=there))
 
     def _check_overrun(self, number: int, numbers: tuple[int, int]) -> None:
         """Rows that were overwritten before anybody looked: the peer cannot be told any more."""

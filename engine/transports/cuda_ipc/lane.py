@@ -21,7 +21,8 @@ import torch
 from ....kernels.errors import LaunchError
 from ...errors import BlockOutOfRange, DeviceError
 from ...memory.cuda_driver import driver
-from .scratch import AHEAD, FEWEST_WORDS, Event, Flag, Scratch, idle_events
+from ...memory.cuda_events import AHEAD, Event, EventPool, enqueuer, held_streams, pool_of
+from .scratch import FEWEST_WORDS, Flag, Scratch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from ....kernels.launch import LoadedCopy
     from ...errors import EngineError
+    from ...memory.cuda_driver import Driver
     from ...transfer.block_ids import CheckedIds
     from ...transfer.ticket import Ticket
     from ...transfer.transfer import Transfer
@@ -39,6 +41,9 @@ log = logging.getLogger(__name__)
 
 LINGER_S = 0.02  # after a transfer; a look takes some 5 us, so that is 5 % of a core for so long
 LOOK_S = 50e-6  # what a thread asks for; an H200 machine sleeps 104 us
+# Transfers in flight from which on the stream may be full: it takes about 1,024 launches, and a
+# transfer of two kinds of pieces gives it six orders.
+CROWDED = 64
 
 _OTHER_CONTEXT = (201, 400)  # no valid context; a handle of another one
 
@@ -69,11 +74,11 @@ class _Flight(Event):
         "transfer",
     )
 
-    def __init__(self, lane: Lane, transfer: Transfer, idle: list[int]) -> None:
+    def __init__(self, lane: Lane, transfer: Transfer, pool: EventPool) -> None:
         self.lane = lane
         self.transfer = transfer
-        self._idle = idle  # as `Event` does: a call less
-        self.handle = idle.pop()
+        self._idle = pool.idle  # as `Event` does: a call less
+        self.handle = pool.take()
         self.nbytes = transfer.total_nbytes
         self.scratch: Scratch | None = None
         self.flag: Flag | None = None
@@ -89,7 +94,7 @@ class _Flight(Event):
 
     def stream_wait(self, _ticket: Ticket, stream: torch.cuda.Stream) -> bool:
         """Let a stream wait for the kernels."""
-        cuda = driver()
+        cuda = enqueuer()
         cuda.enter(stream.device_index)
         try:
             cuda.wait_event(stream.cuda_stream, self.handle)
@@ -117,7 +122,7 @@ class Lane:
         self.stream: torch.cuda.Stream = torch.cuda.ExternalStream(  # type: ignore[no-untyped-call]
             self._raw_stream, device=device
         )
-        with torch.cuda.stream(self.stream):
+        with self._cuda.beside_captures(), torch.cuda.stream(self.stream):
             self.state = torch.zeros(2, dtype=torch.int32, device=device)
         self._state_address = self.state.data_ptr()
         self._lock = threading.Lock()
@@ -128,32 +133,22 @@ class Lane:
         self._asleep = False
         self._free = {FEWEST_WORDS: Scratch.several(self.stream, AHEAD, FEWEST_WORDS)}
         self._flags = Flag.several(AHEAD)
-        self._idle_events = idle_events(device)
-        self._mark = Event(self._idle_events)
+        self._events = pool_of(device)
+        self._mark = Event(self._events)
         self._closed = False
         self._thread = threading.Thread(target=self._work, name=f"{name}-gpu{device}", daemon=True)
         self._thread.start()
 
-    def mark(self, stream: torch.cuda.Stream) -> Event:
-        """Return what a stream has been given so far, as an event for `Transfer.after`."""
-        event = Event(self._some_events())
-        self._cuda.enter(self.device)
-        try:
-            self._cuda.record(event.handle, stream.cuda_stream)
-        finally:
-            self._cuda.leave()
-        return event
-
     def warm(self) -> None:
         """Copy once to and fro, so that what the driver loads for that is there."""
-        with self._lock, torch.cuda.stream(self.stream):
+        with self._lock, self._cuda.beside_captures(), torch.cuda.stream(self.stream):
             scratch = self._take(FEWEST_WORDS)
-            scratch.upload(16, self._raw_stream)
+            scratch.upload(16, self._raw_stream, self._cuda.unlocked)
             self.stream.synchronize()
             self._free[scratch.num_words].append(scratch)
 
     def try_out(self, copies: tuple[LoadedCopy, ...], ids: CheckedIds, many: int) -> None:
-        """Load and runs all kernels that copies of up to `many` ids may need; may take seconds.
+        """Load and run all kernels that copies of up to `many` ids may need; may take seconds.
 
         Args:
             ids: of a block that does not exist, on the GPU.
@@ -163,7 +158,7 @@ class Lane:
             for dtype in (torch.int64, torch.int32):
                 for count in (1, many):
                     copy.load(dtype, dtype, count)
-        with self._lock:
+        with self._lock, self._cuda.beside_captures():
             with self._cuda.current(self.device):
                 torch.cuda.current_stream(self.device).synchronize()  # the ids are there
                 for copy in copies:
@@ -197,24 +192,43 @@ class Lane:
         with self._lock:
             if self._closed or not transfer.begin():
                 return
-            flight = _Flight(self, transfer, self._some_events())
-            flight.nbytes = nbytes
             try:
-                uploaded = None
-                with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-                    # The rows depend on nothing, so they go ahead of what must be waited for.
-                    if rows is not None:
-                        scratch = flight.scratch = self._take(rows.size)
-                        scratch.words[: rows.size].reshape(rows.shape)[...] = rows
-                        scratch.upload(rows.size, self._raw_stream)
-                        uploaded = scratch.tensor[: rows.size].view(rows.shape)
-                    if transfer.after is not None:
-                        self._cuda.wait_event(self._raw_stream, transfer.after.handle)
-                    flight.keep, flight.bad_ids = kernels(uploaded)
-                    self._cuda.record(flight.handle, self._raw_stream)
-            except Exception as error:  # Triton and torch raise many kinds
-                self._failed(flight, error)
-            self._in_the_air(flight)
+                flight = _Flight(self, transfer, self._events)
+            except Exception as error:
+                missing = error
+            else:
+                flight.nbytes = nbytes
+                self._launch(flight, rows, kernels)
+                self._in_the_air(flight)
+                return
+        self._not_begun(transfer, missing)
+
+    def _launch(
+        self,
+        flight: _Flight,
+        rows: npt.NDArray[np.int64] | None,
+        kernels: Callable[[torch.Tensor | None], Launched],
+    ) -> None:
+        cuda, after = self._enqueuer(), flight.transfer.after
+        try:
+            uploaded = None
+            with (
+                cuda.beside_captures(),  # they may be loaded, and take memory
+                torch.cuda.device(self.device),
+                torch.cuda.stream(self.stream),
+            ):
+                # The rows depend on nothing, so they go ahead of what must be waited for.
+                if rows is not None:
+                    scratch = flight.scratch = self._take(rows.size)
+                    scratch.words[: rows.size].reshape(rows.shape)[...] = rows
+                    scratch.upload(rows.size, self._raw_stream, cuda)
+                    uploaded = scratch.tensor[: rows.size].view(rows.shape)
+                if after is not None:
+                    cuda.wait_event(self._raw_stream, after.handle)
+                flight.keep, flight.bad_ids = kernels(uploaded)
+                cuda.record(flight.handle, self._raw_stream)
+        except Exception as error:  # Triton and torch raise many kinds
+            self._failed(flight, error)
 
     def copy_blocks(
         self,
@@ -234,26 +248,32 @@ class Lane:
         with self._lock:
             if self._closed or not transfer.begin():
                 return
-            flight = _Flight(self, transfer, self._some_events())
-            if not self._flags:
-                self._flags += Flag.several(AHEAD)
-            flight.flag = self._flags.pop()
-            flight.keep = ids
-            if not ids.on_gpu:
-                count = ids.num_blocks
-                scratch = flight.scratch = self._take(2 * count)
-                scratch.words[:count] = ids.src
-                scratch.words[count : 2 * count] = ids.dst
             try:
-                self._enqueue(flight, copies, ids, stream, counter)
-            except (DeviceError, LaunchError) as error:
-                if error.code in _OTHER_CONTEXT:
-                    self._enqueue_elsewhere(flight, copies, ids, stream, counter)
-                else:
+                flight = _Flight(self, transfer, self._events)
+                if not self._flags:
+                    self._flags += Flag.several(AHEAD)
+                if not ids.on_gpu:
+                    count = ids.num_blocks
+                    scratch = flight.scratch = self._take(2 * count)
+                    scratch.words[:count] = ids.src
+                    scratch.words[count : 2 * count] = ids.dst
+            except Exception as error:
+                missing = error
+            else:
+                flight.flag = self._flags.pop()
+                flight.keep = ids
+                try:
+                    self._enqueue(flight, copies, ids, stream, counter)
+                except (DeviceError, LaunchError) as error:
+                    if error.code in _OTHER_CONTEXT:
+                        self._enqueue_elsewhere(flight, copies, ids, stream, counter)
+                    else:
+                        self._failed(flight, error)
+                except Exception as error:  # Triton and torch raise many kinds
                     self._failed(flight, error)
-            except Exception as error:  # Triton and torch raise many kinds
-                self._failed(flight, error)
-            self._in_the_air(flight)
+                self._in_the_air(flight)
+                return
+        self._not_begun(transfer, missing)
 
     def _enqueue(
         self,
@@ -264,7 +284,8 @@ class Lane:
         counter: int,
     ) -> None:
         """What the driver is told for a transfer of blocks."""
-        cuda, raw, flag, scratch = self._cuda, self._raw_stream, flight.flag, flight.scratch
+        cuda, raw = self._enqueuer(), self._raw_stream
+        flag, scratch = flight.flag, flight.scratch
         assert flag is not None
         mark = self._mark.handle
         if stream is not None:
@@ -277,7 +298,7 @@ class Lane:
             src_dtype, dst_dtype = src.dtype, dst.dtype
         else:
             # Ids depend on nothing, so they go ahead of what must be waited for.
-            scratch.upload(2 * ids.num_blocks, raw)
+            scratch.upload(2 * ids.num_blocks, raw, cuda)
             src_address = scratch.address
             dst_address = src_address + 8 * ids.num_blocks
             src_dtype = dst_dtype = torch.int64
@@ -325,17 +346,24 @@ class Lane:
             self._landed.wait_for(lambda: not self._in_flight)
         _idle_streams.setdefault(self.device, []).append(self._raw_stream)
 
-    def _some_events(self) -> list[int]:
-        """Return the idle events of the device; at least one."""
-        if not self._idle_events:
-            idle_events(self.device)  # the same list
-        return self._idle_events
+    def _enqueuer(self) -> Driver:
+        """Return the driver for what this stream is given, and the one before it: it lets go of the
+        interpreter lock where it may have to wait for room."""
+        if self._in_flight < CROWDED and not held_streams.count:
+            return self._cuda
+        return self._cuda.unlocked
+
+    def _not_begun(self, transfer: Transfer, error: Exception) -> None:
+        """What a transfer needs on its way was not to be had, and nothing was launched."""
+        _stop(transfer, DeviceError, f"GPU {self.device} has nothing to begin with: {error}")
+        transfer.end(0)
 
     def _failed(self, flight: _Flight, error: Exception) -> None:
         """What was launched before the failure is waited for all the same."""
         flight.nbytes = 0
-        with contextlib.suppress(DeviceError), self._cuda.current(self.device):
-            self._cuda.record(flight.handle, self._raw_stream)
+        cuda = self._enqueuer()
+        with contextlib.suppress(DeviceError), cuda.current(self.device):
+            cuda.record(flight.handle, self._raw_stream)
         _stop(flight.transfer, DeviceError, f"launching on GPU {self.device} failed: {error}")
 
     def _in_the_air(self, flight: _Flight) -> None:

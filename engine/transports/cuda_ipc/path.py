@@ -10,6 +10,7 @@ memory.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
@@ -19,7 +20,7 @@ import numpy as np
 
 from ...errors import DeviceError, EngineError, NotRegistered, PlanError, TransportUnavailable
 from ...memory import cuda_driver as cuda
-from ...transfer.compute_gate import compute_event
+from ...memory.cuda_events import check_not_captured
 from ...transfer.device_counters import slot_offset
 from ...transfer.moves import BlockMove, TokenMove
 from ...transfer.transfer import Transfer
@@ -29,7 +30,7 @@ from ..cma.path import CmaPath
 from .peer_memory import PeerMappings, PeerReach
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
@@ -110,29 +111,6 @@ class CudaIpcPath(DataPath):
         self._halting = False
         self._limit_nbytes = link.core.paths.limit_nbytes("cuda_ipc")
 
-    def before(self, transfer: Transfer, stream: torch.cuda.Stream | None) -> None:
-        regions = transfer.local_regions
-        if not regions or regions[0].device < 0:
-            return
-        if not self._goes_direct(transfer):
-            self._host.before(transfer, stream)
-            return
-        import torch
-
-        # Without a stream: after what the caller has enqueued, as torch's own operations are.
-        device = regions[0].device
-        with _Refusing(transfer):
-            if transfer.move is None and not self._link.has_access(transfer.remote_regions):
-                # What comes of it shows when the peer's memory is mapped, so not before it may be.
-                from .scratch import AnyonesEvent
-
-                event = compute_event(device, stream)
-                assert event is not None
-                transfer.after = AnyonesEvent(event)
-                return
-            lane = self._lane(device)
-            transfer.after = lane.mark(stream or torch.cuda.current_stream(device))
-
     # Pieces.
 
     def submit(self, transfer: Transfer) -> None:
@@ -207,7 +185,9 @@ class CudaIpcPath(DataPath):
             counter = 0
             if transfer.imm is not None and transfer.write:
                 counter = compiled.counters + slot_offset(transfer.imm)
-                transfer.on_placed = functools.partial(self._tell_placed, transfer)
+                transfer.on_placed = functools.partial(
+                    self._tell_placed, transfer, compiled.counted
+                )
             if not transfer.total_nbytes:
                 transfer.end_empty()
                 return
@@ -234,15 +214,13 @@ class CudaIpcPath(DataPath):
         else:
             raw = stream.cuda_stream
         if stream is not None and stream.device_index != device:
-            why = f"the stream is one of GPU {stream.device_index}, the cache is on GPU {device}"
-        elif raw and cuda.driver().is_capturing(raw):
-            why = (
-                "a CUDA graph is being captured from this stream, and a graph repeats no ticket: "
-                "make a Link.graph_write before, and launch that"
+            raise PlanError(
+                f"the stream is one of GPU {stream.device_index}, the cache is on GPU {device}",
+                operation=transfer.ticket.operation,
+                peer=self._link.peer.name,
             )
-        else:
-            return raw
-        raise PlanError(why, operation=transfer.ticket.operation, peer=self._link.peer.name)
+        check_not_captured(raw, transfer.ticket.operation, self._link.peer.name)
+        return raw
 
     def _submit_tokens(self, transfer: Transfer, move: TokenMove) -> None:
         """Move tokens by one launch for each copy group of planes."""
@@ -274,7 +252,7 @@ class CudaIpcPath(DataPath):
         lane = self._lane(device)
         if plan.blocks_pair:
             compiled = self.compile(plan, layers)
-            with torch.cuda.device(device):
+            with self._making_tables(device), torch.cuda.device(device):
                 # A block that does not exist: the kernels are loaded and run, and touch nothing.
                 nowhere = torch.full((1,), -1, dtype=torch.int64, device=device)
                 lane.try_out(compiled.copies, CheckedIds(nowhere, nowhere, True, 1), MANY_IDS)
@@ -282,7 +260,7 @@ class CudaIpcPath(DataPath):
             launches = self._compiled_tokens(plan, layers, device)
             if plan.remote.regions:
                 self._mappings.counters(device, plan.remote.regions[0])
-            with torch.cuda.device(device):
+            with self._making_tables(device), torch.cuda.device(device):
                 warm_tokens(launches, self._link.core.max_programs, torch.device("cuda", device))
         lane.warm()
 
@@ -331,9 +309,27 @@ class CudaIpcPath(DataPath):
                 addresses = self._remote_addresses(plan.remote.regions, device)
                 cap = self._link.core.max_programs
                 counters = self._mappings.counters(device, plan.remote.regions[0])
-                compiled = compile_plan(plan, layers, addresses, counters, device, cap)
+                counted = self._mappings.counted(device, plan.remote.regions[0])
+                with self._making_tables(device):
+                    compiled = compile_plan(
+                        plan, layers, addresses, counters, device, cap, counted=counted
+                    )
                 self._plans[key] = compiled
             return compiled
+
+    @contextlib.contextmanager
+    def _making_tables(self, device: int) -> Iterator[None]:
+        """Let torch make tables on the current stream, whatever other threads capture.
+
+        Raises:
+            PlanError: this thread captures a graph from that stream.
+        """
+        import torch
+
+        raw = torch._C._cuda_getCurrentRawStream(device)
+        check_not_captured(raw, "compile", self._link.peer.name)
+        with cuda.driver().beside_captures():
+            yield
 
     def _compiled_tokens(
         self, plan: TransferPlan, layers: Sequence[int] | None, device: int
@@ -349,7 +345,8 @@ class CudaIpcPath(DataPath):
                 here, there = plan.addresses, self._remote_addresses(plan.remote.regions, device)
                 src, dst = (here, there) if plan.writes else (there, here)
                 where = torch.device("cuda", device)
-                entry = (plan, compile_tokens(plan.tokens, layers, src, dst, where))
+                with self._making_tables(device):
+                    entry = (plan, compile_tokens(plan.tokens, layers, src, dst, where))
                 self._token_plans[key] = entry
             return entry[1]
 
@@ -371,7 +368,9 @@ class CudaIpcPath(DataPath):
         """Refuse what this path cannot move; arranges the count of what it can."""
         self._check_kinds(kinds, transfer.local_regions, transfer.ticket.operation)
         if transfer.write and transfer.imm is not None:
-            transfer.on_placed = functools.partial(self._tell_placed, transfer)
+            here, there = transfer.local_regions[0].device, transfer.remote_regions[0]
+            counted = self._mappings.counted(here, there)
+            transfer.on_placed = functools.partial(self._tell_placed, transfer, counted)
 
     def _check_kinds(
         self, kinds: set[str], local: Sequence[MemoryRegion | RegisteredCache], operation: str
@@ -386,11 +385,11 @@ class CudaIpcPath(DataPath):
             return
         raise NotRegistered(why, operation=operation, peer=peer)
 
-    def _tell_placed(self, transfer: Transfer) -> None:
-        """Tell the peer's host what the kernel has added to its device's counter."""
+    def _tell_placed(self, transfer: Transfer, counted: bool) -> None:
+        """Tell the peer's host what has arrived, and whether its device's counter has it."""
         assert transfer.imm is not None
         nbytes = transfer.total_nbytes
-        self._link.send(Arrived(transfer.imm, nbytes, 1, device_nbytes=nbytes))
+        self._link.send(Arrived(transfer.imm, nbytes, 1, device_nbytes=nbytes if counted else 0))
 
     def _remote_addresses(self, regions: tuple[RegionDescriptor, ...], device: int) -> Any:
         addresses = [self._mappings.address(device, region) for region in regions]

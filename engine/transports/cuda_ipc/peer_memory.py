@@ -118,6 +118,8 @@ class PeerMappings:
         self._lock = threading.Lock()
         self._mappings: dict[tuple[int, bytes], _Mapping] = {}
         self._forgotten: set[int] = set()  # the peer gives a region's number to no other
+        self._counted: dict[tuple[int, str], bool] = {}  # by device here and GPU there
+        self._sinks: dict[int, int] = {}  # device: counters that nobody reads
         self._closed = False
 
     def address(self, device: int, region: RegionDescriptor) -> int:
@@ -145,21 +147,50 @@ class PeerMappings:
             )
         return mapping.base + memory.offset
 
+    def counted(self, device: int, region: RegionDescriptor) -> bool:
+        """Return whether kernels on `device` may add to the counters beside a region.
+
+        Two GPUs without native atomics between them, as behind some PCIe switches, would read and
+        write a word in two steps, and lose what another adds between them: there, only hosts count.
+        A GPU that is not visible here cannot be asked about, and is taken for one that is connected
+        as NVLink connects them.
+        """
+        memory = region.cuda
+        if memory is None:
+            return False  # it is not exported, nor are its counters: what maps it says so
+        key = (device, memory.device_uuid)
+        known = self._counted.get(key)
+        if known is None:
+            there = driver().find_device(memory.device_uuid)
+            known = self._counted[key] = there < 0 or driver().adds_at(device, there)
+        return known
+
     def counters(self, device: int, region: RegionDescriptor) -> int:
         """Return where kernels on `device` find the device counters of the engine that owns a
-        region.
+        region; or, where they may not add to those (`counted`), as many words that nobody reads.
 
         Raises:
             TransportUnavailable, OutOfRange: as for `address`.
         """
         memory = region.cuda
         assert memory is not None
+        if not self.counted(device, region):
+            return self._sink(device)
         if not self._foreign(device, memory):
             return memory.counters_address
         mapping = self._map(device, memory, memory.counters, 0)
         if mapping.nbytes < COUNTERS_NBYTES:
             raise self._leaves(f"an array of counters of {COUNTERS_NBYTES} bytes", mapping)
         return mapping.base
+
+    def _sink(self, device: int) -> int:
+        with self._lock:
+            address = self._sinks.get(device)
+            if address is None:
+                if self._closed:
+                    raise self._unreachable("the link is down")
+                address = self._sinks[device] = driver().allocate(device, COUNTERS_NBYTES)
+            return address
 
     def obstacle(self, device: int, region: RegionDescriptor) -> str:
         """Return why kernels on `device` cannot reach a peer's region, as far as can be told
@@ -248,8 +279,11 @@ class PeerMappings:
         with self._lock:
             self._closed = True
             mappings, self._mappings = self._mappings, {}
+            sinks, self._sinks = self._sinks, {}
         for mapping in mappings.values():
             mapping.close()
+        for device, address in sinks.items():
+            driver().free(device, address)
 
     def _leaves(self, what: str, mapping: _Mapping) -> OutOfRange:
         return OutOfRange(

@@ -15,10 +15,11 @@ import torch
 
 from ....kernels.launch import LoadedCopy
 from ....kernels.paged import Geometry, PagedCache
+from ...memory.cuda_driver import driver
 from ...transfer.device_counters import NUM_SLOTS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
 
@@ -37,12 +38,16 @@ class CudaPlan(NamedTuple):
         plan: kept, so that its id stays its own.
         copies: the launches.
         counters: address of the peer's counters, as kernels here see it.
+        counted: whether they may add to those; if not, the address is of words that nobody reads.
+        check_local: raises RegionGone if memory of the cache here that is moved was freed or resized.
     """
 
     key: tuple[int, tuple[int, ...] | None]
     plan: TransferPlan
     copies: tuple[LoadedCopy, ...]
     counters: int
+    counted: bool
+    check_local: Callable[[], None]
 
 
 def compile_plan(
@@ -52,12 +57,14 @@ def compile_plan(
     counters: int,
     device: int,
     max_programs: int | None,
+    *,
+    counted: bool = True,
 ) -> CudaPlan:
     """Make the tables on `device`.
 
     Args:
         remote_addresses: of the peer's regions, as kernels on `device` see them.
-        counters: of the peer, as they see them.
+        counters, counted: as in the plan.
         max_programs: upper bound on the programs that run at a time.
     """
     template = plan.plan.template(layers=layers)
@@ -82,7 +89,9 @@ def compile_plan(
             )
         )
     key = (id(plan), None if layers is None else tuple(layers))
-    return CudaPlan(key, plan, tuple(copies), counters)
+    moved = template.src_region if plan.writes else template.dst_region
+    check_local = plan.local.watch(np.unique(moved).tolist())
+    return CudaPlan(key, plan, tuple(copies), counters, counted, check_local)
 
 
 def load_kernels(plan: TransferPlan, max_programs: int | None) -> None:
@@ -93,7 +102,7 @@ def load_kernels(plan: TransferPlan, max_programs: int | None) -> None:
     device = plan.local.device
     if not plan.blocks_pair:
         return
-    with torch.cuda.device(device):
+    with driver().beside_captures(), torch.cuda.device(device):
         copies = compile_plan(plan, None, plan.addresses, 0, device, max_programs).copies
         for copy, dtype, num_ids in itertools.product(
             copies, (torch.int32, torch.int64), (1, MANY_IDS)

@@ -1,4 +1,4 @@
-"""What a lane takes for each transfer and gets back: pinned words, flags and events."""
+"""What a lane takes for each transfer and gets back: pinned words and flags."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from ...memory.cuda_driver import Driver
+
 FEWEST_WORDS = 1 << 10
 AHEAD = 64  # scratches made at once: allocating waits for the GPU, which may be waiting for us
-
-_idle_events: dict[int, list[int]] = {}
 
 
 class Scratch:
@@ -39,14 +39,14 @@ class Scratch:
         torch's allocator hands out what the stream that asks has freed but not finished with: asked
         on another one, its pending kernels would write over the ids that this stream uploads.
         """
-        pinned = torch.empty((count, num_words), dtype=torch.int64, pin_memory=True)
-        with torch.cuda.stream(stream):
+        with driver().beside_captures(), torch.cuda.stream(stream):
+            pinned = torch.empty((count, num_words), dtype=torch.int64, pin_memory=True)
             there = torch.empty((count, num_words), dtype=torch.int64, device=stream.device)
         return [cls(*halves) for halves in zip(pinned, there, strict=True)]
 
-    def upload(self, num_words: int, stream: int) -> None:
+    def upload(self, num_words: int, stream: int, cuda: Driver) -> None:
         """Its first words to the GPU, in the order of a raw stream."""
-        driver().upload(self.address, self._source, num_words * 8, stream)
+        cuda.upload(self.address, self._source, num_words * 8, stream)
 
 
 class Flag:
@@ -62,7 +62,8 @@ class Flag:
     @classmethod
     def several(cls, count: int) -> list[Flag]:
         """Several, all down."""
-        page = torch.zeros(count, dtype=torch.int32, pin_memory=True)
+        with driver().beside_captures():
+            page = torch.zeros(count, dtype=torch.int32, pin_memory=True)
         return [cls(page, position) for position in range(count)]
 
     def take_down(self) -> bool:
@@ -72,38 +73,3 @@ class Flag:
             return False
         word.value = 0
         return True
-
-
-class Event:
-    """A driver's event, given back when nobody knows it any more: who still holds it may wait."""
-
-    __slots__ = ("_idle", "handle")
-
-    def __init__(self, idle: list[int]) -> None:
-        self._idle = idle
-        self.handle = idle.pop()
-
-    def __del__(self) -> None:
-        self._idle.append(self.handle)
-
-
-class AnyonesEvent:
-    """An event of torch's, for a transfer that a lane or the host's staging will take."""
-
-    __slots__ = ("_event", "query")
-
-    def __init__(self, event: torch.cuda.Event) -> None:
-        self._event = event
-        self.query = event.query
-
-    @property
-    def handle(self) -> int:
-        return int(self._event.cuda_event)
-
-
-def idle_events(device: int) -> list[int]:
-    """Return where the idle events of a device are kept; at least one is there."""
-    idle = _idle_events.setdefault(device, [])
-    if not idle:
-        idle.extend(driver().new_event(device) for _ in range(AHEAD))
-    return idle

@@ -20,6 +20,7 @@ from kvferry.adapters.sglang.rooms import Chunk, Part, Room
 from kvferry.adapters.sglang.settings import Settings
 from kvferry.control.keys import read_toml
 from kvferry.engine.errors import EngineError, LayoutError, NotRegistered, ProtocolError
+from kvferry.engine.memory import cuda_events
 from kvferry.engine.plan.rank_plan import heads_of_rank
 from kvferry.engine.transfer_engine import TransferEngine
 from tests import ROOT
@@ -250,19 +251,25 @@ class Rooms:
 
 
 class Event:
-    """A CUDA event, as far as chunks look at it."""
+    """A CUDA event, and the driver, as far as chunks wait for it."""
+
+    cuda_event = 0xE1
 
     def __init__(self) -> None:
         self.waited = threading.Event()
         self.passed = threading.Event()
 
-    def synchronize(self) -> None:
+    def synchronize_event(self, event: int) -> None:
+        assert event == self.cuda_event
         self.waited.set()
         assert self.passed.wait(30.0)
 
 
-def test_a_room_is_over_when_its_last_chunk_and_all_before_it_are() -> None:
+def test_a_room_is_over_when_its_last_chunk_and_all_before_it_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rooms, event = Rooms(), Event()
+    monkeypatch.setattr(cuda_events, "driver", lambda: event)
     late = Chunk(np.array([1], np.int32), slice(0, 1), None, None, (None, event))
     last = Chunk(np.array([2], np.int32), slice(1, 2), 0, None)
     for _ in range(2):

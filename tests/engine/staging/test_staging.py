@@ -216,7 +216,7 @@ class Flag:
 
     def query(self) -> bool:
         if self.broken:
-            raise RuntimeError("an illegal access")
+            raise DeviceError("an illegal access", code=700)
         return self.passed
 
 

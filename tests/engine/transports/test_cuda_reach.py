@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
 
-from kvferry.engine.errors import DeviceError, OutOfRange, RegionGone
+from kvferry.engine.errors import DeviceError, OutOfRange, RegionGone, TransportUnavailable
 from kvferry.engine.memory import cuda_driver as cuda
 from kvferry.engine.memory.descriptors import CudaMemory, RegionDescriptor
 from kvferry.engine.transfer.device_counters import COUNTERS_NBYTES
 from kvferry.engine.transports.cuda_ipc import path as cuda_ipc
 from kvferry.engine.transports.cuda_ipc import peer_memory
 from kvferry.engine.transports.cuda_ipc.peer_memory import PeerMappings, PeerReach
+from kvferry.engine.wire.messages import Arrived
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,6 +34,19 @@ class Driver:
         self.mapped = 0
         self.maps = True
         self.reaches = True
+        self.adds = True  # by native atomics, between its GPUs
+        self.allocated: dict[int, int] = {}
+
+    def adds_at(self, device: int, peer: int) -> bool:
+        return device == peer or self.adds
+
+    def allocate(self, device: int, nbytes: int) -> int:
+        address = (1 + len(self.allocated)) << 40
+        self.allocated[address] = nbytes
+        return address + device
+
+    def free(self, device: int, address: int) -> None:
+        del self.allocated[address - device]
 
     def device_count(self) -> int:
         return len(UUIDS)
@@ -154,6 +169,32 @@ def test_a_link_that_is_down_blames_no_gpu(
     reach[0].closed, driver.maps = True, False
     reach[1](region(1, HIDDEN))
     assert not caplog.records
+
+
+def test_without_native_atomics_kernels_add_to_words_that_nobody_reads(driver: Driver) -> None:
+    driver.adds = False
+    mappings = PeerMappings("peer", os.getpid() + 1)
+    far, near, hidden = (region(1, uuid) for uuid in ("bb", "aa", HIDDEN))
+    assert [mappings.counted(0, each) for each in (far, near, hidden)] == [False, True, True]
+    sink = mappings.counters(0, far)
+    assert mappings.counters(0, region(2, "bb")) == sink
+    assert driver.allocated == {sink: COUNTERS_NBYTES}
+    assert driver.opened == []
+    mappings.counters(0, near)
+    assert driver.opened == [b"c" * 64]
+    mappings.close()
+    assert driver.allocated == {}
+    with pytest.raises(TransportUnavailable, match="the link is down"):
+        mappings.counters(0, far)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_peer_is_told_what_its_gpu_has_counted(counted: bool) -> None:
+    sent: list[object] = []
+    path: Any = SimpleNamespace(_link=SimpleNamespace(send=sent.append))
+    transfer: Any = SimpleNamespace(imm=9, total_nbytes=100)
+    cuda_ipc.CudaIpcPath._tell_placed(path, transfer, counted)
+    assert sent == [Arrived(9, 100, 1, device_nbytes=100 if counted else 0)]
 
 
 def test_what_the_peer_has_taken_back_is_not_mapped_again(driver: Driver) -> None:

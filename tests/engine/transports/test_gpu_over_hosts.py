@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from kvferry.engine.errors import ChecksumMismatch, EngineError
+from kvferry.engine.errors import ChecksumMismatch, EngineError, PlanError, RegionGone
 from kvferry.engine.layout.kv_layout import KVLayout
 from kvferry.engine.memory import iovec
+from kvferry.engine.transfer import compute_gate
 from kvferry.engine.transfer_engine import TransferEngine
 from kvferry.kernels.cast import cast_reference
 from tests.support.caches import PagedPool, expect_tokens
@@ -278,3 +279,48 @@ def test_gpu_memory_takes_the_best_transport_by_itself(
         link = two.connect(peer.address)
         assert link.transport == transport
         link.close()
+
+
+def test_a_cache_that_was_freed_is_noticed_before_any_byte_moves(
+    gpu: StandIn, engine: TransferEngine, to_gpu: Link, peer: Peer
+) -> None:
+    shape = (2, 5, 4, 2, 8)
+    tensors = [torch.ones(shape, dtype=torch.int16) for _ in range(2)]
+    local = engine.register_cache(KVLayout.from_tensors(tensors, NHD), tensors)
+    remote = peer.call("cache", [np.zeros(shape, np.int16) for _ in range(2)], NHD)
+    plan = engine.plan(local, remote)
+    assert local.device == 0
+    to_gpu.write_blocks(plan, [1], [2]).wait(PATIENCE_S)
+    check = local.watch([1])
+    tensors[0].untyped_storage().resize_(0)
+    moved = gpu.moved
+    for layers in (None, [1]):  # a cache is given back as a whole
+        with pytest.raises(RegionGone, match="freed or resized"):
+            to_gpu.write_blocks(plan, [1], [2], layers=layers)
+    with pytest.raises(RegionGone, match="freed or resized"):
+        to_gpu.write_tokens(plan, [1], [2], start=0, stop=4)
+    check()  # the other layer is where it was
+    tensors[1].untyped_storage().resize_(1 << 20)
+    with pytest.raises(RegionGone, match="freed or resized"):
+        check()
+    assert gpu.moved == moved
+
+
+def test_a_stream_that_a_graph_is_captured_from_moves_nothing(
+    gpu: StandIn, engine: TransferEngine, to_gpu: Link, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_device: int, _stream: Any) -> Any:
+        raise PlanError("a CUDA graph is being captured from this stream", operation="order")
+
+    region = engine.register(torch.ones(4096, dtype=torch.uint8))
+    theirs = peer.call("pool", 4096, SENTINEL)
+    monkeypatch.setattr(compute_gate, "compute_event", refuse)
+    for move in (to_gpu.write, to_gpu.read):
+        ticket = move(region, 0, theirs, 0, 4096)
+        with pytest.raises(PlanError, match="is being captured") as raised:
+            ticket.wait(PATIENCE_S)
+        assert (raised.value.operation, raised.value.peer) == (move.__name__, "gpu peer")
+    assert gpu.moved == 0
+    monkeypatch.undo()
+    region.deregister()  # nothing uses it any more
+    assert peer.call("peek", theirs.region_id) == bytes([SENTINEL]) * 4096

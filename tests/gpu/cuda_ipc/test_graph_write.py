@@ -187,9 +187,17 @@ def test_what_cannot_be_repeated_is_refused(
     x = torch.zeros(1, device="cuda")
     with torch.cuda.graph(graph, stream=stream):
         x += 1
-        ticket = link.write_blocks(work.plan, work.src, work.dst)
-    with pytest.raises(PlanError, match="graph_write"):
-        ticket.wait(10)
+        region, theirs = work.plan.local.regions[0], work.plan.remote.regions[0]
+        tickets = [
+            link.write_blocks(work.plan, work.src, work.dst),
+            link.write_blocks(work.plan, [1], [2]),
+            link.write_tokens(work.plan, [1], [2], stop=16),
+            link.write(region, 0, theirs, 0, 64),
+            link.read(region, 0, theirs, 0, 64),
+        ]
+    for ticket in tickets:
+        with pytest.raises(PlanError, match="graph_write"):
+            ticket.wait(10)
     graph.replay()  # and the capture is none the worse
     torch.cuda.synchronize()
     assert x.tolist() == [1]

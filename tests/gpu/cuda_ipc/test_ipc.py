@@ -210,8 +210,9 @@ def test_a_layer_is_read_only_after_it_was_computed(
     assert torch.equal(got, moved(src, src_ids, dst_ids, range(3)))
 
 
+@pytest.mark.parametrize("named", [False, True], ids=["counted there", "counted by hosts"])
 def test_a_stream_of_the_peer_waits_for_the_bytes(
-    engine: TransferEngine, link: Link, peer: GpuPeer
+    engine: TransferEngine, link: Link, peer: GpuPeer, named: bool
 ) -> None:
     """The peer enqueues its copy first; the bytes are made late and in two halves."""
     tensors, local, remote = two_caches(engine, peer, NHD, HND)
@@ -219,7 +220,8 @@ def test_a_stream_of_the_peer_waits_for_the_bytes(
     src_ids, dst_ids = some_ids(12)
     for _ in range(3):
         imm = peer.call("new_imm")
-        copy = peer.call("copy_when_arrived", peer.call("expect", imm, nbytes=plan.nbytes(12)))
+        ticket = peer.call("expect", imm, nbytes=plan.nbytes(12), named=named)
+        copy = peer.call("copy_when_arrived", ticket)
         torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]
         for tensor in tensors:
             tensor += 1
@@ -235,12 +237,15 @@ def test_a_stream_goes_on_when_its_ticket_fails(
     engine: TransferEngine, link: Link, peer: GpuPeer
 ) -> None:
     two_caches(engine, peer, NHD, NHD)
-    ticket = peer.call("expect", peer.call("new_imm"), nbytes=64)
-    copy = peer.call("copy_when_arrived", ticket)
+    lost = peer.call("expect", peer.call("new_imm"), nbytes=64, named=True)
+    late = peer.call("expect", peer.call("new_imm"), nbytes=64, timeout_s=2.0)
+    copies = [peer.call("copy_when_arrived", ticket) for ticket in (lost, late)]
     link.close()
-    with pytest.raises(PeerLost):
-        peer.call("wait", ticket)
-    assert len(peer.call("copied", copy)) == 3
+    for ticket, error in ((lost, PeerLost), (late, DeadlineExceeded)):
+        with pytest.raises(error):
+            peer.call("wait", ticket)
+    for copy in copies:
+        assert len(peer.call("copied", copy)) == 3
 
 
 def test_ids_may_lie_on_the_gpu(engine: TransferEngine, link: Link, peer: GpuPeer) -> None:

@@ -83,4 +83,13 @@ def test_cleared_memory_is_clear_when_it_is_handed_out() -> None:
     cuda.destroy_stream(0, stream)
     torch.cuda.synchronize()
     assert cuda.read_word(0, address) == 7
+    held = torch.zeros(1, dtype=torch.int64, device="cuda")
+    torch.cuda.synchronize()
+    default = torch.cuda.default_stream().cuda_stream
+    cuda.wait_value(0, default, held.data_ptr(), 1)
+    assert cuda.read_word(0, address) == 7  # whatever the default stream waits for
+    release = cuda.new_stream(0)
+    cuda.write_value(0, release, held.data_ptr(), 1)
+    torch.cuda.synchronize()
+    cuda.destroy_stream(0, release)
     cuda.free(0, address)

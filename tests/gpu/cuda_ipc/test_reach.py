@@ -122,13 +122,12 @@ def test_tokens_are_staged(engine: TransferEngine, link: Link, peer: GpuPeer, wr
         tokens_moved(engine, link, peer, src, again, (5, 275), write=write, on_gpu=True)
 
 
+@pytest.mark.usefixtures("two_gpus")
 def test_a_gpu_that_the_peer_does_not_see(
     engine: TransferEngine, start_peer: Callable[..., GpuPeer]
 ) -> None:
     """Engines with a GPU each see their own alone. Whether the driver maps a hidden GPU's memory or
     it is staged, bytes arrive, both ways."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs 2 CUDA devices; torch sees 1")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or "0,1"
     peer = start_peer(0, {"CUDA_VISIBLE_DEVICES": visible.split(",")[1]}, name="masked")
     mine = torch.full((NBYTES,), 3, dtype=torch.uint8, device="cuda")

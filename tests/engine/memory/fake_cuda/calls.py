@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -31,17 +32,19 @@ def observe(call: Callable[[], Any]) -> tuple[Any, list[str]]:
     return given.hex() if isinstance(given, bytes) else given, [line.strip() for line in told]
 
 
-def failure(driver: cuda_driver.Driver, name: str, code: int, call: Callable[[], Any]) -> list[Any]:
-    """What is raised where the driver answers `name` with a code."""
+def failure(
+    driver: cuda_driver.Driver, name: str, code: int, call: Callable[[], Any], times: int = 1 << 30
+) -> list[Any]:
+    """What is raised where the driver answers `name` with a code, so many times."""
     from kvferry.kernels.errors import LaunchError
 
-    LIBRARY.fake_fail(name.encode(), code)
+    LIBRARY.fake_fail(name.encode(), code, times)
     try:
         call()
     except (DeviceError, LaunchError) as error:
         return [getattr(error, "message", str(error)), error.code]
     finally:
-        LIBRARY.fake_fail(b"", 0)
+        LIBRARY.fake_fail(b"", 0, 0)
     return ["nothing", 0]
 
 
@@ -78,13 +81,16 @@ def main() -> None:
         "is_capturing": lambda: [driver.is_capturing(stream), driver.is_capturing(0x52)],
         "new_event": lambda: driver.new_event(1),
         "synchronize_event": lambda: driver.synchronize_event(event),
+        "query_event": lambda: driver.query_event(event),
         "stay_out_of_captures": driver.stay_out_of_captures,
+        "again as all": lambda: driver._exchange(0),
         "synchronize": lambda: driver.synchronize(1),
         "device_count": driver.device_count,
         "device_uuid": lambda: driver.device_uuid(1),
         "pci_address": lambda: driver.pci_address(1),
         "find_device": lambda: [driver.find_device(16 * one) for one in ("a0", "a1", "a2")],
         "can_access": lambda: [driver.can_access(1, 1), driver.can_access(1, 0)],
+        "adds_at": lambda: [driver.adds_at(*pair) for pair in ((1, 1), (1, 0), (0, 1))],
         "enable_peer_access": lambda: driver.enable_peer_access(1, 0),
         "allocate": lambda: driver.allocate(1, 4096),
         "allocate, not zeroed": lambda: driver.allocate(1, 4096, zeros=False),
@@ -102,6 +108,7 @@ def main() -> None:
         "allow": lambda: driver.allow(1, address, 2 << 20),
         "unmap_chunk": lambda: driver.unmap_chunk(1, address, 2 << 20),
         "exports_dmabuf": lambda: driver.exports_dmabuf(1),
+        "flushes": lambda: driver.flushes(1),
         "new_stream": lambda: driver.new_stream(1),
         "destroy_stream": lambda: driver.destroy_stream(1, stream),
         "wait_value": lambda: driver.wait_value(1, stream, address, 1 << 40),
@@ -111,6 +118,8 @@ def main() -> None:
         "copy": lambda: driver.copy(1, address, 0x10000, 4096, stream),
         "copy nothing": lambda: driver.copy(1, address, 0x10000, 0, stream),
     }
+    for name in ("record", "wait_event", "upload"):  # as the class does that keeps no lock
+        assert getattr(type(driver.unlocked), name) is getattr(cuda_driver.Driver, name)
     kernel = loaded_kernel()
     calls["launch"] = lambda: kernel.launch(stream, 3, 2)
     seen = {name: observe(call) for name, call in calls.items()}
@@ -131,7 +140,32 @@ def main() -> None:
         ),
         "handle": failure(driver, "", 0, lambda: driver.open(1, b"short")),
     }
-    print(json.dumps({"seen": seen, "failures": failures}))
+    print(json.dumps({"seen": seen, "failures": failures, "asked": asked(driver)}))
+
+
+def asked(driver: cuda_driver.Driver) -> dict[str, list[Any]]:
+    """For some codes, what becomes of a question that is answered three times by each, and how often
+    it was put: a wait, a wait for all of a GPU, a look."""
+    calls: dict[str, Callable[[], Any]] = {
+        "cuEventSynchronize": lambda: driver.synchronize_event(0xE1),
+        "cuCtxSynchronize": lambda: driver.synchronize(1),
+        "cuEventQuery": lambda: driver.query_event(0xE1),
+    }
+    found: dict[str, list[Any]] = {}
+    for name, call in calls.items():
+        for code in (*range(900, 909), 400, 600, 700, 719):
+            LIBRARY.fake_forget()
+            given: list[Any] = []
+            said = failure(driver, name, code, partial(_put, call, given), 3)
+            lines = LIBRARY.fake_told().decode().splitlines()
+            times = sum(line.split()[0] == name for line in lines)
+            modes = [line.split()[1] for line in lines if "CaptureMode" in line]
+            found[f"{name} {code}"] = [said[1], *given, times, "".join(modes)]
+    return found
+
+
+def _put(call: Callable[[], Any], given: list[Any]) -> None:
+    given.append(call())
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ typedef uint64_t u64;
 typedef unsigned int u32;
 
 static char told[1 << 16], failing[64];
-static int code;
+static int code, times;
 
 const char *fake_told(void) { return told; }
 void fake_forget(void) { told[0] = 0; }
-void fake_fail(const char *name, int with) {
+void fake_fail(const char *name, int with, int so_often) {
     snprintf(failing, sizeof failing, "%s", name);
     code = with;
+    times = so_often;
 }
 
 static int tell(const char *name, const char *format, ...) {
@@ -28,7 +29,7 @@ static int tell(const char *name, const char *format, ...) {
     at += vsnprintf(told + at, sizeof told - at, format, arguments);
     snprintf(told + at, sizeof told - at, "\n");
     va_end(arguments);
-    return strcmp(name, failing) ? 0 : code;
+    return strcmp(name, failing) || !times ? 0 : (times--, code);
 }
 
 #define TELL(...) return tell(__func__, __VA_ARGS__)
@@ -51,6 +52,9 @@ int cuDeviceGetPCIBusId(char *text, int size, int device) {
     TELL("%d %d", size, device);
 }
 int cuDeviceCanAccessPeer(int *yes, int device, int peer) { GIVE(yes, 1, "%d %d", device, peer); }
+int cuDeviceGetP2PAttribute(int *value, int which, int from, int to) {
+    GIVE(value, from > to, "%d %d %d", which, from, to);
+}
 int cuDeviceGetAttribute(int *value, int which, int device) { GIVE(value, 1, "%d %d", which, device); }
 int cuDevicePrimaryCtxRetain(u64 *context, int device) { GIVE(context, 0xc0 + device, "%d", device); }
 int cuCtxPushCurrent_v2(u64 context) { TELL("%lx", context); }
@@ -62,7 +66,9 @@ int cuMemFree_v2(u64 address) { TELL("%lx", address); }
 int cuMemsetD8Async(u64 address, unsigned char byte, size_t size, u64 stream) {
     TELL("%lx %d %zu %lx", address, byte, size, stream);
 }
-int cuMemcpyDtoH_v2(int64_t *to, u64 from, size_t size) { GIVE(to, -5, "%lx %zu", from, size); }
+int cuMemcpyDtoHAsync_v2(int64_t *to, u64 from, size_t size, u64 stream) {
+    GIVE(to, -5, "%lx %zu %lx", from, size, stream);
+}
 int cuMemcpyHtoDAsync_v2(u64 to, u64 from, size_t size, u64 stream) {
     TELL("%lx %lx %zu %lx", to, from, size, stream);
 }
@@ -117,10 +123,17 @@ int cuStreamWaitValue64_v2(u64 stream, u64 address, u64 value, u32 flags) {
 int cuStreamWriteValue64_v2(u64 stream, u64 address, u64 value, u32 flags) {
     TELL("%lx %lx %lu %u", stream, address, value, flags);
 }
-int cuThreadExchangeStreamCaptureMode(int *mode) { TELL("%d", *mode); }
+int cuThreadExchangeStreamCaptureMode(int *mode) {
+    static __thread int now;
+    int wanted = *mode;
+    *mode = now;
+    now = wanted;
+    TELL("%d", wanted);
+}
 int cuEventCreate(u64 *event, u32 flags) { GIVE(event, 0xe1, "%u", flags); }
 int cuEventRecord(u64 event, u64 stream) { TELL("%lx %lx", event, stream); }
 int cuEventSynchronize(u64 event) { TELL("%lx", event); }
+int cuEventQuery(u64 event) { TELL("%lx", event); }
 int cuFuncGetParamInfo(u64 function, size_t number, size_t *offset, size_t *size) {
     (void)function;
     *offset = 8 * number;
