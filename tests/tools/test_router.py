@@ -258,7 +258,8 @@ def test_another_prefill_takes_over(
     assert text == "d with KV of engine-of-p2"
     if known and fate != "dead":
         assert decode.gone_away.wait(WAIT_S), "the first attempt at decode goes on"
-    assert 'role="prefill"' in router.get("/metrics")[1]
+    if fate != "dead":  # who is gone may be seen to be before it is asked
+        assert 'role="prefill"' in router.get("/metrics")[1]
 
 
 @pytest.mark.parametrize("fate", ["drop", "500"])

@@ -165,7 +165,8 @@ class DaemonBackends:
         """Return the model that agents are registered with, for an adapter or an alias of it."""
         if model in self.models():
             return model
-        bases = {self._members[name].registration.model for name in self._members.keys() & serving}
+        members = self._members  # the watcher puts another picture in its place
+        bases = {members[name].registration.model for name in members.keys() & serving}
         return bases.pop() if len(bases) == 1 else model
 
     def _place_alone(self, model: str, exclude: Collection[str]) -> Pair:

@@ -39,6 +39,7 @@ class _State:
         failures: requests in a row that it has failed.
         rests_until_s: until when it is left alone for that.
         down: set while it is down.
+        waiting: attempts that end if it goes down: it is looked at until they are over.
         models: what it serves, adapters and aliases included, as it says itself.
     """
 
@@ -48,6 +49,7 @@ class _State:
         self.failures = 0
         self.rests_until_s = 0.0
         self.down = asyncio.Event()
+        self.waiting = 0
         self.models: frozenset[str] = frozenset()
 
 
@@ -128,12 +130,14 @@ class Health:
         """
         state = self._state(backend)
         task, down = asyncio.ensure_future(work), asyncio.ensure_future(state.down.wait())
+        state.waiting += 1
         try:
             await asyncio.wait({task, down}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
                 raise ServerDown(state.why or "it went down")
             return await task
         finally:
+            state.waiting -= 1
             for each in (task, down):
                 each.cancel()
             await asyncio.gather(task, down, return_exceptions=True)
@@ -158,7 +162,9 @@ class Health:
     async def _watch(self) -> None:
         """Have every server looked at that there is, and forget those that there are no more."""
         while True:
-            known = {*self._known()}
+            known = {*self._known()} | {
+                each for each, state in self._states.items() if state.waiting
+            }
             for gone in self._states.keys() - known:
                 del self._states[gone]
             for gone in self._looks.keys() - known:

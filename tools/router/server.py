@@ -110,7 +110,7 @@ class Router:
             body = (
                 await asyncio.to_thread(bodies.read_body, raw) if large else bodies.read_body(raw)
             )
-        except bodies.BadRequest as error:
+        except (bodies.BadRequest, web.RequestPayloadError) as error:
             return _error(str(error), "invalid_request_error", 400)
         try:
             answer = await self._try_pairs(bodies.Ask(request.path, body, headers, len(raw)))
