@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Iterator
+    from collections.abc import Callable, Coroutine, Iterable
     from typing import Any
 
     from .backends import Backend
@@ -142,19 +141,17 @@ class Health:
                 each.cancel()
             await asyncio.gather(task, down, return_exceptions=True)
 
-    @contextlib.contextmanager
-    def closing_if_down(self, backend: Backend, answer: aiohttp.ClientResponse) -> Iterator[None]:
-        """Have an answer that is being read end if its server goes down."""
+    def close_if_down(
+        self, backend: Backend, answer: aiohttp.ClientResponse
+    ) -> Callable[[], object]:
+        """Have an answer that is being read end if its server goes down; return what takes that
+        back."""
 
         async def close() -> None:
             await self._state(backend).down.wait()
             answer.close()
 
-        task = asyncio.ensure_future(close())
-        try:
-            yield
-        finally:
-            task.cancel()
+        return asyncio.ensure_future(close()).cancel
 
     def _state(self, backend: Backend) -> _State:
         return self._states.setdefault(backend, _State())

@@ -117,7 +117,7 @@ class Relay:
         self._together = together
         self._addresses: dict[str, Body] = {}
         self._former: dict[str, set[str]] = {}  # engines that a server had before, by its name
-        self._releasing: set[asyncio.Task[None]] = set()
+        self._beside: set[asyncio.Task[Any]] = set()
 
     def forget(self, backend: Backend) -> None:
         """A server went away; whoever comes in its place has another address."""
@@ -126,9 +126,9 @@ class Relay:
 
     async def close(self) -> None:
         """End what it does beside requests."""
-        for task in self._releasing:
+        for task in self._beside:
             task.cancel()
-        await asyncio.gather(*self._releasing, return_exceptions=True)
+        await asyncio.gather(*self._beside, return_exceptions=True)
 
     async def begin(self, pair: Pair, ask: Ask) -> Answer:
         """Return one attempt, up to decode's first token.
@@ -188,9 +188,10 @@ class Relay:
 
             def close() -> None:
                 answer.close()
-                prefill.cancel()
+                # What prefill still has to say is where the next request finds it.
+                asyncio.get_running_loop().call_later(LAST_WORD_S, prefill.cancel)
 
-            prefill.add_done_callback(_look_at)
+            self._keep(prefill)
             return answer._replace(close=close)
         finally:
             if not taken:
@@ -244,9 +245,12 @@ class Relay:
             answer = await self._decode(decode, ask._replace(body=bodies.for_prefill(ask.body)))
             answer.close()
 
-        task = asyncio.ensure_future(load())
-        self._releasing.add(task)
-        task.add_done_callback(self._releasing.discard)
+        self._keep(asyncio.ensure_future(load()))
+
+    def _keep(self, task: asyncio.Task[Any]) -> None:
+        """Keep a task that goes on beside its request."""
+        self._beside.add(task)
+        task.add_done_callback(self._beside.discard)
         task.add_done_callback(_look_at)
 
     async def _decode(
@@ -271,7 +275,13 @@ class Relay:
             return Answer(answer.status, answer.content_type, _once(begun), answer.close)
         first, rest = begun
         events = self._events(backend, answer, first, rest, cached_tokens)
-        return Answer(answer.status, answer.content_type, events, answer.close)
+        forget = self._health.close_if_down(backend, answer)
+
+        def close() -> None:
+            forget()
+            answer.close()
+
+        return Answer(answer.status, answer.content_type, events, close)
 
     async def _begun(
         self, backend: Backend, ask: Ask
@@ -337,12 +347,11 @@ class Relay:
         try:
             yield await joined(first)
             ended = bodies.DONE in first
-            with self._health.closing_if_down(backend, answer):
-                while part := await answer.content.readany():
-                    events, rest = bodies.split_events(rest + part)
-                    ended = ended or bodies.DONE in events
-                    if events:
-                        yield await joined(events)
+            while part := await answer.content.readany():
+                events, rest = bodies.split_events(rest + part)
+                ended = ended or bodies.DONE in events
+                if events:
+                    yield await joined(events)
             error: Exception = ConnectionError("the stream ended before its end")
         except AWAY as broken:
             error = broken
