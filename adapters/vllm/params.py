@@ -48,11 +48,7 @@ class Remote(NamedTuple):
 
 
 class Asked(msgspec.Struct):
-    """What a request's `kv_transfer_params` ask for, checked: they come from whoever can send one.
-
-    Attributes:
-        wrong: why they ask for nothing; "" if they are well.
-    """
+    """What a request's `kv_transfer_params` ask for, checked: they come from whoever can send one."""
 
     do_remote_decode: bool | None = False
     do_remote_prefill: bool | None = False
@@ -63,7 +59,6 @@ class Asked(msgspec.Struct):
     remote_port: Annotated[int, msgspec.Meta(ge=1, le=65535)] | None = None
     remote_agents: Annotated[list[Text], msgspec.Meta(max_length=MAX_AGENTS)] | None = None
     remote_num_tokens: Annotated[int, msgspec.Meta(ge=0, le=1 << 40)] | None = None
-    wrong: str = ""
 
     def handoff_id(self, req_id: str) -> str:
         """Return what prefill calls the handoff of a request: what the router named, or the request
@@ -90,18 +85,15 @@ class Asked(msgspec.Struct):
         return Remote(name, str(self.remote_engine_id), addresses)
 
 
-def read(params: object) -> Asked:
-    """Read a request's `kv_transfer_params`. Whatever they are, this returns."""
-    if not params:
-        return Asked()
-    if isinstance(params, dict):
-        params = {key: value for key, value in params.items() if key != "wrong"}
+def read(params: object) -> Asked | str:
+    """Read a request's `kv_transfer_params`; or, as text, why they ask for nothing. Whatever they are,
+    this returns."""
     try:
-        return msgspec.convert(params, Asked, strict=False)
+        return msgspec.convert(params, Asked, strict=False) if params else Asked()
     except msgspec.ValidationError as error:
-        return Asked(wrong=str(error))
+        return str(error)
     except (TypeError, ValueError, RecursionError) as error:
-        return Asked(wrong=f"they cannot be read: {type(error).__name__}")
+        return f"they cannot be read: {type(error).__name__}"
 
 
 def _not_allowed(address: str, peers: Sequence[str]) -> str:

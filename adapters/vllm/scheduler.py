@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from . import params as vllm_params
 from .cache import NULL_BLOCK
 from .orders import Orders, ReceiveOrder, SendOrder
+from .params import Asked
 from .steps import Holds, PromptQueue, StepLoads
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Sequence
 
     from .cache import CacheGroup
-    from .params import Asked, Params, Remote
+    from .params import Params, Remote
     from .settings import Settings
 
 # Requests are vLLM's `Request`, outputs its `SchedulerOutput`; both are read by attribute alone.
@@ -80,6 +81,7 @@ class SchedulerSide:
         self._tp_size = tp_size
         self._role = role
         self._asked: dict[str, Asked] = {}  # of requests that are not over
+        self._remotes: dict[str, Remote] = {}  # of those that are loaded, or were to be
         self._taken: dict[tuple[str, str], str] = {}  # handoffs, and which request loads each
         self._prefilling: dict[str, _Prefilling] = {}
         self._receiving: dict[str, str] = {}  # from which engine
@@ -120,7 +122,7 @@ class SchedulerSide:
         asked = self._ask(request)
         if not asked.do_remote_prefill:
             return
-        remote = self._remote(asked)
+        remote = self._remotes[request.request_id]
         in_step = self.loads_in_step(request)
         asked.do_remote_prefill = False
         if self._too_few(asked, request):
@@ -153,17 +155,19 @@ class SchedulerSide:
     def _ask(self, request: Request) -> Asked:
         """Return what a request asks for, of what this engine can do for it. It has come from
         whoever can send requests: what is wrong is computed here, and nothing is raised."""
-        asked = self._asked.get(request.request_id)
-        if asked is None:
-            asked = self._asked[request.request_id] = vllm_params.read(request.kv_transfer_params)
-            asked.wrong = asked.wrong or self._why_not(asked, request.request_id)
-            if asked.wrong:
-                log.warning(
-                    "request %s is computed here: its kv_transfer_params have %s",
-                    request.request_id,
-                    asked.wrong,
-                )
-                asked.do_remote_prefill = asked.do_remote_decode = False
+        req_id = request.request_id
+        known = self._asked.get(req_id)
+        if known is not None:
+            return known
+        asked = vllm_params.read(request.kv_transfer_params)
+        wrong = asked if isinstance(asked, str) else self._why_not(asked, req_id)
+        if wrong:
+            log.warning(
+                "request %s is computed here: its kv_transfer_params have %s", req_id, wrong
+            )
+        if wrong or isinstance(asked, str):
+            asked = Asked()
+        self._asked[req_id] = asked
         return asked
 
     def _why_not(self, asked: Asked, req_id: str) -> str:
@@ -181,12 +185,8 @@ class SchedulerSide:
         first = self._taken.setdefault((remote.engine_id, remote.handoff_id), req_id)
         if first != req_id:
             return f"a handoff that request {first} loads: n above 1, or a name given twice"
+        self._remotes[req_id] = remote
         return ""
-
-    def _remote(self, asked: Asked) -> Remote:
-        remote = asked.remote(self._settings.peers)
-        assert not isinstance(remote, str), "looked at when the request came"
-        return remote
 
     @staticmethod
     def _too_few(asked: Asked, request: Request) -> bool:
@@ -297,12 +297,13 @@ class SchedulerSide:
         req_id = request.request_id
         asked = self._ask(request)
         del self._asked[req_id]
-        for handoff in [name for name, first in self._taken.items() if first == req_id]:
-            del self._taken[handoff]
+        remote = self._remotes.pop(req_id, None)
+        if remote is not None:
+            del self._taken[remote.engine_id, remote.handoff_id]
         self._queue.end(req_id)
         self._in_step.request_ended(req_id)
-        if asked.do_remote_prefill:  # it was never scheduled
-            self._order_release(request, self._remote(asked))
+        if asked.do_remote_prefill and remote is not None:  # it was never scheduled
+            self._order_release(request, remote)
             return False, None
         if req_id in self._receiving:  # vLLM keeps the blocks until `transfers_ended`
             self._orders.cancelled_receives.append(req_id)

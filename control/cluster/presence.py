@@ -34,9 +34,8 @@ if TYPE_CHECKING:
 
     from .messages import AnyAnswer, Ask, Registration
 
-RETRY_S = (
-    0.25  # before the second registration if nobody answers, and twice as long before the next
-)
+# Before the second registration if nobody answers, and twice as long before the next.
+RETRY_S = 0.25
 RETRY_MOST_S = 8.0
 SUPERSEDED_RETRY_S = 1.0
 BEATS_A_LEASE = 3  # two may be lost

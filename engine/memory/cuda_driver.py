@@ -259,9 +259,8 @@ class Driver:
     def read_word(self, device: int, address: int) -> int:
         """Read an int64 of device memory; wait for it, but not for what streams have been given."""
         word = ctypes.c_int64()
-        stream = self.new_stream(
-            device
-        )  # the synchronous call runs behind the default stream's work
+        # The synchronous call runs behind the default stream's work.
+        stream = self.new_stream(device)
         with self.current(device), self.beside_captures():
             self.call("cuMemcpyDtoHAsync", ctypes.addressof(word), address, 8, stream)
             self.call("cuStreamSynchronize", stream)

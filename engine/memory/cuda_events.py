@@ -35,9 +35,8 @@ class EventPool:
             DeviceError: there is none, and the driver makes none.
         """
         try:
-            return (
-                self.idle.pop()
-            )  # a look before would tell nothing: another may take the last one
+            # A look before would tell nothing: another may take the last one.
+            return self.idle.pop()
         except IndexError:
             fresh = [driver().new_event(self._device) for _ in range(AHEAD)]
             handle = fresh.pop()

@@ -82,7 +82,7 @@ def is_mapped(addresses: npt.NDArray[np.integer], nbytes: npt.NDArray[np.integer
     """
     starts = addresses.view(np.int64)
     ends = starts + (nbytes if isinstance(nbytes, int) else nbytes.view(np.int64))
-    if not len(starts) or _all_mapped(int(np.minimum.reduce(starts)), int(np.maximum.reduce(ends))):
+    if not len(starts) or all_mapped(int(np.minimum.reduce(starts)), int(np.maximum.reduce(ends))):
         return True
     order = np.argsort(starts)
     first = starts[order] & -_PAGE_NBYTES
@@ -91,7 +91,7 @@ def is_mapped(addresses: npt.NDArray[np.integer], nbytes: npt.NDArray[np.integer
     stretches = [(0, len(starts))]
     while stretches:
         start, stop = stretches.pop()
-        if _all_mapped(int(first[start]), int(end[stop - 1])):
+        if all_mapped(int(first[start]), int(end[stop - 1])):
             continue
         between = gaps[start : stop - 1]
         if not len(between) or int(between.max()) <= 0:
@@ -110,7 +110,8 @@ def not_mapped(operation: str) -> RegionGone:
     )
 
 
-def _all_mapped(start: int, end: int) -> bool:
+def all_mapped(start: int, end: int) -> bool:
+    """Return whether all pages from one address to another are mapped."""
     first = start & -_PAGE_NBYTES
     return end <= start or _msync(first, end - first, _MS_ASYNC) == 0
 

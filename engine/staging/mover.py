@@ -304,11 +304,13 @@ def _span(addresses: Ids, nbytes: int, counts: Ids | None) -> tuple[Bytes, Ids]:
     Raises:
         RegionGone: some of the rows are not mapped. (NumPy would end the process.)
     """
-    if not iovec.is_mapped(addresses, nbytes if counts is None else counts * nbytes):
-        raise iovec.not_mapped("stage")
     first = int(np.minimum.reduce(addresses))  # half the time of `addresses.min()`
     ends = addresses if counts is None else addresses + (counts - 1) * nbytes
     stop = int(np.maximum.reduce(ends)) + nbytes
+    sizes = nbytes if counts is None else counts * nbytes
+    # There may be holes between the rows.
+    if not iovec.all_mapped(first, stop) and not iovec.is_mapped(addresses, sizes):
+        raise iovec.not_mapped("stage")
     return iovec.bytes_at(first, stop - first), addresses - first
 
 

@@ -59,9 +59,8 @@ CHUNK_NBYTES = 4 << 20
 MIN_CHUNK_NBYTES = 256 << 10
 # What the peer is asked to check at a time: it computes 1 GB/s, so this keeps it busy for 50 ms.
 CHECKS_AT_ONCE = 16
-MAX_CHECK_NBYTES = (
-    CHUNK_NBYTES + MAX_PIECE_NBYTES
-)  # a chunk ends with the piece that reaches its limit
+# A chunk ends with the piece that reaches its limit.
+MAX_CHECK_NBYTES = CHUNK_NBYTES + MAX_PIECE_NBYTES
 # A copy that is no larger, of no more pieces, is an inline copy of the thread that begins it, if that does
 # inline copies: one takes 5 to 40 microseconds, and a copier needs 50 to 150 to wake and take the interpreter.
 INLINE_NBYTES = 64 << 10
@@ -419,15 +418,15 @@ class CmaPath(DataPath):
         """Compare the peer's checksum with one over this process's memory."""
         link = self._link
         try:
-            nbytes, crc = self._checksum(ask)
+            try:
+                nbytes, crc = self._checksum(ask)
+            finally:
+                self._checks.give()  # before the answer, which lets the peer ask for another
         except LinkError as error:
-            self._checks.give()
             link.fail(error)
         except EngineError as error:
-            self._checks.give()
             link.send(Refuse(ask.transfer, type(error).__name__, error.message, ask.chunk))
         else:
-            self._checks.give()
             if ask.count and crc != ask.crc:
                 mismatch = checksum_mismatch(link.peer.name, ask.imm)
                 link.reject(ask.transfer, ask.imm, mismatch, first=ask.chunk)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from kvferry.engine.link.link import Link
+    from kvferry.engine.transfer.plan import TransferPlan
 
 PATIENCE_S = 15.0
 
@@ -122,14 +123,19 @@ def test_a_wait_that_a_signal_interrupts_ends_its_transfer_and_not_the_link(
     ends.link.quiesced.wait(PATIENCE_S)
 
 
-def test_a_conversion_is_stopped_while_a_chunk_of_it_is_made(
-    ends: Ends, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def converting_plan(ends: Ends) -> TransferPlan:
+    """Between a cache of float32 at the first engine and one of float16 at the hub."""
     caches = [np.zeros((2, 4, 8, 1, 8), kind) for kind in (np.float32, np.float16)]
     mine, theirs = (
         engine.register_cache(KVLayout.from_tensors([cache], "plane block token head dim"), [cache])
         for engine, cache in zip((ends.first, ends.hub), caches, strict=True)
     )
+    return ends.first.plan(mine, theirs.descriptor)
+
+
+def test_a_conversion_is_stopped_while_a_chunk_of_it_is_made(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
     making, go_on, stopped = (threading.Event() for _ in range(3))
     cut = conversion.chunks_of
 
@@ -139,7 +145,7 @@ def test_a_conversion_is_stopped_while_a_chunk_of_it_is_made(
         yield from cut(*arguments)
 
     monkeypatch.setattr(conversion, "chunks_of", slowly)
-    plan = ends.first.plan(mine, theirs.descriptor)
+    plan = converting_plan(ends)
     ticket = ends.link.write_tokens(plan, [0], [1], stop=8, imm=5)
     assert making.wait(PATIENCE_S)
 
@@ -157,14 +163,9 @@ def test_a_conversion_is_stopped_while_a_chunk_of_it_is_made(
 def test_a_conversion_that_ends_before_its_first_chunk_is_told_of(
     ends: Ends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caches = [np.zeros((2, 4, 8, 1, 8), kind) for kind in (np.float32, np.float16)]
-    mine, theirs = (
-        engine.register_cache(KVLayout.from_tensors([cache], "plane block token head dim"), [cache])
-        for engine, cache in zip((ends.first, ends.hub), caches, strict=True)
-    )
     monkeypatch.setattr(ends.first._core.copiers, "run", lambda task: None)
     expected = ends.hub.expect(5, nbytes=1 << 20)
-    plan = ends.first.plan(mine, theirs.descriptor)
+    plan = converting_plan(ends)
     ticket = ends.link.write_tokens(plan, [0], [1], stop=8, imm=5)
     ticket.cancel()
     with pytest.raises(PeerAborted, match="cancelled"):
